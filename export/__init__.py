@@ -1,0 +1,1 @@
+"""What turns models into files that other machines run."""

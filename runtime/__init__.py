@@ -1,0 +1,1 @@
+"""What decodes: backends, parity, and nothing that needs PyTorch at import."""

@@ -1,0 +1,71 @@
+"""What can go wrong: one small hierarchy, whose messages say what to do next."""
+
+from __future__ import annotations
+
+
+class SjepaError(Exception):
+    """Base of every error that a user can mend.
+
+    Parameters
+    ----------
+    problem : str
+        One sentence on what is wrong.
+    mend : str
+        One sentence on how to mend it.
+    """
+
+    exit_code = 2
+    """Exit status of a command that ends with this error."""
+
+    def __init__(self, problem: str, mend: str) -> None:
+        super().__init__(f"{problem} {mend}")
+        self.problem = problem
+        self.mend = mend
+
+
+class SpecError(SjepaError, ValueError):
+    """A model specification that describes no model."""
+
+
+class MontageError(SjepaError, ValueError):
+    """Channel names or positions that are unknown, missing or contradictory."""
+
+
+class CheckpointError(SjepaError, ValueError):
+    """A checkpoint that cannot be read, or is not of the model asked for."""
+
+
+class ExportError(SjepaError):
+    """An export that could not be written, or whose graph is not what it must be."""
+
+
+class BundleError(SjepaError):
+    """A bundle that is missing, incomplete, altered, or of another schema."""
+
+
+class BackendError(SjepaError):
+    """A backend that is unknown, cannot load here, or cannot run this bundle."""
+
+
+class InputError(SjepaError, ValueError):
+    """EEG windows that break the model's input contract."""
+
+
+class RecordingError(SjepaError, ValueError):
+    """A recording that cannot be read or does not fit the model."""
+
+
+class MissingDependencyError(SjepaError, ImportError):
+    """A package that this function needs is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"This needs {package}, which is not installed.",
+            f"Install it with: pip install 'sjepa-deploy[{extra}]'.",
+        )
+
+
+class ParityError(SjepaError):
+    """A backend whose outputs differ from the reference by more than the tolerance."""
+
+    exit_code = 1

@@ -1,0 +1,129 @@
+"""Frozen dataclasses to JSON and back, and the JSON Schema that describes them.
+
+The dataclasses are the only description of what is stored: `encode` and `decode` move values, `json_schema` derives the
+schema that is shipped in ``sjepa_deploy/data``. `decode` is strict: an unknown key, a missing key or a value of the wrong
+type is an error that names its place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any, TypeVar, Union
+
+T = TypeVar("T")
+
+_JSON_TYPES: dict[type, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
+
+
+class DecodeError(ValueError):
+    """A value that does not fit the dataclass it is decoded to."""
+
+
+def encode(value: Any) -> Any:
+    """Return `value` (a dataclass, mapping, sequence or scalar) as plain JSON types."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): encode(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encode(v) for v in value]
+    assert value is None or isinstance(value, (str, int, float, bool)), f"{type(value)} is not stored as JSON"
+    return value
+
+
+def decode(cls: type[T], data: Any, place: str = "") -> T:
+    """Build the dataclass `cls` from the plain JSON types in `data`.
+
+    Raises
+    ------
+    DecodeError
+        If a key is unknown or missing, or a value has the wrong type. The message names the place.
+    """
+    result = _decode(cls, data, place)
+    assert isinstance(result, cls)
+    return result
+
+
+def _decode(hint: Any, data: Any, place: str) -> Any:
+    here = place or "the top level"
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(data, dict):
+            raise DecodeError(f"{here} must be an object, not {type(data).__name__}")
+        hints = typing.get_type_hints(hint)
+        fields = {f.name: f for f in dataclasses.fields(hint)}
+        if unknown := sorted(set(data) - set(fields)):
+            raise DecodeError(f"{here} has the unknown key {unknown[0]!r}")
+        required = [n for n, f in fields.items() if not _has_default(f)]
+        if missing := [n for n in required if n not in data]:
+            raise DecodeError(f"{here} lacks the key {missing[0]!r}")
+        values = {k: _decode(hints[k], v, f"{place}.{k}" if place else k) for k, v in data.items()}
+        return typing.cast(Any, hint)(**values)
+    if origin in (Union, types.UnionType):
+        if data is None and type(None) in args:
+            return None
+        return _decode(next(a for a in args if a is not type(None)), data, place)
+    if origin is typing.Literal:
+        if data not in args or isinstance(data, bool):
+            raise DecodeError(f"{here} must be one of {', '.join(map(str, args))}, not {data!r}")
+        return data
+    if origin is tuple:
+        if not isinstance(data, list):
+            raise DecodeError(f"{here} must be an array, not {type(data).__name__}")
+        if args[-1] is Ellipsis:
+            return tuple(_decode(args[0], v, f"{place}[{i}]") for i, v in enumerate(data))
+        if len(data) != len(args):
+            raise DecodeError(f"{here} must have {len(args)} items, not {len(data)}")
+        return tuple(_decode(a, v, f"{place}[{i}]") for i, (a, v) in enumerate(zip(args, data, strict=True)))
+    if origin is dict:
+        if not isinstance(data, dict):
+            raise DecodeError(f"{here} must be an object, not {type(data).__name__}")
+        return {k: _decode(args[1], v, f"{place}[{k!r}]") for k, v in data.items()}
+    if hint is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    assert hint in _JSON_TYPES, f"{hint} cannot be decoded"
+    if not isinstance(data, hint) or (isinstance(data, bool) and hint is not bool):
+        raise DecodeError(f"{here} must be of type {_JSON_TYPES[hint]}, not {type(data).__name__}")
+    return data
+
+
+def json_schema(cls: type) -> dict[str, Any]:
+    """Return the JSON Schema (draft 2020-12) of the dataclass `cls`."""
+    definitions: dict[str, Any] = {}
+    root = _schema(cls, definitions)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **root, "$defs": definitions}
+
+
+def _schema(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        name = typing.cast(Any, hint).__name__
+        if name not in definitions:
+            definitions[name] = {}
+            hints = typing.get_type_hints(hint)
+            definitions[name] = {
+                "type": "object",
+                "description": (hint.__doc__ or "").strip().split("\n")[0],
+                "properties": {f.name: _schema(hints[f.name], definitions) for f in dataclasses.fields(hint)},
+                "required": [f.name for f in dataclasses.fields(hint) if not _has_default(f)],
+                "additionalProperties": False,
+            }
+        return {"$ref": f"#/$defs/{name}"}
+    if origin in (Union, types.UnionType):
+        return {"anyOf": [_schema(next(a for a in args if a is not type(None)), definitions), {"type": "null"}]}
+    if origin is typing.Literal:
+        return {"enum": list(args)}
+    if origin is tuple and args[-1] is Ellipsis:
+        return {"type": "array", "items": _schema(args[0], definitions)}
+    if origin is tuple:
+        items = [_schema(a, definitions) for a in args]
+        return {"type": "array", "prefixItems": items, "minItems": len(args), "maxItems": len(args)}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": _schema(args[1], definitions)}
+    return {"type": _JSON_TYPES[hint]}
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING

@@ -1,0 +1,260 @@
+"""What a model is: the frozen `ModelSpec` that models, exporters, bundles and runtimes share."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sjepa_deploy.errors import SpecError
+
+Variant = Literal["prelocal", "postlocal", "contextual", "base"]
+Unit = Literal["uV", "mV", "V"]
+Reference = Literal["average", "none"]
+Precision = Literal["fp32", "fp16", "bf16"]
+
+VARIANTS: tuple[Variant, ...] = ("prelocal", "postlocal", "contextual", "base")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+UNITS_IN_VOLTS: dict[Unit, float] = {"uV": 1e-6, "mV": 1e-3, "V": 1.0}
+
+Position = tuple[float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec:
+    """The sizes of the encoder that all variants share (defaults: the published models).
+
+    Attributes
+    ----------
+    conv_layers : tuple of (int, int, int)
+        (dim, kernel, stride) of each convolution of the feature encoder. The last dim is the embedding size.
+    spat_dim, time_dim : int
+        Dimensions of the spatial and of the temporal part of the position encoding.
+    sfreq_features : float
+        Rate of the time tokens in Hz that scales the temporal encoding (600 s at this rate).
+    n_layers, n_decoder_layers, n_heads : int
+        Encoder layers, decoder layers (the predictor of pretraining) and attention heads of the transformer.
+    drop_prob : float
+        Dropout of the feature encoder. The transformer's is 0.1 as in `torch.nn.Transformer`.
+    """
+
+    conv_layers: tuple[tuple[int, int, int], ...] = ((8, 32, 8), (16, 2, 2), (32, 2, 2), (64, 2, 2), (64, 2, 2))
+    spat_dim: int = 30
+    time_dim: int = 34
+    sfreq_features: float = 1.0
+    n_layers: int = 8
+    n_decoder_layers: int = 4
+    n_heads: int = 8
+    drop_prob: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.conv_layers or any(min(layer) < 1 for layer in self.conv_layers):
+            raise SpecError("conv_layers must hold (dim, kernel, stride) of at least 1 each.", "Give at least one layer.")
+        if self.emb_dim < self.spat_dim + self.time_dim or self.spat_dim % 6 or self.time_dim % 2:
+            raise SpecError(
+                f"A position encoding of {self.spat_dim} + {self.time_dim} dimensions does not fit {self.emb_dim}.",
+                "Use a spat_dim divisible by 6, an even time_dim, and a sum of at most the last convolution's dim.",
+            )
+        if self.emb_dim % self.n_heads:
+            raise SpecError(
+                f"{self.n_heads} attention heads do not divide the embedding size {self.emb_dim}.",
+                "Use a number of heads that divides it.",
+            )
+        if not (self.sfreq_features > 0 and 0 <= self.drop_prob < 1):
+            raise SpecError(
+                f"sfreq_features is {self.sfreq_features} and drop_prob {self.drop_prob}.",
+                "Use a positive rate and a dropout from 0 to below 1.",
+            )
+
+    @property
+    def emb_dim(self) -> int:
+        """Size of an embedding."""
+        return self.conv_layers[-1][0]
+
+    @property
+    def min_n_times(self) -> int:
+        """Samples that the first time token needs."""
+        n_times = 1
+        for _, kernel, stride in reversed(self.conv_layers):
+            n_times = (n_times - 1) * stride + kernel
+        return n_times
+
+    def n_outputs_of_layers(self, n_times: int) -> tuple[int, ...]:
+        """Return the number of time steps after each convolution for a window of `n_times` samples."""
+        steps = []
+        for _, kernel, stride in self.conv_layers:
+            n_times = (n_times - kernel) // stride + 1
+            steps.append(n_times)
+        return tuple(steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What a recording must go through before its windows reach the model.
+
+    The defaults are those of the published pretraining (Guetschel et al. 2024): average reference, 0.5 to 40 Hz.
+
+    Attributes
+    ----------
+    reference : {"average", "none"}
+        "average" subtracts the mean of all channels of the model; "none" leaves the recording's reference.
+    l_freq, h_freq : float or None
+        Edges of the band-pass in Hz; None leaves that side open (the resampler still limits the upper one).
+    """
+
+    reference: Reference = "average"
+    l_freq: float | None = 0.5
+    h_freq: float | None = 40.0
+
+    def __post_init__(self) -> None:
+        edges = [f for f in (self.l_freq, self.h_freq) if f is not None]
+        if any(not (math.isfinite(f) and f > 0) for f in edges) or edges != sorted(set(edges)):
+            raise SpecError(
+                f"The band {self.l_freq} to {self.h_freq} Hz is not one.",
+                "Use positive edges with the lower one below the upper one, or none.",
+            )
+
+    @classmethod
+    def default(cls, sfreq: float) -> Preprocessing:
+        """Return the defaults for models at `sfreq` Hz, without an upper edge that the rate already sets."""
+        return cls() if sfreq > 80.0 else cls(h_freq=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """One SignalJEPA model as its users see it.
+
+    Attributes
+    ----------
+    variant : {"prelocal", "postlocal", "contextual", "base"}
+        The fine-tuned architecture, or the base model whose output are features.
+    n_chans, n_times : int
+        Shape of one input window.
+    sfreq : float
+        Sampling rate of the input in Hz.
+    unit : {"uV", "mV", "V"}
+        Unit of the input. Volts in place of microvolts change the outputs without any error, so it is part of the spec.
+    n_outputs, n_spat_filters : int
+        Outputs, and spatial filters ("virtual channels"). The base model has neither and ignores both.
+    ch_names : tuple of str or None
+        Names of the channels in the order of the input. None where a channel count is all that is known.
+    positions : tuple of (float, float, float) or None
+        Positions of these channels in metres in the head frame (MNE's). "contextual" and "base" need them.
+    class_names : tuple of str or None
+        Names of the outputs of a classifier.
+    preprocessing : Preprocessing
+        What recordings go through first.
+    encoder : EncoderSpec
+        Sizes of the encoder.
+    """
+
+    variant: Variant
+    n_chans: int
+    n_times: int
+    sfreq: float
+    unit: Unit = "uV"
+    n_outputs: int = 1
+    n_spat_filters: int = 4
+    ch_names: tuple[str, ...] | None = None
+    positions: tuple[Position, ...] | None = None
+    class_names: tuple[str, ...] | None = None
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    encoder: EncoderSpec = field(default_factory=EncoderSpec)
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise SpecError(f"{self.variant!r} is not a variant.", f"Use one of {', '.join(VARIANTS)}.")
+        if self.unit not in UNITS_IN_VOLTS:
+            raise SpecError(f"{self.unit!r} is not a unit.", f"Use one of {', '.join(UNITS_IN_VOLTS)}.")
+        for name in ("n_chans", "n_outputs", "n_spat_filters"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"{name} is {getattr(self, name)}.", "Use 1 or more.")
+        if not (math.isfinite(self.sfreq) and self.sfreq > 0):
+            raise SpecError(f"sfreq is {self.sfreq} Hz.", "Use a positive sampling rate.")
+        if self.n_times < self.encoder.min_n_times:
+            raise SpecError(
+                f"n_times is {self.n_times}, but the first time token needs {self.encoder.min_n_times} samples.",
+                f"Use windows of at least {self.encoder.min_n_times} samples.",
+            )
+        if self.max_n_tokens < self.n_tokens_per_channel:
+            raise SpecError(
+                f"{self.n_times} samples make {self.n_tokens_per_channel} time tokens, more than the position encoding has "
+                f"({self.max_n_tokens}).",
+                "Use shorter windows.",
+            )
+        if self.ch_names is not None:
+            _check_ch_names(self.ch_names, self.n_chans)
+        if self.positions is not None:
+            _check_positions(self.positions, self.n_chans)
+        if self.class_names is not None and len(self.class_names) != self.n_outputs:
+            raise SpecError(
+                f"There are {len(self.class_names)} class names for {self.n_outputs} outputs.", "Name every output once."
+            )
+        h_freq = self.preprocessing.h_freq
+        if h_freq is not None and h_freq >= self.sfreq / 2:
+            raise SpecError(
+                f"The upper band edge of {h_freq:g} Hz is not below half the sampling rate of {self.sfreq:g} Hz.",
+                "Lower it, or leave it open (the resampler then sets it).",
+            )
+
+    @property
+    def needs_positions(self) -> bool:
+        """Whether the network contains a position encoder."""
+        return self.variant in ("contextual", "base")
+
+    @property
+    def n_tokens_per_channel(self) -> int:
+        """Time tokens of one channel."""
+        return self.encoder.n_outputs_of_layers(self.n_times)[-1]
+
+    @property
+    def max_n_tokens(self) -> int:
+        """Time tokens that the temporal position encoding can tell apart (600 s)."""
+        return int(600 * self.encoder.sfreq_features) if self.needs_positions else 2**31
+
+    @property
+    def input_name(self) -> str:
+        """Name of the exported graph's input."""
+        return "eeg"
+
+    @property
+    def output_name(self) -> str:
+        """Name of the exported graph's output."""
+        return "features" if self.variant == "base" else "prediction"
+
+    @property
+    def input_shape(self) -> tuple[int, int]:
+        """Shape of one window: (n_chans, n_times)."""
+        return (self.n_chans, self.n_times)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of the output for one window: (n_outputs,), for the base model (n_chans * tokens, emb_dim)."""
+        if self.variant == "base":
+            return (self.n_chans * self.n_tokens_per_channel, self.encoder.emb_dim)
+        return (self.n_outputs,)
+
+    def replace(self, **changes: object) -> ModelSpec:
+        """Return a copy with `changes`."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+def _check_ch_names(ch_names: tuple[str, ...], n_chans: int) -> None:
+    if len(ch_names) != n_chans:
+        raise SpecError(f"There are {len(ch_names)} channel names for {n_chans} channels.", "Name every channel once.")
+    folded = [name.casefold() for name in ch_names]
+    if twice := sorted({name for name in ch_names if folded.count(name.casefold()) > 1}):
+        raise SpecError(f"Channel names appear twice: {', '.join(twice)}.", "Name every channel once (case is ignored).")
+
+
+def _check_positions(positions: tuple[Position, ...], n_chans: int) -> None:
+    if len(positions) != n_chans:
+        raise SpecError(f"There are {len(positions)} positions for {n_chans} channels.", "Give one position a channel.")
+    values = [abs(x) for position in positions for x in position]
+    if not all(map(math.isfinite, values)) or max(values) == 0:
+        raise SpecError("The positions are not finite, or all zero.", "Give positions in metres in the head frame.")
+    if max(values) > 1:
+        raise SpecError(
+            f"A position is {max(values):g} m from the head's centre.", "Give positions in metres, not in millimetres."
+        )
