@@ -61,7 +61,7 @@ class MissingDependencyError(SjepaError, ImportError):
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(
             f"This needs {package}, which is not installed.",
-            f"Install it with: pip install 'sjepa-deploy[{extra}]'.",
+            f"Install it with: pip install 'sjepa-deploy[{extra}]'." if extra else f"Install it with: pip install {package}.",
         )
 
 

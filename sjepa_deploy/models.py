@@ -35,7 +35,7 @@ class FeatureEncoder(nn.Sequential):
     def forward(self, eeg: Tensor) -> Tensor:
         """Return the tokens, shape (B, C * N, E), of `eeg`, shape (B, C, T)."""
         batch, n_chans, n_times = eeg.shape
-        local = super().forward(eeg.reshape(batch * n_chans, 1, n_times))
+        local: Tensor = super().forward(eeg.reshape(batch * n_chans, 1, n_times))  # type: ignore[no-untyped-call]
         return local.transpose(1, 2).reshape(batch, -1, local.shape[1])
 
 
@@ -107,13 +107,27 @@ class SpatialHead(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the outputs, shape (B, O), of `tokens`, shape (B, C * N, E)."""
         n_chans = self.spat_conv.kernel_size[0]
-        filtered = self.spat_conv(tokens.unflatten(1, (n_chans, -1))[:, None])
+        by_channel = tokens.reshape(len(tokens), 1, n_chans, -1, tokens.shape[-1])
+        filtered = self.spat_conv(by_channel)
         return self.linear(filtered.flatten(1))  # type: ignore[no-any-return]
 
 
 def head_size(spec: ModelSpec) -> int:
     """Return the input size V * N * E of the last linear layer."""
     return spec.n_spat_filters * spec.n_tokens_per_channel * spec.encoder.emb_dim
+
+
+class SpatialConv(nn.Sequential):
+    """Spatial filters on the signals: (B, C, T) to (B, V, T)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        conv = nn.Conv2d(1, spec.n_spat_filters, (spec.n_chans, 1))
+        super().__init__(nn.Identity(), conv)  # the first place is braindecode's rearrangement
+
+    def forward(self, eeg: Tensor) -> Tensor:
+        """Return the virtual channels, shape (B, V, T), of `eeg`, shape (B, C, T)."""
+        virtual: Tensor = super().forward(eeg[:, None])  # type: ignore[no-untyped-call]
+        return virtual[:, :, 0]
 
 
 class SignalJEPAModule(nn.Module):
@@ -126,7 +140,7 @@ class SignalJEPAModule(nn.Module):
         self.feature_encoder = FeatureEncoder(spec.encoder)
 
 
-class _WithTransformer(SignalJEPAModule):
+class SignalJEPAWithTransformer(SignalJEPAModule):
     """The whole encoder: feature encoder, position encoding, transformer."""
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -151,7 +165,7 @@ class _WithTransformer(SignalJEPAModule):
         return self.transformer.encoder(tokens)  # type: ignore[no-any-return]
 
 
-class SignalJEPA(_WithTransformer):
+class SignalJEPA(SignalJEPAWithTransformer):
     """The base model: (B, C, T) to features (B, C * N, E)."""
 
     def forward(self, eeg: Tensor) -> Tensor:
@@ -159,7 +173,7 @@ class SignalJEPA(_WithTransformer):
         return self.encode(eeg)
 
 
-class SignalJEPA_Contextual(_WithTransformer):
+class SignalJEPA_Contextual(SignalJEPAWithTransformer):
     """Whole encoder, then spatial filters and a linear layer: (B, C, T) to (B, O)."""
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -198,13 +212,12 @@ class SignalJEPA_PreLocal(SignalJEPAModule):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)
-        self.spatial_conv = nn.Sequential(nn.Identity(), nn.Conv2d(1, spec.n_spat_filters, (spec.n_chans, 1)))
+        self.spatial_conv = SpatialConv(spec)
         self.final_layer = nn.Sequential(nn.Flatten(), nn.Linear(head_size(spec), spec.n_outputs))
 
     def forward(self, eeg: Tensor) -> Tensor:
         """Return the predictions, shape (B, O)."""
-        virtual = self.spatial_conv(eeg[:, None])[:, :, 0]
-        return self.final_layer(self.feature_encoder(virtual))  # type: ignore[no-any-return]
+        return self.final_layer(self.feature_encoder(self.spatial_conv(eeg)))  # type: ignore[no-any-return]
 
 
 MODELS: dict[str, type[SignalJEPAModule]] = {

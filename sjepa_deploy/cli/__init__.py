@@ -1,1 +1,104 @@
-"""The commands."""
+"""The commands: thin wrappers, one file each, that print for people or, with ``--json``, for machines.
+
+Exit status: 0 done; 1 a verification failed; 2 wrong input or environment, with one line on stderr that says how to mend it;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from sjepa_deploy.errors import SjepaError
+from sjepa_deploy.runtime.parity import ParityResult
+from sjepa_deploy.serialize import encode
+
+COMMANDS = ("export", "verify", "run", "doctor")
+"""Each is a module of this package with a click command of the same name."""
+
+
+class _Commands(click.Group):
+    """The group `sjepa`, which imports a command's module when it is called: PyTorch takes seconds."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return _command(cmd_name) if cmd_name in COMMANDS else None
+
+
+def _command(name: str) -> click.Command:
+    command: click.Command = getattr(importlib.import_module(f"sjepa_deploy.cli.{name}"), name)
+    return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sjepa-deploy")
+def group() -> None:
+    """From a SignalJEPA checkpoint to a verified, real-time decoder."""
+
+
+def sjepa() -> None:
+    """Run ``sjepa NAME``."""
+    sys.exit(run_command(group, "sjepa", sys.argv[1:]))
+
+
+def run_command(command: click.Command, name: str, arguments: list[str]) -> int:
+    """Run `command` and return its exit status, with one line on stderr for every error that a user can mend."""
+    try:
+        status = command.main(arguments, prog_name=name, standalone_mode=False)
+    except SjepaError as e:
+        return _fail(name, str(e), e.exit_code)
+    except click.UsageError as e:
+        return _fail(e.ctx.command_path if e.ctx else name, e.format_message(), 2)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail(name, "interrupted", 130)
+    return status if isinstance(status, int) else 0
+
+
+def _fail(name: str, message: str, status: int) -> int:
+    one_line = " ".join(message.split())
+    click.echo(f"{name}: {one_line}", err=True)
+    return status
+
+
+def console(json_output: bool) -> Console:
+    """Return where people read: stdout, or stderr where stdout is for a machine."""
+    return Console(stderr=json_output, highlight=False)
+
+
+def print_json(value: object) -> None:
+    """Print `value` on stdout as JSON."""
+    click.echo(json.dumps(encode(value), indent=1))
+
+
+def parity_table(results: tuple[ParityResult, ...], title: str) -> Table:
+    """Return a table of what parity measured, for 80 columns."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("precision", "backend"):
+        table.add_column(name)
+    for name in ("max error", "/ scale", "allowed", "/ spread", "1 - cosine", "flips"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for r in results:
+        verdict = "[green]passed[/]" if r.passed else "[bold red]FAILED[/]"
+        numbers = [f"{x:.1e}" for x in (r.max_abs, r.max_error, r.tolerance, r.max_relative_to_spread, max(0.0, 1 - r.cosine))]
+        flips = "" if r.decision_flips is None else str(r.decision_flips)
+        table.add_row(r.precision, r.backend, *numbers, flips, verdict)
+    return table
+
+
+def entry(name: str) -> Callable[[], None]:
+    """Return the console script of the command `name`."""
+
+    def main() -> None:
+        sys.exit(run_command(_command(name), f"sjepa-{name}", sys.argv[1:]))
+
+    return main

@@ -1,0 +1,36 @@
+"""bfloat16 graphs on a CPU that has no kernels for them."""
+
+from __future__ import annotations
+
+import onnx
+from onnx import TensorProto, helper
+
+
+def emulate_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a graph that computes what `model` does, with every bfloat16 operation in float32 and its result rounded.
+
+    That is what hardware does: products of bfloat16 values accumulate in float32. Values stay bfloat16 between operations.
+    """
+    model = onnx.shape_inference.infer_shapes(model)
+    values = [*model.graph.value_info, *model.graph.input, *model.graph.output]
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type == "Cast":
+            nodes.append(node)
+            continue
+        wide = onnx.NodeProto()
+        wide.CopyFrom(node)
+        after = []
+        for i, name in enumerate(node.input):
+            if types.get(name) == TensorProto.BFLOAT16:
+                wide.input[i] = f"{node.name}/{name}/wide"
+                nodes.append(helper.make_node("Cast", [name], [wide.input[i]], to=TensorProto.FLOAT))
+        for i, name in enumerate(node.output):
+            if types.get(name) == TensorProto.BFLOAT16:
+                wide.output[i] = f"{name}/wide"
+                after.append(helper.make_node("Cast", [wide.output[i]], [name], to=TensorProto.BFLOAT16))
+        nodes += [wide, *after]
+    graph = helper.make_graph(nodes, model.graph.name, model.graph.input, model.graph.output, model.graph.initializer)
+    return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)

@@ -1,0 +1,202 @@
+"""From a PyTorch model to a verified bundle. Every export ends in parity."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from sjepa_deploy.bundle import (
+    CHECKPOINT_FOLDER,
+    REFERENCE_FILE,
+    SCHEMA_VERSION,
+    Bundle,
+    Graph,
+    Manifest,
+    Provenance,
+    new_bundle,
+    write_manifest,
+)
+from sjepa_deploy.checkpoint import write_checkpoint
+from sjepa_deploy.errors import ParityError
+from sjepa_deploy.export.emulate import emulate_bf16
+from sjepa_deploy.export.rewrite import rewrite
+from sjepa_deploy.export.to_onnx import DEFAULT_OPSET, count_nodes, to_onnx
+from sjepa_deploy.models import SignalJEPAModule
+from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
+from sjepa_deploy.runtime.ort import OrtCpuBackend
+from sjepa_deploy.runtime.parity import ParityResult, Reference, batch_sizes, check_parity
+from sjepa_deploy.runtime.reference import run_reference
+from sjepa_deploy.spec import UNITS_IN_VOLTS, Precision
+from sjepa_deploy.synthetic import hard_windows
+
+MAX_PARITY_WINDOWS = 64
+"""How many of the windows that a user gives for parity are kept, evenly spaced."""
+
+
+class ExportParityError(ParityError):
+    """An export whose graphs differ from the PyTorch model; nothing was written.
+
+    Attributes
+    ----------
+    results : tuple of ParityResult
+        What was measured.
+    """
+
+    def __init__(self, results: tuple[ParityResult, ...]) -> None:
+        failed = [r for r in results if not r.passed]
+        super().__init__(
+            "; ".join(describe_failure(r) for r in failed) + ".",
+            "Leave these precisions out with --precision, or report this with the checkpoint.",
+        )
+        self.results = results
+
+
+def describe_failure(result: ParityResult) -> str:
+    """Return one clause on why `result` did not pass."""
+    what = f"{result.precision} on {result.backend}"
+    if not result.nan_agrees:
+        return f"{what} does not give NaN where PyTorch does"
+    return f"{what} is off by {result.max_error:.2g} of the outputs' scale ({result.worst}), allowed is {result.tolerance:g}"
+
+
+def to_bundle(
+    model: SignalJEPAModule,
+    path: Path,
+    *,
+    weights: Provenance,
+    precisions: tuple[Precision, ...] = ("fp32", "fp16", "bf16"),
+    opset: int = DEFAULT_OPSET,
+    max_batch: int = 64,
+    static_batch: int | None = None,
+    parity_windows: FloatArray | None = None,
+    seed: int = 0,
+    force: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Bundle:
+    """Export `model` into a bundle at `path`, judge every graph, and write nothing if one fails.
+
+    Parameters
+    ----------
+    model : SignalJEPAModule
+        What to export.
+    path : Path
+        Folder of the bundle.
+    weights : Provenance
+        Where the weights came from.
+    precisions : tuple of {"fp32", "fp16", "bf16"}
+        Graphs to write, the one to run by default first.
+    opset, max_batch, static_batch
+        See `sjepa_deploy.export.to_onnx.to_onnx`.
+    parity_windows : array of float32, shape (n, n_chans, n_times), or None
+        Windows of the user's own EEG to judge with, beside the synthetic ones.
+    seed : int
+        Seed of the synthetic windows.
+    force : bool
+        Whether to replace a bundle at `path`.
+    progress : callable
+        Told what is being done.
+
+    Raises
+    ------
+    ExportError
+        If the bundle cannot be written, or a graph is not what it must be.
+    ExportParityError
+        If a graph's outputs differ from the model's.
+    """
+    spec = model.spec
+    with new_bundle(path, force=force) as folder:
+        progress("writing the checkpoint")
+        write_checkpoint(model, folder / CHECKPOINT_FOLDER)
+        rewritten = rewrite(model)
+        graphs = []
+        for precision in precisions:
+            progress(f"exporting the {precision} graph")
+            proto = to_onnx(rewritten, precision=precision, opset=opset, max_batch=max_batch, static_batch=static_batch)
+            file = f"model.{precision}.onnx"
+            onnx.save(proto, folder / file)
+            batch = static_batch or max_batch
+            n_nodes = count_nodes(proto)
+            graph = Graph(
+                file=file, precision=precision, opset=opset, n_nodes=n_nodes, max_batch=batch, static_batch=static_batch
+            )
+            graphs.append(graph)
+        progress("computing the float64 reference")
+        reference = make_reference(model, parity_windows, seed=seed)
+        reference.save(folder / REFERENCE_FILE)
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            spec=spec,
+            graphs=tuple(graphs),
+            weights=weights,
+            tools=tool_versions(),
+            parity=(),
+            files={},
+        )
+        manifest = write_manifest(folder, manifest)
+        results = []
+        for graph in graphs:
+            progress(f"judging the {graph.precision} graph")
+            results.append(judge_graph(Bundle(path=folder, manifest=manifest), graph, reference))
+        if not all(result.passed for result in results):
+            raise ExportParityError(tuple(results))
+        manifest = write_manifest(folder, dataclasses.replace(manifest, parity=tuple(results)))
+    return Bundle(path=path, manifest=manifest)
+
+
+def make_reference(model: SignalJEPAModule, windows: FloatArray | None = None, *, seed: int = 0) -> Reference:
+    """Run the float64 model on synthetic windows and on the user's own.
+
+    Parameters
+    ----------
+    model : SignalJEPAModule
+        The model, which is left as it is.
+    windows : array of float32, shape (n, n_chans, n_times), or None
+        Real windows in the unit of the spec; at most `MAX_PARITY_WINDOWS` are kept.
+    seed : int
+        Seed of the synthetic windows.
+    """
+    spec = model.spec
+    synthetic = hard_windows(*spec.input_shape, spec.sfreq, np.random.default_rng(seed))
+    kinds = list(synthetic)
+    inputs = np.stack(list(synthetic.values())) * np.float32(UNITS_IN_VOLTS["uV"] / UNITS_IN_VOLTS[spec.unit])
+    if windows is not None:
+        chosen = np.unique(np.linspace(0, len(windows) - 1, MAX_PARITY_WINDOWS).round().astype(int))
+        kinds += [f"window {i} of the parity data" for i in chosen]
+        inputs = np.concatenate([inputs, windows[chosen]])
+    double = copy.deepcopy(model).double()
+    outputs = np.concatenate([run_reference(double, window[None]) for window in inputs])
+    return Reference(kinds=tuple(kinds), inputs=inputs, outputs=outputs)
+
+
+def judge_graph(bundle: Bundle, graph: Graph, reference: Reference) -> ParityResult:
+    """Judge one graph on ONNX Runtime; one in bf16 with its operations emulated, which the CPU has no kernels for."""
+    sizes = batch_sizes(graph.max_batch, graph.static_batch)
+    if graph.precision != "bf16":
+        backend = OrtCpuBackend(bundle, graph.precision, BackendOptions(n_threads=0))
+        return check_parity(backend.run, reference, backend=backend.name, precision=graph.precision, sizes=sizes)
+    proto = emulate_bf16(onnx.load(bundle.graph_path("bf16")))
+    settings = ort.SessionOptions()
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it would drop the rounding
+    session = ort.InferenceSession(proto.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+
+    def predict(eeg: FloatArray) -> FloatArray:
+        out: FloatArray = session.run(None, {bundle.spec.input_name: eeg})[0]
+        return out
+
+    return check_parity(predict, reference, backend="emulated", precision="bf16", sizes=sizes)
+
+
+def tool_versions() -> dict[str, str]:
+    """Return the versions of the software that an export depends on."""
+    names = ("sjepa-deploy", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}

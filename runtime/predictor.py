@@ -1,0 +1,209 @@
+"""The obvious entry: open a bundle on a backend and call it on EEG windows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, NoReturn
+
+import numpy as np
+
+from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.errors import InputError
+from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, Backend, BackendOptions, FloatArray, open_backend
+from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, Precision
+
+NonFinite = Literal["refuse", "pass"]
+
+SMALLEST_RMS_V = 1e-7
+"""Below this a window is no EEG in the unit of the spec: amplifiers alone make 0.3 uV, and volts taken for microvolts give values
+a million times too small (20 mV electrode offsets in volts are 0.02)."""
+
+LARGEST_RMS_V = 1.0
+"""Above this no amplifier measures."""
+
+
+class Predictor:
+    """A bundle on a backend: call it on windows.
+
+    Made by `load`. A call costs about 3 us beyond the backend (benchmarks/call_overhead.py).
+
+    Parameters
+    ----------
+    bundle : Bundle
+        What to run.
+    backend : Backend
+        What runs it.
+    non_finite : {"refuse", "pass"}
+        Windows with NaN or infinite samples are refused, or passed on: their outputs are NaN, as with PyTorch.
+    check_unit : bool
+        Whether to refuse windows whose amplitude is impossible in the unit of the spec.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, *, non_finite: NonFinite = "refuse", check_unit: bool = True) -> None:
+        self.bundle = bundle
+        self.spec: ModelSpec = bundle.spec
+        self.backend = backend
+        graph = bundle.graph(backend.precision)
+        self.max_batch = graph.max_batch
+        self._batches = range(graph.static_batch or 1, graph.max_batch + 1)
+        self._window = self.spec.input_shape
+        self._non_finite: NonFinite = non_finite
+        self._check_unit = check_unit
+        volt = 1 / UNITS_IN_VOLTS[self.spec.unit]
+        n_samples = self.spec.n_chans * self.spec.n_times
+        self._energy_from = n_samples * (SMALLEST_RMS_V * volt) ** 2 if check_unit else 0.0
+        self._energy_to = n_samples * (LARGEST_RMS_V * volt) ** 2 if check_unit else float(np.finfo(np.float32).max)
+
+    def __call__(self, eeg: FloatArray) -> FloatArray:
+        """Decode one batch of windows.
+
+        Parameters
+        ----------
+        eeg : array of float32, shape (batch, n_chans, n_times)
+            Windows in the unit of the spec, 1 to `max_batch` of them.
+
+        Returns
+        -------
+        array of float32, shape (batch, n_outputs)
+            Predictions; for the base model features, shape (batch, n_chans * n_tokens, emb_dim). The array may be overwritten
+            by the next call.
+
+        Raises
+        ------
+        InputError
+            If shape or dtype are wrong, samples are not finite, or the amplitude is impossible in the unit of the spec.
+        """
+        if not isinstance(eeg, np.ndarray) or eeg.dtype != np.float32:
+            self._refuse_type(eeg)
+        if eeg.ndim != 3 or eeg.shape[1:] != self._window or len(eeg) not in self._batches:
+            self._refuse_shape(eeg.shape)
+        if not eeg.flags.c_contiguous:
+            eeg = np.ascontiguousarray(eeg)
+        for row in eeg.reshape(len(eeg), -1):
+            # One product tells both: it is not finite if a sample is not, and it is the energy that the unit must explain.
+            energy = row.dot(row)
+            if not self._energy_from <= energy <= self._energy_to:
+                self._judge(row)
+        return self.backend.run(eeg)
+
+    def predict(self, eeg: FloatArray) -> FloatArray:
+        """Decode any number of windows, shape (n, n_chans, n_times), in batches. The result is a new array."""
+        size = self.max_batch
+        out = np.empty((len(eeg), *self.spec.output_shape), np.float32)
+        for start in range(0, len(eeg), size):
+            batch = eeg[start : start + size]
+            if len(batch) not in self._batches and batch.ndim == 3:  # the end of a static batch
+                filled = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
+                out[start:] = self(filled)[: len(batch)]
+            else:
+                out[start : start + size] = self(batch)
+        return out
+
+    def close(self) -> None:
+        """Release the backend."""
+        self.backend.close()
+
+    def __enter__(self) -> Predictor:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _refuse_type(self, eeg: object) -> NoReturn:
+        found = f"an array of {eeg.dtype}" if isinstance(eeg, np.ndarray) else f"a {type(eeg).__name__}"
+        raise InputError(f"The input is {found}, not a NumPy array of float32.", "Convert it with eeg.astype(np.float32).")
+
+    def _refuse_shape(self, shape: tuple[int, ...]) -> NoReturn:
+        n_chans, n_times = self._window
+        if len(shape) != 3:
+            raise InputError(
+                f"The input has shape {shape}, not (batch, {n_chans}, {n_times}).", "Add the batch axis with eeg[None]."
+            )
+        if shape[1] != n_chans:
+            raise InputError(
+                f"The windows have {shape[1]} channels, the model {n_chans}.", "Select the channels of spec.ch_names in order."
+            )
+        if shape[2] != n_times:
+            raise InputError(
+                f"The windows have {shape[2]} samples, the model {n_times} ({n_times / self.spec.sfreq:g} s at "
+                f"{self.spec.sfreq:g} Hz).",
+                "Resample or cut them.",
+            )
+        raise InputError(
+            f"The batch has {shape[0]} windows, the graph takes {_range(self._batches)}.",
+            "Use predict() for any number of windows.",
+        )
+
+    def _judge(self, row: FloatArray) -> None:
+        """Raise for a window whose energy is out of bounds, unless that is allowed or it is all zeros."""
+        if not np.isfinite(row).all():
+            if self._non_finite == "pass":
+                return
+            n_bad = int((~np.isfinite(row)).sum())
+            raise InputError(
+                f"A window holds {n_bad} samples that are NaN or infinite.",
+                'Repair the channel, or load the bundle with non_finite="pass".',
+            )
+        rms = float(np.sqrt(np.mean(np.square(row, dtype=np.float64))))
+        if rms == 0 or not self._check_unit:
+            return
+        unit = self.spec.unit
+        raise InputError(
+            f"A window has a root mean square of {rms:.3g} {unit}, which no EEG has: its values are probably not in {unit}.",
+            f"Scale the data to {unit} (MNE gives volts), or load the bundle with check_unit=False.",
+        )
+
+
+def _range(batches: range) -> str:
+    return str(batches[0]) if len(batches) == 1 else f"{batches[0]} to {batches[-1]}"
+
+
+def load(
+    bundle: Bundle | Path | str,
+    *,
+    backend: str = DEFAULT_BACKEND,
+    precision: Precision | None = None,
+    n_threads: int | None = None,
+    non_finite: NonFinite = "refuse",
+    check_unit: bool = True,
+) -> Predictor:
+    """Open a bundle for decoding.
+
+    Parameters
+    ----------
+    bundle : Bundle, Path or str
+        A bundle, or the folder of one, which is verified on opening.
+    backend : str
+        Name of a backend, see `sjepa_deploy.runtime.backend.BACKENDS`. It loads or this fails: nothing falls back.
+    precision : {"fp32", "fp16", "bf16"} or None
+        Which graph to run; None takes the bundle's first.
+    n_threads : int or None
+        CPU threads of one call, see `BackendOptions`.
+    non_finite : {"refuse", "pass"}
+        What to do with NaN and infinite samples.
+    check_unit : bool
+        Whether to refuse amplitudes that are impossible in the model's unit.
+
+    Returns
+    -------
+    Predictor
+        A callable on float32 arrays of shape (batch, n_chans, n_times).
+
+    Raises
+    ------
+    BundleError
+        If the bundle is missing, altered or has no such graph.
+    BackendError
+        If the backend does not exist or cannot run this graph here.
+
+    Examples
+    --------
+    >>> import sjepa_deploy
+    >>> with sjepa_deploy.load("bundle") as predict:  # doctest: +SKIP
+    ...     prediction = predict(eeg)
+    """
+    if not isinstance(bundle, Bundle):
+        bundle = Bundle.open(bundle)
+    opened = open_backend(bundle, backend, precision or bundle.precisions[0], BackendOptions(n_threads=n_threads))
+    return Predictor(bundle, opened, non_finite=non_finite, check_unit=check_unit)

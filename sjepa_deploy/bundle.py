@@ -1,0 +1,342 @@
+"""What is on disk: a bundle is one folder with typed ONNX graphs, the checkpoint, a parity reference and a manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from sjepa_deploy.errors import BundleError, ExportError
+from sjepa_deploy.runtime.parity import ParityResult, Reference
+from sjepa_deploy.serialize import DecodeError, decode, encode
+from sjepa_deploy.spec import ModelSpec, Precision
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+REFERENCE_FILE = "reference.npz"
+CHECKPOINT_FOLDER = "checkpoint"
+ONNX_CONTRACT_KEY = "sjepa_deploy"
+"""Key of an ONNX file's metadata that holds `graph_contract`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """One ONNX file of a bundle.
+
+    Attributes
+    ----------
+    file : str
+        Name in the bundle.
+    precision : {"fp32", "fp16", "bf16"}
+        Type of the matrix products; input and output are float32.
+    opset, n_nodes : int
+        ONNX opset, and nodes without constants.
+    max_batch : int
+        Largest batch.
+    static_batch : int or None
+        The only batch size, where the graph has one.
+    """
+
+    file: str
+    precision: Precision
+    opset: int
+    n_nodes: int
+    max_batch: int
+    static_batch: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where the weights came from.
+
+    Attributes
+    ----------
+    source : str
+        File or folder name of the checkpoint, or "random".
+    format : str
+        Kind of checkpoint, or "initialisation".
+    sha256 : str or None
+        Hash of the weights file.
+    seed : int or None
+        Seed of random weights.
+    notes : tuple of str
+        What was assumed or changed on reading.
+    """
+
+    source: str
+    format: str
+    sha256: str | None = None
+    seed: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def random(self) -> bool:
+        """Whether the weights were never trained."""
+        return self.source == "random"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a bundle says of itself.
+
+    Attributes
+    ----------
+    schema_version : int
+        Version of this description.
+    created : str
+        Time of the export, ISO 8601, UTC.
+    spec : ModelSpec
+        The model's contract.
+    graphs : tuple of Graph
+        The ONNX files.
+    weights : Provenance
+        Where the weights came from.
+    tools : dict of str to str
+        Versions of the software that wrote the bundle.
+    parity : tuple of ParityResult
+        What the export measured.
+    files : dict of str to str
+        sha256 of every other file.
+    digest : str
+        sha256 of this description without this field.
+    """
+
+    schema_version: int
+    created: str
+    spec: ModelSpec
+    graphs: tuple[Graph, ...]
+    weights: Provenance
+    tools: dict[str, str]
+    parity: tuple[ParityResult, ...]
+    files: dict[str, str]
+    digest: str = ""
+
+    def signed(self) -> Manifest:
+        """Return a copy with the digest filled in."""
+        return dataclasses.replace(self, digest=self._digest())
+
+    def _digest(self) -> str:
+        return hashlib.sha256(_canonical(dataclasses.replace(self, digest="")).encode()).hexdigest()
+
+    @property
+    def intact(self) -> bool:
+        """Whether the digest is that of the content."""
+        return self.digest == self._digest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A bundle whose files were verified when it was opened.
+
+    Attributes
+    ----------
+    path : Path
+        The folder.
+    manifest : Manifest
+        What it says of itself.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path | str) -> Bundle:
+        """Open a bundle and verify its manifest and the hash of every file.
+
+        Raises
+        ------
+        BundleError
+            If the folder is no bundle, of a newer schema, incomplete or altered.
+        """
+        path = Path(path)
+        manifest = _read_manifest(path)
+        for name, sha256 in manifest.files.items():
+            file = _inside(path, name)
+            if not file.is_file():
+                raise BundleError(f"The bundle {path} lacks its file {name}.", "Copy or export the bundle again.")
+            if file_hash(file) != sha256:
+                raise BundleError(
+                    f"{name} of the bundle {path} was changed after it was written (its hash differs).",
+                    "Copy or export the bundle again.",
+                )
+        named = [graph.file for graph in manifest.graphs] + [REFERENCE_FILE]
+        if unlisted := [name for name in named if name not in manifest.files]:
+            raise BundleError(f"The manifest of {path} has no hash for {unlisted[0]}.", "Export the bundle again.")
+        return cls(path=path, manifest=manifest)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's contract."""
+        return self.manifest.spec
+
+    @property
+    def checkpoint(self) -> Path:
+        """Folder of the PyTorch checkpoint."""
+        return self.path / CHECKPOINT_FOLDER
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """Precisions that have a graph."""
+        return tuple(graph.precision for graph in self.manifest.graphs)
+
+    def graph(self, precision: Precision) -> Graph:
+        """Return the graph of `precision`.
+
+        Raises
+        ------
+        BundleError
+            If there is none.
+        """
+        for graph in self.manifest.graphs:
+            if graph.precision == precision:
+                return graph
+        raise BundleError(
+            f"The bundle {self.path} has no {precision} graph.",
+            f"Use {' or '.join(self.precisions)}, or export with --precision {precision}.",
+        )
+
+    def graph_path(self, precision: Precision) -> Path:
+        """Return the path of the ONNX file of `precision`."""
+        return self.path / self.graph(precision).file
+
+    def reference(self) -> Reference:
+        """Return the parity reference that the export wrote."""
+        return Reference.load(self.path / REFERENCE_FILE)
+
+
+def graph_contract(spec: ModelSpec, *, precision: Precision, max_batch: int, static_batch: int | None) -> str:
+    """Return the contract that an ONNX file carries in its metadata, as canonical JSON."""
+    contract = {"spec": encode(spec), "precision": precision, "max_batch": max_batch, "static_batch": static_batch}
+    return _canonical(contract)
+
+
+def file_hash(file: Path) -> str:
+    """Return the sha256 of `file`."""
+    with file.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(encode(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _read_manifest(path: Path) -> Manifest:
+    file = path / MANIFEST_FILE
+    if not path.exists():
+        raise BundleError(f"There is no bundle at {path}.", "Check the path, or make one with sjepa-export.")
+    if not file.is_file():
+        raise BundleError(f"{path} is no bundle: it holds no {MANIFEST_FILE}.", "Name the folder that sjepa-export wrote.")
+    try:
+        data = json.loads(file.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise BundleError(f"{file} is not JSON ({e}).", "Copy or export the bundle again.") from e
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise BundleError(
+            f"The bundle {path} has schema version {version}; this release reads up to {SCHEMA_VERSION}.",
+            "Upgrade sjepa-deploy, or export with this release.",
+        )
+    try:
+        manifest = decode(Manifest, data)
+    except ValueError as e:  # DecodeError, or a spec that describes no model
+        problem = str(e) if isinstance(e, DecodeError) else f"its spec is invalid ({e})"
+        raise BundleError(f"{file} does not fit the schema: {problem}.", "Copy or export the bundle again.") from e
+    if not manifest.intact:
+        raise BundleError(f"{file} was changed after it was written (its digest differs).", "Copy or export the bundle again.")
+    return manifest
+
+
+def _inside(path: Path, name: str) -> Path:
+    """Return the file `name` of the bundle, refusing names that leave the folder."""
+    pure = PurePosixPath(name)
+    file = path.joinpath(*pure.parts)
+    leaves = pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts
+    if leaves or not file.resolve().is_relative_to(path.resolve()):
+        raise BundleError(f"The manifest of {path} names {name!r}, which leaves the folder.", "Do not use this bundle.")
+    return file
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def new_bundle(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """Give a temporary folder beside `path`, and move it to `path` when the block ends well.
+
+    The manifest must be written last: without it the folder does not open. An error, or a killed process, leaves `path` as it
+    was.
+
+    Raises
+    ------
+    ExportError
+        If `path` exists and `force` is not set, is no bundle, or cannot be written.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ExportError(f"{path} exists and is no folder.", "Choose another --out.")
+    if path.exists() and any(path.iterdir()):
+        if not (path / MANIFEST_FILE).is_file():
+            raise ExportError(f"{path} is a folder with other content.", "Choose another --out; --force replaces bundles only.")
+        if not force:
+            raise ExportError(f"There is a bundle at {path} already.", "Use --force to replace it, or choose another --out.")
+    with _as_export_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+    try:
+        with _as_export_errors(path):
+            yield folder
+            folder.chmod(0o755)
+            _replace(folder, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Hash every file in `folder` and write the manifest. Returns it as written."""
+    files = {
+        file.relative_to(folder).as_posix(): file_hash(file)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != MANIFEST_FILE
+    }
+    manifest = dataclasses.replace(manifest, files=files).signed()
+    with (folder / MANIFEST_FILE).open("w") as stream:
+        json.dump(encode(manifest), stream, indent=1, allow_nan=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    return manifest
+
+
+@contextlib.contextmanager
+def _as_export_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ExportError(f"There is no space left for {path}.", "Free some, or choose another --out.") from e
+        raise ExportError(f"{path} cannot be written ({e.strerror or e}).", "Choose another --out.") from e
+
+
+def _replace(folder: Path, path: Path) -> None:
+    """Move `folder` to `path`; a bundle that is there steps aside first and comes back if the move fails."""
+    if not path.exists():
+        folder.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+    path.rename(old)
+    try:
+        folder.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,106 @@
+"""``sjepa-run``: decode a recording."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import IO
+
+import click
+import numpy as np
+
+from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.cli import console, entry, print_json
+from sjepa_deploy.errors import RecordingError
+from sjepa_deploy.recording import fit_recording, read_recording, window_starts, windows
+from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, FloatArray
+from sjepa_deploy.runtime.predictor import load
+from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, Precision, Unit
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("recording", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="TSV to write.  [default: standard output]")
+@click.option("--hop", type=float, help="Seconds from one window to the next.  [default: one window]")
+@click.option("--backend", default=DEFAULT_BACKEND, help="What runs the model.")
+@click.option("--precision", help="Graph to run.  [default: the bundle's first]")
+@click.option("--interpolate", is_flag=True, help="Interpolate the model's channels from the recording's by their positions.")
+@click.option("--sfreq", type=float, help="Sampling rate in Hz of a file that does not say (.npy).")
+@click.option("--unit", type=click.Choice(list(UNITS_IN_VOLTS)), help="Unit of a file that does not say (.npy, .xdf).")
+@click.option("--json", "json_output", is_flag=True, help="Print a summary as JSON; needs --out.")
+def run(
+    bundle: Path,
+    recording: Path,
+    out: Path | None,
+    hop: float | None,
+    backend: str,
+    precision: Precision | None,
+    interpolate: bool,
+    sfreq: float | None,
+    unit: Unit | None,
+    json_output: bool,
+) -> None:
+    """Decode RECORDING with BUNDLE into a table of time and prediction.
+
+    The recording goes through the preprocessing that the bundle asks for: channels picked by name, zero-phase band-pass,
+    resampling, reference, unit. `time` is that of the window's last sample in seconds from the start of the recording.
+    """
+    if json_output and out is None:
+        raise click.UsageError("--json needs --out: standard output cannot hold both.")
+    screen = console(json_output or out is None)
+    opened = Bundle.open(bundle)
+    spec = opened.spec
+    step = spec.n_times if hop is None else round(hop * spec.sfreq)
+    if step < 1:
+        raise click.UsageError(f"--hop is less than a sample of {1 / spec.sfreq:g} s.")
+    raw = read_recording(recording, sfreq=sfreq, unit=unit, ch_names=spec.ch_names)
+    fitted = fit_recording(raw, spec, interpolate=interpolate)
+    starts = window_starts(fitted.data.shape[1], spec.n_times, step)
+    with load(opened, backend=backend, precision=precision) as predict, screen.status("decoding"):
+        outputs = predict.predict(windows(fitted.data, spec.n_times, step))
+    times = (starts + spec.n_times - 1) / spec.sfreq
+    try:
+        if out is None:
+            _write(sys.stdout, times, outputs, spec)
+        else:
+            with out.open("w", newline="") as stream:
+                _write(stream, times, outputs, spec)
+    except OSError as e:
+        raise RecordingError(f"{out} cannot be written ({e.strerror}).", "Choose another --out.") from e
+    for note in fitted.steps:
+        screen.print(f"recording: {note}")
+    if opened.manifest.weights.random:
+        screen.print("[bold yellow]The weights of this bundle are random: the predictions mean nothing.[/]")
+    where = "" if out is None else f" in [bold]{out}[/]"
+    screen.print(f"{len(starts)} windows of {spec.n_times / spec.sfreq:g} s every {step / spec.sfreq:g} s decoded{where}")
+    if json_output:
+        print_json(
+            {
+                "bundle": str(bundle),
+                "recording": str(recording),
+                "out": str(out),
+                "n_windows": len(starts),
+                "hop": step / spec.sfreq,
+                "preprocessing": dataclasses.asdict(spec.preprocessing),
+                "steps": fitted.steps,
+                "random_weights": opened.manifest.weights.random,
+            }
+        )
+
+
+def _write(stream: IO[str], times: np.ndarray[tuple[int], np.dtype[np.float64]], outputs: FloatArray, spec: ModelSpec) -> None:
+    rows = outputs.reshape(len(outputs), -1)
+    if spec.class_names is not None:
+        names = list(spec.class_names)
+    elif rows.shape[1] == 1:
+        names = [spec.output_name]
+    else:
+        names = [f"{spec.output_name}_{i}" for i in range(rows.shape[1])]
+    stream.write("\t".join(["time", *names]) + "\n")
+    for time, row in zip(times, rows, strict=True):
+        stream.write("\t".join([f"{time:.6f}", *(f"{value:.9g}" for value in row)]) + "\n")
+
+
+main = entry("run")

@@ -1,0 +1,85 @@
+"""Realistic EEG without a recording: 1/f noise that is shared between channels, an alpha rhythm, and what goes wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+RMS_UV = 12.0
+"""Root mean square of band-passed scalp EEG in microvolts, as in the recordings of adults at rest."""
+
+ALPHA_UV = 8.0
+"""Amplitude of the alpha rhythm in microvolts."""
+
+OFFSET_UV = 20_000.0
+"""Electrode offset of an unfiltered DC-coupled amplifier in microvolts."""
+
+RAIL_UV = 400_000.0
+"""Where such an amplifier saturates, in microvolts."""
+
+
+def eeg_windows(n_windows: int, n_chans: int, n_times: int, sfreq: float, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Return windows of synthetic EEG in microvolts.
+
+    Parameters
+    ----------
+    n_windows, n_chans, n_times : int
+        Shape of the result.
+    sfreq : float
+        Sampling rate in Hz.
+    rng : numpy.random.Generator
+        Source of randomness.
+
+    Returns
+    -------
+    array of float32, shape (n_windows, n_chans, n_times)
+        1/f noise of which half the variance comes from a few sources seen by many channels, with a 10 Hz rhythm of another
+        phase and strength in each channel.
+    """
+    n_sources = max(1, n_chans // 8)
+    mixing = rng.standard_normal((n_chans, n_sources)) / np.sqrt(n_sources)
+    shared = _pink((n_windows, n_sources, n_times), rng)
+    noise = (mixing @ shared + _pink((n_windows, n_chans, n_times), rng)) * (RMS_UV / np.sqrt(2))
+    time = np.arange(n_times) / sfreq
+    phase = rng.uniform(0, 2 * np.pi, (n_windows, n_chans, 1))
+    alpha = ALPHA_UV * rng.uniform(0, 1, (n_windows, n_chans, 1)) * np.sin(2 * np.pi * 10.0 * time + phase)
+    return np.ascontiguousarray(noise + alpha, dtype=np.float32)
+
+
+def _pink(shape: tuple[int, int, int], rng: np.random.Generator) -> NDArray[np.float64]:
+    """Return noise of unit variance whose power falls with 1/f."""
+    n_times = shape[-1]
+    spectrum = np.fft.rfft(rng.standard_normal(shape))
+    frequency = np.arange(spectrum.shape[-1])
+    spectrum *= np.where(frequency > 0, 1 / np.sqrt(np.maximum(frequency, 1)), 0)
+    noise = np.fft.irfft(spectrum, n_times)
+    unit: NDArray[np.float64] = noise / noise.std(axis=-1, keepdims=True)
+    return unit
+
+
+def hard_windows(n_chans: int, n_times: int, sfreq: float, rng: np.random.Generator) -> dict[str, NDArray[np.float32]]:
+    """Return the windows in microvolts that a decoder must survive, by kind.
+
+    Returns
+    -------
+    dict of str to array of float32, shape (n_chans, n_times)
+        Plain EEG, electrode offsets, a flat and a saturated channel, white noise, very small and very large amplitudes, all
+        zeros, and one NaN.
+    """
+    clean = iter(eeg_windows(16, n_chans, n_times, sfreq, rng))
+    windows = {f"eeg {i}": next(clean) for i in range(6)}
+    windows["eeg with 20 mV offsets"] = next(clean) + np.float32(OFFSET_UV) * rng.uniform(-1, 1, (n_chans, 1))
+    windows["flat channel"] = next(clean)
+    windows["flat channel"][rng.integers(n_chans)] = 0
+    windows["channel flat at an offset"] = next(clean)
+    windows["channel flat at an offset"][rng.integers(n_chans)] = OFFSET_UV
+    windows["saturated channel"] = next(clean)
+    windows["saturated channel"][rng.integers(n_chans)] = RAIL_UV * np.sign(np.sin(np.arange(n_times) / 20))
+    windows["white noise of 20 uV"] = 20 * rng.standard_normal((n_chans, n_times))
+    windows["white noise of 1 mV"] = 1000 * rng.standard_normal((n_chans, n_times))
+    windows["eeg / 100"] = next(clean) / 100
+    windows["eeg x 100"] = next(clean) * 100
+    windows["zeros"] = np.zeros((n_chans, n_times))
+    windows["one NaN"] = next(clean)
+    windows["one NaN"][rng.integers(n_chans), n_times // 2] = np.nan
+    return {kind: np.ascontiguousarray(window, dtype=np.float32) for kind, window in windows.items()}
