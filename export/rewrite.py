@@ -223,7 +223,8 @@ class RowEncoder(nn.Module):
         rows = tokens.flatten(0, 1)
         for layer in self.layers:
             rows = layer(rows)
-        return self.norm(rows).reshape(-1, *tokens.shape[1:])
+        normed: Tensor = self.norm(rows)
+        return normed.reshape(-1, *tokens.shape[1:])
 
 
 def fuse_attention(model: SignalJEPAModule) -> None:
