@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +14,20 @@ from numpy.typing import NDArray
 
 from sjepa_deploy.errors import BundleError
 from sjepa_deploy.spec import Precision
+
+# What NumPy was seen to raise on truncated and altered .npz files, and on files of another kind.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RuntimeError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 FloatArray = NDArray[np.float32]
 Predict = Callable[[FloatArray], FloatArray]
@@ -58,7 +75,7 @@ class Reference:
             with np.load(path, allow_pickle=False) as arrays:
                 kinds = tuple(map(str, arrays["kinds"]))
                 return cls(kinds=kinds, inputs=arrays["inputs"], outputs=arrays["outputs"])
-        except (KeyError, ValueError, OSError, EOFError) as e:
+        except _UNREADABLE as e:
             raise BundleError(f"{path} holds no parity reference.", "Export the bundle again.") from e
 
 
