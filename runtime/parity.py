@@ -72,7 +72,7 @@ class Reference:
             If the file does not hold a reference.
         """
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 kinds = tuple(map(str, arrays["kinds"]))
                 return cls(kinds=kinds, inputs=arrays["inputs"], outputs=arrays["outputs"])
         except _UNREADABLE as e:
@@ -185,7 +185,6 @@ def check_parity(
     max_abs = float(per_row.max())
     is_decision = reference.outputs.ndim == 2 and want.shape[1] > 1
     flips, margin = _decision_flips(want, got, spread) if is_decision else (None, None)
-    norm = float(np.linalg.norm(want) * np.linalg.norm(got))
     max_error = max_abs / scale
     return ParityResult(
         backend=backend,
@@ -200,7 +199,7 @@ def check_parity(
         max_relative_to_spread=_finite(max_abs / spread),
         scale=scale,
         spread=spread,
-        cosine=_finite(float((want * got).sum() / norm)) if norm else 1.0,
+        cosine=_cosine(want, got),
         nan_agrees=bool(nan_agrees),
         worst=labels[int(per_row.argmax())],
         decision_flips=flips,
@@ -210,6 +209,14 @@ def check_parity(
 
 def _rms(values: NDArray[np.float64]) -> float:
     return float(np.sqrt(np.mean(np.square(values))))
+
+
+def _cosine(want: NDArray[np.float64], got: NDArray[np.float64]) -> float:
+    """Return the cosine between all values: 1 if both are all zeros, 0 if one is or something is not finite."""
+    if not np.isfinite(got).all():
+        return 0.0
+    norm = float(np.linalg.norm(want) * np.linalg.norm(got))
+    return float((want * got).sum() / norm) if norm else float(not want.any() and not got.any())
 
 
 def _finite(value: float) -> float:

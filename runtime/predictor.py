@@ -82,7 +82,7 @@ class Predictor:
             eeg = np.ascontiguousarray(eeg)
         for row in eeg.reshape(len(eeg), -1):
             # One product tells both: it is not finite if a sample is not, and it is the energy that the unit must explain.
-            energy = row.dot(row)
+            energy = np.vdot(row, row)  # unlike dot, it overflows to infinity without a warning
             if not self._energy_from <= energy <= self._energy_to:
                 self._judge(row)
         return self.backend.run(eeg)

@@ -3,6 +3,7 @@
 A missing braindecode is a failure and not a skip: without it nothing says that our networks are the published ones.
 """
 
+import contextlib
 import os
 import sys
 import types
@@ -80,9 +81,16 @@ def chs_info(spec: ModelSpec) -> list[dict] | None:
 
 def from_pretrained(variant: str, folder) -> nn.Module:
     """Load `folder` as braindecode's users do."""
+    with quiet():
+        return CLASSES[variant].from_pretrained(str(folder), strict=True)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Silence what braindecode says whenever positions are lists, as in its own table and in every config.json."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Modifying chs_info argument", category=UserWarning)
-        return CLASSES[variant].from_pretrained(str(folder), strict=True)
+        yield
 
 
 def make_spec(variant: str, n_chans: int = 5, n_times: int = 200, **changes) -> ModelSpec:

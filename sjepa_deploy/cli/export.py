@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
+from rich.markup import escape
 
 from sjepa_deploy.cli import console, entry, parity_table, print_json
 from sjepa_deploy.errors import ExportError, InputError, MissingDependencyError, RecordingError
@@ -214,13 +215,14 @@ def _report(screen: Any, bundle: Bundle, random: bool) -> None:
     manifest, spec = bundle.manifest, bundle.spec
     screen.print(parity_table(manifest.parity, f"{spec.variant}: parity with the PyTorch model in float64"))
     for note in manifest.weights.notes:
-        screen.print(f"note: {note}")
+        screen.print(f"note: {escape(note)}", soft_wrap=True)
     if random:
         screen.print("[bold yellow]The weights are random: no checkpoint was given. The predictions mean nothing.[/]")
     size = sum(f.stat().st_size for f in bundle.path.rglob("*") if f.is_file()) / 1e6
     shape = f"{spec.n_chans} channels x {spec.n_times} samples at {spec.sfreq:g} Hz in {spec.unit}"
-    screen.print(f"[bold]{bundle.path}[/]: {spec.variant}, {shape}, {', '.join(bundle.precisions)}, {size:.1f} MB")
-    screen.print(f"Next: sjepa-verify {bundle.path}")
+    path = escape(str(bundle.path))
+    screen.print(f"[bold]{path}[/]: {spec.variant}, {shape}, {', '.join(bundle.precisions)}, {size:.1f} MB", soft_wrap=True)
+    screen.print(f"Next: sjepa-verify {path}", soft_wrap=True)
 
 
 def _summary(bundle: Bundle) -> dict[str, Any]:
