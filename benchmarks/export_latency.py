@@ -12,7 +12,7 @@ Contextual with parity is timed in a process of its own, with its peak memory.
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import random
 import subprocess
 import sys
@@ -110,7 +110,7 @@ def node_cost_us(n_nodes: int = 200) -> float:
     """Return the cost of one node that does nearly nothing, from a chain of them."""
     helper = onnx.helper
     names = ["x", *(f"v{i}" for i in range(n_nodes))]
-    nodes = [helper.make_node("Sin", [a], [b]) for a, b in zip(names[:-1], names[1:], strict=True)]
+    nodes = [helper.make_node("Sin", [a], [b]) for a, b in itertools.pairwise(names)]
     info = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in (names[0], names[-1])]
     graph = helper.make_graph(nodes, "chain", info[:1], info[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", DEFAULT_OPSET)], ir_version=8)
@@ -187,7 +187,7 @@ def main() -> None:
                     opened = session(folder / f"{graph}.onnx", n_threads, folder / "optimized.onnx")
                     nodes[graph] = len(onnx.load(folder / "optimized.onnx").graph.node)
                     outputs[graph] = opened.run(None, {"eeg": window})[0]
-                    calls[graph] = lambda opened=opened: opened.run(None, {"eeg": window})
+                    calls[graph] = lambda opened=opened, window=window: opened.run(None, {"eeg": window})
                 assert np.allclose(outputs["plain"], outputs["ours"], rtol=0, atol=1e-5), outputs
                 samples = time_blocks(calls, args.blocks, args.seconds)
                 for graph, values in samples.items():

@@ -1,8 +1,9 @@
 """The package list in pyproject.toml is written by hand; these tests keep it true."""
 
 import importlib
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 import sjepa_deploy
 

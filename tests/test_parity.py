@@ -363,3 +363,18 @@ def test_emulated_bfloat16_rounds_as_pytorch_does():
     assert np.abs(emulated - rounded).max() < 2**-6 * scale
     assert 1e-4 < np.abs(emulated - plain).max() / scale < 5e-2
     np.testing.assert_array_equal(emulated.view(np.uint32) & 0xFFFF, 0)  # every output is a bfloat16
+
+
+def test_emulation_takes_a_node_that_reads_one_value_twice():
+    value = onnx.helper.make_tensor_value_info
+    nodes = [
+        onnx.helper.make_node("Cast", ["x"], ["narrow"], to=onnx.TensorProto.BFLOAT16),
+        onnx.helper.make_node("Add", ["narrow", "narrow"], ["sum"]),
+        onnx.helper.make_node("Cast", ["sum"], ["y"], to=onnx.TensorProto.FLOAT),
+    ]
+    kind = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(nodes, "twice", [value("x", kind, [3])], [value("y", kind, [3])])
+    model = emulate_bf16(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8))
+    onnx.checker.check_model(model, full_check=True)
+    x = np.array([1.0, 1.0 + 2**-6, 3.0], np.float32)
+    assert np.array_equal(onnx.reference.ReferenceEvaluator(model).run(None, {"x": x})[0], 2 * x)

@@ -153,3 +153,14 @@ def test_models_that_cannot_be(fields, message):
     with pytest.raises(SpecError, match=re.escape(message)) as caught:
         ModelSpec(**known | fields)
     assert str(caught.value) == f"{caught.value.problem} {caught.value.mend}"
+
+
+@pytest.mark.parametrize("name", ["n_heads", "n_layers", "n_decoder_layers"])
+def test_an_encoder_has_at_least_one_of_each(name):
+    with pytest.raises(SpecError, match=f"{name} is 0"):
+        EncoderSpec(**{name: 0})
+
+
+def test_a_lower_band_edge_above_nyquist_is_refused():
+    with pytest.raises(SpecError, match="lower band edge of 60 Hz"):
+        ModelSpec(variant="prelocal", n_chans=2, n_times=200, sfreq=100.0, preprocessing=Preprocessing(l_freq=60.0, h_freq=None))
