@@ -11,7 +11,7 @@ import numpy as np
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import InputError
 from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, Backend, BackendOptions, FloatArray, open_backend
-from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, Precision
+from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, RunPrecision
 
 NonFinite = Literal["refuse", "pass"]
 
@@ -163,7 +163,7 @@ def load(
     bundle: Bundle | Path | str,
     *,
     backend: str = DEFAULT_BACKEND,
-    precision: Precision | None = None,
+    precision: RunPrecision | None = None,
     n_threads: int | None = None,
     non_finite: NonFinite = "refuse",
     check_unit: bool = True,
@@ -176,8 +176,8 @@ def load(
         A bundle, or the folder of one, which is verified on opening.
     backend : str
         Name of a backend, see `sjepa_deploy.runtime.backend.BACKENDS`. It loads or this fails: nothing falls back.
-    precision : {"fp32", "fp16", "bf16"} or None
-        Which graph to run; None takes the bundle's first.
+    precision : {"fp32", "tf32", "fp16", "bf16"} or None
+        What to compute in; None takes the bundle's first graph.
     n_threads : int or None
         CPU threads of one call, see `BackendOptions`.
     non_finite : {"refuse", "pass"}
