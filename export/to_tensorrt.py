@@ -150,7 +150,8 @@ def build_engine(
                     ) from None
                 raise
             seconds = time.monotonic() - started
-            _keep_timings(lambda: write_timing_cache(machine, timings))
+            if api.keeps_timings:
+                _keep_timings(lambda: write_timing_cache(machine, timings))
             layers, computes_in, evidence = prove_precision(api, plan, precision, len(onnx))
             judge = _Judge(bundle.reference(), precision, bundle, api, device, settings)
             progress("comparing with the PyTorch model")

@@ -70,7 +70,7 @@ def check(result: tuple[Any, ...]) -> Any:
 
 
 def _name(cu: Any, error: Any) -> str:
-    status, name = cu.cuGetErrorName(error)
+    status, name = cu.cuGetErrorName(cu.CUresult(int(error)))
     return name.decode() if status == 0 and name else str(error)
 
 

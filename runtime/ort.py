@@ -125,6 +125,7 @@ class OrtCudaBackend:
 
     name = "ort-cuda"
     provider = "CUDAExecutionProvider"
+    memory_kind = "cuda"
 
     def __init__(self, bundle: Bundle, precision: RunPrecision, options: BackendOptions) -> None:
         bundle.graph(precision)
@@ -211,8 +212,8 @@ class OrtCudaBackend:
     def _io_binding(self, batch: int, source: int, target: int) -> Any:
         spec, device = self._spec, self._options.device
         binding = self._session.io_binding()
-        binding.bind_input(spec.input_name, "cuda", device, np.float32, (batch, *spec.input_shape), source)
-        binding.bind_output(spec.output_name, "cuda", device, np.float32, (batch, *spec.output_shape), target)
+        binding.bind_input(spec.input_name, self.memory_kind, device, np.float32, (batch, *spec.input_shape), source)
+        binding.bind_output(spec.output_name, self.memory_kind, device, np.float32, (batch, *spec.output_shape), target)
         return binding
 
     def _run_options(self) -> Any:

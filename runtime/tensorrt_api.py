@@ -7,6 +7,7 @@ types                  FP16 flag, constraints  strongly typed           strongly
 bf16                   no                      yes                      yes                   yes
 explicit batch         a flag                  always                   always                always
 tactic sources         set to none             default                  default               default
+timing cache           yes                     yes                      yes                   no
 progress, time limit   no                      IProgressMonitor         IProgressMonitor      IProgressMonitor
 context without        own function,           strategy,                strategy,             runtime config,
 its memory             device_memory           set_device_memory        set_device_memory     set_device_memory
@@ -69,6 +70,7 @@ class TensorRT:
         self.version = str(trt.__version__)
         self.strongly_typed = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
         self.has_progress = hasattr(trt, "IProgressMonitor")
+        self.keeps_timings = flavour == "tensorrt"
         self._log = _log_of(trt)
 
     @property
@@ -122,13 +124,8 @@ class TensorRT:
         trt = self.module
         if precision not in self.precisions:
             raise EngineError(f"TensorRT {self.version} has no {precision}.", f"Use {', '.join(self.precisions)}.")
-        builder = trt.Builder(self._log)
         flags = self.flags(precision, settings)
-        network = builder.create_network(1 << int(getattr(trt.NetworkDefinitionCreationFlag, flags[0])))
-        parser = trt.OnnxParser(network, self._log)
-        if not parser.parse(onnx):
-            reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
-            raise EngineError(f"TensorRT {self.version} does not read the graph: {reasons}.", "Export with --opset 17.")
+        builder, network = self.parse(onnx, flags[0])
         config = builder.create_builder_config()
         config.clear_flag(trt.BuilderFlag.TF32)  # on by default
         for flag in flags[1:]:
@@ -145,16 +142,34 @@ class TensorRT:
         self._set_profile(builder, network, config, settings)
         if step is not None and self.has_progress:
             config.progress_monitor = _monitor(trt, step)
-        cache = config.create_timing_cache(timings) or config.create_timing_cache(b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
+        cache = None
+        if self.keeps_timings:
+            cache = config.create_timing_cache(timings) or config.create_timing_cache(b"")
+            config.set_timing_cache(cache, ignore_mismatch=False)
         self._log.errors.clear()
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             reason = self._log.errors[-1] if self._log.errors else "no reason given"
             mend = "Allow more with --workspace." if settings.workspace_mib is not None else "Lower --max-batch."
             raise EngineError(f"TensorRT {self.version} could not build the {precision} engine: {reason}.", mend)
-        cache = config.get_timing_cache()
-        return bytes(plan), b"" if cache is None else bytes(cache.serialize())
+        return bytes(plan), b"" if cache is None else bytes(config.get_timing_cache().serialize())
+
+    def parse(self, onnx: bytes, typing: str) -> tuple[Any, Any]:
+        """Return a builder and the network of a graph, `typing` being the network's flag.
+
+        Raises
+        ------
+        EngineError
+            If this version does not read the graph.
+        """
+        trt = self.module
+        builder = trt.Builder(self._log)
+        network = builder.create_network(1 << int(getattr(trt.NetworkDefinitionCreationFlag, typing)))
+        parser = trt.OnnxParser(network, self._log)
+        if not parser.parse(onnx):
+            reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+            raise EngineError(f"TensorRT {self.version} does not read the graph: {reasons}.", "Export with --opset 17.")
+        return builder, network
 
     def _set_profile(self, builder: Any, network: Any, config: Any, settings: BuildSettings) -> None:
         tensor = network.get_input(0)

@@ -46,7 +46,7 @@ def doctor(json_output: bool) -> None:
     for name, reason in backends.items():
         screen.print(
             f"backend [bold]{name}[/]: "
-            + ("[green]runs here[/]" if reason is None else f"[yellow]does not run here[/]: {escape(reason)}")
+            + ("[green]runs here[/]" if reason is None else f"[yellow]does not run here[/]: {escape(str(reason))}")
         )
 
 
