@@ -21,6 +21,8 @@ def opened(monkeypatch):
     real = ort_module.open_session
 
     def open_session(bundle, precision, settings, provider, options):
+        if provider == "CPUExecutionProvider":
+            return real(bundle, precision, settings, provider, options)
         seen.update(options, provider=provider, fallback=settings.get_session_config_entry("session.disable_cpu_ep_fallback"))
         return real(bundle, precision, ort.SessionOptions(), "CPUExecutionProvider", {})
 
