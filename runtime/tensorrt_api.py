@@ -72,6 +72,7 @@ class TensorRT:
         self.has_progress = hasattr(trt, "IProgressMonitor")
         self.keeps_timings = flavour == "tensorrt"
         self._log = _log_of(trt)
+        self._runtime: Any = None
 
     @property
     def precisions(self) -> tuple[RunPrecision, ...]:
@@ -125,7 +126,7 @@ class TensorRT:
         if precision not in self.precisions:
             raise EngineError(f"TensorRT {self.version} has no {precision}.", f"Use {', '.join(self.precisions)}.")
         flags = self.flags(precision, settings)
-        builder, network = self.parse(onnx, flags[0])
+        builder, network, parser = self.parse(onnx, flags[0])
         config = builder.create_builder_config()
         config.clear_flag(trt.BuilderFlag.TF32)  # on by default
         for flag in flags[1:]:
@@ -148,14 +149,17 @@ class TensorRT:
             config.set_timing_cache(cache, ignore_mismatch=False)
         self._log.errors.clear()
         plan = builder.build_serialized_network(network, config)
+        del parser
         if plan is None:
             reason = self._log.errors[-1] if self._log.errors else "no reason given"
             mend = "Allow more with --workspace." if settings.workspace_mib is not None else "Lower --max-batch."
             raise EngineError(f"TensorRT {self.version} could not build the {precision} engine: {reason}.", mend)
         return bytes(plan), b"" if cache is None else bytes(config.get_timing_cache().serialize())
 
-    def parse(self, onnx: bytes, typing: str) -> tuple[Any, Any]:
-        """Return a builder and the network of a graph, `typing` being the network's flag.
+    def parse(self, onnx: bytes, typing: str) -> tuple[Any, Any, Any]:
+        """Return a builder, the network of a graph, and the parser, which owns the weights until the network is built.
+
+        `typing` is the network's flag.
 
         Raises
         ------
@@ -169,7 +173,7 @@ class TensorRT:
         if not parser.parse(onnx):
             reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
             raise EngineError(f"TensorRT {self.version} does not read the graph: {reasons}.", "Export with --opset 17.")
-        return builder, network
+        return builder, network, parser
 
     def _set_profile(self, builder: Any, network: Any, config: Any, settings: BuildSettings) -> None:
         tensor = network.get_input(0)
@@ -192,8 +196,9 @@ class TensorRT:
             If TensorRT refuses it.
         """
         self._log.errors.clear()
-        runtime = self.module.Runtime(self._log)
-        engine = runtime.deserialize_cuda_engine(plan)
+        if self._runtime is None:
+            self._runtime = self.module.Runtime(self._log)  # it must outlive its engines
+        engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             reason = self._log.errors[-1] if self._log.errors else "no reason given"
             raise EngineError(
