@@ -81,16 +81,19 @@ def machine() -> dict[str, Any]:
     device = Device()
     gpu = dataclasses.asdict(device.gpu)
     device.close()
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    query = [shutil.which("nvidia-smi") or "true", "--query-gpu=name,driver_version,clocks.sm,clocks.mem", "--format=csv"]
-    smi = subprocess.run(query, capture_output=True, text=True, check=False)
     return {
         "gpu": gpu,
         "python": sys.version,
         "host": platform.platform(),
-        "commit": git.stdout.strip(),
-        "nvidia_smi": smi.stdout,
+        "commit": said("git", "rev-parse", "HEAD"),
+        "nvidia_smi": said("nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem", "--format=csv"),
     }
+
+
+def said(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        return ""
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def timed(call: Callable[[], Any], n: int = N_CALLS) -> dict[str, float]:
@@ -206,6 +209,7 @@ def run_tensorrt(report: Report, bundles: dict[str, Bundle], wanted: list[tuple[
     from sjepa_deploy.runtime.tensorrt_api import TensorRT
     from sjepa_deploy.runtime.trt import machine_of
 
+    layers: dict[str, Any] = {}
     report.step("tensorrt", lambda: TensorRT(arguments.flavour).version)
     for variant, precision in wanted:
         bundle, name = bundles[variant], f"{variant} {precision}"
@@ -232,7 +236,8 @@ def run_tensorrt(report: Report, bundles: dict[str, Bundle], wanted: list[tuple[
             assert record is not None
             text = api.inspect(api.deserialize(store.plan(record)))
             device.close()
-            (report.file.parent / f"layers-{name.replace(' ', '-')}.json").write_text(text)
+            layers[name] = json.loads(text)
+            (report.file.parent / f"layers{arguments.tag}.json").write_text(json.dumps(layers))
             return encode(record.layers)
 
         if arguments.layers:
@@ -367,7 +372,7 @@ def main() -> None:
     parser.add_argument("--level", type=int, default=3, help="optimization level of the builder")
     parser.add_argument("--free-types", action="store_true", help="let TensorRT 8.6 choose the type of each layer of fp16")
     parser.add_argument("--rebuild", action="store_true")
-    parser.add_argument("--layers", action="store_true", help="write the engine inspector's JSON of each engine to OUT")
+    parser.add_argument("--layers", action="store_true", help="write what the engine inspector says of each engine to OUT")
     parser.add_argument("--tag", default="", help="part of the result's name, for a second run into the same OUT")
     parser.add_argument("--torch-device", default="cuda")
     arguments = parser.parse_args()
