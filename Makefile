@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A recording to decode in the demonstration; without one, synthetic EEG is decoded.
 RECORDING ?= $(wildcard ../shared/eeg/eeglab_data.set)
 
-.PHONY: demo test lint types package runtime310 clean
+.PHONY: demo test test-gpu gpu-pack lint types package runtime310 clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,14 @@ endif
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# The smoke test of every GPU backend that runs here.
+test-gpu: $(VENV)/installed
+	$(BIN)/python -m pytest tests/test_gpu.py -m gpu
+
+# Bundles for benchmarks/gpu_engines.py on a GPU machine without PyTorch.
+gpu-pack: $(VENV)/installed
+	$(BIN)/python benchmarks/pack_bundles.py .gpu/bundles
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -87,7 +87,8 @@ def main() -> None:
         flips = "" if r["decision_flips"] is None else f"{r['decision_flips']} of {r['n_rows']}"
         lines.append(
             f"| {r['variant']} | {r['case']} | {r['precision']} | {r['max_abs']:.1e} | {r['max_error']:.1e} "
-            f"| {r['tolerance']:.0e} | {r['max_relative_to_spread']:.1e} | {max(0, 1 - r['cosine']):.1e} | {flips} | {'yes' if r['passed'] else 'NO'} |"
+            f"| {r['tolerance']:.0e} | {r['max_relative_to_spread']:.1e} | {max(0, 1 - r['cosine']):.1e} "
+            f"| {flips} | {'yes' if r['passed'] else 'NO'} |"
         )
     worst = {p: max(r["max_error"] for r in rows if r["precision"] == p) for p in PRECISIONS}
     lines += ["", "Largest error over scale: " + ", ".join(f"{p} {e:.1e}" for p, e in worst.items()) + "."]

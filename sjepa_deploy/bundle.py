@@ -19,7 +19,7 @@ from typing import Any
 from sjepa_deploy.errors import BundleError, ExportError
 from sjepa_deploy.runtime.parity import ParityResult, Reference
 from sjepa_deploy.serialize import DecodeError, decode, encode
-from sjepa_deploy.spec import ModelSpec, Precision
+from sjepa_deploy.spec import ModelSpec, Precision, RunPrecision, graph_precision
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -192,23 +192,24 @@ class Bundle:
         """Precisions that have a graph."""
         return tuple(graph.precision for graph in self.manifest.graphs)
 
-    def graph(self, precision: Precision) -> Graph:
-        """Return the graph of `precision`.
+    def graph(self, precision: RunPrecision) -> Graph:
+        """Return the graph that a backend runs in `precision`.
 
         Raises
         ------
         BundleError
             If there is none.
         """
+        wanted = graph_precision(precision)
         for graph in self.manifest.graphs:
-            if graph.precision == precision:
+            if graph.precision == wanted:
                 return graph
         raise BundleError(
-            f"The bundle {self.path} has no {precision} graph.",
-            f"Use {' or '.join(self.precisions)}, or export with --precision {precision}.",
+            f"The bundle {self.path} has no {wanted} graph.",
+            f"Use {' or '.join(self.precisions)}, or export with --precision {wanted}.",
         )
 
-    def graph_path(self, precision: Precision) -> Path:
+    def graph_path(self, precision: RunPrecision) -> Path:
         """Return the path of the ONNX file of `precision`."""
         return self.path / self.graph(precision).file
 

@@ -13,12 +13,21 @@ Variant = Literal["prelocal", "postlocal", "contextual", "base"]
 Unit = Literal["uV", "mV", "V"]
 Reference = Literal["average", "none"]
 Precision = Literal["fp32", "fp16", "bf16"]
+RunPrecision = Literal["fp32", "tf32", "fp16", "bf16"]
 
 VARIANTS: tuple[Variant, ...] = ("prelocal", "postlocal", "contextual", "base")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+RUN_PRECISIONS: tuple[RunPrecision, ...] = ("fp32", "tf32", "fp16", "bf16")
+"""What a backend may compute in: the type of the graph, with float32 under two names. "fp32" never uses TensorFloat-32."""
+
 UNITS_IN_VOLTS: dict[Unit, float] = {"uV": 1e-6, "mV": 1e-3, "V": 1.0}
 
 Position = tuple[float, float, float]
+
+
+def graph_precision(precision: RunPrecision) -> Precision:
+    """Return the precision of the graph that a backend runs in `precision`: TensorFloat-32 is a way to run the fp32 graph."""
+    return "fp32" if precision == "tf32" else precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +130,8 @@ class Preprocessing:
     @classmethod
     def default(cls, sfreq: float) -> Preprocessing:
         """Return the defaults for models at `sfreq` Hz, without the edges that this rate cannot hold."""
-        edges = {name: getattr(cls, name) for name in ("l_freq", "h_freq")}
-        return cls(**{name: edge if edge < sfreq / 2 else None for name, edge in edges.items()})
+        nyquist = sfreq / 2
+        return cls(l_freq=0.5 if nyquist > 0.5 else None, h_freq=40.0 if nyquist > 40.0 else None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,13 @@ if TYPE_CHECKING:
 @click.option("--static-batch", type=click.IntRange(min=1), help="The only batch size, in place of 1 to --max-batch.")
 @click.option("--seed", type=int, default=0, help="Seed of random weights and of the windows that parity is judged with.")
 @click.option("--parity-data", type=click.Path(path_type=Path), help="Recording, or .npy of windows, to judge with as well.")
+@click.option(
+    "--engine",
+    "engines",
+    default="auto",
+    help="TensorRT engines to build for this machine: none, or a list of fp32, tf32, fp16, bf16. auto builds one for every graph "
+    "where TensorRT and a GPU are there.",
+)
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @click.option("--json", "json_output", is_flag=True, help="Print the result as JSON.")
 def export(
@@ -85,6 +92,7 @@ def _export_one(
     static_batch: int | None,
     seed: int,
     parity_data: Path | None,
+    engines: str,
     force: bool,
     **flags: Any,
 ) -> Bundle:
@@ -136,7 +144,25 @@ def _export_one(
         screen.print(parity_table(e.results, f"{spec.variant}: parity with the PyTorch model in float64"))
         raise
     _report(screen, bundle, read is None)
+    _build_engines(screen, bundle, engines)
     return bundle
+
+
+def _build_engines(screen: Any, bundle: Bundle, asked: str) -> None:
+    """Build what ``--engine`` asks for; where "auto" builds nothing, say why."""
+    if asked == "none":
+        return
+    from sjepa_deploy.cli.build import build_engines, parse_precisions
+    from sjepa_deploy.export.to_tensorrt import why_no_engines
+    from sjepa_deploy.runtime.tensorrt_api import TensorRT
+
+    if asked != "auto":
+        build_engines(bundle, parse_precisions(asked), screen)
+    elif reason := why_no_engines():
+        screen.print(f"No TensorRT engines were built: {reason} On the machine that decodes: sjepa-build {bundle.path}")
+    else:
+        can = TensorRT("tensorrt").precisions
+        build_engines(bundle, tuple(p for p in bundle.precisions if p in can), screen)
 
 
 def _precisions(text: str) -> tuple[Precision, ...]:

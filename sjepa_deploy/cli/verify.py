@@ -12,7 +12,7 @@ from sjepa_deploy.cli import console, entry, parity_table, print_json
 from sjepa_deploy.errors import BackendError, ParityError
 from sjepa_deploy.runtime.backend import BACKENDS, open_backend, why_not
 from sjepa_deploy.runtime.parity import ParityResult, batch_sizes, check_parity
-from sjepa_deploy.spec import PRECISIONS
+from sjepa_deploy.spec import RUN_PRECISIONS, RunPrecision
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -21,12 +21,12 @@ from sjepa_deploy.spec import PRECISIONS
 @click.option(
     "--precision",
     "precisions",
-    type=click.Choice(PRECISIONS),
+    type=click.Choice(RUN_PRECISIONS),
     multiple=True,
-    help="Graph to judge; may be repeated.  [default: all]",
+    help="Precision to judge (tf32 too); may be repeated.  [default: all graphs]",
 )
 @click.option("--json", "json_output", is_flag=True, help="Print the result as JSON.")
-def verify(bundle: Path, backends: tuple[str, ...], precisions: tuple[str, ...], json_output: bool) -> None:
+def verify(bundle: Path, backends: tuple[str, ...], precisions: tuple[RunPrecision, ...], json_output: bool) -> None:
     """Compare what BUNDLE gives on this machine with the float64 outputs that the export stored in it.
 
     The hashes of all files are checked first. The exit status is 1 if a backend differs by more than the tolerance.
@@ -36,19 +36,18 @@ def verify(bundle: Path, backends: tuple[str, ...], precisions: tuple[str, ...],
     reference = opened.reference()
     results: list[ParityResult] = []
     left_out: dict[str, str] = {}
-    for graph in opened.manifest.graphs:
-        if precisions and graph.precision not in precisions:
-            continue
+    for precision in precisions or opened.precisions:
+        graph = opened.graph(precision)
         for name in backends or BACKENDS:
             asked = name not in BACKENDS or (backends and precisions)  # then it loads or this fails
-            reason = None if asked else why_not(opened, name, graph.precision)
+            reason = None if asked else why_not(opened, name, precision)
             if reason is not None:
-                left_out[f"{graph.precision} on {name}"] = reason
+                left_out[f"{precision} on {name}"] = reason
                 continue
             sizes = batch_sizes(graph.max_batch, graph.static_batch)
-            with screen.status(f"{graph.precision} on {name}"):
-                backend = open_backend(opened, name, graph.precision)
-                result = check_parity(backend.run, reference, backend=name, precision=graph.precision, sizes=sizes)
+            with screen.status(f"{precision} on {name}"):
+                backend = open_backend(opened, name, precision)
+                result = check_parity(backend.run, reference, backend=name, precision=precision, sizes=sizes)
                 backend.close()
             results.append(result)
     if not results:
