@@ -236,7 +236,7 @@ def run_tensorrt(report: Report, bundles: dict[str, Bundle], wanted: list[tuple[
             assert record is not None
             text = api.inspect(api.deserialize(store.plan(record)))
             device.close()
-            layers[name] = json.loads(text)
+            layers[name] = json.loads(text, strict=False)
             (report.file.parent / f"layers{arguments.tag}.json").write_text(json.dumps(layers))
             return encode(record.layers)
 

@@ -11,6 +11,8 @@ timing cache           yes                     yes                      yes     
 progress, time limit   no                      IProgressMonitor         IProgressMonitor      IProgressMonitor
 context without        own function,           strategy,                strategy,             runtime config,
 its memory             device_memory           set_device_memory        set_device_memory     set_device_memory
+profile of a context   shared by a preview,    the first                the first             the first
+                       set for each
 =====================  ======================  =======================  ====================  ======================
 """
 
@@ -138,6 +140,7 @@ class TensorRT:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
         if not self.strongly_typed:
             config.set_tactic_sources(0)  # 8.6 would call cuBLAS and cuDNN, which decoding boxes lack
+            config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
             if "PREFER_PRECISION_CONSTRAINTS" in flags:
                 _constrain_types(trt, network)
         self._set_profile(builder, network, config, settings)
@@ -231,8 +234,8 @@ class TensorRT:
         size = getattr(engine, "device_memory_size_v2", None)
         return int(engine.device_memory_size if size is None else size)
 
-    def create_context(self, engine: Any, address: int, size: int) -> Any:
-        """Return an execution context that uses our device memory for its activations.
+    def create_context(self, engine: Any, address: int, size: int, stream: int) -> Any:
+        """Return an execution context that uses our device memory for its activations. `stream` is where it will run.
 
         Raises
         ------
@@ -258,6 +261,8 @@ class TensorRT:
             context.set_device_memory(address, size)
         else:
             context.device_memory = address
+        if not self.strongly_typed and not context.set_optimization_profile_async(0, stream):  # 8.6 does so in the first alone
+            raise EngineError(f"TensorRT {self.version} refuses the profile: {self.last_error}.", "Build it again with sjepa-build.")
         return context
 
     def inspect(self, engine: Any) -> str:
@@ -288,7 +293,7 @@ def summarise_layers(inspected: str) -> LayerSummary:
     EngineError
         If it holds layer names only.
     """
-    layers = json.loads(inspected)["Layers"]
+    layers = json.loads(inspected, strict=False)["Layers"]  # 8.6 writes raw control characters
     if any(not isinstance(layer, dict) for layer in layers):
         raise EngineError("The engine was built without layer information.", "Build it with sjepa-build --rebuild.")
     types = dict.fromkeys(TYPE_WORDS, 0)

@@ -152,7 +152,7 @@ class EngineRunner:
                 f"The batch has {batch} windows, the engine's profile is {self.min_batch} to {self.max_batch}.",
                 "Split it, or build an engine with sjepa-build --max-batch.",
             )
-        context = self._api.create_context(self.engine, self._scratch.address, self._scratch.nbytes)
+        context = self._api.create_context(self.engine, self._scratch.address, self._scratch.nbytes, self._stream.handle)
         lane = _Lane(self._device, self._stream, context, batch, self._spec, self._options, self._api)
         self._lanes[batch] = lane
         return lane

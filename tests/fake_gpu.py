@@ -301,8 +301,11 @@ def fake_tensorrt(version: str, driver: FakeDriver, faults: Faults) -> types.Sim
         def set_tactic_sources(self, sources: int) -> None:
             self.tactic_sources = sources
 
+        def set_preview_feature(self, feature: Any, on: bool) -> None:
+            self.shares_profile = on
+
     if strong:
-        del IBuilderConfig.set_tactic_sources  # there, but ours is for 8.6
+        del IBuilderConfig.set_tactic_sources, IBuilderConfig.set_preview_feature  # there, but ours is for 8.6
 
     class Builder:
         def __init__(self, log: Any) -> None:
@@ -407,6 +410,10 @@ def fake_tensorrt(version: str, driver: FakeDriver, faults: Faults) -> types.Sim
             def device_memory(self, address: int) -> None:
                 self._memory = address
 
+            def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+                self._has_profile = index == 0
+                return self._has_profile
+
         def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
             self._shape = shape
             low, _, high = self._engine._profile or ((shape,) * 3)
@@ -418,6 +425,7 @@ def fake_tensorrt(version: str, driver: FakeDriver, faults: Faults) -> types.Sim
 
         def execute_async_v3(self, stream: int) -> bool:
             assert self._memory, "no memory for activations"
+            assert strong or self._has_profile, "8.6 gives the profile to the first context alone"
             if faults.refuse_enqueue:
                 return False
             addresses, shape, session = dict(self._addresses), self._shape, self._engine._session
@@ -458,7 +466,9 @@ def fake_tensorrt(version: str, driver: FakeDriver, faults: Faults) -> types.Sim
         **{c.__name__: c for c in (ILogger, OnnxParser, INetworkDefinition, IOptimizationProfile, ITimingCache, IBuilderConfig)},
         **{c.__name__: c for c in (Builder, EngineInspector, ICudaEngine, IExecutionContext, Runtime)},
     )
-    if strong:
+    if not strong:
+        module.PreviewFeature = names("PreviewFeature", "PROFILE_SHARING_0806")
+    else:
         module.IProgressMonitor = IProgressMonitor
         module.ExecutionContextAllocationStrategy = names("ExecutionContextAllocationStrategy", "STATIC", "USER_MANAGED")
     return module
