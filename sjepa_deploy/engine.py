@@ -26,7 +26,7 @@ from sjepa_deploy.errors import DataError, MissingDependencyError, TrainingError
 from sjepa_deploy.serialize import DecodeError, decode, encode
 
 try:
-    import lightning as L
+    import lightning
     from lightning.pytorch import callbacks, loggers
     from lightning.pytorch.strategies import DDPStrategy
 except ImportError as error:
@@ -132,7 +132,7 @@ class WindowDataset(Dataset[Batch]):
         return self.eeg[rows], self.targets[rows]
 
 
-class WindowLoaders(L.LightningDataModule):
+class WindowLoaders(lightning.LightningDataModule):
     """The loaders of the three parts. Their order follows from the seed and the epoch alone."""
 
     def __init__(self, windows: Windows, split: Split, engine: Engine) -> None:
@@ -143,7 +143,9 @@ class WindowLoaders(L.LightningDataModule):
         assert self.trainer is not None
         dataset = WindowDataset(self.windows, part)
         world, rank = (1, 0) if whole else (self.trainer.world_size, self.trainer.global_rank)
-        sampler = DistributedSampler(dataset, world, rank, shuffle=train, seed=self.engine.seed, drop_last=train)
+        sampler: DistributedSampler[Batch] = DistributedSampler(
+            dataset, world, rank, shuffle=train, seed=self.engine.seed, drop_last=train
+        )
         return DataLoader(
             dataset,
             batch_size=self.engine.batch_size,
@@ -179,7 +181,7 @@ class SeedEpochs(callbacks.Callback):
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Seed PyTorch."""
         torch.manual_seed((self.seed * 1_000_003 + trainer.current_epoch) * 4099 + trainer.global_rank)
 
@@ -201,7 +203,7 @@ def check_enough(split: Split, engine: Engine) -> None:
 
 
 def fit(
-    module: L.LightningModule,
+    module: lightning.LightningModule,
     loaders: WindowLoaders,
     folder: Path,
     config: object,
@@ -209,7 +211,7 @@ def fit(
     resume: bool = False,
     progress: bool = False,
     unused_parameters: bool = False,
-) -> tuple[Fitted, L.Trainer]:
+) -> tuple[Fitted, lightning.Trainer]:
     """Train `module` until its ``val_loss`` no longer falls, and give it the weights of its best epoch.
 
     Parameters
@@ -242,7 +244,7 @@ def fit(
     log = [loggers.CSVLogger(folder, name="logs"), *_tensorboard(folder)]
     distributed = engine.devices * engine.num_nodes > 1
     with _quiet():
-        trainer = L.Trainer(
+        trainer = lightning.Trainer(
             accelerator=engine.accelerator,
             devices=engine.devices,
             num_nodes=engine.num_nodes,
@@ -279,7 +281,7 @@ def fit(
     return fitted, trainer
 
 
-def predict(module: L.LightningModule, loaders: WindowLoaders, trainer: L.Trainer) -> Tensor:
+def predict(module: lightning.LightningModule, loaders: WindowLoaders, trainer: lightning.Trainer) -> Tensor:
     """Return what `module` predicts for the test windows, on the CPU."""
     with _quiet():
         outputs = trainer.predict(module, datamodule=loaders)

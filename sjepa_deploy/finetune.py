@@ -9,18 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import lightning as L
+import lightning
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sjepa_deploy.checkpoint import read_checkpoint, write_checkpoint
-from sjepa_deploy.data import DataConfig, Split, Target, Windows, load_windows, split_windows
+from sjepa_deploy.data import DataConfig, Split, Target, Windows, split_windows
 from sjepa_deploy.engine import Batch, Engine, Fitted, WindowLoaders, check_enough, fit, predict
 from sjepa_deploy.errors import DataError, TrainingError
+from sjepa_deploy.loading import load_windows
 from sjepa_deploy.metrics import Score, scores
-from sjepa_deploy.models import SignalJEPAModule, build_model
+from sjepa_deploy.models import SignalJEPAModule, SignalJEPAWithTransformer, build_model
 from sjepa_deploy.spec import EncoderSpec, ModelSpec, Variant
 from sjepa_deploy.transfer import NEW_PARTS, TransferReport, base_encoder, transfer
 
@@ -106,7 +107,7 @@ class FinetuneResult:
     split: str
 
 
-class FinetuneModule(L.LightningModule):
+class FinetuneModule(lightning.LightningModule):
     """A variant as Lightning's loop wants it.
 
     A regression learns standardised targets, so that learning does not depend on their unit; `finished` folds their mean and
@@ -130,7 +131,7 @@ class FinetuneModule(L.LightningModule):
         # The predictor of pretraining is never used; the rest of the encoder learns unless it is frozen for good.
         for part in self.old_parts:
             part.requires_grad_(not config.freeze_encoder)
-        if hasattr(model, "transformer"):
+        if isinstance(model, SignalJEPAWithTransformer):
             model.transformer.decoder.requires_grad_(False)
         self.encoder_parameters = [p for part in self.old_parts for p in part.parameters() if p.requires_grad]
 
@@ -174,12 +175,12 @@ class FinetuneModule(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the predictions in the target's unit, shape (B,), or the probabilities, shape (B, O)."""
-        outputs = self.model(batch[0]).float()
+        outputs: Tensor = self.model(batch[0]).float()
         return outputs[:, 0] * self.target_std + self.target_mean if self.regression else outputs.softmax(dim=-1)
 
     def finished(self) -> SignalJEPAModule:
         """Return the model whose last layer gives the target in its own unit. Call it once, after training."""
-        last = next(module for module in reversed(list(self.model.final_layer.modules())) if isinstance(module, nn.Linear))
+        last = [module for module in self.model.modules() if isinstance(module, nn.Linear)][-1]
         with torch.no_grad():
             last.weight *= self.target_std
             last.bias.copy_(last.bias * self.target_std + self.target_mean)
@@ -218,9 +219,7 @@ def finetune(config: FinetuneConfig, out: Path | str, *, resume: bool = False, p
     model, report = _build(config, windows)
     module = FinetuneModule(model, config, windows.targets[split.train])
     loaders = WindowLoaders(windows, split, config.engine)
-    fitted, trainer = fit(
-        module, loaders, out / "training", config, resume=resume, progress=progress, unused_parameters=True
-    )
+    fitted, trainer = fit(module, loaders, out / "training", config, resume=resume, progress=progress, unused_parameters=True)
     predictions = predict(module, loaders, trainer).numpy()
     targets, known = windows.targets[split.test], windows.targets[split.train]
     if module.regression:
@@ -251,9 +250,7 @@ def _build(config: FinetuneConfig, windows: Windows) -> tuple[SignalJEPAModule, 
     encoder = base_encoder(base) if base is not None else config.encoder or EncoderSpec()
     fields = windows.model_fields
     if config.variant == "contextual" and fields["positions"] is None:
-        raise DataError(
-            "The channels have no positions, which the position encoder needs.", "Name their montage with --montage."
-        )
+        raise DataError("The channels have no positions, which the position encoder needs.", "Name their montage with --montage.")
     spec = ModelSpec(
         variant=config.variant,
         n_outputs=1 if windows.class_names is None else len(windows.class_names),

@@ -112,7 +112,8 @@ class MaskSampler(nn.Module):
         near = within_radius(positions, masking.radius)
         if near.all(dim=1).any():
             raise SpecError(
-                f"A block of radius {masking.radius:g} hides all {self.n_chans} channels.", "Use a smaller radius for this montage."
+                f"A block of radius {masking.radius:g} hides all {self.n_chans} channels.",
+                "Use a smaller radius for this montage.",
             )
         if masking.mode == "fixed" and self.n_chans < masking.n_visible + masking.targets * masking.n_hidden:
             raise SpecError(

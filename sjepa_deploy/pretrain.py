@@ -15,14 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lightning as L
+import lightning
 import torch
 from torch import Tensor, nn
 
 from sjepa_deploy.checkpoint import write_checkpoint
-from sjepa_deploy.data import DataConfig, load_windows, split_windows
+from sjepa_deploy.data import DataConfig, split_windows
 from sjepa_deploy.engine import Batch, Engine, Fitted, WindowLoaders, check_enough, fit
 from sjepa_deploy.errors import DataError, SpecError
+from sjepa_deploy.loading import load_windows
 from sjepa_deploy.masking import Masking, Masks, MaskSampler
 from sjepa_deploy.models import SignalJEPA, build_model
 from sjepa_deploy.spec import EncoderSpec, ModelSpec
@@ -142,13 +143,15 @@ class JEPA(nn.Module):
     def tokens(self, eeg: Tensor) -> tuple[Tensor, Tensor]:
         """Return the local embeddings, shape (B, C, N, E), and the position encodings, shape (C, N, E)."""
         n_chans = eeg.shape[1]
-        return self.base.feature_encoder(eeg).unflatten(1, (n_chans, -1)), self.base.pos_encoder().unflatten(0, (n_chans, -1))
+        local: Tensor = self.base.feature_encoder(eeg)
+        positions: Tensor = self.base.pos_encoder()
+        return local.reshape(len(eeg), n_chans, -1, local.shape[-1]), positions.reshape(n_chans, -1, positions.shape[-1])
 
     @torch.no_grad()
     def target(self, local: Tensor, positions: Tensor) -> Tensor:
         """Return the teacher's embeddings of all tokens, shape (B, C, N, E)."""
         tokens = _encode(self.teacher, (local + positions).flatten(1, 2), target_layers=self.target_layers)
-        return tokens.unflatten(1, local.shape[1:3])
+        return tokens.reshape(local.shape)
 
     def predict(self, local: Tensor, positions: Tensor, masks: Masks) -> Tensor:
         """Return the predicted embeddings, shape (G, K, H, N, E), of the hidden channels.
@@ -187,9 +190,7 @@ class JEPA(nn.Module):
         torch._foreach_lerp_(mine, list(self.base.transformer.encoder.parameters()), 1 - momentum)
 
 
-def _encode(
-    encoder: nn.TransformerEncoder, tokens: Tensor, padding: Tensor | None = None, *, target_layers: int = 1
-) -> Tensor:
+def _encode(encoder: nn.TransformerEncoder, tokens: Tensor, padding: Tensor | None = None, *, target_layers: int = 1) -> Tensor:
     """Return the normalised mean of the encoder's last layers: with one of them, the encoder's output.
 
     `nn.TransformerEncoder` itself would turn padded rows into nested tensors where it evaluates.
@@ -211,7 +212,7 @@ def _per_token(padding: Tensor | None, n_tokens: int) -> Tensor | None:
     return None if padding is None else padding.repeat_interleave(n_tokens, dim=-1)
 
 
-class PretrainModule(L.LightningModule):
+class PretrainModule(lightning.LightningModule):
     """`JEPA` as Lightning's loop wants it."""
 
     spread: Tensor

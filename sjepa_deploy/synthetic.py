@@ -135,9 +135,7 @@ def planted_eeg(
     gain = rng.lognormal(0, 0.2, n_subjects)[subject, None, None]
     eeg = np.ascontiguousarray(gain * (topographies.T @ rhythms + noise), dtype=np.float32)
     reaction_time = 0.6 + 0.1 * latents[:, 0] + rng.normal(0, 0.03, n_total)
-    return PlantedEEG(
-        eeg=eeg, latent=latents[:, 0], reaction_time=reaction_time, subject=subject, topographies=topographies
-    )
+    return PlantedEEG(eeg=eeg, latent=latents[:, 0], reaction_time=reaction_time, subject=subject, topographies=topographies)
 
 
 def _far_apart(points: NDArray[np.float64], n: int) -> NDArray[np.intp]:

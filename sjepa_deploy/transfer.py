@@ -197,7 +197,8 @@ def _position_rows(base: Checkpoint, weight: Tensor, own: Tensor, spec: ModelSpe
     """Return the embedding of the variant's channels, the channels taken by name, and why the others were not."""
     if weight.shape[1] != own.shape[1]:
         raise CheckpointError(
-            f"{POSITIONS} of {base.file_name} has the shape {tuple(weight.shape)}, the {spec.variant} model's {tuple(own.shape)}.",
+            f"{POSITIONS} of {base.file_name} has the shape {tuple(weight.shape)}, the {spec.variant} model's "
+            f"{tuple(own.shape)}.",
             "Build the variant with the encoder of the base model.",
         )
     names: tuple[str, ...] | None = base.known.get("ch_names")

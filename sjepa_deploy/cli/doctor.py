@@ -13,7 +13,7 @@ from rich.table import Table
 from sjepa_deploy.cli import console, entry, print_json
 from sjepa_deploy.runtime.backend import BACKENDS
 
-PACKAGES = ("sjepa-deploy", "numpy", "onnxruntime", "torch", "onnx", "onnxscript", "safetensors", "mne", "pyxdf")
+PACKAGES = ("sjepa-deploy", "numpy", "onnxruntime", "torch", "onnx", "onnxscript", "safetensors", "lightning", "mne", "pyxdf")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
