@@ -62,8 +62,11 @@ def _pink(shape: tuple[int, int, int], rng: np.random.Generator) -> NDArray[np.f
     return unit
 
 
-RHYTHMS_HZ = (10.0, 6.0, 20.0, 8.0, 14.0, 25.0)
-"""Frequencies of the planted sources. The first is the one that the planted targets depend on."""
+RHYTHMS_HZ = (10.0, 6.0, 20.0, 8.0, 14.0)
+"""Frequencies of the planted sources that go on all the time, with another phase and amplitude in every window."""
+
+EVOKED_UV, EVOKED_S, EVOKED_HZ = 12.0, 0.7, 2.0
+"""Mean peak in microvolts, latency in seconds and frequency of the planted evoked potential, which the targets depend on."""
 
 SOURCE_WIDTH = 0.5
 """Standard deviation of a planted source's topography in head radii: neighbours at 10-10 distance share most of it."""
@@ -78,7 +81,7 @@ class PlantedEEG:
     eeg : ndarray of float32, shape (n_windows, n_chans, n_times)
         Windows in microvolts.
     latent : ndarray, shape (n_windows,)
-        Log amplitude, with unit variance, of the first source.
+        Amplitude of the evoked potential, standardised.
     reaction_time : ndarray, shape (n_windows,)
         0.6 s + 0.1 s x latent + noise of 0.03 s: at best, R2 is 0.92.
     subject : ndarray of int, shape (n_windows,)
@@ -99,9 +102,8 @@ def planted_eeg(
 ) -> PlantedEEG:
     """Return synthetic EEG with planted spatial structure and planted effects.
 
-    Six sources with smooth topographies, a rhythm each, sound through 1/f noise; the amplitude of each changes from window to
-    window, and the targets follow that of the first. A channel can be told from its neighbours, which is what pretraining
-    learns, and the sources' amplitudes are what there is to learn about.
+    Sources with smooth topographies lie in 1/f noise: an evoked potential at the back of the head, whose amplitude the targets
+    follow, and rhythms elsewhere. A channel can be told from its neighbours, which is what pretraining learns.
 
     Parameters
     ----------
@@ -119,23 +121,26 @@ def planted_eeg(
     points = np.array(positions)
     centre, radius = fit_sphere(points)
     points = (points - centre) / radius
-    places = _far_apart(points, len(RHYTHMS_HZ))
+    places = _far_apart(points, 1 + len(RHYTHMS_HZ))
     distance = np.linalg.norm(points[places][:, None] - points, axis=-1)
     topographies = np.exp(-((distance / SOURCE_WIDTH) ** 2) / 2)
-    n_total, n_sources = n_subjects * n_windows, len(places)
+    n_total, n_rhythms = n_subjects * n_windows, len(places) - 1
     subject = np.repeat(np.arange(n_subjects), n_windows)
-    latents = rng.standard_normal((n_total, n_sources))
-    strength = rng.normal(0, 0.2, (n_subjects, n_sources))[subject]
-    amplitude = ALPHA_UV * np.exp(0.7 * latents + strength)
+    latent = rng.standard_normal(n_total)
     time = np.arange(n_times) / sfreq
-    phase = rng.uniform(0, 2 * np.pi, (n_total, n_sources, 1))
-    frequency = np.array(RHYTHMS_HZ)[:n_sources, None] * rng.normal(1, 0.03, (n_total, n_sources, 1))
+    wave = np.cos(2 * np.pi * EVOKED_HZ * (time - EVOKED_S)) * np.exp(-(((time - EVOKED_S) * EVOKED_HZ) ** 2) / 2)
+    evoked = EVOKED_UV * (1 + latent)[:, None, None] * wave
+    strength = rng.normal(0, 0.2, (n_subjects, n_rhythms))[subject]
+    amplitude = ALPHA_UV * np.exp(0.5 * rng.standard_normal((n_total, n_rhythms)) + strength)
+    phase = rng.uniform(0, 2 * np.pi, (n_total, n_rhythms, 1))
+    frequency = np.array(RHYTHMS_HZ)[:n_rhythms, None] * rng.normal(1, 0.03, (n_total, n_rhythms, 1))
     rhythms = amplitude[..., None] * np.sin(2 * np.pi * frequency * time + phase)
+    sources = np.concatenate([evoked, rhythms], axis=1)
     noise = RMS_UV / 2 * _pink((n_total, len(points), n_times), rng)
     gain = rng.lognormal(0, 0.2, n_subjects)[subject, None, None]
-    eeg = np.ascontiguousarray(gain * (topographies.T @ rhythms + noise), dtype=np.float32)
-    reaction_time = 0.6 + 0.1 * latents[:, 0] + rng.normal(0, 0.03, n_total)
-    return PlantedEEG(eeg=eeg, latent=latents[:, 0], reaction_time=reaction_time, subject=subject, topographies=topographies)
+    eeg = np.ascontiguousarray(gain * (topographies.T @ sources + noise), dtype=np.float32)
+    reaction_time = 0.6 + 0.1 * latent + rng.normal(0, 0.03, n_total)
+    return PlantedEEG(eeg=eeg, latent=latent, reaction_time=reaction_time, subject=subject, topographies=topographies)
 
 
 def _far_apart(points: NDArray[np.float64], n: int) -> NDArray[np.intp]:

@@ -9,9 +9,7 @@ from sjepa_deploy.montage import fit_sphere, read_montage
 POSITIONS = {name: read_montage(name).positions for name in ("sjepa-62", "GSN-HydroCel-129")}
 
 
-@pytest.mark.parametrize(
-    ("montage", "hidden"), [("sjepa-62", (3.8, 7.1, 12.2)), ("GSN-HydroCel-129", (6.3, 14.1, 23.4))]
-)
+@pytest.mark.parametrize(("montage", "hidden"), [("sjepa-62", (3.8, 7.1, 12.2)), ("GSN-HydroCel-129", (6.3, 14.1, 23.4))])
 def test_the_blocks_hide_as_many_channels_as_those_of_the_paper(montage, hidden):
     for radius, expected in zip((0.4, 0.6, 0.8), hidden, strict=True):
         sampler = MaskSampler(Masking(radius=radius), POSITIONS[montage])
@@ -55,7 +53,7 @@ def test_fixed_masks_have_the_sizes_of_the_author_and_never_show_what_they_hide(
     for visible, targets in zip(masks.visible.tolist(), masks.hidden.tolist(), strict=True):
         assert len(set(visible)) == 8
         assert all(len(set(target)) == 8 for target in targets)
-        assert not set(visible) & set(sum(targets, []))
+        assert not set(visible) & {channel for target in targets for channel in target}
     compact = [any(near[i][target].sum() >= min(8, near[i].sum()) for i in range(62)) for target in masks.hidden[:, 0]]
     assert all(compact)  # each target fills a block before it takes a channel outside of it
 

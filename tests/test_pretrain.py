@@ -4,7 +4,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from small import CH_NAMES, DATA, ENCODER, PRETRAIN, make_spec
+from small import DATA, ENCODER, PRETRAIN, make_spec
 
 from sjepa_deploy.checkpoint import read_checkpoint
 from sjepa_deploy.data import DataConfig, Synthetic
@@ -139,12 +139,13 @@ def test_collapse_is_reported(tmp_path, caplog):
     assert "The embeddings collapse" in caplog.text
 
 
-def test_pretraining_predicts_much_better_than_the_mean_embedding(tmp_path):
-    data = DataConfig(montage="sjepa-62", ch_names=CH_NAMES, n_times=152, synthetic=Synthetic(n_subjects=8, n_windows=48))
-    engine = dataclasses.replace(PRETRAIN.engine, max_epochs=20, batch_size=32, seed=0)
+def test_pretraining_predicts_better_than_the_mean_embedding_and_does_not_collapse(tmp_path):
+    """benchmarks/learning.py measures it in full. The teacher follows fast, since there are few steps."""
+    data = dataclasses.replace(DATA, synthetic=Synthetic(n_subjects=10, n_windows=80))
+    engine = dataclasses.replace(PRETRAIN.engine, max_epochs=20, batch_size=32)
     result = pretrain(dataclasses.replace(PRETRAIN, data=data, engine=engine, ema_start=0.99, ema_end=0.99), tmp_path)
-    assert result.spread > 0.1
-    assert result.fitted.val_loss < 0.9 * result.val_l1_mean
+    assert result.spread > 0.2
+    assert result.fitted.val_loss < 0.85 * result.val_l1_mean
 
 
 def test_what_cannot_be_pretrained_on_is_refused_before_the_first_step(tmp_path):
@@ -152,7 +153,10 @@ def test_what_cannot_be_pretrained_on_is_refused_before_the_first_step(tmp_path)
     with pytest.raises(DataError, match="2 windows to train on are fewer than a batch of 16"):
         pretrain(dataclasses.replace(PRETRAIN, data=few), tmp_path / "few")
     np.savez(
-        tmp_path / "w.npz", eeg=np.random.default_rng(0).normal(0, 10, (30, 3, 152)), ch_names=["a", "b", "c"], sfreq=100.0,
+        tmp_path / "w.npz",
+        eeg=np.random.default_rng(0).normal(0, 10, (30, 3, 152)),
+        ch_names=["a", "b", "c"],
+        sfreq=100.0,
         subject=np.repeat(["x", "y", "z"], 10),
     )
     nowhere = DataConfig(source=(str(tmp_path / "w.npz"),), n_times=152, preprocessing=DATA.prepared)
