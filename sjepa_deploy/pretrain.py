@@ -163,7 +163,7 @@ class JEPA(nn.Module):
         example = _example_of(masks, len(local))
         visible = (local[example[:, None], masks.visible] + positions[masks.visible]).flatten(1, 2)
         padding = _per_token(masks.visible_padding, n_tokens)
-        context = _encode(self.base.transformer.encoder, visible, padding)
+        context = self.encode_context(visible, padding)
         queries = positions[masks.hidden.flatten(0, 1)].flatten(1, 2)
         if n_targets > 1:
             context = context.repeat_interleave(n_targets, dim=0)
@@ -173,6 +173,10 @@ class JEPA(nn.Module):
             queries, context, tgt_key_padding_mask=hidden_padding, memory_key_padding_mask=padding
         )
         return predicted.reshape(n_groups, n_targets, n_hidden, n_tokens, -1)
+
+    def encode_context(self, tokens: Tensor, padding: Tensor | None) -> Tensor:
+        """Return the context encoder's embeddings of visible tokens, shape (G, V * N, E)."""
+        return _encode(self.base.transformer.encoder, tokens, padding)
 
     def loss(self, predicted: Tensor, target: Tensor, masks: Masks) -> Tensor:
         """Return the mean absolute difference over the hidden channels."""
@@ -230,7 +234,7 @@ class PretrainModule(lightning.LightningModule):
         self.register_buffer("spread", torch.zeros(()))  # of the last epoch; the best checkpoint brings back its own
         self.register_buffer("val_l1_mean", torch.zeros(()))
         if config.engine.compile:
-            self.jepa.compile()
+            self.jepa.compile(dynamic=False)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW on everything but the teacher."""
