@@ -71,7 +71,13 @@ def load_braindecode(path: Path) -> types.ModuleType:
     class EEGModuleMixin:
         def __init__(self, n_outputs=None, n_chans=None, chs_info=None, n_times=None, input_window_seconds=None, sfreq=None):
             super().__init__()
-            self._n_outputs, self._n_chans, self._chs_info, self._n_times, self._sfreq = n_outputs, n_chans, chs_info, n_times, sfreq
+            self._n_outputs, self._n_chans, self._chs_info, self._n_times, self._sfreq = (
+                n_outputs,
+                n_chans,
+                chs_info,
+                n_times,
+                sfreq,
+            )
 
         n_outputs = property(lambda self: self._n_outputs)
         n_chans = property(lambda self: self._n_chans or len(self._chs_info))
@@ -182,7 +188,12 @@ def measure(kind: str, shape: tuple[int, int], batch: int, precision: str, args:
     montage = read_montage(MONTAGES[n_chans])
     encoder = EncoderSpec(n_layers=args.layers, n_decoder_layers=min(4, args.layers))
     spec = ModelSpec(
-        variant="base", n_chans=n_chans, n_times=n_times, sfreq=128.0, ch_names=montage.ch_names, positions=montage.positions,
+        variant="base",
+        n_chans=n_chans,
+        n_times=n_times,
+        sfreq=128.0,
+        ch_names=montage.ch_names,
+        positions=montage.positions,
         encoder=encoder,
     )
     compiled = kind.endswith("compiled")
@@ -195,8 +206,12 @@ def measure(kind: str, shape: tuple[int, int], batch: int, precision: str, args:
             warnings.simplefilter("ignore")
             chs_info = [{"ch_name": n, "loc": list(p)} for n, p in zip(montage.ch_names, montage.positions, strict=True)]
             theirs = bd.SignalJEPA(
-                n_chans=n_chans, n_times=n_times, sfreq=128.0, chs_info=chs_info,
-                transformer__num_encoder_layers=encoder.n_layers, transformer__num_decoder_layers=encoder.n_decoder_layers,
+                n_chans=n_chans,
+                n_times=n_times,
+                sfreq=128.0,
+                chs_info=chs_info,
+                transformer__num_encoder_layers=encoder.n_layers,
+                transformer__num_decoder_layers=encoder.n_decoder_layers,
             )
         theirs.load_state_dict(module.jepa.base.state_dict())
         module.jepa = BraindecodeJEPA(theirs)
@@ -207,10 +222,18 @@ def measure(kind: str, shape: tuple[int, int], batch: int, precision: str, args:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = lightning.Trainer(
-            accelerator="gpu" if args.device == "cuda" else "cpu", devices=args.devices, max_steps=steps, max_epochs=1,
+            accelerator="gpu" if args.device == "cuda" else "cpu",
+            devices=args.devices,
+            max_steps=steps,
+            max_epochs=1,
             precision={"bf16": "bf16-mixed", "fp32": "32-true"}[precision],
-            strategy=DDPStrategy() if args.devices > 1 else "auto", callbacks=[SeedEpochs(0), clock], logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+            strategy=DDPStrategy() if args.devices > 1 else "auto",
+            callbacks=[SeedEpochs(0), clock],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
         )
         data = torch.utils.data.DataLoader(Batches(batch, shape, steps, device), batch_size=None)
         trainer.fit(module, train_dataloaders=data)
@@ -218,9 +241,16 @@ def measure(kind: str, shape: tuple[int, int], batch: int, precision: str, args:
     with torch.no_grad():
         loss = float(trainer.callback_metrics.get("train_loss", math.nan))
     return {
-        "network": kind, "n_chans": n_chans, "n_times": n_times, "batch": batch, "precision": precision, "devices": args.devices,
-        "ms_per_step": clock.seconds * 1e3, "samples_per_s": batch * args.devices / clock.seconds,
-        "peak_memory_mib": peak and peak / 2**20, "loss": None if math.isnan(loss) else loss,
+        "network": kind,
+        "n_chans": n_chans,
+        "n_times": n_times,
+        "batch": batch,
+        "precision": precision,
+        "devices": args.devices,
+        "ms_per_step": clock.seconds * 1e3,
+        "samples_per_s": batch * args.devices / clock.seconds,
+        "peak_memory_mib": peak and peak / 2**20,
+        "loss": None if math.isnan(loss) else loss,
     }
 
 
@@ -304,14 +334,23 @@ def main() -> None:
                     print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     if args.out is not None and int(os.environ.get("RANK", 0)) == 0:
         # No path of the machine goes into a result.
-        command = "python benchmarks/training_speed.py " + re.sub(r"(--(?:braindecode|out)) \S+", r"\1 PATH", " ".join(sys.argv[1:]))
+        command = "python benchmarks/training_speed.py " + re.sub(
+            r"(--(?:braindecode|out)) \S+", r"\1 PATH", " ".join(sys.argv[1:])
+        )
         result = {"versions": versions(), "command": command, "rows": rows, "failures": failures}
         args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
         args.out.with_suffix(".md").write_text(table(result))
 
 
 def table(result: dict) -> str:
-    lines = ["# Pretraining speed", "", ", ".join(f"{k} {v}" for k, v in result["versions"].items()), "", f"`{result['command']}`", ""]
+    lines = [
+        "# Pretraining speed",
+        "",
+        ", ".join(f"{k} {v}" for k, v in result["versions"].items()),
+        "",
+        f"`{result['command']}`",
+        "",
+    ]
     lines += ["| shape | batch | precision | network | samples/s (median) | range | peak MiB | against braindecode |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
     keys = list(dict.fromkeys((r["n_chans"], r["n_times"], r["batch"], r["precision"], r["network"]) for r in result["rows"]))

@@ -68,8 +68,8 @@ RHYTHMS_HZ = (10.0, 6.0, 20.0, 8.0, 14.0)
 EVOKED_UV, EVOKED_S, EVOKED_HZ = 12.0, 0.7, 2.0
 """Mean peak in microvolts, latency in seconds and frequency of the planted evoked potential, which the targets depend on."""
 
-SOURCE_WIDTH = 0.5
-"""Standard deviation of a planted source's topography in head radii: neighbours at 10-10 distance share most of it."""
+SOURCE_WIDTH, EVOKED_WIDTH = 0.5, 0.9
+"""Standard deviations of the topographies of a rhythm and of the evoked potential in head radii."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -123,7 +123,8 @@ def planted_eeg(
     points = (points - centre) / radius
     places = _far_apart(points, 1 + len(RHYTHMS_HZ))
     distance = np.linalg.norm(points[places][:, None] - points, axis=-1)
-    topographies = np.exp(-((distance / SOURCE_WIDTH) ** 2) / 2)
+    width = np.array([EVOKED_WIDTH] + [SOURCE_WIDTH] * (len(places) - 1))[:, None]
+    topographies = np.exp(-((distance / width) ** 2) / 2)
     n_total, n_rhythms = n_subjects * n_windows, len(places) - 1
     subject = np.repeat(np.arange(n_subjects), n_windows)
     latent = rng.standard_normal(n_total)
@@ -131,7 +132,7 @@ def planted_eeg(
     wave = np.cos(2 * np.pi * EVOKED_HZ * (time - EVOKED_S)) * np.exp(-(((time - EVOKED_S) * EVOKED_HZ) ** 2) / 2)
     evoked = EVOKED_UV * (1 + latent)[:, None, None] * wave
     strength = rng.normal(0, 0.2, (n_subjects, n_rhythms))[subject]
-    amplitude = ALPHA_UV * np.exp(0.5 * rng.standard_normal((n_total, n_rhythms)) + strength)
+    amplitude = ALPHA_UV / 4 * np.exp(0.5 * rng.standard_normal((n_total, n_rhythms)) + strength)
     phase = rng.uniform(0, 2 * np.pi, (n_total, n_rhythms, 1))
     frequency = np.array(RHYTHMS_HZ)[:n_rhythms, None] * rng.normal(1, 0.03, (n_total, n_rhythms, 1))
     rhythms = amplitude[..., None] * np.sin(2 * np.pi * frequency * time + phase)
