@@ -52,6 +52,7 @@ VAL_MSE = 0.4  # of standardised targets: an R2 of about 0.6
 
 
 def features(model, eeg: np.ndarray) -> np.ndarray:
+    """Return the flattened embeddings of windows."""
     with reference_mode(model):
         return model(torch.from_numpy(eeg)).flatten(1).numpy()
 
@@ -65,6 +66,7 @@ def steps_to_score(folder: Path) -> int | None:
 
 
 def planted(args: argparse.Namespace, folder: Path) -> dict:
+    """Study synthetic EEG."""
     ch_names = read_montage("sjepa-62").ch_names[::4]
     rows = []
     for seed in range(args.seeds):
@@ -79,8 +81,7 @@ def planted(args: argparse.Namespace, folder: Path) -> dict:
         base = folder / f"base-{seed}"
         result = pretrain(config, base)
         row = {"seed": seed, "seconds": time.perf_counter() - start, "pretraining": encode(result.fitted)}
-        row |= {"val_l1": result.fitted.val_loss, "val_l1_mean": result.val_l1_mean, "spread": result.spread}
-        # The last epoch's weights: the validation loss is no guide while the teacher's embeddings still spread out.
+        row |= {"val_l1": result.val_l1, "val_l1_mean": result.val_l1_mean, "spread": result.spread}
         last = torch.load(base / "training/last.ckpt", weights_only=True)["state_dict"]
         labelled = dataclasses.replace(data, target=Target())
         windows = load_windows(labelled)
@@ -106,7 +107,7 @@ def planted(args: argparse.Namespace, folder: Path) -> dict:
                 tuned = Engine(max_epochs=args.tune_epochs, patience=args.tune_epochs, seed=seed, accelerator="cpu")
                 out = folder / f"{variant}-{kind}-{seed}"
                 given = (
-                    {"pretrained": str(base), "warmup_epochs": 2}
+                    {"pretrained": str(base), "warmup_epochs": 0}
                     if kind == "pretrained"
                     else {"encoder": SMALL, "warmup_epochs": 0}
                 )
@@ -119,6 +120,7 @@ def planted(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def eeglab(args: argparse.Namespace, folder: Path) -> dict:
+    """Study a real recording."""
     source = Path(os.environ.get("SJEPA_EEG", ROOT / "../shared/eeg")) / "eeglab_data.set"
     encoder = EncoderSpec(n_layers=args.layers, n_decoder_layers=1)
     unlabelled = DataConfig(source=(str(source),), hop=0.5)
@@ -146,10 +148,11 @@ def eeglab(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def summary_of_planted(result: dict) -> list[str]:
+    """Return Markdown."""
     rows = result["rows"]
     ratios = [row["val_l1"] / row["val_l1_mean"] for row in rows]
     lines = [f"L1 / L1 of the mean embedding at the best epoch, by seed: {', '.join(f'{x:.2f}' for x in ratios)}."]
-    lines += [f"Spread at the best epoch: {', '.join('%.2f' % row['spread'] for row in rows)}.", ""]
+    lines += [f"Spread at the best epoch: {', '.join(format(row['spread'], '.2f') for row in rows)}.", ""]
     lines += ["| linear probe, R2 of the test subjects | mean | by seed |", "| --- | --- | --- |"]
     for name in rows[0]["probe_r2"]:
         values = [row["probe_r2"][name] for row in rows]
@@ -161,11 +164,12 @@ def summary_of_planted(result: dict) -> list[str]:
     ]
     for name in rows[0]["steps"]:
         steps = ", ".join(str(row["steps"][name] or "never") for row in rows)
-        lines.append(f"| {name} | {steps} | {', '.join('%.2f' % row['test_r2'][name] for row in rows)} |")
+        lines.append(f"| {name} | {steps} | {', '.join(format(row['test_r2'][name], '.2f') for row in rows)} |")
     return lines
 
 
 def summary_of_eeglab(result: dict) -> list[str]:
+    """Return Markdown."""
     lines = ["| variant | fold | epochs | R2 (95 %) | NRMSE (95 %) | MAE in s (95 %) | mean: NRMSE, MAE |", "| --- " * 7 + "|"]
     for row in result["rows"]:
         scores = ["{value:.3f} ({low:.3f} to {high:.3f})".format(**row["test"][name]) for name in ("r2", "nrmse", "mae")]
@@ -176,6 +180,7 @@ def summary_of_eeglab(result: dict) -> list[str]:
 
 
 def main() -> None:
+    """Run a study and write what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=["planted", "eeglab"])
     parser.add_argument("--seeds", type=int, default=5)

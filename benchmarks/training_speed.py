@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import gc
 import importlib
 import importlib.machinery
@@ -69,6 +68,8 @@ def load_braindecode(path: Path) -> types.ModuleType:
         sys.modules[name] = package
 
     class EEGModuleMixin:
+        """Keeps what braindecode's own keeps."""
+
         def __init__(self, n_outputs=None, n_chans=None, chs_info=None, n_times=None, input_window_seconds=None, sfreq=None):
             super().__init__()
             self._n_outputs, self._n_chans, self._chs_info, self._n_times, self._sfreq = (
@@ -100,7 +101,8 @@ def load_braindecode(path: Path) -> types.ModuleType:
     file = path / "braindecode/models/signal_jepa.py"
     file = file if file.is_file() else path / "models/signal_jepa.py"
     spec = importlib.util.spec_from_file_location("braindecode.models.signal_jepa", file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -116,6 +118,7 @@ class Rearrange(nn.Module):
         assert self.splits or "-> b (channels time_out) emb_dim" in pattern, pattern
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x` rearranged."""
         if self.splits:
             return x.reshape(-1, 1, x.shape[-1])
         channels = self.axes["channels"]
@@ -126,6 +129,7 @@ class BraindecodeJEPA(JEPA):
     """The same step with braindecode's modules, each called as it comes."""
 
     def tokens(self, eeg: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return local embeddings and positions in our shapes."""
         n_chans = eeg.shape[1]
         local = self.base.feature_encoder(eeg)
         positions = self.base.pos_encoder(local)[0]
@@ -133,9 +137,11 @@ class BraindecodeJEPA(JEPA):
 
     @torch.no_grad()
     def target(self, local: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return the teacher's output."""
         return self.teacher((local + positions).flatten(1, 2)).reshape(local.shape)
 
     def encode_context(self, tokens: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        """Return the encoder's output."""
         return self.base.transformer.encoder(tokens, src_key_padding_mask=padding)
 
 
@@ -162,6 +168,7 @@ class Clock(lightning.Callback):
         self.warmup, self.times = warmup, []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        """Start the clock after the warm-up."""
         if trainer.global_step == self.warmup:
             if module.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -170,6 +177,7 @@ class Clock(lightning.Callback):
         self.last = trainer.global_step
 
     def on_train_end(self, trainer, module) -> None:
+        """Stop the clock."""
         if module.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds = (time.perf_counter() - self.start) / (self.last - self.warmup)
@@ -276,6 +284,7 @@ def same_loss(bd: types.ModuleType, device: str) -> float:
 
 
 def versions() -> dict[str, str]:
+    """Return what was measured with."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}
     with contextlib.suppress(subprocess.CalledProcessError, FileNotFoundError):
         found["commit"] = subprocess.run(
@@ -286,6 +295,7 @@ def versions() -> dict[str, str]:
 
 
 def main() -> None:
+    """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--braindecode", type=Path)
     parser.add_argument("--skip-braindecode", action="store_true")
@@ -343,6 +353,7 @@ def main() -> None:
 
 
 def table(result: dict) -> str:
+    """Return the medians as Markdown."""
     lines = [
         "# Pretraining speed",
         "",
@@ -363,8 +374,8 @@ def table(result: dict) -> str:
         baseline = medians.get((*key[:4], "braindecode"))
         ratio = f"{medians[key] / baseline:.2f}" if baseline else ""
         lines.append(
-            f"| {key[0]} x {key[1]} | {key[2]} | {key[3]} | {key[4]} | {medians[key]:.0f} | {speeds[0]:.0f} to {speeds[-1]:.0f} | "
-            f"{peak:.0f} | {ratio} |"
+            f"| {key[0]} x {key[1]} | {key[2]} | {key[3]} | {key[4]} | {medians[key]:.0f} | "
+            f"{speeds[0]:.0f} to {speeds[-1]:.0f} | {peak:.0f} | {ratio} |"
         )
     return "\n".join(lines) + "\n"
 

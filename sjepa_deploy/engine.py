@@ -239,8 +239,9 @@ def fit(
     engine = loaders.engine
     last = _open_run(folder, config, resume)
     best_checkpoint = callbacks.ModelCheckpoint(
-        folder, "best", monitor="val_loss", save_last=True, enable_version_counter=False, save_on_train_epoch_end=True
+        folder, "best", monitor="val_loss", enable_version_counter=False, save_on_train_epoch_end=True
     )
+    last_checkpoint = callbacks.ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
     log = [loggers.CSVLogger(folder, name="logs"), *_tensorboard(folder)]
     distributed = engine.devices * engine.num_nodes > 1
     with _quiet():
@@ -256,6 +257,7 @@ def fit(
                 SeedEpochs(engine.seed),
                 callbacks.EarlyStopping("val_loss", patience=engine.patience, check_on_train_epoch_end=True),
                 best_checkpoint,
+                last_checkpoint,  # after the best one, whose state it holds
                 *([callbacks.RichProgressBar()] if progress else []),
             ],
             logger=log,

@@ -40,7 +40,7 @@ def pretrain(
     fitted = result.fitted
     screen.print(
         f"{result.n_train} windows learned from, {result.n_val} of other {result.split}s validated on: L1 "
-        f"[bold]{fitted.val_loss:.4f}[/] at epoch {fitted.best_epoch + 1} of {fitted.epochs}, "
+        f"[bold]{result.val_l1:.4f}[/] at epoch {fitted.best_epoch + 1} of {fitted.epochs}, "
         f"{result.val_l1_mean:.4f} for the mean embedding; spread {result.spread:.3f}"
     )
     screen.print(f"base model in [bold]{out}[/]")
