@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 
 from sjepa_deploy.cli import console, entry, print_json
-from sjepa_deploy.cli.training import changes_of, print_transfer, require_training, training_options
+from sjepa_deploy.cli.training import changes_of, is_first_process, print_transfer, require_training, training_options
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -72,6 +72,8 @@ def finetune(
     config = overridden(config, changes | changes_of(flags))
     screen = console(json_output)
     result = run(config, out, resume=resume, progress=screen.is_terminal and not json_output)
+    if not is_first_process():
+        return
     if result.transfer is not None:
         print_transfer(screen, result.transfer)
     table = Table(title=f"{result.n_test} test windows of other {result.split}s", title_justify="left")

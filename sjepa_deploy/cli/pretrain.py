@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from sjepa_deploy.cli import console, entry, print_json
-from sjepa_deploy.cli.training import changes_of, require_training, training_options
+from sjepa_deploy.cli.training import changes_of, is_first_process, require_training, training_options
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -37,6 +37,8 @@ def pretrain(
     config = overridden(config, changes_of(flags) | masking)
     screen = console(json_output)
     result = run(config, out, resume=resume, progress=screen.is_terminal and not json_output)
+    if not is_first_process():
+        return
     fitted = result.fitted
     screen.print(
         f"{result.n_train} windows learned from, {result.n_val} of other {result.split}s validated on: L1 "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,6 +79,11 @@ def require_training() -> None:
     for package in ("torch", "safetensors", "lightning", "yaml"):
         if importlib.util.find_spec(package) is None:
             raise MissingDependencyError(package, "train")
+
+
+def is_first_process() -> bool:
+    """Return whether this process reports, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def print_transfer(screen: Console, report: Any) -> None:
