@@ -15,7 +15,8 @@ def emulate_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
     values = [*model.graph.value_info, *model.graph.input, *model.graph.output]
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    nodes = []
+    nodes: list[onnx.NodeProto] = []
+    widened: set[str] = set()
     for node in model.graph.node:
         if node.op_type == "Cast":
             nodes.append(node)
@@ -25,8 +26,10 @@ def emulate_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
         after = []
         for i, name in enumerate(node.input):
             if types.get(name) == TensorProto.BFLOAT16:
-                wide.input[i] = f"{node.name}/{name}/wide"
-                nodes.append(helper.make_node("Cast", [name], [wide.input[i]], to=TensorProto.FLOAT))
+                if name not in widened:
+                    nodes.append(helper.make_node("Cast", [name], [f"{name}/as float32"], to=TensorProto.FLOAT))
+                    widened.add(name)
+                wide.input[i] = f"{name}/as float32"
         for i, name in enumerate(node.output):
             if types.get(name) == TensorProto.BFLOAT16:
                 wide.output[i] = f"{name}/wide"

@@ -47,6 +47,11 @@ def _constant(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().clone().contiguous(), requires_grad=False)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """Return the exact GELU in the order of operations that ONNX Runtime fuses into one; torch's exporter writes another."""
+    return x * (torch.erf(x / math.sqrt(2)) + 1) * 0.5
+
+
 # ---- feature encoder ------------------------------------------------------------------------------------------------------
 
 
@@ -75,9 +80,9 @@ class RowFeatureEncoder(nn.Module):
         """Run the module; its class says on which shapes."""
         x = self.conv(eeg.reshape(-1, 1, eeg.shape[-1]))
         x = F.instance_norm(x, weight=self.norm.weight, bias=self.norm.bias, eps=self.norm.eps)
-        x = F.gelu(x[..., : self.steps[0]]).transpose(1, 2)
+        x = gelu(x[..., : self.steps[0]]).transpose(1, 2)
         for product, kernel, steps in zip(self.products, self.kernels, self.steps[1:], strict=True):
-            x = F.gelu(product(x.reshape(-1, steps, kernel * x.shape[-1])))
+            x = gelu(product(x.reshape(-1, steps, kernel * x.shape[-1])))
         return x.reshape(-1, eeg.shape[1] * x.shape[1], x.shape[2]).to(eeg.dtype)
 
 

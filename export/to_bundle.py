@@ -142,7 +142,6 @@ def to_bundle(
             parity=(),
             files={},
         )
-        manifest = write_manifest(folder, manifest)
         results = []
         for graph in graphs:
             progress(f"judging the {graph.precision} graph")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.errors import BackendError, MissingDependencyError
-from sjepa_deploy.spec import Precision
+from sjepa_deploy.errors import BackendError, MissingDependencyError, SjepaError
+from sjepa_deploy.runtime.cuda import Wait
+from sjepa_deploy.spec import RunPrecision
 
 FloatArray = NDArray[np.float32]
 
@@ -26,9 +27,22 @@ class BackendOptions:
     n_threads : int or None
         Threads that one call may use on the CPU. None: one for PreLocal and PostLocal, which gain nothing from more, and all
         cores for models with the transformer.
+    device : int
+        Which GPU.
+    memory : {"mapped", "copy"}
+        GPU backends: whether kernels read the input and write the output in pinned host memory, or the windows are copied to
+        device memory and the outputs back.
+    cuda_graph : bool
+        GPU backends: whether a call replays a captured graph, or enqueues kernel by kernel.
+    wait : {"spin", "flag", "block"}
+        GPU backends: how a call waits, see `sjepa_deploy.runtime.cuda.Wait`.
     """
 
     n_threads: int | None = None
+    device: int = 0
+    memory: Literal["mapped", "copy"] = "mapped"
+    cuda_graph: bool = True
+    wait: Wait = "spin"
 
 
 @runtime_checkable
@@ -40,7 +54,7 @@ class Backend(Protocol):
     """
 
     name: str
-    precision: Precision
+    precision: RunPrecision
 
     def run(self, eeg: FloatArray) -> FloatArray:
         """Run the model on `eeg`."""
@@ -63,27 +77,66 @@ class BackendEntry:
         What must be importable.
     extra : str
         Extra of sjepa-deploy that installs it.
+    probe : str
+        "module:function" that raises what keeps the backend from running on this machine, whatever the bundle.
     """
 
     target: str
     package: str
     extra: str
+    probe: str = ""
 
-    def why_not(self) -> MissingDependencyError | None:
-        """Return why the backend cannot be imported here, or None if it can."""
-        return None if importlib.util.find_spec(self.package) else MissingDependencyError(self.package, self.extra)
+    def why_not(self) -> SjepaError | None:
+        """Return what keeps the backend from running on this machine, or None if nothing does."""
+        if importlib.util.find_spec(self.package) is None:
+            return MissingDependencyError(self.package, self.extra)
+        if self.probe:
+            try:
+                _find(self.probe)()
+            except (BackendError, MissingDependencyError) as e:
+                return e
+        return None
+
+
+def _find(target: str) -> Any:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 BACKENDS: dict[str, BackendEntry] = {
     "ort-cpu": BackendEntry(target="sjepa_deploy.runtime.ort:OrtCpuBackend", package="onnxruntime", extra=""),
     "torch": BackendEntry(target="sjepa_deploy.runtime.reference:TorchBackend", package="torch", extra="export"),
+    "ort-cuda": BackendEntry(
+        target="sjepa_deploy.runtime.ort:OrtCudaBackend",
+        package="onnxruntime",
+        extra="gpu",
+        probe="sjepa_deploy.runtime.ort:probe_cuda",
+    ),
+    "ort-tensorrt": BackendEntry(
+        target="sjepa_deploy.runtime.ort:OrtTensorRTBackend",
+        package="onnxruntime",
+        extra="gpu",
+        probe="sjepa_deploy.runtime.ort:probe_tensorrt",
+    ),
+    "tensorrt": BackendEntry(
+        target="sjepa_deploy.runtime.trt:TensorRTBackend",
+        package="tensorrt",
+        extra="gpu",
+        probe="sjepa_deploy.runtime.trt:probe",
+    ),
+    "tensorrt-rtx": BackendEntry(
+        target="sjepa_deploy.runtime.trt:TensorRTRTXBackend",
+        package="tensorrt_rtx",
+        extra="rtx",
+        probe="sjepa_deploy.runtime.trt:probe_rtx",
+    ),
 }
 """Every backend by name."""
 
 DEFAULT_BACKEND = "ort-cpu"
 
 
-def open_backend(bundle: Bundle, name: str, precision: Precision, options: BackendOptions | None = None) -> Backend:
+def open_backend(bundle: Bundle, name: str, precision: RunPrecision, options: BackendOptions | None = None) -> Backend:
     """Load the backend `name` for the graph of `precision`.
 
     Raises
@@ -97,12 +150,11 @@ def open_backend(bundle: Bundle, name: str, precision: Precision, options: Backe
         raise BackendError(f"{name!r} is not a backend.", f"Use one of {', '.join(BACKENDS)}.")
     if missing := BACKENDS[name].why_not():
         raise missing
-    module, _, cls = BACKENDS[name].target.partition(":")
-    backend: Backend = getattr(importlib.import_module(module), cls)(bundle, precision, options or BackendOptions())
+    backend: Backend = _find(BACKENDS[name].target)(bundle, precision, options or BackendOptions())
     return backend
 
 
-def why_not(bundle: Bundle, name: str, precision: Precision) -> str | None:
+def why_not(bundle: Bundle, name: str, precision: RunPrecision) -> str | None:
     """Return why the backend `name` cannot run the graph of `precision` here, or None if it can."""
     try:
         open_backend(bundle, name, precision).close()

@@ -11,7 +11,8 @@ import numpy as np
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import InputError
 from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, Backend, BackendOptions, FloatArray, open_backend
-from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, Precision
+from sjepa_deploy.runtime.cuda import on_gpu
+from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, RunPrecision
 
 NonFinite = Literal["refuse", "pass"]
 
@@ -61,7 +62,8 @@ class Predictor:
         Parameters
         ----------
         eeg : array of float32, shape (batch, n_chans, n_times)
-            Windows in the unit of the spec, 1 to `max_batch` of them.
+            Windows in the unit of the spec, 1 to `max_batch` of them. GPU backends take an array on the GPU as well (DLPack or
+            the CUDA array interface, so a torch tensor), in place and without looking at its values.
 
         Returns
         -------
@@ -74,7 +76,9 @@ class Predictor:
         InputError
             If shape or dtype are wrong, samples are not finite, or the amplitude is impossible in the unit of the spec.
         """
-        if not isinstance(eeg, np.ndarray) or eeg.dtype != np.float32:
+        if not isinstance(eeg, np.ndarray):
+            return self._run_on_gpu(eeg)
+        if eeg.dtype != np.float32:
             self._refuse_type(eeg)
         if eeg.ndim != 3 or eeg.shape[1:] != self._window or len(eeg) not in self._batches:
             self._refuse_shape(eeg.shape)
@@ -82,10 +86,17 @@ class Predictor:
             eeg = np.ascontiguousarray(eeg)
         for row in eeg.reshape(len(eeg), -1):
             # One product tells both: it is not finite if a sample is not, and it is the energy that the unit must explain.
-            energy = row.dot(row)
+            energy = np.vdot(row, row)  # unlike dot, it overflows to infinity without a warning
             if not self._energy_from <= energy <= self._energy_to:
                 self._judge(row)
         return self.backend.run(eeg)
+
+    def _run_on_gpu(self, eeg: object) -> FloatArray:
+        run = getattr(self.backend, "run_on_gpu", None)
+        if run is None or not on_gpu(eeg):
+            self._refuse_type(eeg)
+        out: FloatArray = run(eeg)
+        return out
 
     def predict(self, eeg: FloatArray) -> FloatArray:
         """Decode any number of windows, shape (n, n_chans, n_times), in batches. The result is a new array."""
@@ -163,8 +174,9 @@ def load(
     bundle: Bundle | Path | str,
     *,
     backend: str = DEFAULT_BACKEND,
-    precision: Precision | None = None,
+    precision: RunPrecision | None = None,
     n_threads: int | None = None,
+    options: BackendOptions | None = None,
     non_finite: NonFinite = "refuse",
     check_unit: bool = True,
 ) -> Predictor:
@@ -176,10 +188,12 @@ def load(
         A bundle, or the folder of one, which is verified on opening.
     backend : str
         Name of a backend, see `sjepa_deploy.runtime.backend.BACKENDS`. It loads or this fails: nothing falls back.
-    precision : {"fp32", "fp16", "bf16"} or None
-        Which graph to run; None takes the bundle's first.
+    precision : {"fp32", "tf32", "fp16", "bf16"} or None
+        What to compute in; None takes the bundle's first graph.
     n_threads : int or None
         CPU threads of one call, see `BackendOptions`.
+    options : BackendOptions or None
+        All that may be asked of a backend, in place of `n_threads`: which GPU, copies or mapped memory, CUDA graph, how to wait.
     non_finite : {"refuse", "pass"}
         What to do with NaN and infinite samples.
     check_unit : bool
@@ -205,5 +219,6 @@ def load(
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
-    opened = open_backend(bundle, backend, precision or bundle.precisions[0], BackendOptions(n_threads=n_threads))
+    options = options or BackendOptions(n_threads=n_threads)
+    opened = open_backend(bundle, backend, precision or bundle.precisions[0], options)
     return Predictor(bundle, opened, non_finite=non_finite, check_unit=check_unit)

@@ -9,7 +9,7 @@ import numpy as np
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError
 from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
-from sjepa_deploy.spec import Precision
+from sjepa_deploy.spec import RunPrecision
 
 if TYPE_CHECKING:
     from sjepa_deploy.models import SignalJEPAModule
@@ -26,7 +26,7 @@ class TorchBackend:
 
     name = "torch"
 
-    def __init__(self, bundle: Bundle, precision: Precision, options: BackendOptions) -> None:
+    def __init__(self, bundle: Bundle, precision: RunPrecision, options: BackendOptions) -> None:
         if precision != "fp32":
             raise BackendError(f"The PyTorch reference does not run in {precision}.", "Use --precision fp32.")
         from sjepa_deploy.checkpoint import load_model, read_checkpoint

@@ -1,5 +1,6 @@
 """From a SignalJEPA EEG model's PyTorch checkpoint to a verified, real-time decoder."""
 
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 from sjepa_deploy.bundle import Bundle
@@ -7,6 +8,9 @@ from sjepa_deploy.errors import SjepaError
 from sjepa_deploy.runtime.predictor import Predictor, load
 from sjepa_deploy.spec import EncoderSpec, ModelSpec, Preprocessing
 
-__version__ = _version("sjepa-deploy")
+try:
+    __version__ = _version("sjepa-deploy")
+except _PackageNotFoundError:  # a checkout on the path of a decoding box
+    __version__ = "0+uninstalled"
 
 __all__ = ["load", "Predictor", "Bundle", "ModelSpec", "EncoderSpec", "Preprocessing", "SjepaError"]

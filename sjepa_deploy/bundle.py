@@ -7,17 +7,19 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from sjepa_deploy.errors import BundleError, ExportError
 from sjepa_deploy.runtime.parity import ParityResult, Reference
 from sjepa_deploy.serialize import DecodeError, decode, encode
-from sjepa_deploy.spec import ModelSpec, Precision
+from sjepa_deploy.spec import ModelSpec, Precision, RunPrecision, graph_precision
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -157,16 +159,19 @@ class Bundle:
             If the folder is no bundle, of a newer schema, incomplete or altered.
         """
         path = Path(path)
-        manifest = _read_manifest(path)
-        for name, sha256 in manifest.files.items():
-            file = _inside(path, name)
-            if not file.is_file():
-                raise BundleError(f"The bundle {path} lacks its file {name}.", "Copy or export the bundle again.")
-            if file_hash(file) != sha256:
-                raise BundleError(
-                    f"{name} of the bundle {path} was changed after it was written (its hash differs).",
-                    "Copy or export the bundle again.",
-                )
+        try:
+            manifest = _read_manifest(path)
+            for name, sha256 in manifest.files.items():
+                file = _inside(path, name)
+                if not file.is_file():
+                    raise BundleError(f"The bundle {path} lacks its file {name}.", "Copy or export the bundle again.")
+                if file_hash(file) != sha256:
+                    raise BundleError(
+                        f"{name} of the bundle {path} was changed after it was written (its hash differs).",
+                        "Copy or export the bundle again.",
+                    )
+        except OSError as e:
+            raise BundleError(f"The bundle {path} cannot be read ({e.strerror or e}).", "Check the path and its rights.") from e
         named = [graph.file for graph in manifest.graphs] + [REFERENCE_FILE]
         if unlisted := [name for name in named if name not in manifest.files]:
             raise BundleError(f"The manifest of {path} has no hash for {unlisted[0]}.", "Export the bundle again.")
@@ -187,29 +192,35 @@ class Bundle:
         """Precisions that have a graph."""
         return tuple(graph.precision for graph in self.manifest.graphs)
 
-    def graph(self, precision: Precision) -> Graph:
-        """Return the graph of `precision`.
+    def graph(self, precision: RunPrecision) -> Graph:
+        """Return the graph that a backend runs in `precision`.
 
         Raises
         ------
         BundleError
             If there is none.
         """
+        wanted = graph_precision(precision)
         for graph in self.manifest.graphs:
-            if graph.precision == precision:
+            if graph.precision == wanted:
                 return graph
         raise BundleError(
-            f"The bundle {self.path} has no {precision} graph.",
-            f"Use {' or '.join(self.precisions)}, or export with --precision {precision}.",
+            f"The bundle {self.path} has no {wanted} graph.",
+            f"Use {' or '.join(self.precisions)}, or export with --precision {wanted}.",
         )
 
-    def graph_path(self, precision: Precision) -> Path:
+    def graph_path(self, precision: RunPrecision) -> Path:
         """Return the path of the ONNX file of `precision`."""
         return self.path / self.graph(precision).file
 
     def reference(self) -> Reference:
         """Return the parity reference that the export wrote."""
-        return Reference.load(self.path / REFERENCE_FILE)
+        reference = Reference.load(self.path / REFERENCE_FILE)
+        n = len(reference.kinds)
+        shapes = (n, *self.spec.input_shape), (n, *self.spec.output_shape)
+        if not n or (reference.inputs.shape, reference.outputs.shape) != shapes:
+            raise BundleError(f"The reference of {self.path} does not fit its model.", "Export the bundle again.")
+        return reference
 
 
 def graph_contract(spec: ModelSpec, *, precision: Precision, max_batch: int, static_batch: int | None) -> str:
@@ -238,8 +249,8 @@ def _read_manifest(path: Path) -> Manifest:
     if not file.is_file():
         raise BundleError(f"{path} is no bundle: it holds no {MANIFEST_FILE}.", "Name the folder that sjepa-export wrote.")
     try:
-        data = json.loads(file.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        data = _load_json(file.read_bytes())
+    except (ValueError, RecursionError) as e:
         raise BundleError(f"{file} is not JSON ({e}).", "Copy or export the bundle again.") from e
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
@@ -257,12 +268,28 @@ def _read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def _load_json(text: bytes) -> Any:
+    """Parse JSON, without Python's additions NaN and Infinity."""
+
+    def refuse(word: str) -> Any:
+        raise ValueError(f"{word} is no JSON number")
+
+    def finite(number: str) -> float:
+        return float(number) if math.isfinite(float(number)) else refuse(number)
+
+    return json.loads(text, parse_constant=refuse, parse_float=finite)
+
+
 def _inside(path: Path, name: str) -> Path:
     """Return the file `name` of the bundle, refusing names that leave the folder."""
     pure = PurePosixPath(name)
     file = path.joinpath(*pure.parts)
-    leaves = pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts
-    if leaves or not file.resolve().is_relative_to(path.resolve()):
+    leaves = pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or not pure.parts
+    try:
+        leaves = leaves or not file.resolve().is_relative_to(path.resolve())
+    except RuntimeError:  # a loop of symbolic links, before Python 3.13
+        leaves = True
+    if leaves:
         raise BundleError(f"The manifest of {path} names {name!r}, which leaves the folder.", "Do not use this bundle.")
     return file
 
@@ -282,14 +309,16 @@ def new_bundle(path: Path, *, force: bool = False) -> Iterator[Path]:
     ExportError
         If `path` exists and `force` is not set, is no bundle, or cannot be written.
     """
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise ExportError(f"{path} exists and is no folder.", "Choose another --out.")
-    if path.exists() and any(path.iterdir()):
-        if not (path / MANIFEST_FILE).is_file():
-            raise ExportError(f"{path} is a folder with other content.", "Choose another --out; --force replaces bundles only.")
-        if not force:
-            raise ExportError(f"There is a bundle at {path} already.", "Use --force to replace it, or choose another --out.")
     with _as_export_errors(path):
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise ExportError(f"{path} exists and is no folder.", "Choose another --out.")
+        if path.exists() and any(path.iterdir()):
+            if not _looks_like_a_bundle(path):
+                raise ExportError(
+                    f"{path} is a folder with other content.", "Choose another --out; --force replaces bundles only."
+                )
+            if not force:
+                raise ExportError(f"There is a bundle at {path} already.", "Use --force to replace it, or choose another --out.")
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
     try:
@@ -317,6 +346,15 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
+def _looks_like_a_bundle(path: Path) -> bool:
+    """Whether `path` holds a manifest of ours, intact or not: web pages and browser extensions have a manifest.json too."""
+    try:
+        data = _load_json((path / MANIFEST_FILE).read_bytes())
+    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and {"schema_version", "spec", "graphs"} <= set(data)
+
+
 @contextlib.contextmanager
 def _as_export_errors(path: Path) -> Iterator[None]:
     try:
@@ -333,10 +371,12 @@ def _replace(folder: Path, path: Path) -> None:
         folder.rename(path)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-    path.rename(old)
     try:
-        folder.rename(path)
-    except OSError:
-        old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        try:
+            folder.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

@@ -11,6 +11,8 @@ import json
 import math
 import pickle
 import re
+import struct
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,9 @@ TRAINING_KEY = "sjepa_deploy_training"
 
 ANCHOR = "feature_encoder.1.0.weight"
 """The key that every SignalJEPA model has; what stands before it is the prefix of a trainer's module."""
+
+EMBEDDING = "pos_encoder.pos_encoder_spat.weight"
+"""The key of the position table: a row a channel, or a row for each of the 62 channels of the pretraining."""
 
 LAYERS = re.compile(r"transformer\.(encoder|decoder)\.layers\.(\d+)\.")
 
@@ -100,12 +105,12 @@ def read_checkpoint(path: Path | str, *, prefix: str | None = None) -> Checkpoin
         raise CheckpointError(f"There is no checkpoint at {path}.", "Check the path.")
     state, file_format = _read_tensors(file)
     weights, notes = _strip_prefix(state, file, prefix)
-    _check_values(weights, file)
+    weights = _as_float32(weights, file)
     variant = _variant_of(weights, file)
     known, n_tokens = _known_from_weights(weights, variant, file)
     from_config = _known_from_config(config, variant, path)
-    if "ch_names" in from_config and "pos_encoder.pos_encoder_spat.weight" in weights:
-        weights, picked = _pick_embedding_rows(weights, from_config["ch_names"], config)
+    if "ch_names" in from_config and EMBEDDING in weights:
+        weights, picked = _pick_embedding_rows(weights, from_config["ch_names"], config, path)
         notes += picked
         known["n_chans"] = len(from_config["ch_names"]) if picked else known["n_chans"]
     for name, value in from_config.items():
@@ -216,6 +221,10 @@ def braindecode_config(spec: ModelSpec) -> dict[str, Any]:
     return config
 
 
+_DAMAGED = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, AssertionError, struct.error)
+"""What ``torch.load`` raises on files that are cut, altered or something else altogether."""
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------------
 
 
@@ -238,15 +247,19 @@ def _read_tensors(file: Path) -> tuple[dict[str, Tensor], str]:
         except (SafetensorError, ValueError) as e:
             raise CheckpointError(f"{file} is truncated or not a safetensors file ({e}).", "Get the file again.") from e
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)  # an error follows
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         name = re.search(r"GLOBAL (\S+)", str(e))
         what = f" ({name.group(1)})" if name else ""
+        if not name and not file.read_bytes().startswith((b"PK", b"\x80")):  # neither a zip file nor a pickle
+            raise CheckpointError(f"{file} is not a PyTorch file.", "Name the file or folder that holds the weights.") from e
         raise CheckpointError(
             f"{file} is a pickle that holds more than tensors{what} and could run code when it is loaded.",
             "Save the state dict alone, best as safetensors, on a machine that trusts the file.",
         ) from e
-    except (RuntimeError, EOFError, ValueError, OSError) as e:
+    except _DAMAGED as e:
         raise CheckpointError(f"{file} is truncated or not a PyTorch file ({_first_line(e)}).", "Get the file again.") from e
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         return _tensors_of(content["state_dict"], file), "Lightning checkpoint"
@@ -278,8 +291,10 @@ def _strip_prefix(state: dict[str, Tensor], file: Path, prefix: str | None) -> t
             f"{file} holds {len(prefixes)} models under {', '.join(map(repr, prefixes))}.", "Choose one with --prefix."
         )
     prefix = prefixes[0] if prefix is None else prefix
-    weights = {k[len(prefix) :]: v.float() for k, v in state.items() if k.startswith(prefix)}
-    others = [k for k in state if not k.startswith(prefix)]
+    nested = tuple(p for p in prefixes if p != prefix and p.startswith(prefix))  # another model inside of this one's prefix
+    own = [k for k in state if k.startswith(prefix) and not k.startswith(nested)]
+    weights = {k[len(prefix) :]: state[k] for k in own}
+    others = [k for k in state if k not in set(own)]
     notes = [f"the prefix {prefix!r} was taken off the keys"] if prefix else []
     notes += [f"left out, not under the prefix: {listed(others)}"] if others else []
     return weights, tuple(notes)
@@ -294,9 +309,15 @@ def listed(names: list[str], most: int = 8) -> str:
 # ---- what a file says of its model ----------------------------------------------------------------------------------------
 
 
-def _check_values(weights: dict[str, Tensor], file: Path) -> None:
+def _as_float32(weights: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    if odd := [k for k, v in weights.items() if v.is_meta or v.layout != torch.strided or not v.is_floating_point()]:
+        raise CheckpointError(
+            f"{file} holds tensors that are not plain floating-point numbers: {listed(odd)}.", "Save the model unquantised."
+        )
+    weights = {k: v.float() for k, v in weights.items()}
     if bad := [k for k, v in weights.items() if not torch.isfinite(v).all()]:
         raise CheckpointError(f"{file} holds values that are not finite in {listed(bad)}.", "Use an earlier checkpoint.")
+    return weights
 
 
 def _variant_of(weights: dict[str, Tensor], file: Path) -> Variant:
@@ -323,20 +344,73 @@ def _known_from_weights(weights: dict[str, Tensor], variant: Variant, file: Path
     if variant in ("contextual", "base"):
         encoder = {"n_layers": counts["encoder"], "n_decoder_layers": counts["decoder"]}
     known: dict[str, Any] = {"variant": variant, "encoder": encoder}
+    if EMBEDDING in weights:
+        _check_shapes(weights, {EMBEDDING: 2}, file)
     if variant == "base":
-        if "pos_encoder.pos_encoder_spat.weight" in weights:
-            known["n_chans"] = len(weights["pos_encoder.pos_encoder_spat.weight"])
+        if EMBEDDING in weights:
+            known["n_chans"] = len(weights[EMBEDDING])
         return known, None
     filters = "spatial_conv.1.weight" if variant == "prelocal" else "final_layer.spat_conv.weight"
     linear = "final_layer.1.weight" if variant == "prelocal" else "final_layer.linear.weight"
     if absent := [k for k in (filters, linear) if k not in weights]:
         raise CheckpointError(f"{file} lacks {listed(absent)}, which a {variant} model has.", "Use a whole model's checkpoint.")
+    convolutions = [k for k in weights if re.fullmatch(r"feature_encoder\.\d+\.0\.weight", k)]
+    last = max(convolutions, key=lambda k: int(k.split(".")[1]))
+    _check_shapes(weights, {filters: 4 if variant == "prelocal" else 5, linear: 2, last: 3}, file)
     n_filters, n_chans = weights[filters].shape[0], weights[filters].shape[2]
     n_outputs, size = weights[linear].shape
-    convolutions = [k for k in weights if re.fullmatch(r"feature_encoder\.\d+\.0\.weight", k)]
-    emb_dim = weights[max(convolutions, key=lambda k: int(k.split(".")[1]))].shape[0]
+    emb_dim = weights[last].shape[0]
+    if size % (n_filters * emb_dim):
+        raise CheckpointError(
+            f"{file} has a head of {size} inputs ({linear}), which {n_filters} filters of {emb_dim} dimensions do not divide.",
+            "Use a whole model's checkpoint.",
+        )
     known |= {"n_chans": n_chans, "n_spat_filters": n_filters, "n_outputs": n_outputs}
     return known, size // (n_filters * emb_dim)
+
+
+def _check_shapes(weights: dict[str, Tensor], n_dims: dict[str, int], file: Path) -> None:
+    if wrong := [f"{k} is {tuple(weights[k].shape)}" for k, n in n_dims.items() if weights[k].ndim != n or 0 in weights[k].shape]:
+        raise CheckpointError(f"{file} has misshapen weights: {listed(wrong)}.", "Use a whole model's checkpoint.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BraindecodeChannel:
+    ch_name: str
+    loc: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BraindecodeConfig:
+    """The arguments of braindecode's classes that we read, for their types."""
+
+    n_outputs: int | None = None
+    n_chans: int | None = None
+    chs_info: tuple[_BraindecodeChannel, ...] | None = None
+    n_times: int | None = None
+    input_window_seconds: float | None = None
+    sfreq: float | None = None
+    n_spat_filters: int | None = None
+    feature_encoder__conv_layers_spec: tuple[tuple[int, int, int], ...] | None = None
+    drop_prob: float | None = None
+    pos_encoder__spat_dim: int | None = None
+    pos_encoder__time_dim: int | None = None
+    pos_encoder__sfreq_features: float | None = None
+    transformer__num_encoder_layers: int | None = None
+    transformer__num_decoder_layers: int | None = None
+    transformer__nhead: int | None = None
+    channel_embedding: str | None = None
+
+
+def _decode_braindecode(config: dict[str, Any], path: Path) -> _BraindecodeConfig:
+    fields = {f.name: config[f.name] for f in dataclasses.fields(_BraindecodeConfig) if f.name in config}
+    if isinstance(channels := fields.get("chs_info"), list):
+        keys = [f.name for f in dataclasses.fields(_BraindecodeChannel)]  # MNE's channels have more
+        fields["chs_info"] = [{k: ch[k] for k in keys if k in ch} if isinstance(ch, dict) else ch for ch in channels]
+    try:
+        return decode(_BraindecodeConfig, fields)
+    except DecodeError as e:
+        raise CheckpointError(f"{path / CONFIG_FILE} does not describe a model: {e}.", "Get the file again.") from e
 
 
 def _known_from_config(config: dict[str, Any], variant: Variant, path: Path) -> dict[str, Any]:
@@ -359,16 +433,16 @@ def _known_from_config(config: dict[str, Any], variant: Variant, path: Path) -> 
                 f"{path / CONFIG_FILE} sets {name} = {config[name]!r}, which is not supported.",
                 f"Use a model with {name} = {values[1]!r}.",
             )
-    known = {n: config[n] for n in ("n_chans", "n_times", "sfreq", "n_outputs", "n_spat_filters") if config.get(n) is not None}
+    read = _decode_braindecode(config, path)
+    fields = {f.name: value for f in dataclasses.fields(read) if (value := getattr(read, f.name)) is not None}
+    known: dict[str, Any] = {n: fields[n] for n in ("n_chans", "n_times", "sfreq", "n_outputs", "n_spat_filters") if n in fields}
     if variant == "base":
         known.pop("n_outputs", None)
-    seconds = config.get("input_window_seconds")
+    seconds = read.input_window_seconds
     if "n_times" not in known and seconds and "sfreq" in known:
         known["n_times"] = round(seconds * known["sfreq"])
     if "sfreq" not in known and seconds and "n_times" in known:
         known["sfreq"] = known["n_times"] / seconds
-    if "sfreq" in known:
-        known["sfreq"] = float(known["sfreq"])
     names = {
         "feature_encoder__conv_layers_spec": "conv_layers",
         "drop_prob": "drop_prob",
@@ -379,37 +453,49 @@ def _known_from_config(config: dict[str, Any], variant: Variant, path: Path) -> 
         "transformer__num_decoder_layers": "n_decoder_layers",
         "transformer__nhead": "n_heads",
     }
-    encoder = {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
-    if encoder:
-        if "conv_layers" in encoder:
-            encoder["conv_layers"] = tuple(tuple(layer) for layer in encoder["conv_layers"])
+    if encoder := {ours: fields[theirs] for theirs, ours in names.items() if theirs in fields}:
         known["encoder"] = EncoderSpec(**encoder)
-    channels = config.get("chs_info")
-    if channels is None and config.get("channel_embedding") == "pretrain_aligned":
+    if read.chs_info is None and read.channel_embedding == "pretrain_aligned":
         pretraining = montage.read_montage("sjepa-62")
         known |= {"ch_names": pretraining.ch_names, "positions": pretraining.positions, "n_chans": len(pretraining.ch_names)}
-    elif channels:
-        known["ch_names"] = tuple(ch["ch_name"] for ch in channels)
-        known["n_chans"] = len(channels)
-        locations = [ch.get("loc") for ch in channels]
-        if all(loc is not None and len(loc) >= 3 and all(map(math.isfinite, loc[:3])) for loc in locations):
-            known["positions"] = tuple(tuple(map(float, loc[:3])) for loc in locations)
+    elif read.chs_info:
+        if read.n_chans not in (None, len(read.chs_info)):
+            raise CheckpointError(
+                f"{path / CONFIG_FILE} says n_chans = {read.n_chans}, but describes {len(read.chs_info)} channels.",
+                "Use the configuration that belongs to these weights.",
+            )
+        known |= {"ch_names": tuple(ch.ch_name for ch in read.chs_info), "n_chans": len(read.chs_info)}
+        locations = [ch.loc[:3] for ch in read.chs_info if ch.loc is not None]
+        if len(locations) == len(read.chs_info) and all(len(x) == 3 and all(map(math.isfinite, x)) for x in locations):
+            known["positions"] = tuple(locations)
     return known
 
 
 def _pick_embedding_rows(
-    weights: dict[str, Tensor], ch_names: tuple[str, ...], config: dict[str, Any]
+    weights: dict[str, Tensor], ch_names: tuple[str, ...], config: dict[str, Any], path: Path
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Take the rows of the model's channels out of the table of the 62 pretraining channels, where the model has that."""
-    key = "pos_encoder.pos_encoder_spat.weight"
-    if config.get("channel_embedding") != "pretrain_aligned":
-        return weights, ()
+    """Take the rows of the model's channels out of the table of the 62 pretraining channels, where the model has that.
+
+    braindecode's ``SignalJEPA_Contextual.from_pretrained(base)`` keeps the base model's table but saves a configuration that
+    says "scratch" and ``_init_transformer: false`` (1.8.1): there the number of rows tells, and if it cannot, nothing does.
+    """
     table = [name.casefold() for name in montage.read_montage("sjepa-62").ch_names]
+    folded = [name.casefold() for name in ch_names]
+    n_rows = len(weights[EMBEDDING])
+    if config.get("channel_embedding") != "pretrain_aligned" and (n_rows != len(table) or n_rows == len(ch_names)):
+        if config.get("_init_transformer") is False and sorted(folded) == sorted(table) and folded != table:
+            raise CheckpointError(
+                f"{path / CONFIG_FILE} does not tell whether the position table has its channels' order or the pretraining's.",
+                'Set "channel_embedding" there to "pretrain_aligned", or remove "_init_transformer" if the order is its own.',
+            )
+        return weights, ()
     if unknown := [name for name in ch_names if name.casefold() not in table]:
         raise CheckpointError(
             f"The position table of this checkpoint has no row for {listed(unknown)}.", "Use channels of the pretraining."
         )
-    rows = [table.index(name.casefold()) for name in ch_names]
-    if len(weights[key]) != len(table) or rows == list(range(len(table))):
+    rows = [table.index(name) for name in folded]
+    if n_rows != len(table) or rows == list(range(len(table))):
         return weights, ()
-    return weights | {key: weights[key][rows]}, (f"{len(rows)} of {len(table)} rows of the position table were taken by name",)
+    return weights | {EMBEDDING: weights[EMBEDDING][rows]}, (
+        f"{len(rows)} of {len(table)} rows of the position table were taken by name",
+    )

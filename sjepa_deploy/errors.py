@@ -55,6 +55,10 @@ class BackendError(SjepaError):
     """A backend that is unknown, cannot load here, or cannot run this bundle."""
 
 
+class EngineError(BackendError):
+    """An engine that is missing, made for something else, corrupt, or could not be built."""
+
+
 class InputError(SjepaError, ValueError):
     """EEG windows that break the model's input contract."""
 

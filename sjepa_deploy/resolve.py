@@ -7,7 +7,7 @@ from typing import Any
 
 from sjepa_deploy import montage
 from sjepa_deploy.checkpoint import Checkpoint, listed
-from sjepa_deploy.errors import CheckpointError
+from sjepa_deploy.errors import CheckpointError, SpecError
 from sjepa_deploy.spec import EncoderSpec, ModelSpec, Preprocessing, Variant
 
 DEFAULT_MONTAGE = "GSN-HydroCel-129"
@@ -71,6 +71,11 @@ def resolve_spec(
     if isinstance(fields.get("encoder"), dict):
         fields["encoder"] = EncoderSpec(**fields["encoder"])
     spec = ModelSpec(**fields)
+    if spec.needs_positions and spec.positions is None:
+        raise SpecError(
+            f"The {spec.variant} model needs the positions of its {spec.n_chans} channels, which nothing settles.",
+            "Name their montage with --montage, and with --channels which of its channels they are.",
+        )
     if checkpoint and checkpoint.n_tokens is not None and spec.n_tokens_per_channel != checkpoint.n_tokens:
         raise CheckpointError(
             f"Windows of {spec.n_times} samples give {spec.n_tokens_per_channel} time tokens, but the head of "

@@ -81,8 +81,13 @@ def _decode(hint: Any, data: Any, place: str) -> Any:
         if not isinstance(data, dict):
             raise DecodeError(f"{here} must be an object, not {type(data).__name__}")
         return {k: _decode(args[1], v, f"{place}[{k!r}]") for k, v in data.items()}
+    if hint is int and isinstance(data, float) and data.is_integer():
+        return int(data)  # JSON knows one kind of number: 1.0 is an integer there
     if hint is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
+        try:
+            return float(data)
+        except OverflowError:
+            raise DecodeError(f"{here} is too large a number") from None
     assert hint in _JSON_TYPES, f"{hint} cannot be decoded"
     if not isinstance(data, hint) or (isinstance(data, bool) and hint is not bool):
         raise DecodeError(f"{here} must be of type {_JSON_TYPES[hint]}, not {type(data).__name__}")

@@ -13,12 +13,21 @@ Variant = Literal["prelocal", "postlocal", "contextual", "base"]
 Unit = Literal["uV", "mV", "V"]
 Reference = Literal["average", "none"]
 Precision = Literal["fp32", "fp16", "bf16"]
+RunPrecision = Literal["fp32", "tf32", "fp16", "bf16"]
 
 VARIANTS: tuple[Variant, ...] = ("prelocal", "postlocal", "contextual", "base")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+RUN_PRECISIONS: tuple[RunPrecision, ...] = ("fp32", "tf32", "fp16", "bf16")
+"""What a backend may compute in: the type of the graph, with float32 under two names. "fp32" never uses TensorFloat-32."""
+
 UNITS_IN_VOLTS: dict[Unit, float] = {"uV": 1e-6, "mV": 1e-3, "V": 1.0}
 
 Position = tuple[float, float, float]
+
+
+def graph_precision(precision: RunPrecision) -> Precision:
+    """Return the precision of the graph that a backend runs in `precision`: TensorFloat-32 is a way to run the fp32 graph."""
+    return "fp32" if precision == "tf32" else precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +60,9 @@ class EncoderSpec:
     def __post_init__(self) -> None:
         if not self.conv_layers or any(min(layer) < 1 for layer in self.conv_layers):
             raise SpecError("conv_layers must hold (dim, kernel, stride) of at least 1 each.", "Give at least one layer.")
+        for name, least in (("n_heads", 1), ("n_layers", 1), ("n_decoder_layers", 1), ("spat_dim", 0), ("time_dim", 0)):
+            if getattr(self, name) < least:
+                raise SpecError(f"{name} is {getattr(self, name)}.", f"Use {least} or more.")
         if self.emb_dim < self.spat_dim + self.time_dim or self.spat_dim % 6 or self.time_dim % 2:
             raise SpecError(
                 f"A position encoding of {self.spat_dim} + {self.time_dim} dimensions does not fit {self.emb_dim}.",
@@ -61,7 +73,7 @@ class EncoderSpec:
                 f"{self.n_heads} attention heads do not divide the embedding size {self.emb_dim}.",
                 "Use a number of heads that divides it.",
             )
-        if not (self.sfreq_features > 0 and 0 <= self.drop_prob < 1):
+        if not (0 < self.sfreq_features < math.inf and 0 <= self.drop_prob < 1):
             raise SpecError(
                 f"sfreq_features is {self.sfreq_features} and drop_prob {self.drop_prob}.",
                 "Use a positive rate and a dropout from 0 to below 1.",
@@ -117,8 +129,9 @@ class Preprocessing:
 
     @classmethod
     def default(cls, sfreq: float) -> Preprocessing:
-        """Return the defaults for models at `sfreq` Hz, without an upper edge that the rate already sets."""
-        return cls() if sfreq > 80.0 else cls(h_freq=None)
+        """Return the defaults for models at `sfreq` Hz, without the edges that this rate cannot hold."""
+        nyquist = sfreq / 2
+        return cls(l_freq=0.5 if nyquist > 0.5 else None, h_freq=40.0 if nyquist > 40.0 else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,12 +204,12 @@ class ModelSpec:
             raise SpecError(
                 f"There are {len(self.class_names)} class names for {self.n_outputs} outputs.", "Name every output once."
             )
-        h_freq = self.preprocessing.h_freq
-        if h_freq is not None and h_freq >= self.sfreq / 2:
-            raise SpecError(
-                f"The upper band edge of {h_freq:g} Hz is not below half the sampling rate of {self.sfreq:g} Hz.",
-                "Lower it, or leave it open (the resampler then sets it).",
-            )
+        for side, edge in (("lower", self.preprocessing.l_freq), ("upper", self.preprocessing.h_freq)):
+            if edge is not None and edge >= self.sfreq / 2:
+                raise SpecError(
+                    f"The {side} band edge of {edge:g} Hz is not below half the sampling rate of {self.sfreq:g} Hz.",
+                    "Lower it, or leave it open (the resampler sets the upper one).",
+                )
 
     @property
     def needs_positions(self) -> bool:

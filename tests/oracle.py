@@ -17,6 +17,7 @@ from sjepa_deploy.models import reference_mode
 from sjepa_deploy.spec import ModelSpec
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when braindecode imports it: only local folders are loaded here
+torch.set_num_threads(1)  # the tensors are small: on two busy cores, two threads wait for each other nine times as long
 
 
 def _make_torchaudio_importable() -> None:

@@ -20,7 +20,7 @@ from sjepa_deploy.errors import SjepaError
 from sjepa_deploy.runtime.parity import ParityResult
 from sjepa_deploy.serialize import encode
 
-COMMANDS = ("pretrain", "finetune", "export", "verify", "run", "doctor")
+COMMANDS = ("pretrain", "finetune", "export", "build", "verify", "run", "doctor")
 """Each is a module of this package with a click command of the same name."""
 
 
@@ -39,7 +39,7 @@ def _command(name: str) -> click.Command:
     return command
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sjepa-deploy")
 def group() -> None:
     """From a SignalJEPA checkpoint to a verified, real-time decoder."""
@@ -57,7 +57,8 @@ def run_command(command: click.Command, name: str, arguments: list[str]) -> int:
     except SjepaError as e:
         return _fail(name, str(e), e.exit_code)
     except click.UsageError as e:
-        return _fail(e.ctx.command_path if e.ctx else name, e.format_message(), 2)
+        where = e.ctx.command_path if e.ctx else name
+        return _fail(where, f"{e.format_message().rstrip('.')}. See {where} --help.", 2)
     except (click.Abort, KeyboardInterrupt):
         return _fail(name, "interrupted", 130)
     return status if isinstance(status, int) else 0

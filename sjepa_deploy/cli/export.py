@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
+from rich.markup import escape
 
 from sjepa_deploy.cli import console, entry, parity_table, print_json
 from sjepa_deploy.errors import ExportError, InputError, MissingDependencyError, RecordingError
@@ -47,6 +48,13 @@ if TYPE_CHECKING:
 @click.option("--static-batch", type=click.IntRange(min=1), help="The only batch size, in place of 1 to --max-batch.")
 @click.option("--seed", type=int, default=0, help="Seed of random weights and of the windows that parity is judged with.")
 @click.option("--parity-data", type=click.Path(path_type=Path), help="Recording, or .npy of windows, to judge with as well.")
+@click.option(
+    "--engine",
+    "engines",
+    default="auto",
+    help="TensorRT engines to build for this machine: none, or a list of fp32, tf32, fp16, bf16. auto builds one for every graph "
+    "where TensorRT and a GPU are there.",
+)
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @click.option("--json", "json_output", is_flag=True, help="Print the result as JSON.")
 def export(
@@ -84,6 +92,7 @@ def _export_one(
     static_batch: int | None,
     seed: int,
     parity_data: Path | None,
+    engines: str,
     force: bool,
     **flags: Any,
 ) -> Bundle:
@@ -135,7 +144,25 @@ def _export_one(
         screen.print(parity_table(e.results, f"{spec.variant}: parity with the PyTorch model in float64"))
         raise
     _report(screen, bundle, read is None)
+    _build_engines(screen, bundle, engines)
     return bundle
+
+
+def _build_engines(screen: Any, bundle: Bundle, asked: str) -> None:
+    """Build what ``--engine`` asks for; where "auto" builds nothing, say why."""
+    if asked == "none":
+        return
+    from sjepa_deploy.cli.build import build_engines, parse_precisions
+    from sjepa_deploy.export.to_tensorrt import why_no_engines
+    from sjepa_deploy.runtime.tensorrt_api import TensorRT
+
+    if asked != "auto":
+        build_engines(bundle, parse_precisions(asked), screen)
+    elif reason := why_no_engines():
+        screen.print(f"No TensorRT engines were built: {reason} On the machine that decodes: sjepa-build {bundle.path}")
+    else:
+        can = TensorRT("tensorrt").precisions
+        build_engines(bundle, tuple(p for p in bundle.precisions if p in can), screen)
 
 
 def _precisions(text: str) -> tuple[Precision, ...]:
@@ -214,13 +241,14 @@ def _report(screen: Any, bundle: Bundle, random: bool) -> None:
     manifest, spec = bundle.manifest, bundle.spec
     screen.print(parity_table(manifest.parity, f"{spec.variant}: parity with the PyTorch model in float64"))
     for note in manifest.weights.notes:
-        screen.print(f"note: {note}")
+        screen.print(f"note: {escape(note)}", soft_wrap=True)
     if random:
         screen.print("[bold yellow]The weights are random: no checkpoint was given. The predictions mean nothing.[/]")
     size = sum(f.stat().st_size for f in bundle.path.rglob("*") if f.is_file()) / 1e6
     shape = f"{spec.n_chans} channels x {spec.n_times} samples at {spec.sfreq:g} Hz in {spec.unit}"
-    screen.print(f"[bold]{bundle.path}[/]: {spec.variant}, {shape}, {', '.join(bundle.precisions)}, {size:.1f} MB")
-    screen.print(f"Next: sjepa-verify {bundle.path}")
+    path = escape(str(bundle.path))
+    screen.print(f"[bold]{path}[/]: {spec.variant}, {shape}, {', '.join(bundle.precisions)}, {size:.1f} MB", soft_wrap=True)
+    screen.print(f"Next: sjepa-verify {path}", soft_wrap=True)
 
 
 def _summary(bundle: Bundle) -> dict[str, Any]:

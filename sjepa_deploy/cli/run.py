@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import click
 import numpy as np
+from rich.markup import escape
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, print_json
@@ -16,7 +20,7 @@ from sjepa_deploy.errors import RecordingError
 from sjepa_deploy.recording import fit_recording, read_recording, window_starts, windows
 from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, FloatArray
 from sjepa_deploy.runtime.predictor import load
-from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, Precision, Unit
+from sjepa_deploy.spec import PRECISIONS, UNITS_IN_VOLTS, ModelSpec, Precision, Unit
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -25,7 +29,7 @@ from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, Precision, Unit
 @click.option("--out", type=click.Path(path_type=Path), help="TSV to write.  [default: standard output]")
 @click.option("--hop", type=float, help="Seconds from one window to the next.  [default: one window]")
 @click.option("--backend", default=DEFAULT_BACKEND, help="What runs the model.")
-@click.option("--precision", help="Graph to run.  [default: the bundle's first]")
+@click.option("--precision", type=click.Choice(PRECISIONS), help="Graph to run.  [default: the bundle's first]")
 @click.option("--interpolate", is_flag=True, help="Interpolate the model's channels from the recording's by their positions.")
 @click.option("--sfreq", type=float, help="Sampling rate in Hz of a file that does not say (.npy).")
 @click.option("--unit", type=click.Choice(list(UNITS_IN_VOLTS)), help="Unit of a file that does not say (.npy, .xdf).")
@@ -52,9 +56,7 @@ def run(
     screen = console(json_output or out is None)
     opened = Bundle.open(bundle)
     spec = opened.spec
-    step = spec.n_times if hop is None else round(hop * spec.sfreq)
-    if step < 1:
-        raise click.UsageError(f"--hop is less than a sample of {1 / spec.sfreq:g} s.")
+    step = spec.n_times if hop is None else _samples(hop, spec)
     raw = read_recording(recording, sfreq=sfreq, unit=unit, ch_names=spec.ch_names)
     fitted = fit_recording(raw, spec, interpolate=interpolate)
     starts = window_starts(fitted.data.shape[1], spec.n_times, step)
@@ -62,19 +64,21 @@ def run(
         outputs = predict.predict(windows(fitted.data, spec.n_times, step))
     times = (starts + spec.n_times - 1) / spec.sfreq
     try:
-        if out is None:
-            _write(sys.stdout, times, outputs, spec)
-        else:
-            with out.open("w", newline="") as stream:
-                _write(stream, times, outputs, spec)
+        with contextlib.nullcontext(sys.stdout) if out is None else _whole_file(out) as stream:
+            _write(stream, times, outputs, spec)
+    except BrokenPipeError:
+        raise  # click ends quietly where a reader like `head` has seen enough
     except OSError as e:
-        raise RecordingError(f"{out} cannot be written ({e.strerror}).", "Choose another --out.") from e
+        raise RecordingError(
+            f"{out or 'Standard output'} cannot be written ({e.strerror}).", "Choose another --out, or free some space."
+        ) from e
     for note in fitted.steps:
-        screen.print(f"recording: {note}")
+        screen.print(f"recording: {escape(note)}", soft_wrap=True)
     if opened.manifest.weights.random:
         screen.print("[bold yellow]The weights of this bundle are random: the predictions mean nothing.[/]")
-    where = "" if out is None else f" in [bold]{out}[/]"
-    screen.print(f"{len(starts)} windows of {spec.n_times / spec.sfreq:g} s every {step / spec.sfreq:g} s decoded{where}")
+    where = "" if out is None else f" in [bold]{escape(str(out))}[/]"
+    every = f"{len(starts)} windows of {spec.n_times / spec.sfreq:g} s every {step / spec.sfreq:g} s"
+    screen.print(f"{every} decoded{where}", soft_wrap=True)
     if json_output:
         print_json(
             {
@@ -90,6 +94,30 @@ def run(
         )
 
 
+def _samples(hop: float, spec: ModelSpec) -> int:
+    if not 0.5 < hop * spec.sfreq < 2**31:
+        seconds = 1 / spec.sfreq
+        raise click.UsageError(f"--hop is {hop:g} s, a sample of this model {seconds:g} s: use {seconds:g} or more.")
+    return round(hop * spec.sfreq)
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path) -> Iterator[IO[str]]:
+    """Open `path` for writing such that it is written whole or not at all. Devices and pipes are written as they are."""
+    if path.exists() and not path.is_file():
+        with path.open("w", newline="") as stream:
+            yield stream
+        return
+    path = path.resolve()
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("w", newline="") as stream:
+            yield stream
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _write(stream: IO[str], times: np.ndarray[tuple[int], np.dtype[np.float64]], outputs: FloatArray, spec: ModelSpec) -> None:
     rows = outputs.reshape(len(outputs), -1)
     if spec.class_names is not None:
@@ -101,6 +129,7 @@ def _write(stream: IO[str], times: np.ndarray[tuple[int], np.dtype[np.float64]],
     stream.write("\t".join(["time", *names]) + "\n")
     for time, row in zip(times, rows, strict=True):
         stream.write("\t".join([f"{time:.6f}", *(f"{value:.9g}" for value in row)]) + "\n")
+    stream.flush()
 
 
 main = entry("run")

@@ -1,0 +1,60 @@
+# The two commands of the README, and what CI runs. Everything is installed into .venv from pyproject.toml and constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A recording to decode in the demonstration; without one, synthetic EEG is decoded.
+RECORDING ?= $(wildcard ../shared/eeg/eeglab_data.set)
+
+.PHONY: demo test test-gpu gpu-pack lint types package runtime310 clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed
+	rm -rf demo && mkdir demo
+	$(BIN)/sjepa-export --variant contextual --out demo/bundle
+	$(BIN)/sjepa-verify demo/bundle
+ifeq ($(RECORDING),)
+	$(BIN)/python -m sjepa_deploy.synthetic demo/eeg.npy
+	$(BIN)/sjepa-run demo/bundle demo/eeg.npy --sfreq 100 --unit uV --hop 0.5 --out demo/predictions.tsv
+else
+	$(BIN)/sjepa-run demo/bundle $(RECORDING) --interpolate --hop 0.5 --out demo/predictions.tsv
+endif
+	@echo "The bundle is in demo/bundle, its predictions in demo/predictions.tsv."
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+# The smoke test of every GPU backend that runs here.
+test-gpu: $(VENV)/installed
+	$(BIN)/python -m pytest tests/test_gpu.py -m gpu
+
+# Bundles for benchmarks/gpu_engines.py on a GPU machine without PyTorch.
+gpu-pack: $(VENV)/installed
+	$(BIN)/python benchmarks/pack_bundles.py .gpu/bundles
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+package: $(VENV)/installed
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/python tests/check_wheel.py dist
+
+# The runtime half on the oldest Python, without PyTorch: it verifies and runs a bundle from the wheel.
+PYTHON310 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) python3.10)
+runtime310: package
+	rm -rf build/runtime310 && mkdir -p build/runtime310
+	$(PYTHON310) -m venv build/runtime310/venv
+	build/runtime310/venv/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	$(BIN)/sjepa-export --variant prelocal --out build/runtime310/bundle
+	cd build/runtime310 && venv/bin/sjepa-verify bundle && venv/bin/sjepa-doctor
+
+clean:
+	rm -rf $(VENV) build dist demo

@@ -1,0 +1,277 @@
+"""From a bundle's typed graph to an engine on this machine, judged before and after it was read back from the disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+
+from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.errors import BackendError, EngineError, MissingDependencyError, ParityError
+from sjepa_deploy.runtime.backend import BackendOptions
+from sjepa_deploy.runtime.cuda import Device
+from sjepa_deploy.runtime.engines import (
+    BuildSettings,
+    EngineRecord,
+    EngineStore,
+    LayerSummary,
+    now,
+    plan_hash,
+    read_timing_cache,
+    write_timing_cache,
+)
+from sjepa_deploy.runtime.parity import ParityResult, Reference, check_parity
+from sjepa_deploy.runtime.tensorrt_api import TensorRT, summarise_layers
+from sjepa_deploy.runtime.trt import EngineRunner, machine_of
+from sjepa_deploy.spec import RunPrecision
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str], None]
+
+HALF_PLAN = 0.75
+"""A plan smaller than this share of its float32 weights cannot hold them in float32. Fused regions hide their inner types from
+the inspector, but not the size of their weights."""
+
+
+class EngineParityError(ParityError):
+    """An engine whose outputs differ from the PyTorch model; it was deleted.
+
+    Attributes
+    ----------
+    result : ParityResult
+        What was measured.
+    """
+
+    def __init__(self, result: ParityResult, when: str) -> None:
+        what = f"The {result.precision} engine differs from the PyTorch model {when}: "
+        if result.nan_agrees:
+            what += f"{result.max_error:.2g} of the outputs' scale ({result.worst}), allowed is {result.tolerance:g}."
+        else:
+            what += "its outputs are not NaN where PyTorch's are."
+        super().__init__(what, "It was not kept. Try --optimization-level 2, or another precision.")
+        self.result = result
+
+
+def engine_batch_sizes(settings: BuildSettings) -> tuple[int, ...]:
+    """Return the batch sizes that an engine is judged at: 1, 2, 3, 8 and the largest, within the profile."""
+    low, high = settings.min_batch, settings.max_batch
+    return tuple(sorted({min(max(size, low), high) for size in (1, 2, 3, 8, high)}))
+
+
+def why_no_engines(flavour: str = "tensorrt") -> str | None:
+    """Return why no engine can be built here, or None if engines can be."""
+    try:
+        TensorRT(flavour)
+        Device().close()
+    except (BackendError, MissingDependencyError) as e:
+        return e.problem
+    return None
+
+
+def build_engine(
+    bundle: Bundle,
+    precision: RunPrecision,
+    *,
+    flavour: str = "tensorrt",
+    settings: BuildSettings | None = None,
+    ordinal: int = 0,
+    rebuild: bool = False,
+    time_limit: float | None = None,
+    progress: Progress = lambda _: None,
+) -> EngineRecord:
+    """Build, judge and keep one engine, or return the one that is there.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        An opened bundle; the engine is written into its folder ``engines``.
+    precision : {"fp32", "tf32", "fp16", "bf16"}
+        What to compute in.
+    flavour : {"tensorrt", "tensorrt-rtx"}
+        Which TensorRT.
+    settings : BuildSettings or None
+        Profile and options; None for the batches of the graph.
+    ordinal : int
+        Which GPU.
+    rebuild : bool
+        Whether to build again what is there.
+    time_limit : float or None
+        Seconds after which the build is given up.
+    progress : callable
+        Told what is being done.
+
+    Returns
+    -------
+    EngineRecord
+        What was built. `EngineRecord.computes_in` may be fp32 where fp16 was asked for.
+
+    Raises
+    ------
+    EngineError
+        If the engine cannot be built here, or an fp32 engine may use TensorFloat-32.
+    EngineParityError
+        If its outputs differ from the PyTorch model's. It is deleted.
+    """
+    graph = bundle.graph(precision)
+    settings = settings or default_settings(bundle, precision)
+    if settings.max_batch > graph.max_batch or graph.static_batch not in (None, settings.max_batch):
+        raise EngineError(
+            f"The graph takes {graph.static_batch or f'1 to {graph.max_batch}'} windows, not {settings.max_batch}.",
+            "Lower --max-batch, or export with a larger one.",
+        )
+    api = TensorRT(flavour)
+    if time_limit is not None and not api.has_progress:
+        raise EngineError(
+            f"TensorRT {api.version} cannot stop a build.", "Leave --time-limit out, or lower --optimization-level."
+        )
+    device = Device(ordinal)
+    try:
+        store = EngineStore(bundle=bundle)
+        machine = machine_of(api, device.gpu)
+        identity = store.identity(precision, machine, settings, api.flags(precision, settings))
+        with store.lock(identity, waiting=lambda: progress("waiting for another process that builds the same engine")):
+            found = store.find(identity)
+            if found is not None and not rebuild:
+                store.plan(found)
+                return found
+            started = time.monotonic()
+            onnx = bundle.graph_path(precision).read_bytes()
+            assert plan_hash(onnx) == identity.onnx_sha256, "Bundle.open verified it"
+            step = _Steps(progress, started, time_limit)
+            progress("building")
+            try:
+                plan, timings = api.build(onnx, precision, settings, timings=read_timing_cache(machine), step=step)
+            except EngineError:
+                if step.stopped:
+                    raise EngineError(
+                        f"The build took longer than {time_limit:g} s.", "Raise --time-limit, or lower --optimization-level."
+                    ) from None
+                raise
+            seconds = time.monotonic() - started
+            if api.keeps_timings:
+                _keep_timings(lambda: write_timing_cache(machine, timings))
+            layers, computes_in, evidence = prove_precision(api, plan, precision, len(onnx))
+            judge = _Judge(bundle.reference(), precision, bundle, api, device, settings)
+            progress("comparing with the PyTorch model")
+            before = judge(plan, "after the build")
+            record = EngineRecord(
+                identity=identity,
+                computes_in=computes_in,
+                evidence=evidence,
+                layers=layers,
+                parity=(before,),
+                plan_sha256=plan_hash(plan),
+                plan_bytes=len(plan),
+                build_seconds=round(seconds, 1),
+                created=now(),
+            )
+            progress("comparing again after reading it back")
+            return store.add(
+                record,
+                plan,
+                lambda reloaded: dataclasses.replace(record, parity=(before, judge(reloaded, "after it was read back"))),
+            )
+    finally:
+        device.close()
+
+
+def default_settings(bundle: Bundle, precision: RunPrecision) -> BuildSettings:
+    """Return the settings whose profile is that of the graph."""
+    graph = bundle.graph(precision)
+    if graph.static_batch is not None:
+        return BuildSettings(min_batch=graph.static_batch, opt_batch=graph.static_batch, max_batch=graph.static_batch)
+    return BuildSettings(max_batch=graph.max_batch)
+
+
+def prove_precision(
+    api: TensorRT, plan: bytes, precision: RunPrecision, onnx_bytes: int
+) -> tuple[LayerSummary, RunPrecision, str]:
+    """Return what the engine inspector says of a plan, what it computes in, and why that is believed.
+
+    Raises
+    ------
+    EngineError
+        If an fp32 engine may use TensorFloat-32.
+    """
+    engine = api.deserialize(plan)
+    layers = summarise_layers(api.inspect(engine))
+    del engine
+    return (layers, *judge_types(layers, precision, len(plan), onnx_bytes))
+
+
+def judge_types(layers: LayerSummary, precision: RunPrecision, plan_bytes: int, onnx_bytes: int) -> tuple[RunPrecision, str]:
+    """Return what an engine computes in, and the evidence.
+
+    Parameters
+    ----------
+    layers : LayerSummary
+        What the inspector found.
+    precision : {"fp32", "tf32", "fp16", "bf16"}
+        What was asked for.
+    plan_bytes, onnx_bytes : int
+        Sizes of the plan and of the graph, whose weights are half as large in a 16-bit precision.
+    """
+    if precision == "fp32":
+        if layers.types.get("tf32"):
+            raise EngineError(
+                f"{layers.types['tf32']} layers of the fp32 engine use TensorFloat-32.", "Ask for tf32, or report this."
+            )
+        return "fp32", "TensorFloat-32 was off for the build, and no layer names it"
+    if precision == "tf32":
+        return "tf32", "TensorFloat-32 was allowed"
+    if n_typed := layers.types.get(precision, 0):
+        return precision, f"{n_typed} of {layers.n_layers} layers are typed {precision}"
+    if layers.n_opaque and plan_bytes < HALF_PLAN * 2 * onnx_bytes and onnx_bytes > 1 << 20:
+        return precision, f"the plan of {plan_bytes} bytes cannot hold the weights in fp32; its fused layers tell no types"
+    return "fp32", f"none of its {layers.n_layers} layers is typed {precision}"
+
+
+class _Judge:
+    """Runs a plan on the reference and raises if it differs."""
+
+    def __init__(
+        self,
+        reference: Reference,
+        precision: RunPrecision,
+        bundle: Bundle,
+        api: TensorRT,
+        device: Device,
+        settings: BuildSettings,
+    ) -> None:
+        self._reference, self._precision, self._bundle = reference, precision, bundle
+        self._api, self._device, self._sizes = api, device, engine_batch_sizes(settings)
+
+    def __call__(self, plan: bytes, when: str) -> ParityResult:
+        runner = EngineRunner(self._api, self._device, plan, self._bundle.spec, BackendOptions())
+        try:
+            result = check_parity(
+                runner.run, self._reference, backend=self._api.flavour, precision=self._precision, sizes=self._sizes
+            )
+        finally:
+            runner.close()
+        if not result.passed:
+            raise EngineParityError(result, when)
+        return result
+
+
+class _Steps:
+    """Turns the builder's steps into progress, and stops it when time is up."""
+
+    def __init__(self, progress: Progress, started: float, time_limit: float | None) -> None:
+        self._progress, self._started, self._limit = progress, started, time_limit
+        self.stopped = False
+
+    def __call__(self, phase: str, share: float) -> bool:
+        elapsed = time.monotonic() - self._started
+        self._progress(f"building, {elapsed:.0f} s: {phase} {share:.0%}")
+        self.stopped = self._limit is not None and elapsed > self._limit
+        return not self.stopped
+
+
+def _keep_timings(write: Callable[[], None]) -> None:
+    try:
+        write()
+    except OSError as e:
+        logger.warning("The timing cache cannot be kept (%s); the next build takes as long as this one.", e)

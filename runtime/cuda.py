@@ -1,0 +1,356 @@
+"""The little of CUDA that decoding needs: one GPU, pinned memory that it sees, a stream, captured graphs, and two ways to wait.
+
+All through the driver API of `cuda.bindings`, which every call of ours checks. `cuda.core` is used where it saves us work: it
+reads arrays of other libraries on the GPU (DLPack, the CUDA array interface).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sjepa_deploy.errors import BackendError, InputError, MissingDependencyError
+
+FloatArray = NDArray[np.float32]
+
+Wait = Literal["spin", "flag", "block"]
+"""How a call waits for the GPU. "spin" asks the driver in a loop; "flag" looks at a word in host memory that the GPU writes last,
+which takes neither the driver's lock nor a system call; "block" sleeps until the GPU interrupts, which costs some 10 us and no
+processor time."""
+
+
+@functools.lru_cache(maxsize=1)
+def driver() -> Any:
+    """Return `cuda.bindings.driver`, initialised.
+
+    Raises
+    ------
+    MissingDependencyError
+        If cuda-bindings is not installed.
+    BackendError
+        If there is no NVIDIA driver or it does not start.
+    """
+    try:
+        cu = importlib.import_module("cuda.bindings.driver")
+    except ModuleNotFoundError as e:
+        raise MissingDependencyError("cuda-bindings", "gpu") from e
+    try:
+        (error,) = cu.cuInit(0)
+    except Exception as e:  # what is raised without libcuda differs between versions of cuda-bindings
+        raise BackendError("There is no NVIDIA driver here.", "Install the driver of your GPU, or use a CPU backend.") from e
+    if error != 0:
+        raise BackendError(f"The NVIDIA driver does not start ({_name(cu, error)}).", "See what nvidia-smi says.")
+    return cu
+
+
+def check(result: tuple[Any, ...]) -> Any:
+    """Return the value of a driver call.
+
+    Raises
+    ------
+    BackendError
+        If the call failed.
+    """
+    error, *values = result
+    if error != 0:
+        name = _name(driver(), error)
+        if name == "CUDA_ERROR_OUT_OF_MEMORY":
+            raise BackendError("The GPU is out of memory.", "Free some, or use a smaller --max-batch.")
+        raise BackendError(f"CUDA failed with {name}.", "See sjepa-doctor; after a sticky error start the process again.")
+    return values[0] if len(values) == 1 else tuple(values) or None
+
+
+def _name(cu: Any, error: Any) -> str:
+    status, name = cu.cuGetErrorName(cu.CUresult(int(error)))
+    return name.decode() if status == 0 and name else str(error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One GPU.
+
+    Attributes
+    ----------
+    name, compute_capability : str
+        As the driver says, e.g. "NVIDIA H100 80GB HBM3", "9.0".
+    driver : str
+        Version of the driver, e.g. "580.159.04".
+    cuda : str
+        CUDA version of the driver, e.g. "13.0".
+    memory : int
+        Bytes of device memory.
+    """
+
+    name: str
+    compute_capability: str
+    driver: str
+    cuda: str
+    memory: int
+
+
+class Device:
+    """The primary context of a GPU, shared with PyTorch and every other user of the runtime API in this process.
+
+    Parameters
+    ----------
+    ordinal : int
+        Which GPU.
+
+    Raises
+    ------
+    BackendError
+        If there is none.
+    """
+
+    def __init__(self, ordinal: int = 0) -> None:
+        self.cu = cu = driver()
+        count = check(cu.cuDeviceGetCount())
+        if ordinal >= count:
+            raise BackendError(f"There is no GPU {ordinal}: the driver sees {count}.", "Look at CUDA_VISIBLE_DEVICES.")
+        self.ordinal = ordinal
+        self._device = check(cu.cuDeviceGet(ordinal))
+        self._context = check(cu.cuDevicePrimaryCtxRetain(self._device))
+        self.make_current()
+
+    @property
+    def gpu(self) -> Gpu:
+        """What it is."""
+        cu = self.cu
+        attribute = cu.CUdevice_attribute
+        major = check(cu.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, self._device))
+        minor = check(cu.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, self._device))
+        cuda = check(cu.cuDriverGetVersion())
+        version = f"{cuda // 1000}.{cuda % 1000 // 10}"
+        name = check(cu.cuDeviceGetName(128, self._device)).split(b"\0")[0].decode()
+        return Gpu(
+            name=name,
+            compute_capability=f"{major}.{minor}",
+            driver=driver_version() or f"of CUDA {version}",
+            cuda=version,
+            memory=check(cu.cuDeviceTotalMem(self._device)),
+        )
+
+    def make_current(self) -> None:
+        """Make this GPU's context that of the calling thread."""
+        check(self.cu.cuCtxSetCurrent(self._context))
+
+    def free_memory(self) -> int:
+        """Return the bytes of device memory that are free."""
+        free, _ = check(self.cu.cuMemGetInfo())
+        return int(free)
+
+    def synchronize(self) -> None:
+        """Wait for all work on this GPU."""
+        check(self.cu.cuCtxSynchronize())
+
+    def close(self) -> None:
+        """Give the context back."""
+        check(self.cu.cuDevicePrimaryCtxRelease(self._device))
+
+
+def driver_version() -> str | None:
+    """Return the version of the NVIDIA driver as nvidia-smi prints it, or None where it cannot be read."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        text = ctypes.create_string_buffer(96)
+        if nvml.nvmlInit_v2() == 0 and nvml.nvmlSystemGetDriverVersion(text, 96) == 0:
+            return text.value.decode()
+    except (OSError, AttributeError):
+        pass  # Jetson has no NVML
+    file = Path("/sys/module/nvidia/version")
+    return file.read_text().strip() if file.is_file() else None
+
+
+class HostBuffer:
+    """Pinned host memory that the GPU reads and writes in place.
+
+    Attributes
+    ----------
+    array : array of float32
+        The memory as the host sees it.
+    address : int
+        The memory as the GPU sees it.
+    """
+
+    def __init__(self, device: Device, shape: tuple[int, ...]) -> None:
+        self._cu = cu = device.cu
+        self.nbytes = 4 * math.prod(shape)
+        flags = cu.CU_MEMHOSTALLOC_DEVICEMAP | cu.CU_MEMHOSTALLOC_PORTABLE
+        self.pointer = int(check(cu.cuMemHostAlloc(self.nbytes, flags)))
+        self.address = int(check(cu.cuMemHostGetDevicePointer(self.pointer, 0)))
+        memory = (ctypes.c_char * self.nbytes).from_address(self.pointer)
+        self.array: FloatArray = np.frombuffer(memoryview(memory), np.float32).reshape(shape)
+        self.array[...] = 0
+
+    def close(self) -> None:
+        """Free the memory; `array` must not be used any more."""
+        check(self._cu.cuMemFreeHost(self.pointer))
+
+
+class DeviceBuffer:
+    """Device memory.
+
+    Attributes
+    ----------
+    address, nbytes : int
+        Where it is, and its size.
+    """
+
+    def __init__(self, device: Device, nbytes: int) -> None:
+        self._cu = device.cu
+        self.nbytes = max(nbytes, 256)
+        self._pointer = check(self._cu.cuMemAlloc(self.nbytes))
+        self.address = int(self._pointer)
+
+    def close(self) -> None:
+        """Free the memory."""
+        check(self._cu.cuMemFree(self._pointer))
+
+
+class Stream:
+    """A stream of its own, with one way to wait for it.
+
+    Parameters
+    ----------
+    device : Device
+        The GPU.
+    wait : {"spin", "flag", "block"}
+        See `Wait`.
+    """
+
+    def __init__(self, device: Device, wait: Wait = "spin") -> None:
+        self._cu = cu = device.cu
+        self.stream = check(cu.cuStreamCreate(int(cu.CUstream_flags.CU_STREAM_NON_BLOCKING)))
+        self.handle = int(self.stream)
+        self.mode = wait
+        self._flag_buffer = HostBuffer(device, (1,))
+        self._flag = memoryview(self._flag_buffer.array.view(np.uint32))  # type: ignore[arg-type]
+        self._event = check(cu.cuEventCreate(_event_flags(cu)))
+        self.wait: Callable[[], None] = {"spin": self._spin, "flag": self._watch, "block": self._block}[wait]
+
+    def finish(self) -> None:
+        """Enqueue what the chosen way of waiting needs after the work. It belongs into a captured graph too."""
+        if self.mode == "flag":
+            cu = self._cu
+            default = cu.CUstreamWriteValue_flags.CU_STREAM_WRITE_VALUE_DEFAULT
+            check(cu.cuStreamWriteValue32(self.stream, cu.CUdeviceptr(self._flag_buffer.address), 1, int(default)))
+
+    def _spin(self) -> None:
+        query, stream = self._cu.cuStreamQuery, self.stream
+        while error := query(stream)[0]:
+            if error != self._cu.CUresult.CUDA_ERROR_NOT_READY:
+                check((error,))
+
+    def _watch(self) -> None:
+        flag = self._flag
+        while True:
+            for _ in range(20_000):
+                if flag[0]:
+                    flag[0] = 0
+                    return
+            (error,) = self._cu.cuStreamQuery(self.stream)  # after an error the GPU writes no flag
+            if error != self._cu.CUresult.CUDA_ERROR_NOT_READY:
+                check((error,))
+                flag[0] = 0
+                return
+
+    def _block(self) -> None:
+        check(self._cu.cuEventRecord(self._event, self.stream))
+        check(self._cu.cuEventSynchronize(self._event))
+
+    def synchronize(self) -> None:
+        """Wait whatever the mode, after work that `finish` did not end."""
+        check(self._cu.cuStreamSynchronize(self.stream))
+
+    def capture(self, enqueue: Callable[[], None]) -> Graph:
+        """Return the graph of what `enqueue` puts into this stream; nothing runs."""
+        cu = self._cu
+        check(cu.cuStreamBeginCapture(self.stream, cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
+        try:
+            enqueue()
+        except BaseException:
+            cu.cuStreamEndCapture(self.stream)  # its own error would hide the first
+            raise
+        return Graph(cu, check(cu.cuStreamEndCapture(self.stream)), self.stream)
+
+    def upload(self, target: int, source: HostBuffer) -> None:
+        """Enqueue a copy to the device address `target`."""
+        check(self._cu.cuMemcpyHtoDAsync(self._cu.CUdeviceptr(target), source.pointer, source.nbytes, self.stream))
+
+    def download(self, target: HostBuffer, source: int) -> None:
+        """Enqueue a copy from the device address `source`."""
+        check(self._cu.cuMemcpyDtoHAsync(target.pointer, self._cu.CUdeviceptr(source), target.nbytes, self.stream))
+
+    def close(self) -> None:
+        """Release the stream."""
+        self._flag.release()
+        self._flag_buffer.close()
+        check(self._cu.cuEventDestroy(self._event))
+        check(self._cu.cuStreamDestroy(self.stream))
+
+
+def _event_flags(cu: Any) -> int:
+    flags = cu.CUevent_flags
+    return int(flags.CU_EVENT_BLOCKING_SYNC) | int(flags.CU_EVENT_DISABLE_TIMING)
+
+
+class Graph:
+    """A captured graph, ready to launch.
+
+    Attributes
+    ----------
+    launch : callable
+        Launches it and returns the driver's result; `check` it.
+    """
+
+    def __init__(self, cu: Any, graph: Any, stream: Any) -> None:
+        self._cu = cu
+        self._exec = check(cu.cuGraphInstantiate(graph, 0))
+        check(cu.cuGraphDestroy(graph))
+        check(cu.cuGraphUpload(self._exec, stream))
+        self.launch: Callable[[], tuple[Any]] = functools.partial(cu.cuGraphLaunch, self._exec, stream)
+
+    def close(self) -> None:
+        """Release the graph."""
+        check(self._cu.cuGraphExecDestroy(self._exec))
+
+
+def on_gpu(array: object) -> bool:
+    """Return whether `array` says that it lies on a CUDA GPU (DLPack, or the CUDA array interface)."""
+    if hasattr(array, "__dlpack_device__"):
+        return int(array.__dlpack_device__()[0]) in (2, 3, 13)  # CUDA, pinned by CUDA, managed by CUDA
+    return hasattr(array, "__cuda_array_interface__")
+
+
+def address_on_gpu(array: Any, stream: Stream, window: tuple[int, int]) -> tuple[int, int]:
+    """Return batch and device address of windows on the GPU; work of their owner is waited for on `stream`.
+
+    Raises
+    ------
+    InputError
+        If they are not C-contiguous float32 of shape (batch, n_chans, n_times).
+    """
+    from cuda.core.utils import StridedMemoryView
+
+    view = StridedMemoryView.from_any_interface(array, stream_ptr=stream.handle)
+    shape = tuple(view.shape)
+    if view.dtype != np.float32 or len(shape) != 3 or shape[1:] != window:
+        raise InputError(
+            f"The input is {view.dtype} of shape {shape}, not float32 of shape (batch, {window[0]}, {window[1]}).",
+            "Convert it on the GPU.",
+        )
+    strides = (window[0] * window[1], window[1], 1)
+    if view.strides is not None and any(n > 1 and a != b for n, a, b in zip(shape, view.strides, strides, strict=True)):
+        raise InputError("The input on the GPU is not C-contiguous.", "Call .contiguous() on it.")
+    if not view.is_device_accessible:
+        raise InputError("The input is not on the GPU.", "Give a NumPy array, or an array on the GPU.")
+    return shape[0], int(view.ptr)

@@ -1,0 +1,378 @@
+"""One face for TensorRT 8.6, 10, 11 and TensorRT-RTX: every difference between their versions stands in this file.
+
+=====================  ======================  =======================  ====================  ======================
+                       8.6                     10                       11                    RTX 1
+=====================  ======================  =======================  ====================  ======================
+types                  FP16 flag, constraints  strongly typed           strongly typed        strongly typed
+bf16                   no                      yes                      yes                   yes
+explicit batch         a flag                  always                   always                always
+tactic sources         set to none             default                  default               default
+timing cache           yes                     yes                      yes                   no
+progress, time limit   no                      IProgressMonitor         IProgressMonitor      IProgressMonitor
+context without        own function,           strategy,                strategy,             runtime config,
+its memory             device_memory           set_device_memory        set_device_memory     set_device_memory
+=====================  ======================  =======================  ====================  ======================
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sjepa_deploy.errors import BackendError, EngineError, MissingDependencyError
+from sjepa_deploy.runtime.engines import BuildSettings, LayerSummary
+from sjepa_deploy.spec import RunPrecision
+
+logger = logging.getLogger(__name__)
+
+MODULES = {"tensorrt": ("tensorrt", "gpu"), "tensorrt-rtx": ("tensorrt_rtx", "rtx")}
+"""Python module and extra of each flavour."""
+
+Step = Callable[[str, float], bool]
+"""Told the phase of a build and how much of it is done; returns whether to go on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """One input or output of an engine."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    is_input: bool
+
+
+class TensorRT:
+    """One installed TensorRT.
+
+    Parameters
+    ----------
+    flavour : {"tensorrt", "tensorrt-rtx"}
+        Which one.
+    module : module or None
+        Stands in for the installed one.
+
+    Raises
+    ------
+    MissingDependencyError
+        If it is not installed.
+    BackendError
+        If it does not load; the message has the reason.
+    """
+
+    def __init__(self, flavour: str, module: Any = None) -> None:
+        self.flavour = flavour
+        self.module = trt = module or _load(flavour)
+        self.version = str(trt.__version__)
+        self.strongly_typed = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+        self.has_progress = hasattr(trt, "IProgressMonitor")
+        self.keeps_timings = flavour == "tensorrt"
+        self._log = _log_of(trt)
+        self._runtime: Any = None
+
+    @property
+    def precisions(self) -> tuple[RunPrecision, ...]:
+        """What engines can be built in."""
+        return ("fp32", "tf32", "fp16", "bf16") if self.strongly_typed else ("fp32", "tf32", "fp16")
+
+    # ---- building ----------------------------------------------------------------------------------------------------------
+
+    def flags(self, precision: RunPrecision, settings: BuildSettings) -> tuple[str, ...]:
+        """Return the names of the builder's and the network's flags for an engine."""
+        flags = ["STRONGLY_TYPED"] if self.strongly_typed else ["EXPLICIT_BATCH"]
+        if precision == "tf32":
+            flags.append("TF32")
+        if not self.strongly_typed and precision == "fp16":
+            flags += ["FP16", "PREFER_PRECISION_CONSTRAINTS"] if settings.typed_layers else ["FP16"]
+        if settings.refittable:
+            flags.append("REFIT")
+        if settings.version_compatible:
+            flags.append("VERSION_COMPATIBLE")
+        return tuple(flags)
+
+    def build(
+        self, onnx: bytes, precision: RunPrecision, settings: BuildSettings, *, timings: bytes = b"", step: Step | None = None
+    ) -> tuple[bytes, bytes]:
+        """Build a plan.
+
+        Parameters
+        ----------
+        onnx : bytes
+            The typed graph.
+        precision : {"fp32", "tf32", "fp16", "bf16"}
+            What to compute in; the graph is of that type.
+        settings : BuildSettings
+            Profile and options.
+        timings : bytes
+            Timings of kernels from earlier builds.
+        step : callable or None
+            Progress, where this version reports any.
+
+        Returns
+        -------
+        plan, timings : bytes
+            The engine, and the timings with what this build added.
+
+        Raises
+        ------
+        EngineError
+            If this version cannot build it. The message ends with TensorRT's own.
+        """
+        trt = self.module
+        if precision not in self.precisions:
+            raise EngineError(f"TensorRT {self.version} has no {precision}.", f"Use {', '.join(self.precisions)}.")
+        flags = self.flags(precision, settings)
+        builder, network, parser = self.parse(onnx, flags[0])
+        config = builder.create_builder_config()
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default
+        for flag in flags[1:]:
+            config.set_flag(getattr(trt.BuilderFlag, flag))
+        assert config.get_flag(trt.BuilderFlag.TF32) == (precision == "tf32")
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the proof of precision reads the layers
+        config.builder_optimization_level = settings.optimization_level
+        if settings.workspace_mib is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
+        if not self.strongly_typed:
+            config.set_tactic_sources(0)  # 8.6 would call cuBLAS and cuDNN, which decoding boxes lack
+            if "PREFER_PRECISION_CONSTRAINTS" in flags:
+                _constrain_types(trt, network)
+        self._set_profile(builder, network, config, settings)
+        if step is not None and self.has_progress:
+            config.progress_monitor = _monitor(trt, step)
+        cache = None
+        if self.keeps_timings:
+            cache = config.create_timing_cache(timings) or config.create_timing_cache(b"")
+            config.set_timing_cache(cache, ignore_mismatch=False)
+        self._log.errors.clear()
+        plan = builder.build_serialized_network(network, config)
+        del parser
+        if plan is None:
+            reason = self._log.errors[-1] if self._log.errors else "no reason given"
+            mend = "Allow more with --workspace." if settings.workspace_mib is not None else "Lower --max-batch."
+            raise EngineError(f"TensorRT {self.version} could not build the {precision} engine: {reason}.", mend)
+        return bytes(plan), b"" if cache is None else bytes(config.get_timing_cache().serialize())
+
+    def parse(self, onnx: bytes, typing: str) -> tuple[Any, Any, Any]:
+        """Return a builder, the network of a graph, and the parser, which owns the weights until the network is built.
+
+        `typing` is the network's flag.
+
+        Raises
+        ------
+        EngineError
+            If this version does not read the graph.
+        """
+        trt = self.module
+        builder = trt.Builder(self._log)
+        network = builder.create_network(1 << int(getattr(trt.NetworkDefinitionCreationFlag, typing)))
+        parser = trt.OnnxParser(network, self._log)
+        if not parser.parse(onnx):
+            reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+            raise EngineError(f"TensorRT {self.version} does not read the graph: {reasons}.", "Export with --opset 17.")
+        return builder, network, parser
+
+    def _set_profile(self, builder: Any, network: Any, config: Any, settings: BuildSettings) -> None:
+        tensor = network.get_input(0)
+        batch, *window = tuple(tensor.shape)
+        if batch > 0:  # the graph has one batch size only
+            return
+        profile = builder.create_optimization_profile()
+        sizes = (settings.min_batch, settings.opt_batch, settings.max_batch)
+        profile.set_shape(tensor.name, *[(size, *window) for size in sizes])
+        config.add_optimization_profile(profile)
+
+    # ---- running -----------------------------------------------------------------------------------------------------------
+
+    def deserialize(self, plan: bytes) -> Any:
+        """Return the engine of a plan. This runs native code from the plan: only for verified files.
+
+        Raises
+        ------
+        EngineError
+            If TensorRT refuses it.
+        """
+        self._log.errors.clear()
+        if self._runtime is None:
+            self._runtime = self.module.Runtime(self._log)  # it must outlive its engines
+        engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            reason = self._log.errors[-1] if self._log.errors else "no reason given"
+            raise EngineError(
+                f"TensorRT {self.version} refuses the plan: {reason}.", "Build it again with sjepa-build --rebuild."
+            )
+        return engine
+
+    def tensors(self, engine: Any) -> dict[str, Tensor]:
+        """Return the inputs and outputs of an engine by name."""
+        trt = self.module
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        return {
+            name: Tensor(
+                shape=tuple(engine.get_tensor_shape(name)),
+                dtype=engine.get_tensor_dtype(name).name,
+                is_input=engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
+            )
+            for name in names
+        }
+
+    def batches(self, engine: Any, name: str) -> tuple[int, int]:
+        """Return the smallest and the largest batch of an engine for its input `name`."""
+        if engine.get_tensor_shape(name)[0] > 0:
+            return (int(engine.get_tensor_shape(name)[0]),) * 2
+        smallest, _, largest = engine.get_tensor_profile_shape(name, 0)
+        return int(smallest[0]), int(largest[0])
+
+    def memory_size(self, engine: Any) -> int:
+        """Return the bytes of device memory that a context needs for its activations."""
+        size = getattr(engine, "device_memory_size_v2", None)
+        return int(engine.device_memory_size if size is None else size)
+
+    def create_context(self, engine: Any, address: int, size: int) -> Any:
+        """Return an execution context that uses our device memory for its activations.
+
+        Raises
+        ------
+        EngineError
+            If TensorRT cannot make one.
+        """
+        trt = self.module
+        self._log.errors.clear()
+        if not hasattr(trt, "ExecutionContextAllocationStrategy"):
+            context = engine.create_execution_context_without_device_memory()
+        elif hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+            config = engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            # The default swaps kernels in the middle of a run.
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            context = engine.create_execution_context(config)
+        else:
+            context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
+            reason = self._log.errors[-1] if self._log.errors else "no reason given"
+            raise EngineError(f"TensorRT {self.version} makes no execution context: {reason}.", "Free device memory.")
+        if hasattr(context, "set_device_memory"):
+            context.set_device_memory(address, size)
+        else:
+            context.device_memory = address
+        return context
+
+    def inspect(self, engine: Any) -> str:
+        """Return what the engine inspector says of every layer, as JSON."""
+        text: str = engine.create_engine_inspector().get_engine_information(self.module.LayerInformationFormat.JSON)
+        return text
+
+    @property
+    def last_error(self) -> str:
+        """What TensorRT complained of last."""
+        return self._log.errors[-1] if self._log.errors else "no reason given"
+
+
+TYPE_WORDS: dict[str, re.Pattern[str]] = {
+    "fp16": re.compile(r"\b(half|fp16|float16)\b|f16|fp16|hmma|h884|h1688|h16816", re.IGNORECASE),
+    "bf16": re.compile(r"bf16|bfloat16", re.IGNORECASE),
+    "tf32": re.compile(r"tf32", re.IGNORECASE),
+    "fp32": re.compile(r"\b(float|fp32|float32)\b|fp32|f32f32|sgemm|ffma", re.IGNORECASE),
+}
+"""How formats, types and kernel names say which type they compute in, over all versions."""
+
+
+def summarise_layers(inspected: str) -> LayerSummary:
+    """Return what a proof of precision needs from an engine inspector's JSON.
+
+    Raises
+    ------
+    EngineError
+        If it holds layer names only.
+    """
+    layers = json.loads(inspected)["Layers"]
+    if any(not isinstance(layer, dict) for layer in layers):
+        raise EngineError("The engine was built without layer information.", "Build it with sjepa-build --rebuild.")
+    types = dict.fromkeys(TYPE_WORDS, 0)
+    n_opaque = 0
+    for layer in layers:
+        tensors = [t for key in ("Inputs", "Outputs") for t in layer.get(key, []) if isinstance(t, dict)]
+        words = [str(v) for t in tensors for k, v in t.items() if "format" in k.lower() or "type" in k.lower()]
+        words += [str(layer[key]) for key in ("TacticName", "Precision") if key in layer]
+        text = " ".join(words).replace("bf16", "BF16")
+        for name, pattern in TYPE_WORDS.items():
+            found = pattern.search(re.sub("bf16|bfloat16", "", text, flags=re.IGNORECASE) if name == "fp16" else text)
+            types[name] += found is not None
+        n_opaque += "ForeignNode" in str(layer.get("Name", "")) or "myelin" in str(layer.get("LayerType", "")).lower()
+    return LayerSummary(n_layers=len(layers), types={k: v for k, v in types.items() if v}, n_opaque=n_opaque)
+
+
+def _load(flavour: str) -> Any:
+    name, extra = MODULES[flavour]
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as e:
+        if e.name == name:
+            raise MissingDependencyError(name, extra) from e
+        raise BackendError(f"{name} does not load: {e}.", f"Install it again: pip install 'sjepa-deploy[{extra}]'.") from e
+    except (ImportError, OSError, RuntimeError) as e:
+        raise BackendError(
+            f"{name} is installed and does not load: {str(e).splitlines()[0]}.", "Install the library that it names."
+        ) from e
+
+
+_LOGS: dict[int, Any] = {}
+
+
+def _log_of(trt: Any) -> Any:
+    """Return the logger of a TensorRT module: it wants one for the whole process."""
+    if id(trt) not in _LOGS:
+
+        class Log(trt.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+                self.errors: list[str] = []
+
+            def log(self, severity: Any, message: str) -> None:
+                if int(severity) <= int(trt.ILogger.Severity.ERROR):
+                    self.errors.append(" ".join(message.split()))
+                    del self.errors[:-8]
+                level = logging.INFO if int(severity) <= int(trt.ILogger.Severity.WARNING) else logging.DEBUG
+                logger.log(level, "%s", message)
+
+        _LOGS[id(trt)] = Log()
+    return _LOGS[id(trt)]
+
+
+def _monitor(trt: Any, step: Step) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._steps[phase_name] = num_steps
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._steps.pop(phase_name, None)
+
+        def step_complete(self, phase_name: str, step_number: int) -> bool:
+            return step(phase_name, (step_number + 1) / max(1, self._steps.get(phase_name, 1)))
+
+    return Monitor()
+
+
+UNTYPED_LAYERS = frozenset({"CONSTANT", "SHAPE", "SHUFFLE", "CAST", "IDENTITY", "SLICE", "CONCATENATION", "GATHER", "SELECT"})
+"""Layers that move values and compute nothing."""
+
+
+def _constrain_types(trt: Any, network: Any) -> None:
+    """Ask every layer of a weakly typed network for the type that the graph gives its output."""
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type.name in UNTYPED_LAYERS:
+            continue
+        dtypes = [layer.get_output(k).dtype for k in range(layer.num_outputs)]
+        if any(dtype not in (trt.DataType.FLOAT, trt.DataType.HALF) for dtype in dtypes):
+            continue
+        layer.precision = dtypes[0]
+        for k, dtype in enumerate(dtypes):
+            layer.set_output_type(k, dtype)

@@ -1,0 +1,464 @@
+"""A GPU made of host memory, and a TensorRT of each version whose engines are ONNX graphs that ONNX Runtime runs.
+
+The fake driver records what is captured and runs the rest at once. The fake TensorRT has the names that its version has and no
+others (test_tensorrt_api.py compares them with the real bindings), so that code for another version fails.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import json
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+OUT_OF_MEMORY = 2
+NOT_READY = 600
+
+
+class FakeDriver:
+    """What the runtime uses of `cuda.bindings.driver`."""
+
+    CU_MEMHOSTALLOC_DEVICEMAP = 2
+    CU_MEMHOSTALLOC_PORTABLE = 1
+
+    class CUdevice_attribute(enum.IntEnum):
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76
+
+    class CUstream_flags(enum.IntEnum):
+        CU_STREAM_NON_BLOCKING = 1
+
+    class CUevent_flags(enum.IntEnum):
+        CU_EVENT_BLOCKING_SYNC = 1
+        CU_EVENT_DISABLE_TIMING = 2
+
+    class CUstreamWriteValue_flags(enum.IntEnum):
+        CU_STREAM_WRITE_VALUE_DEFAULT = 0
+
+    class CUstreamCaptureMode(enum.IntEnum):
+        CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1
+
+    class CUresult(enum.IntEnum):
+        CUDA_SUCCESS = 0
+        CUDA_ERROR_OUT_OF_MEMORY = OUT_OF_MEMORY
+        CUDA_ERROR_NOT_READY = NOT_READY
+
+    CUdeviceptr = int
+
+    def __init__(self, *, name: str = "NVIDIA Fake 9000", capability: tuple[int, int] = (9, 0), memory: int = 1 << 32) -> None:
+        self.name, self.capability, self.free = name, capability, memory
+        self.allocations: dict[int, Any] = {}
+        self.n_allocated = 0
+        self.queues: dict[int, list[Callable[[], None]] | None] = {}
+        self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self.n_launched = 0
+        self.busy_polls = 2
+        self._next = 1000
+
+    def _handle(self) -> int:
+        self._next += 1
+        return self._next
+
+    def submit(self, stream: int, work: Callable[[], None]) -> None:
+        queue = self.queues[int(stream)]
+        work() if queue is None else queue.append(work)
+
+    def cuGetErrorName(self, error: int) -> tuple[int, bytes]:
+        return 0, self.CUresult(error).name.encode()
+
+    def cuDeviceGetCount(self) -> tuple[int, int]:
+        return 0, 1
+
+    def cuDeviceGet(self, ordinal: int) -> tuple[int, int]:
+        return 0, ordinal
+
+    def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[int, int]:
+        return 0, 7
+
+    def cuDevicePrimaryCtxRelease(self, device: int) -> tuple[int]:
+        return (0,)
+
+    def cuCtxSetCurrent(self, context: int) -> tuple[int]:
+        return (0,)
+
+    def cuDeviceGetAttribute(self, attribute: int, device: int) -> tuple[int, int]:
+        return 0, self.capability[int(attribute) - 75]
+
+    def cuDriverGetVersion(self) -> tuple[int, int]:
+        return 0, 13000
+
+    def cuDeviceGetName(self, size: int, device: int) -> tuple[int, bytes]:
+        return 0, self.name.encode().ljust(size, b"\0")
+
+    def cuDeviceTotalMem(self, device: int) -> tuple[int, int]:
+        return 0, 1 << 32
+
+    def _alloc(self, size: int) -> int:
+        memory = ctypes.create_string_buffer(size)
+        address = ctypes.addressof(memory)
+        self.allocations[address] = memory
+        self.n_allocated += 1
+        return address
+
+    def cuMemHostAlloc(self, size: int, flags: int) -> tuple[int, int]:
+        assert flags == 3
+        return 0, self._alloc(size)
+
+    def cuMemHostGetDevicePointer(self, pointer: int, flags: int) -> tuple[int, int]:
+        return 0, pointer
+
+    def cuMemAlloc(self, size: int) -> tuple[int, int]:
+        if size > self.free:
+            return OUT_OF_MEMORY, 0
+        self.free -= size
+        return 0, self._alloc(size)
+
+    def cuMemFree(self, pointer: int) -> tuple[int]:
+        self.free += len(self.allocations.pop(int(pointer)))
+        return (0,)
+
+    def cuMemFreeHost(self, pointer: int) -> tuple[int]:
+        del self.allocations[int(pointer)]
+        return (0,)
+
+    def cuMemcpyHtoDAsync(self, target: int, source: int, size: int, stream: int) -> tuple[int]:
+        self.submit(stream, lambda: ctypes.memmove(target, source, size))
+        return (0,)
+
+    cuMemcpyDtoHAsync = cuMemcpyHtoDAsync
+
+    def cuStreamCreate(self, flags: int) -> tuple[int, int]:
+        handle = self._handle()
+        self.queues[handle] = None
+        return 0, handle
+
+    def cuStreamDestroy(self, stream: int) -> tuple[int]:
+        del self.queues[stream]
+        return (0,)
+
+    def cuStreamQuery(self, stream: int) -> tuple[int]:
+        self.busy_polls = (self.busy_polls + 1) % 3
+        return (0 if self.busy_polls == 0 else NOT_READY,)
+
+    def cuStreamSynchronize(self, stream: int) -> tuple[int]:
+        assert self.queues[stream] is None
+        return (0,)
+
+    def cuStreamWriteValue32(self, stream: int, address: int, value: int, flags: int) -> tuple[int]:
+        self.submit(stream, lambda: ctypes.memmove(address, np.uint32(value).tobytes(), 4))
+        return (0,)
+
+    def cuStreamBeginCapture(self, stream: int, mode: int) -> tuple[int]:
+        self.queues[stream] = []
+        return (0,)
+
+    def cuStreamEndCapture(self, stream: int) -> tuple[int, int]:
+        queue, self.queues[stream] = self.queues[stream], None
+        handle = self._handle()
+        self.graphs[handle] = queue or []
+        return 0, handle
+
+    def cuGraphInstantiate(self, graph: int, flags: int) -> tuple[int, int]:
+        handle = self._handle()
+        self.graphs[handle] = self.graphs[graph]
+        return 0, handle
+
+    def cuGraphDestroy(self, graph: int) -> tuple[int]:
+        del self.graphs[graph]
+        return (0,)
+
+    cuGraphExecDestroy = cuGraphDestroy
+
+    def cuGraphUpload(self, graph: int, stream: int) -> tuple[int]:
+        return (0,)
+
+    def cuGraphLaunch(self, graph: int, stream: int) -> tuple[int]:
+        self.n_launched += 1
+        for work in self.graphs[graph]:
+            self.submit(stream, work)
+        return (0,)
+
+    def cuEventCreate(self, flags: int) -> tuple[int, int]:
+        assert flags == 3
+        return 0, self._handle()
+
+    def cuEventRecord(self, event: int, stream: int) -> tuple[int]:
+        return (0,)
+
+    def cuEventSynchronize(self, event: int) -> tuple[int]:
+        return (0,)
+
+    cuEventDestroy = cuEventSynchronize
+
+
+class Faults:
+    """What the next engines do wrong."""
+
+    def __init__(self) -> None:
+        self.spoil: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]] = lambda out: out
+        self.refuse_enqueue = False
+        self.layer_type: str | None = None
+        self.no_plan: str | None = None
+        self.n_builds = 0
+        self.steps = 3
+
+
+def fake_tensorrt(version: str, driver: FakeDriver, faults: Faults) -> types.SimpleNamespace:
+    """Return the module `tensorrt` of `version`."""
+    major = int(version.split(".")[0])
+    strong = major >= 10
+
+    def names(kind: str, *members: str) -> Any:
+        return enum.IntEnum(kind, {name: i for i, name in enumerate(members)})
+
+    network_flags = names("NetworkDefinitionCreationFlag", *(["STRONGLY_TYPED"] if strong else ["EXPLICIT_BATCH"]))
+    builder_flags = names(
+        "BuilderFlag", "TF32", "REFIT", "VERSION_COMPATIBLE", *([] if major >= 11 else ["FP16", "PREFER_PRECISION_CONSTRAINTS"])
+    )
+    severity = names("Severity", "INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
+
+    class ILogger:
+        Severity = severity
+
+    class OnnxParser:
+        def __init__(self, network: Any, log: Any) -> None:
+            self._network, self.num_errors = network, 0
+
+        def parse(self, model: bytes) -> bool:
+            try:
+                self._network.proto = onnx.load_from_string(model)
+            except Exception:  # noqa: BLE001 - TensorRT reports every failure so
+                self.num_errors = 1
+                return False
+            self._network.onnx = model
+            return True
+
+        def get_error(self, index: int) -> Any:
+            return types.SimpleNamespace(desc=lambda: "not a graph")
+
+    class INetworkDefinition:
+        num_layers = 0
+        onnx: bytes
+        proto: onnx.ModelProto
+
+        def get_input(self, index: int) -> Any:
+            value = self.proto.graph.input[index]
+            return types.SimpleNamespace(
+                name=value.name, shape=[d.dim_value or -1 for d in value.type.tensor_type.shape.dim], dtype="FLOAT"
+            )
+
+        def get_layer(self, index: int) -> Any: ...
+
+    class IOptimizationProfile:
+        def set_shape(self, name: str, low: Any, opt: Any, high: Any) -> None:
+            self.shapes = (tuple(low), tuple(opt), tuple(high))
+
+    class ITimingCache:
+        def __init__(self, content: bytes) -> None:
+            self.content = content
+
+        def serialize(self) -> bytes:
+            return self.content + b"+"
+
+    class IBuilderConfig:
+        progress_monitor: Any = None
+        profiling_verbosity: Any
+        builder_optimization_level: int
+
+        def __init__(self) -> None:
+            self._set = {builder_flags.TF32}
+
+        def set_flag(self, flag: Any) -> None:
+            self._set.add(flag)
+
+        def clear_flag(self, flag: Any) -> None:
+            self._set.discard(flag)
+
+        def get_flag(self, flag: Any) -> bool:
+            return flag in self._set
+
+        def set_memory_pool_limit(self, pool: Any, size: int) -> None:
+            self.workspace = size
+
+        def add_optimization_profile(self, profile: IOptimizationProfile) -> None:
+            self.profile = profile
+
+        def create_timing_cache(self, content: bytes) -> ITimingCache:
+            return ITimingCache(content)
+
+        def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> None:
+            self.cache = cache
+
+        def get_timing_cache(self) -> ITimingCache:
+            return self.cache
+
+        def set_tactic_sources(self, sources: int) -> None:
+            self.tactic_sources = sources
+
+    if strong:
+        del IBuilderConfig.set_tactic_sources  # there, but ours is for 8.6
+
+    class Builder:
+        def __init__(self, log: Any) -> None:
+            self._log = log
+
+        def create_network(self, flags: int) -> INetworkDefinition:
+            assert flags == 1
+            return INetworkDefinition()
+
+        def create_builder_config(self) -> IBuilderConfig:
+            return IBuilderConfig()
+
+        def create_optimization_profile(self) -> IOptimizationProfile:
+            return IOptimizationProfile()
+
+        def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> bytes | None:
+            faults.n_builds += 1
+            if faults.no_plan:
+                self._log.log(severity.ERROR, faults.no_plan)
+                return None
+            if config.progress_monitor is not None:
+                config.progress_monitor.phase_start("tactics", None, faults.steps)
+                for step in range(faults.steps):
+                    if not config.progress_monitor.step_complete("tactics", step):
+                        self._log.log(severity.ERROR, "cancelled")
+                        return None
+                config.progress_monitor.phase_finish("tactics")
+            header = json.dumps({"version": version, "profile": getattr(config, "profile", None) and config.profile.shapes})
+            return f"{header}\n".encode() + network.onnx
+
+    class EngineInspector:
+        def __init__(self, engine: Any) -> None:
+            self._engine = engine
+
+        def get_engine_information(self, form: Any) -> str:
+            halves = any(t.data_type == onnx.TensorProto.FLOAT16 for t in self._engine._proto.graph.initializer)
+            bfloats = any(t.data_type == onnx.TensorProto.BFLOAT16 for t in self._engine._proto.graph.initializer)
+            kind = faults.layer_type or ("Half" if halves else "BFloat16" if bfloats else "Float")
+            edge = {"Name": "eeg", "Dimensions": [1, 2], "Format/Datatype": "Row major linear FP32"}
+            inner = {"Name": "x", "Format/Datatype": kind}
+            layer = {"Name": "product", "LayerType": "gemm", "Inputs": [edge], "Outputs": [inner]}
+            return json.dumps({"Layers": [layer, layer], "Bindings": ["eeg"]})
+
+    class ICudaEngine:
+        num_io_tensors = 2
+
+        def __init__(self, plan: bytes) -> None:
+            header, self._onnx = plan.split(b"\n", 1)
+            self._profile = json.loads(header)["profile"]
+            self._proto = onnx.load_from_string(self._onnx)
+            self._session = ort.InferenceSession(self._onnx, providers=["CPUExecutionProvider"])
+
+        def _tensor(self, name: str) -> Any:
+            return next(t for t in (*self._session.get_inputs(), *self._session.get_outputs()) if t.name == name)
+
+        def get_tensor_name(self, index: int) -> str:
+            return str((*self._session.get_inputs(), *self._session.get_outputs())[index].name)
+
+        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+            return tuple(d if isinstance(d, int) else -1 for d in self._tensor(name).shape)
+
+        def get_tensor_dtype(self, name: str) -> Any:
+            return types.SimpleNamespace(name="FLOAT")
+
+        def get_tensor_mode(self, name: str) -> Any:
+            return module.TensorIOMode.INPUT if name == "eeg" else module.TensorIOMode.OUTPUT
+
+        def get_tensor_profile_shape(self, name: str, index: int) -> Any:
+            return self._profile
+
+        def create_engine_inspector(self) -> EngineInspector:
+            return EngineInspector(self)
+
+        if strong:
+            device_memory_size_v2 = 4096
+
+            def create_execution_context(self, strategy: Any) -> Any:
+                assert strategy == module.ExecutionContextAllocationStrategy.USER_MANAGED
+                return IExecutionContext(self)
+        else:
+            device_memory_size = 4096
+
+            def create_execution_context_without_device_memory(self) -> Any:
+                return IExecutionContext(self)
+
+    class IExecutionContext:
+        def __init__(self, engine: ICudaEngine) -> None:
+            self._engine, self._addresses, self._memory = engine, {}, 0
+
+        if strong:
+
+            def set_device_memory(self, address: int, size: int) -> None:
+                assert size >= 4096
+                self._memory = address
+        else:
+
+            @property
+            def device_memory(self) -> int:
+                return self._memory
+
+            @device_memory.setter
+            def device_memory(self, address: int) -> None:
+                self._memory = address
+
+        def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+            self._shape = shape
+            low, _, high = self._engine._profile or ((shape,) * 3)
+            return bool(low[0] <= shape[0] <= high[0])
+
+        def set_tensor_address(self, name: str, address: int) -> bool:
+            self._addresses[name] = address
+            return True
+
+        def execute_async_v3(self, stream: int) -> bool:
+            assert self._memory, "no memory for activations"
+            if faults.refuse_enqueue:
+                return False
+            addresses, shape, session = dict(self._addresses), self._shape, self._engine._session
+
+            def work() -> None:
+                (out_name,) = (t.name for t in session.get_outputs())
+                source = (ctypes.c_char * (4 * int(np.prod(shape)))).from_address(addresses["eeg"])
+                out = session.run(None, {"eeg": np.frombuffer(source, np.float32).reshape(shape)})[0]
+                out = np.ascontiguousarray(faults.spoil(out), np.float32)
+                ctypes.memmove(addresses[out_name], out.ctypes.data, out.nbytes)
+
+            driver.submit(stream, work)
+            return True
+
+    class Runtime:
+        def __init__(self, log: Any) -> None:
+            self._log = log
+
+        def deserialize_cuda_engine(self, plan: bytes) -> ICudaEngine | None:
+            try:
+                return ICudaEngine(plan)
+            except Exception as e:  # noqa: BLE001 - likewise
+                self._log.log(severity.ERROR, f"magic tag does not match: {e}")
+                return None
+
+    class IProgressMonitor:
+        pass
+
+    module = types.SimpleNamespace(
+        __version__=version,
+        NetworkDefinitionCreationFlag=network_flags,
+        BuilderFlag=builder_flags,
+        ProfilingVerbosity=names("ProfilingVerbosity", "DETAILED"),
+        MemoryPoolType=names("MemoryPoolType", "WORKSPACE"),
+        TensorIOMode=names("TensorIOMode", "NONE", "INPUT", "OUTPUT"),
+        DataType=names("DataType", "FLOAT", "HALF"),
+        LayerInformationFormat=names("LayerInformationFormat", "ONELINE", "JSON"),
+        **{c.__name__: c for c in (ILogger, OnnxParser, INetworkDefinition, IOptimizationProfile, ITimingCache, IBuilderConfig)},
+        **{c.__name__: c for c in (Builder, EngineInspector, ICudaEngine, IExecutionContext, Runtime)},
+    )
+    if strong:
+        module.IProgressMonitor = IProgressMonitor
+        module.ExecutionContextAllocationStrategy = names("ExecutionContextAllocationStrategy", "STATIC", "USER_MANAGED")
+    return module

@@ -1,0 +1,372 @@
+"""The whole path from a bundle to an engine that decodes, on a fake GPU with a fake TensorRT of each version."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import threading
+
+import numpy as np
+import pytest
+from engine_bundles import small_bundle
+from fake_gpu import FakeDriver, Faults, fake_tensorrt
+
+import sjepa_deploy
+from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.cli import run_command
+from sjepa_deploy.cli.build import build
+from sjepa_deploy.errors import BackendError, EngineError, InputError
+from sjepa_deploy.export.to_tensorrt import EngineParityError, build_engine
+from sjepa_deploy.runtime import cuda, tensorrt_api
+from sjepa_deploy.runtime.backend import BACKENDS, BackendOptions, open_backend
+from sjepa_deploy.runtime.engines import BuildSettings, EngineStore, timing_cache_file
+
+VERSIONS = ("8.6.0", "10.9.0", "11.4.0")
+
+
+class Rig:
+    """A fake machine."""
+
+    def __init__(self, monkeypatch, version="11.4.0", **gpu):
+        self.monkeypatch = monkeypatch
+        self.faults = Faults()
+        self.set(version, **gpu)
+
+    def set(self, version="11.4.0", driver_version="580.1", **gpu):
+        self.driver = FakeDriver(**gpu)
+        module = fake_tensorrt(version, self.driver, self.faults)
+        self.monkeypatch.setattr(cuda, "driver", lambda: self.driver)
+        self.monkeypatch.setattr(cuda, "driver_version", lambda: driver_version)
+        self.monkeypatch.setattr(tensorrt_api, "_load", lambda flavour: module)
+        self.monkeypatch.setattr(tensorrt_api, "_LOGS", {})
+        self.monkeypatch.setitem(BACKENDS, "tensorrt", dataclasses.replace(BACKENDS["tensorrt"], package="numpy"))
+
+
+@pytest.fixture
+def rig(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return Rig(monkeypatch)
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    shutil.copytree(small_bundle("prelocal").path, tmp_path / "b")
+    return Bundle.open(tmp_path / "b")
+
+
+def eeg(bundle, n):
+    return bundle.reference().inputs[:n].copy()
+
+
+def outputs(bundle, precision, windows):
+    with sjepa_deploy.load(bundle, precision=precision, backend="ort-cpu", check_unit=False) as predict:
+        return predict(windows).copy()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
+def test_builds_judges_keeps_and_decodes_on_every_version(rig, bundle, version, precision):
+    rig.set(version)
+    record = build_engine(bundle, precision)
+    assert [r.passed for r in record.parity] == [True, True]
+    assert record.parity[0].batch_sizes == (1, 2, 3, 8)
+    assert record.computes_in == precision
+    assert ("TF32" in record.identity.flags) == (precision == "tf32")
+    assert Bundle.open(bundle.path).manifest == bundle.manifest, "the signed files stay as they are"
+    windows = eeg(bundle, 3)
+    want = outputs(bundle, "fp32" if precision == "tf32" else precision, windows)
+    with sjepa_deploy.load(bundle, backend="tensorrt", precision=precision) as predict:
+        np.testing.assert_array_equal(predict(windows), want)
+    assert not rig.driver.allocations, "everything was released"
+    assert not rig.driver.graphs
+
+
+@pytest.mark.parametrize("variant", ["postlocal", "contextual", "base"])
+def test_builds_every_variant(rig, tmp_path, variant):
+    shutil.copytree(small_bundle(variant).path, tmp_path / "b")
+    bundle = Bundle.open(tmp_path / "b")
+    build_engine(bundle, "fp16")
+    with sjepa_deploy.load(bundle, backend="tensorrt", precision="fp16") as predict:
+        np.testing.assert_array_equal(predict(eeg(bundle, 2)), outputs(bundle, "fp16", eeg(bundle, 2)))
+
+
+@pytest.mark.parametrize("memory", ["mapped", "copy"])
+@pytest.mark.parametrize("cuda_graph", [True, False])
+@pytest.mark.parametrize("wait", ["spin", "flag", "block"])
+def test_every_way_to_run_gives_the_same_and_allocates_nothing(rig, bundle, memory, cuda_graph, wait):
+    build_engine(bundle, "fp32")
+    options = BackendOptions(memory=memory, cuda_graph=cuda_graph, wait=wait)
+    want = {n: outputs(bundle, "fp32", eeg(bundle, n)) for n in (1, 3, 8)}
+    backend = open_backend(bundle, "tensorrt", "fp32", options)
+    backend.warmup((1, 3, 8), n_runs=2)
+    allocated, launched = rig.driver.n_allocated, rig.driver.n_launched
+    for n in (1, 3, 8, 3, 1):
+        np.testing.assert_array_equal(backend.run(eeg(bundle, n)), want[n])
+        buffer = backend.input_buffer(n)
+        buffer[...] = eeg(bundle, n)[::-1]
+        np.testing.assert_array_equal(backend.run(buffer), outputs(bundle, "fp32", eeg(bundle, n)[::-1].copy()))
+    assert rig.driver.n_allocated == allocated
+    assert (rig.driver.n_launched - launched) == (10 if cuda_graph else 0)
+    backend.close()
+
+
+class OnGpu:
+    """An array of another library in the fake GPU's memory."""
+
+    def __init__(self, array):
+        self.array = array
+        self.__cuda_array_interface__ = {**array.__array_interface__, "version": 3, "stream": None}
+
+
+def test_takes_arrays_on_the_gpu_in_place(rig, bundle, monkeypatch):
+    def address(array, stream, window):
+        assert array.array.shape[1:] == window
+        return len(array.array), array.array.ctypes.data
+
+    monkeypatch.setattr("sjepa_deploy.runtime.trt.address_on_gpu", address)  # cuda.core asks the real driver
+    build_engine(bundle, "fp32")
+    with sjepa_deploy.load(bundle, backend="tensorrt") as predict:
+        windows = eeg(bundle, 2)
+        want = [outputs(bundle, "fp32", windows), outputs(bundle, "fp32", windows[::-1].copy())]
+        tensor = OnGpu(windows)
+        for turn in range(4):
+            np.testing.assert_array_equal(predict(tensor), want[turn % 2])
+            windows[...] = windows[::-1].copy()
+        for _ in range(40):  # more addresses than graphs are kept for
+            np.testing.assert_array_equal(predict(OnGpu(eeg(bundle, 2))), want[0])
+    with sjepa_deploy.load(bundle, backend="ort-cpu") as predict, pytest.raises(InputError, match="a OnGpu, not a NumPy array"):
+        predict(tensor)
+
+
+def test_an_engine_that_is_there_is_not_built_again(rig, bundle):
+    first = build_engine(bundle, "fp32")
+    assert build_engine(bundle, "fp32") == first
+    assert rig.faults.n_builds == 1
+    build_engine(bundle, "fp32", rebuild=True)
+    build_engine(bundle, "fp32", settings=BuildSettings(max_batch=4))
+    assert rig.faults.n_builds == 3
+    assert len(list((bundle.path / "engines").glob("*.plan"))) == 2, "two identities never share a file"
+
+
+def test_timings_are_kept_for_the_next_build(rig, bundle):
+    record = build_engine(bundle, "fp32")
+    build_engine(bundle, "fp32", rebuild=True)
+    file = timing_cache_file(record.identity.machine)
+    assert file.read_bytes() == b"++"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (lambda out: out * np.float32(1.01), "off|differs"),
+        (lambda out: out if len(out) == 1 else out[::-1], "differs"),
+        (lambda out: np.nan_to_num(out), "not NaN"),
+        (lambda out: np.concatenate([out[:-1], np.zeros_like(out[-1:])]) if len(out) == 8 else out, "differs"),
+    ],
+)
+def test_an_engine_that_differs_is_not_kept(rig, bundle, spoil, what):
+    rig.faults.spoil = spoil
+    with pytest.raises(EngineParityError, match=what):
+        build_engine(bundle, "fp32")
+    assert not list((bundle.path / "engines").glob("*.[pjc]*"))
+
+
+def test_an_engine_that_differs_after_reloading_is_not_kept_and_the_old_one_stays(rig, bundle, monkeypatch):
+    first = build_engine(bundle, "fp32")
+    original, calls = sjepa_deploy.runtime.engines.EngineStore.add, []
+
+    def add(self, record, plan, judge):
+        rig.faults.spoil = lambda out: out + 1
+        calls.append(1)
+        return original(self, record, plan, judge)
+
+    monkeypatch.setattr(EngineStore, "add", add)
+    with pytest.raises(EngineParityError, match="after it was read back"):
+        build_engine(bundle, "fp32", rebuild=True)
+    rig.faults.spoil = lambda out: out
+    assert calls
+    assert EngineStore(bundle=bundle).plan(first)
+    sjepa_deploy.load(bundle, backend="tensorrt").close()
+
+
+def test_fp16_without_a_half_typed_layer_is_recorded_as_fp32_and_not_offered(rig, bundle):
+    rig.faults.layer_type = "Float"
+    record = build_engine(bundle, "fp16")
+    assert record.computes_in == "fp32"
+    with pytest.raises(EngineError, match=r"asked for in fp16 computes in fp32 \(none of its 2 layers"):
+        sjepa_deploy.load(bundle, backend="tensorrt", precision="fp16")
+
+
+def test_fp32_that_uses_tf32_fails(rig, bundle):
+    rig.faults.layer_type = "sm80_xmma_gemm_f32f32_tf32f32_f32_tn_n"
+    with pytest.raises(EngineError, match="2 layers of the fp32 engine use TensorFloat-32"):
+        build_engine(bundle, "fp32")
+    assert build_engine(bundle, "tf32").computes_in == "tf32"
+
+
+def test_bf16_needs_more_than_8_6(rig, bundle):
+    rig.set("8.6.0")
+    with pytest.raises(EngineError, match=r"TensorRT 8.6.0 has no bf16. Use fp32, tf32, fp16"):
+        build_engine(bundle, "bf16")
+
+
+def test_time_limit(rig, bundle):
+    with pytest.raises(EngineError, match=r"longer than 0 s. Raise --time-limit"):
+        build_engine(bundle, "fp32", time_limit=0.0)
+    rig.set("8.6.0")
+    with pytest.raises(EngineError, match="cannot stop a build"):
+        build_engine(bundle, "fp32", time_limit=10.0)
+
+
+def test_two_builds_at_once_make_one_engine(rig, bundle):
+    waited, records = [], []
+    store, build_serialized = threading.Event(), threading.Event()
+
+    def first(text):
+        if text == "building":
+            store.set()
+            assert build_serialized.wait(20)
+
+    def second(text):
+        if text.startswith("waiting"):
+            waited.append(text)
+            build_serialized.set()
+
+    threads = [
+        threading.Thread(target=lambda p=p: records.append(build_engine(bundle, "fp32", progress=p))) for p in (first, second)
+    ]
+    threads[0].start()
+    assert store.wait(20)
+    threads[1].start()
+    for thread in threads:
+        thread.join(30)
+    assert len(waited) == 1
+    assert rig.faults.n_builds == 1
+    assert records[0] == records[1]
+
+
+# ---- refusals at loading --------------------------------------------------------------------------------------------------
+
+
+def test_engines_of_another_machine_are_named(rig, bundle):
+    with pytest.raises(EngineError, match=r"has no fp32 engine for tensorrt. Build one here with: sjepa-build"):
+        sjepa_deploy.load(bundle, backend="tensorrt")
+    build_engine(bundle, "fp32")
+    for changes, words in (
+        ({"name": "NVIDIA Other"}, "gpu is 'NVIDIA Fake 9000' in the engine and 'NVIDIA Other' here"),
+        ({"capability": (8, 9)}, "compute_capability is '9.0' in the engine and '8.9' here"),
+        ({"driver_version": "581.2"}, "driver is '580.1' in the engine and '581.2' here"),
+        ({"version": "11.5.0"}, "version is '11.4.0' in the engine and '11.5.0' here"),
+    ):
+        rig.set(**changes)
+        with pytest.raises(EngineError, match=words) as e:
+            sjepa_deploy.load(bundle, backend="tensorrt")
+        assert f"sjepa-build {bundle.path} --precision fp32" in str(e.value)
+
+
+def test_a_stale_engine_beside_a_new_graph_is_refused(rig, bundle, tmp_path):
+    build_engine(bundle, "fp32")
+    shutil.copytree(small_bundle("prelocal", 4).path, tmp_path / "new")
+    shutil.copytree(bundle.path / "engines", tmp_path / "new" / "engines")
+    with pytest.raises(EngineError, match="onnx_sha256 is .* in the engine and .* here"):
+        sjepa_deploy.load(tmp_path / "new", backend="tensorrt")
+
+
+def test_damaged_engines_are_refused(rig, bundle):
+    record = build_engine(bundle, "fp32")
+    plan = bundle.path / "engines" / f"{record.identity.key}.plan"
+    whole = plan.read_bytes()
+    for content in (whole[:-1], b"", bytes([whole[0] ^ 1]) + whole[1:]):
+        plan.write_bytes(content)
+        with pytest.raises(EngineError, match=r"was changed after it was built .*--rebuild"):
+            sjepa_deploy.load(bundle, backend="tensorrt")
+    plan.unlink()
+    with pytest.raises(EngineError, match="cannot be read"):
+        sjepa_deploy.load(bundle, backend="tensorrt")
+    build_engine(bundle, "fp32", rebuild=True)
+    sjepa_deploy.load(bundle, backend="tensorrt").close()
+
+
+def test_a_plan_that_tensorrt_refuses_is_an_error(rig, bundle):
+    record = build_engine(bundle, "fp32")
+    bad = dataclasses.replace(record, plan_sha256=sjepa_deploy.runtime.engines.plan_hash(b"nonsense"))
+    store = EngineStore(bundle=bundle)
+    store.add(bad, b"nonsense", lambda plan: bad)
+    with pytest.raises(EngineError, match=r"TensorRT 11.4.0 refuses the plan: magic tag does not match"):
+        sjepa_deploy.load(bundle, backend="tensorrt")
+
+
+def test_damaged_records_are_refused(rig, bundle):
+    record = build_engine(bundle, "fp32")
+    file = bundle.path / "engines" / f"{record.identity.key}.json"
+    data = json.loads(file.read_text())
+    for change, words in (
+        ({"computes_in": "fp8"}, "must be one of"),
+        ({"plan_sha256": 3}, "must be of type string"),
+        ({"identity": {**data["identity"], "precision": "fp16"}}, "describes another engine"),
+    ):
+        file.write_text(json.dumps(data | change))
+        with pytest.raises(EngineError, match=words):
+            sjepa_deploy.load(bundle, backend="tensorrt")
+    file.write_text("{")
+    with pytest.raises(EngineError, match="not readable as JSON"):
+        sjepa_deploy.load(bundle, backend="tensorrt")
+
+
+def test_batches_above_the_profile(rig, bundle):
+    build_engine(bundle, "fp32", settings=BuildSettings(max_batch=2))
+    words = "The batch has 3 windows, the engine's profile is 1 to 2"
+    with sjepa_deploy.load(bundle, backend="tensorrt") as predict, pytest.raises(InputError, match=words):
+        predict(eeg(bundle, 3))
+    with pytest.raises(EngineError, match="The graph takes 1 to 8 windows, not 9"):
+        build_engine(bundle, "fp32", settings=BuildSettings(max_batch=9))
+
+
+def test_too_small_a_workspace(rig, bundle):
+    rig.faults.no_plan = "Could not find any implementation for node due to insufficient workspace"
+    with pytest.raises(EngineError, match=r"insufficient workspace. Allow more with --workspace"):
+        build_engine(bundle, "fp32", settings=BuildSettings(max_batch=8, workspace_mib=1))
+
+
+def test_out_of_device_memory(rig, bundle):
+    build_engine(bundle, "fp32")
+    rig.set(memory=1000)
+    with pytest.raises(BackendError, match="The GPU is out of memory"):
+        sjepa_deploy.load(bundle, backend="tensorrt")
+
+
+def test_a_refused_enqueue_is_an_error_and_no_stale_output(rig, bundle):
+    build_engine(bundle, "fp32")
+    with sjepa_deploy.load(bundle, backend="tensorrt") as predict:
+        predict(eeg(bundle, 1))
+        rig.faults.refuse_enqueue = True
+        with pytest.raises(BackendError, match="TensorRT did not run the engine"):
+            predict(eeg(bundle, 2))
+
+
+def test_two_threads_on_one_backend_are_told_apart(rig, bundle):
+    build_engine(bundle, "fp32")
+    backend = open_backend(bundle, "tensorrt", "fp32")
+    backend.runner._busy.acquire()
+    with pytest.raises(BackendError, match="Two threads call one backend at once"):
+        backend.run(eeg(bundle, 1))
+    backend.runner._busy.release()
+    results = []
+    thread = threading.Thread(target=lambda: results.append(backend.run(eeg(bundle, 1)).copy()))
+    thread.start()
+    thread.join()
+    np.testing.assert_array_equal(results[0], outputs(bundle, "fp32", eeg(bundle, 1)))
+    backend.close()
+
+
+def test_the_command(rig, bundle, capsys):
+    assert run_command(build, "sjepa-build", [str(bundle.path), "--precision", "fp32,fp16", "--max-batch", "4", "--json"]) == 0
+    out = capsys.readouterr()
+    engines = json.loads(out.out)
+    assert [e["engine"]["computes_in"] for e in engines] == ["fp32", "fp16"]
+    assert [e["engine"]["identity"]["settings"]["max_batch"] for e in engines] == [4, 4]
+    assert run_command(build, "sjepa-build", [str(bundle.path), "--precision", "fp8"]) == 2
+    rig.faults.spoil = lambda out: out * 2
+    assert run_command(build, "sjepa-build", [str(bundle.path), "--rebuild"]) == 1
+    assert "It was not kept" in capsys.readouterr().err

@@ -1,0 +1,350 @@
+import errno
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bundles import RANDOM, copy_bundle, edit_manifest, export_small, flip_byte, listing, rehash, small_spec
+
+import sjepa_deploy
+from sjepa_deploy.bundle import Bundle, new_bundle
+from sjepa_deploy.errors import BundleError, ExportError
+
+
+@pytest.fixture
+def path(make_bundle, tmp_path):
+    """Return a bundle that a test may alter."""
+    return copy_bundle(make_bundle("prelocal"), tmp_path / "bundle")
+
+
+# ---------------------------------------------------------------- opening
+
+
+def test_a_bundle_says_what_it_is_wherever_it_is_copied(path):
+    bundle = Bundle.open(str(path))
+    assert bundle.spec == small_spec("prelocal")
+    assert (bundle.path, bundle.checkpoint, bundle.precisions) == (path, path / "checkpoint", ("fp32",))
+    assert bundle.graph_path("fp32") == path / "model.fp32.onnx"
+    assert bundle.manifest.weights == RANDOM
+    assert bundle.manifest.weights.random
+    assert {*bundle.manifest.tools} >= {"python", "torch", "onnx", "onnxruntime", "numpy", "sjepa-deploy"}
+    assert [(r.backend, r.passed, r.batch_sizes) for r in bundle.manifest.parity] == [("ort-cpu", True, (1, 2, 3, 4))]
+    on_disk = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+    assert bundle.manifest.files.keys() == on_disk - {"manifest.json"}
+    reference = bundle.reference()
+    assert reference.outputs.shape == (len(reference.kinds), 3)
+    with pytest.raises(BundleError, match=r"has no fp16 graph\. Use fp32, or export with --precision fp16"):
+        bundle.graph("fp16")
+
+
+def refuses(path, message):
+    with pytest.raises(BundleError, match=message) as caught:
+        Bundle.open(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_bundle(tmp_path):
+    refuses(tmp_path / "nowhere", r"There is no bundle at .*nowhere\. Check the path, or make one with sjepa-export")
+    refuses(tmp_path, r"is no bundle: it holds no manifest\.json\. Name the folder that sjepa-export wrote")
+    (tmp_path / "file").touch()
+    refuses(tmp_path / "file", "is no bundle")
+    refuses(tmp_path / ("x" * 300), "cannot be read")
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"tolerance": NaN}', b'{"tolerance": 1e999}'])
+def test_a_manifest_that_is_not_json(path, text):
+    (path / "manifest.json").write_bytes(text)
+    refuses(path, r"manifest\.json is not JSON")
+
+
+@pytest.mark.parametrize("text", [b"[]", b"null", b"{}", b'{"schema_version": "1"}'])
+def test_a_manifest_of_another_shape(path, text):
+    (path / "manifest.json").write_bytes(text)
+    refuses(path, r"manifest\.json does not fit the schema: .*Copy or export the bundle again")
+
+
+def test_a_newer_schema_whatever_it_holds(path):
+    edit_manifest(path, lambda m: m.update(schema_version=2, colour="blue"))
+    refuses(path, "has schema version 2; this release reads up to 1. Upgrade sjepa-deploy")
+
+
+def test_a_missing_file(path):
+    (path / "checkpoint/model.safetensors").unlink()
+    refuses(path, r"lacks its file checkpoint/model\.safetensors\. Copy or export the bundle again")
+
+
+@pytest.mark.parametrize("name", ["model.fp32.onnx", "reference.npz", "checkpoint/model.safetensors", "checkpoint/config.json"])
+@pytest.mark.parametrize("at", [0, -1])
+def test_one_flipped_bit_in_any_file(path, name, at):
+    flip_byte(path / name, at)
+    refuses(path, rf"{name} of the bundle .* was changed after it was written \(its hash differs\)")
+
+
+EDITS = {
+    "another rate": lambda m: m["spec"].update(sfreq=250.0),
+    "another channel order": lambda m: m["spec"]["ch_names"].reverse(),
+    "another band": lambda m: m["spec"]["preprocessing"].update(h_freq=30.0),
+    "a larger batch": lambda m: m["graphs"][0].update(max_batch=99),
+    "trained weights": lambda m: m["weights"].update(source="trained.ckpt"),
+    "better parity": lambda m: m["parity"][0].update(max_error=0.0),
+    "another file": lambda m: m["files"].pop("checkpoint/config.json"),
+    "another time": lambda m: m.update(created="2020-01-01T00:00:00+00:00"),
+    "another torch": lambda m: m["tools"].update(torch="1.0"),
+    "no digest": lambda m: m.update(digest=""),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_an_edited_manifest(path, edit):
+    edit_manifest(path, edit, sign=False)
+    refuses(path, r"manifest\.json was changed after it was written \(its digest differs\)")
+
+
+def test_an_edited_manifest_that_describes_no_model(path):
+    edit_manifest(path, lambda m: m["spec"].update(n_times=100))
+    refuses(path, r"its spec is invalid \(n_times is 100")
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "checkpoint/../../x", "{outside}", "..\\x", "", ".", "x\0y", "link", "folder/x", "loop"]
+)
+def test_files_that_leave_the_folder(path, name):
+    outside = path.parent / "x"
+    outside.write_bytes((path / "model.fp32.onnx").read_bytes())
+    (path / "link").symlink_to(outside)
+    (path / "folder").symlink_to(path.parent)
+    (path / "loop").symlink_to("loop")
+    right = Bundle.open(path).manifest.files["model.fp32.onnx"]
+    edit_manifest(path, lambda m: m["files"].update({name.format(outside=outside): right}))
+    refuses(path, r"which leaves the folder\. Do not use this bundle" if name != "loop" else "leaves the folder|lacks its file")
+
+
+def test_a_graph_that_is_a_link_out_of_the_folder(path):
+    (path / "model.fp32.onnx").rename(path.parent / "elsewhere.onnx")
+    (path / "model.fp32.onnx").symlink_to(path.parent / "elsewhere.onnx")
+    refuses(path, r"names 'model\.fp32\.onnx', which leaves the folder")
+
+
+def test_a_bundle_behind_a_link_opens(path):
+    (path.parent / "latest").symlink_to(path)
+    assert Bundle.open(path.parent / "latest").spec == small_spec()
+
+
+@pytest.mark.parametrize("name", ["model.fp32.onnx", "reference.npz"])
+def test_a_file_without_a_hash(path, name):
+    edit_manifest(path, lambda m: m["files"].pop(name))
+    refuses(path, rf"has no hash for {name}\. Export the bundle again")
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_reference_of_another_shape(path, lost):
+    arrays = dict(np.load(path / "reference.npz"))
+    name = ("inputs", "outputs")[lost]
+    np.savez(path / "reference.npz", **arrays | {name: arrays[name][:, :-1]})
+    rehash(path, "reference.npz")
+    with pytest.raises(BundleError, match=r"The reference of .* does not fit its model"):
+        Bundle.open(path).reference()
+
+
+# The contract inside the graph is what is left when somebody exchanges files and signs the manifest again.
+FOREIGN = {
+    "unit": {"variant": "prelocal", "unit": "V"},
+    "variant": {"variant": "postlocal"},
+    "static_batch": {"variant": "prelocal", "static_batch": 4},
+}
+
+
+@pytest.mark.parametrize(("differs", "fields"), FOREIGN.items(), ids=FOREIGN)
+def test_a_graph_of_another_model_with_its_hash_signed(make_bundle, path, differs, fields):
+    shutil.copy(make_bundle(**fields).graph_path("fp32"), path)
+    rehash(path, "model.fp32.onnx")
+    with pytest.raises(
+        BundleError, match=rf"contract inside model\.fp32\.onnx is not the manifest's: it differs in {differs}\. "
+    ):
+        sjepa_deploy.load(path)
+
+
+def test_a_graph_without_a_contract(path):
+    import onnx
+
+    graph = onnx.load(path / "model.fp32.onnx")
+    del graph.metadata_props[:]
+    onnx.save(graph, path / "model.fp32.onnx")
+    rehash(path, "model.fp32.onnx")
+    with pytest.raises(BundleError, match="is not the manifest's: it has none"):
+        sjepa_deploy.load(path)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def test_an_existing_bundle_is_replaced_with_force_only(path):
+    before = listing(path.parent)
+    with pytest.raises(ExportError, match=r"There is a bundle at .* already\. Use --force to replace it"):
+        export_small(path, small_spec())
+    assert listing(path.parent) == before
+    export_small(path, small_spec(n_outputs=2), force=True)
+    assert Bundle.open(path).spec.n_outputs == 2
+    assert [entry.name for entry in path.parent.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("content", ["diary.txt", "manifest.json", "manifest.json/x"])
+def test_other_peoples_folders_are_never_replaced(tmp_path, force, content):
+    """A web page's manifest.json makes no bundle."""
+    out = tmp_path / "out"
+    (out / content).parent.mkdir(parents=True)
+    (out / content).write_text('{"name": "my page", "icons": []}')
+    before = listing(tmp_path)
+    with (
+        pytest.raises(ExportError, match=r"out is a folder with other content\. .*--force replaces bundles only"),
+        new_bundle(out, force=force),
+    ):
+        pytest.fail("the block must not run")
+    assert listing(tmp_path) == before
+
+
+def test_a_damaged_bundle_can_be_replaced(path):
+    flip_byte(path / "model.fp32.onnx")
+    edit_manifest(path, EDITS["another rate"], sign=False)
+    with new_bundle(path, force=True) as folder:
+        (folder / "new").touch()
+    assert listing(path.parent) == {"bundle": None, "bundle/new": b""}
+
+
+def test_files_and_links_are_not_replaced(tmp_path, path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(path)
+    for out in (tmp_path / "file", tmp_path / "link"):
+        with pytest.raises(ExportError, match=r"exists and is no folder\. Choose another --out"), new_bundle(out, force=True):
+            pytest.fail("the block must not run")
+
+
+def test_an_empty_folder_is_filled_and_missing_parents_are_made(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "empty", tmp_path / "a/b/c"):
+        with new_bundle(out) as folder:
+            (folder / "x").write_text("x")
+        assert listing(out) == {"x": b"x"}
+        assert out.stat().st_mode & 0o777 == 0o755  # not the 0o700 of temporary folders
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a", "empty"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_the_old_bundle_and_nothing_else(path, error):
+    before = listing(path.parent)
+    with pytest.raises(error), new_bundle(path, force=True) as folder:  # noqa: PT012, a context manager is under test
+        (folder / "model.fp32.onnx").write_bytes(b"half")
+        raise error
+    assert listing(path.parent) == before
+
+
+def test_an_exception_within_an_export_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("sjepa_deploy.export.to_bundle.to_onnx", fail)
+    with pytest.raises(MemoryError):
+        export_small(tmp_path / "out", small_spec())
+    assert listing(tmp_path) == {}
+
+
+def test_a_move_that_fails_brings_the_old_bundle_back(path, monkeypatch):
+    before, rename = listing(path.parent), Path.rename
+
+    def fail_for_the_new_one(self, target):
+        if ".partial-" in self.name:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new_one)
+    with pytest.raises(ExportError, match=r"cannot be written \(Input/output error\)"), new_bundle(path, force=True):
+        pass
+    assert listing(path.parent) == before
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file/out", Path("/proc/out"), tmp_path / ("x" * 300)):
+        with pytest.raises(ExportError, match=r"cannot be written \(.*\)\. Choose another --out"), new_bundle(out):
+            pytest.fail("the block must not run")
+    assert listing(tmp_path) == {"file": b""}
+
+
+# ---------------------------------------------------------------- killed, and out of space
+
+PRELUDE = """
+    import os, sys
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[-1])
+    from bundles import export_small, small_spec
+    out = Path(sys.argv[1])
+"""
+
+
+def python(code, *args, prefix=()):
+    """Run `code` after PRELUDE in another process."""
+    code = textwrap.dedent(PRELUDE) + textwrap.dedent(code)
+    command = [*prefix, sys.executable, "-W", "error", "-c", code, *map(str, args), str(Path(__file__).parent)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_a_killed_export_leaves_nothing_that_opens(path):
+    """Killed at its last step, when all files but the manifest are written."""
+    code = """
+        import signal
+
+        def progress(text):
+            if text == "judging the fp32 graph":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        export_small(out, small_spec(), force=True, progress=progress)
+    """
+    before = listing(path)
+    assert python(code, path).returncode == -signal.SIGKILL
+    assert listing(path) == before
+    (partial,) = [entry for entry in path.parent.iterdir() if entry != path]
+    assert {"checkpoint", "model.fp32.onnx", "reference.npz"} <= {entry.name for entry in partial.iterdir()}
+    refuses(partial, "it holds no manifest")
+
+
+FULL_DISK = """
+    import resource
+    from sjepa_deploy.errors import ExportError
+
+    def leave(n_bytes):
+        if sys.argv[2] == "disk":  # a file takes up the rest of a small disk of its own
+            with (out / "ballast").open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_frsize - n_bytes or 1)
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
+
+    disk = os.statvfs(out)
+    for kib in (0, 40, 80):
+        leave(kib << 10)
+        try:
+            export_small(out / "bundle", small_spec())
+        except ExportError as e:
+            print(e)
+        else:
+            print(f"{kib} KiB were enough")
+        (out / "ballast").unlink(missing_ok=True)
+        assert not any(out.iterdir()), list(out.iterdir())
+"""
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    """On a real disk of 1 MiB where this machine lets us mount one, and else with the kernel's limit on file sizes."""
+    out = tmp_path / "out"
+    out.mkdir()
+    unshare = ("unshare", "--user", "--map-root-user", "--mount")
+    mount = f"mount -t tmpfs -o size=1m tmpfs '{out}'"
+    prefix = (*unshare, "sh", "-c", f'{mount} && exec "$@"', "sh")
+    mounts = subprocess.run((*prefix, "true"), capture_output=True).returncode == 0
+    done = python(FULL_DISK, out, "disk" if mounts else "limit", prefix=prefix if mounts else ())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"There is no space left for {out / 'bundle'}. Free some, or choose another --out.\n" * 3

@@ -1,0 +1,592 @@
+import functools
+import importlib.metadata
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import mne
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from bundles import MONTAGE, copy_bundle, edit_manifest, flip_byte, listing, rehash, small_spec
+from eeg_files import eeg_file
+
+from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.checkpoint import write_checkpoint
+from sjepa_deploy.cli import COMMANDS, _command, group, run_command
+from sjepa_deploy.models import build_model
+from sjepa_deploy.montage import read_montage
+from sjepa_deploy.spec import EncoderSpec, Preprocessing
+from sjepa_deploy.synthetic import eeg_windows
+
+SMALL = ("--channels", ",".join(MONTAGE.ch_names), "--montage", "sjepa-62", "--max-batch", "2", "--precision", "fp32")
+
+
+@pytest.fixture
+def sjepa(capsys):
+    """Return a function that runs a command here and returns exit status, stdout and stderr."""
+
+    def run(name, *arguments):
+        capsys.readouterr()
+        status = run_command(_command(name), f"sjepa-{name}", [str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def bundle(make_bundle, tmp_path):
+    """Return the path of a bundle that a test may alter."""
+    return copy_bundle(make_bundle("prelocal"), tmp_path / "bundle")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Return a folder with the weights of a small postlocal model whose seed is 7."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(build_model(small_spec("postlocal"), seed=7), folder)
+    return folder
+
+
+# ---------------------------------------------------------------- export
+
+
+def in_a_process(script, *arguments, **kwargs):
+    (found,) = importlib.metadata.entry_points(group="console_scripts", name=script)
+    code = f"import sys, {found.module}; sys.argv[0] = {script!r}; {found.module}.{found.attr}()"
+    command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def test_all_variants_are_exported_and_say_that_they_are_random(sjepa, tmp_path, monkeypatch):
+    monkeypatch.setitem(EncoderSpec.__init__.__kwdefaults__, "n_layers", 2)  # eight take four times as long
+    out = tmp_path / "out"
+    status, printed, err = sjepa("export", "--variant", "all", *SMALL, "--out", out, "--seed", 3, "--json")
+    assert status == 0, err
+    summaries = json.loads(printed)
+    assert [summary["spec"]["variant"] for summary in summaries] == ["prelocal", "postlocal", "contextual", "base"]
+    assert err.count("The weights are random: no checkpoint was given. The predictions mean nothing.") == 4
+    for summary in summaries:
+        bundle = Bundle.open(summary["bundle"])
+        assert bundle.path == out / bundle.spec.variant
+        assert (bundle.spec.ch_names, bundle.spec.n_chans, bundle.spec.n_times) == (MONTAGE.ch_names, 8, 200)
+        assert bundle.spec.positions == MONTAGE.positions
+        assert summary["random_weights"] is True
+        assert summary["weights"]["seed"] == bundle.manifest.weights.seed == 3
+        assert summary["parity"][0]["passed"] is True
+        assert json.loads((bundle.path / "manifest.json").read_text())["parity"] == summary["parity"]
+
+
+def test_a_checkpoint_needs_no_flags(checkpoint, tmp_path):
+    """In a process of its own, where every warning is an error."""
+    done = in_a_process("sjepa", "export", "--checkpoint", checkpoint, "--out", tmp_path / "out", "--precision", "fp16,fp32")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "random" not in done.stdout
+    assert re.search(r"fp16\s+ort-cpu .* passed\s+fp32\s+ort-cpu .* passed", done.stdout)
+    bundle = Bundle.open(tmp_path / "out")
+    assert bundle.spec == small_spec("postlocal")
+    assert bundle.precisions == ("fp16", "fp32")
+    assert (bundle.manifest.weights.source, bundle.manifest.weights.random) == (checkpoint.name, False)
+    assert bundle.graph("fp16").max_batch == 64
+    expected = build_model(bundle.spec, seed=7).state_dict()
+    stored = safetensors.torch.load_file(bundle.checkpoint / "model.safetensors")
+    assert stored.keys() == expected.keys()
+    assert all(torch.equal(stored[key], value) for key, value in expected.items())
+
+
+def test_every_flag_of_the_contract_arrives(sjepa, tmp_path):
+    np.save(tmp_path / "windows.npy", eeg_windows(3, 5, 300, 120.0, np.random.default_rng(0)) / 1e6)
+    flags = "--variant prelocal --channels 5 --n-times 300 --sfreq 120 --unit V --class-names left,right --spatial-filters 2"
+    flags += " --reference none --band 1 0 --opset 19 --static-batch 3 --precision fp32 --seed 5 --json"
+    parity_data = ("--parity-data", tmp_path / "windows.npy")
+    status, out, err = sjepa("export", *flags.split(), *parity_data, "--out", tmp_path / "a[b]/out")
+    assert status == 0
+    spec = Bundle.open(tmp_path / "a[b]/out").spec
+    assert (spec.input_shape, spec.sfreq, spec.unit, spec.n_outputs, spec.n_spat_filters) == ((5, 300), 120.0, "V", 2, 2)
+    assert (spec.class_names, spec.ch_names) == (("left", "right"), None)
+    assert (spec.preprocessing.reference, spec.preprocessing.l_freq, spec.preprocessing.h_freq) == ("none", 1.0, None)
+    summary = json.loads(out)
+    (graph,), (parity,) = summary["graphs"], summary["parity"]
+    assert (graph["opset"], graph["static_batch"], graph["max_batch"]) == (19, 3, 3)
+    assert parity["batch_sizes"] == [3]
+    assert parity["n_windows"] == 3 + len([k for k in Bundle.open(tmp_path / "a[b]/out").reference().kinds if "data" not in k])
+    assert f"Next: sjepa-verify {tmp_path / 'a[b]/out'}\n" in err  # whole: neither wrapped nor read as markup
+
+
+# ---------------------------------------------------------------- verify
+
+
+def test_a_copied_bundle_is_verified_without_pytorch(make_bundle, tmp_path):
+    """In a process of its own, with another working directory, and with torch out of reach."""
+    path = copy_bundle(make_bundle("contextual"), tmp_path / "elsewhere [x]")
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    arguments = ("--backend", "ort-cpu", "--json")
+    done = in_a_process("sjepa-verify", path.name, *arguments, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["passed"] is True
+    assert [(r["backend"], r["precision"], r["passed"]) for r in answer["results"]] == [("ort-cpu", "fp32", True)]
+    assert "elsewhere [x]: parity on this machine" in done.stderr
+
+
+def test_verify_judges_all_that_loads_and_says_what_does_not(sjepa, make_bundle):
+    path = make_bundle("prelocal", precisions=("fp32", "fp16", "bf16")).path
+    status, out, err = sjepa("verify", path)
+    assert (status, err) == (0, "")
+    assert re.findall(r"(fp32|fp16)\s+(ort-cpu|torch) .* passed", out) == [
+        ("fp32", "ort-cpu"),
+        ("fp32", "torch"),
+        ("fp16", "ort-cpu"),
+    ]
+    assert "not judged: bf16 on ort-cpu. ONNX Runtime has no bf16 kernels on the CPU.\n" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "judged"),
+    [
+        ("--backend torch", [("torch", "fp32")]),
+        ("--backend ort-cpu", [("ort-cpu", "fp32"), ("ort-cpu", "fp16")]),
+        ("--precision fp16", [("ort-cpu", "fp16")]),
+        ("--precision fp16 --precision fp32 --backend ort-cpu", [("ort-cpu", "fp32"), ("ort-cpu", "fp16")]),
+    ],
+)
+def test_verify_judges_what_is_asked_for(sjepa, make_bundle, flags, judged):
+    path = make_bundle("prelocal", precisions=("fp32", "fp16", "bf16")).path
+    status, out, _ = sjepa("verify", path, *flags.split(), "--json")
+    assert status == 0
+    assert [(r["backend"], r["precision"]) for r in json.loads(out)["results"]] == judged
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_verify_fails_where_the_outputs_differ(sjepa, bundle, flags):
+    """The hashes are right, the outputs are not: as on a machine that computes something else."""
+    arrays = dict(np.load(bundle / "reference.npz"))
+    arrays["outputs"][2, 0] *= 1.01
+    np.savez(bundle / "reference.npz", **arrays)
+    rehash(bundle, "reference.npz")
+    status, out, err = sjepa("verify", bundle, "--backend", "ort-cpu", *flags)
+    assert status == 1
+    assert err.endswith(f"{bundle} does not give the reference outputs on this machine. Do not decode with what failed.\n")
+    assert re.search(r"fp32\s+ort-cpu .* FAILED", err if flags else out)
+    if flags:
+        answer = json.loads(out)
+        assert answer["passed"] is False
+        assert answer["results"][0]["worst"].startswith("eeg 2 at batch")
+
+
+def test_verify_finds_other_weights_under_the_same_contract(sjepa, make_bundle, bundle):
+    shutil.copy(make_bundle("prelocal", model_seed=1).graph_path("fp32"), bundle)
+    rehash(bundle, "model.fp32.onnx")
+    assert sjepa("verify", bundle, "--backend", "ort-cpu")[0] == 1
+
+
+# ---------------------------------------------------------------- run on real EEG
+
+
+@functools.cache
+def recording():
+    return mne.io.read_raw(eeg_file("eeglab_data.set"), preload=True, verbose="error")
+
+
+def by_hand(raw, spec, model, hop):
+    """Return times and predictions by MNE's functions, a loop over windows, and PyTorch in float64."""
+    data = mne.filter.filter_data(raw.get_data(), 128.0, 0.5, 40.0, phase="zero", verbose="error")
+    data = mne.filter.resample(data, up=100.0, down=128.0, npad="auto", window="auto", pad="auto", verbose="error")
+    data = (data - data.mean(axis=0)) * 1e6
+    times, outputs = [], []
+    for start in range(0, data.shape[1] - 199, hop):
+        times.append((start + 199) / 100)
+        window = torch.from_numpy(data[None, :, start : start + 200])
+        with torch.no_grad():
+            outputs.append(model(window)[0].numpy())
+    assert spec.input_shape == (len(data), 200)
+    return np.array(times), np.array(outputs)
+
+
+def read_table(text):
+    header, *lines = text.splitlines()
+    assert header.split("\t")[0] == "time"
+    values = np.array([[float(cell) for cell in line.split("\t")] for line in lines])
+    return header.split("\t")[1:], values[:, 0], values[:, 1:]
+
+
+def assert_equal_tables(text, times, outputs):
+    _, found_times, found = read_table(text)
+    np.testing.assert_allclose(found_times, times, rtol=0, atol=1e-6)
+    assert found.shape == outputs.shape
+    assert np.abs(found - outputs).max() < 1e-5 * np.sqrt(np.mean(outputs**2))
+
+
+@pytest.fixture(scope="session")
+def eeglab_bundle(make_bundle):
+    """Return a 32-channel contextual model of the recording's own montage."""
+    raw = recording()
+    positions = tuple(tuple(map(float, channel["loc"][:3])) for channel in raw.info["chs"])
+    return make_bundle("contextual", n_chans=32, ch_names=tuple(raw.ch_names), positions=positions)
+
+
+def test_a_recording_is_decoded_as_pytorch_does_contextual(sjepa, eeglab_bundle, tmp_path):
+    status, out, err = sjepa("run", eeglab_bundle.path, eeg_file("eeglab_data.set"), "--out", tmp_path / "out.tsv", "--json")
+    assert status == 0
+    model = build_model(eeglab_bundle.spec, seed=0).double().eval()
+    times, outputs = by_hand(recording(), eeglab_bundle.spec, model, 200)
+    assert_equal_tables((tmp_path / "out.tsv").read_text(), times, outputs)
+    summary = json.loads(out)
+    assert (summary["n_windows"], summary["hop"], summary["random_weights"]) == (len(times), 2.0, True)
+    assert summary["steps"][0] == "band-passed 0.5 to 40 Hz, zero-phase FIR"
+    assert "recording: resampled from 128 to 100 Hz\n" in err
+    assert "random: the predictions mean nothing" in err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.tsv"]
+
+
+def test_channels_named_on_the_command_line_are_decoded_as_pytorch_does(sjepa, tmp_path):
+    """In the reverse order of the file, to show that names decide."""
+    raw = recording().copy().pick(recording().ch_names[::-1])
+    flags = ("--precision", "fp32", "--max-batch", "8", "--n-outputs", "2", "--seed", "4")
+    channels = ("--channels", ",".join(raw.ch_names))
+    assert sjepa("export", "--variant", "postlocal", *channels, *flags, "--out", tmp_path / "bundle")[0] == 0
+    status, out, err = sjepa("run", tmp_path / "bundle", eeg_file("eeglab_data.set"), "--hop", "1")
+    assert status == 0
+    spec = Bundle.open(tmp_path / "bundle").spec
+    times, outputs = by_hand(raw, spec, build_model(spec, seed=4).double().eval(), 100)
+    assert out.startswith("time\tprediction_0\tprediction_1\n1.990000\t")
+    assert_equal_tables(out, times, outputs)
+    assert f"{len(times)} windows of 2 s every 1 s decoded\n" in err
+
+
+def about_its_centre(positions):
+    """Move positions so that the sphere |p - c| = r that fits them best in the least squares of |p|^2 has its centre at 0."""
+    p = np.array(positions)
+    solution = np.linalg.lstsq(np.column_stack([2 * p, np.ones(len(p))]), (p**2).sum(axis=1), rcond=None)[0]
+    return p - solution[:3]
+
+
+def test_a_recording_is_interpolated_to_129_channels_and_decoded_as_pytorch_does(sjepa, tmp_path):
+    path, flags = tmp_path / "bundle", ("--precision", "fp32", "--max-batch", "8")
+    assert sjepa("export", "--variant", "postlocal", *flags, "--out", path)[0] == 0
+    status, out, err = sjepa("run", path, eeg_file("eeglab_data.set"), "--interpolate")
+    assert status == 0
+    assert "recording: interpolated 128 of 129 channels: E1, E2, E3, E4, E5, E6, E7, E8 and 120 more\n" in err
+    raw, net = recording().copy(), read_montage("GSN-HydroCel-129")
+    digs = []
+    for names, positions in ((raw.ch_names, [channel["loc"][:3] for channel in raw.info["chs"]]), (net.ch_names, net.positions)):
+        ch_pos = dict(zip(names, about_its_centre(positions), strict=True))
+        digs.append(mne.channels.make_dig_montage(ch_pos, coord_frame="head"))
+    measured = raw.get_data(picks="Cz")
+    raw.set_montage(digs[0])
+    with mne.use_log_level("error"):
+        raw = raw.interpolate_to(digs[1], origin=(0.0, 0.0, 0.0), method="spline")
+    raw._data[raw.ch_names.index("Cz")] = measured  # what was measured is kept
+    spec = Bundle.open(path).spec
+    assert spec.ch_names == tuple(raw.ch_names)
+    assert_equal_tables(out, *by_hand(raw, spec, build_model(spec, seed=0).double().eval(), 200))
+
+
+def test_an_array_with_rate_and_unit_is_decoded(sjepa, make_bundle, tmp_path):
+    """Without filter, reference and resampling only the cutting is left: each hop one window that NumPy can cut."""
+    preprocessing = Preprocessing(reference="none", l_freq=None, h_freq=None)
+    spec = small_spec(preprocessing=preprocessing)
+    samples = eeg_windows(1, 8, 1000, 100.0, np.random.default_rng(0))[0]
+    np.save(tmp_path / "a.npy", samples / 1000)
+    bundle = make_bundle("prelocal", preprocessing=preprocessing)
+    status, out, _ = sjepa("run", bundle.path, tmp_path / "a.npy", "--sfreq", 100, "--unit", "mV", "--hop", "0.25")
+    assert status == 0
+    starts = np.arange(0, 801, 25)
+    windows = np.stack([samples[:, start : start + 200] for start in starts]).astype(np.float64)
+    with torch.no_grad():
+        outputs = build_model(spec, seed=0).double().eval()(torch.from_numpy(windows)).numpy()
+    assert_equal_tables(out, (starts + 199) / 100, outputs)
+
+
+def test_the_table_is_headed_by_the_classes(sjepa, make_bundle, array):
+    bundle = make_bundle("prelocal", class_names=("left", "right", "rest"))
+    status, out, _ = sjepa("run", bundle.path, *array)
+    assert (status, read_table(out)[0]) == (0, ["left", "right", "rest"])
+
+
+def test_a_table_is_replaced_whole_or_not_at_all(sjepa, bundle, array, tmp_path, monkeypatch):
+    table = tmp_path / "out.tsv"
+    table.write_text("old")
+
+    def fail(stream, *_):
+        stream.write("half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sjepa_deploy.cli.run._write", fail)
+        status, _, err = sjepa("run", bundle, *array, "--out", table)
+    assert (status, err) == (2, f"sjepa-run: {table} cannot be written (No space left on device). Choose another --out, "
+                                "or free some space.\n")  # fmt: skip
+    assert table.read_text() == "old"
+    assert sjepa("run", bundle, *array, "--out", table)[0] == 0
+    assert table.read_text().startswith("time\t")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"bundle", "a.npy", "out.tsv"}
+
+
+# ---------------------------------------------------------------- doctor, help, the group
+
+
+def test_doctor_shows_versions_and_backends(sjepa):
+    status, out, err = sjepa("doctor")
+    assert (status, err) == (0, "")
+    for package in ("numpy", "onnxruntime", "torch", "mne"):
+        assert re.search(rf"{package}\W+{re.escape(importlib.metadata.version(package))}", out)
+    assert "backend ort-cpu: loads" in out
+    answer = json.loads(sjepa("doctor", "--json")[1])
+    assert answer["backends"] == {"ort-cpu": None, "torch": None}
+    assert answer["packages"]["onnxruntime"] == importlib.metadata.version("onnxruntime")
+    assert int(answer["machine"]["cores"]) >= 1
+
+
+def test_doctor_says_how_to_get_a_missing_backend(sjepa, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "pip install 'sjepa-deploy[export]'" in json.loads(sjepa("doctor", "--json")[1])["backends"]["torch"]
+    assert "torch: does not load: This needs torch" in " ".join(sjepa("doctor")[1].split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_every_command_has_a_help_page(sjepa, name, flag):
+    status, out, err = sjepa(name, flag)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"Usage: sjepa-{name} ")
+    for option in _command(name).params:
+        assert option.param_type_name == "argument" or option.help, f"{option.name} has no help"
+
+
+def test_the_group_knows_all_commands(capsys, make_bundle):
+    assert run_command(group, "sjepa", ["--help"]) == 0
+    page = capsys.readouterr().out
+    assert all(f"\n  {name} " in page for name in COMMANDS)
+    assert run_command(group, "sjepa", ["--version"]) == 0
+    assert importlib.metadata.version("sjepa-deploy") in capsys.readouterr().out
+    assert run_command(group, "sjepa", ["verify", str(make_bundle("prelocal").path), "--backend", "ort-cpu"]) == 0
+    assert "passed" in capsys.readouterr().out
+    for arguments, message in (([], "Missing command"), (["decode"], "No such command 'decode'")):
+        assert run_command(group, "sjepa", arguments) == 2
+        assert capsys.readouterr().err == f"sjepa: {message}. See sjepa --help.\n"
+
+
+def test_every_console_script_is_a_command():
+    scripts = importlib.metadata.distribution("sjepa-deploy").entry_points.select(group="console_scripts")
+    assert {script.name for script in scripts} == {"sjepa", *(f"sjepa-{name}" for name in COMMANDS)}
+    for script in scripts:
+        done = in_a_process(script.name, "--help")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"Usage: {script.name} ")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(bundle, array):
+    """As in: sjepa-run BUNDLE RECORDING | head -1."""
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys, sjepa_deploy.cli.run as m; sys.argv[0] = 'sjepa-run'; m.main()"
+    command = [sys.executable, "-c", code, str(bundle), *map(str, array)]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def array(tmp_path):
+    """Return the arguments of a run on ten seconds of EEG in an array in microvolts."""
+    np.save(tmp_path / "a.npy", eeg_windows(1, 8, 1000, 100.0, np.random.default_rng(0))[0])
+    return (tmp_path / "a.npy", "--sfreq", "100", "--unit", "uV")
+
+
+@pytest.fixture
+def refuses(sjepa, tmp_path):
+    """Return a function that runs a command and checks the error: status 2, one line that matches, nothing written."""
+
+    def check(message, *arguments, status=2):
+        before = listing(tmp_path)
+        found, out, err = sjepa(*arguments)
+        assert (found, out) == (status, ""), err
+        assert re.fullmatch(rf"sjepa-{arguments[0]}: .*{message}.*\n", err), err
+        assert listing(tmp_path) == before
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--variant transformer", "'transformer' is not one of 'prelocal', 'postlocal', 'contextual', 'base'"),
+        ("", "Neither --variant nor --checkpoint was given. Name one"),
+        ("--variant contextual --montage GSN-HydroCel-128x", "is neither a montage nor a file. Did you mean GSN-HydroCel-128"),
+        ("--variant contextual --montage cap", "is neither a montage nor a file. There are GSN-HydroCel-129"),
+        ("--variant contextual --montage sjepa-62 --channels Cz,E1", "has no channels E1. Pick from its 62 channels"),
+        ("--variant contextual --montage sjepa-62 --channels 62", "say two things. Name the channels, or leave one flag out"),
+        ("--variant contextual --channels Cz,Pz", "needs the positions of its 2 channels.* Name their montage with --montage"),
+        ("--variant prelocal --channels Cz,cz", "Channel names appear twice: Cz, cz. Name every channel once"),
+        ("--variant prelocal --channels 0", "n_chans is 0. Use 1 or more"),
+        ("--variant prelocal --n-times 151", "first time token needs 152 samples. Use windows of at least 152 samples"),
+        ("--variant prelocal --sfreq nan", "sfreq is nan Hz. Use a positive sampling rate"),
+        ("--variant prelocal --unit nV", "'nV' is not one of 'uV', 'mV', 'V'"),
+        ("--variant prelocal --band 40 1", "The band 40.0 to 1.0 Hz is not one. Use positive edges"),
+        ("--variant prelocal --n-outputs 2 --class-names a,b,c", "3 class names for 2 outputs. Name every output once"),
+        ("--variant prelocal --channels 8 --precision fp8", "'fp8' is not a precision. Use a list of fp32, fp16, bf16"),
+        ("--variant prelocal --channels 8 --precision ,", "names no precision. Use a list of fp32"),
+        ("--variant prelocal --channels 8 --opset 16", "Opset 16 is not supported. Use one of 17 to 21; 17 runs everywhere"),
+        ("--variant prelocal --max-batch 0", "'--max-batch': 0 is not in the range x>=1. See sjepa-export --help"),
+        ("--variant prelocal --checkpoint nowhere", "There is no checkpoint at nowhere. Check the path"),
+        ("--variant all --checkpoint nowhere", "A checkpoint holds one variant. Leave --variant all out"),
+        ("--variant prelocal --parity-data nowhere.npy", "nowhere.npy is missing or no array .* Give a .npy of windows"),
+        ("--variant prelocal --outputs 2", "No such option.* See sjepa-export --help"),
+    ],
+)
+def test_exports_that_cannot_be(refuses, tmp_path, flags, message):
+    refuses(message, "export", *flags.split(), "--out", tmp_path / "out")
+
+
+def test_checkpoints_that_do_not_fit(refuses, checkpoint, tmp_path):
+    to = ("--out", tmp_path / "out")
+    message = "variant = postlocal, which contradicts the prelocal asked for. Leave the flag out, or use another"
+    refuses(message, "export", "--variant", "prelocal", "--checkpoint", checkpoint, *to)
+    message = "n_chans = 8, which contradicts the 9 asked for. Leave the flag out, or use another"
+    refuses(message, "export", "--checkpoint", checkpoint, "--channels", "9", *to)
+    refuses("needs 152 samples. Use windows of at", "export", "--checkpoint", checkpoint, "--n-times", "100", *to)
+    message = "give 2 time tokens, but the head of .* was made for 1. Use --n-times from 152 to 279"
+    refuses(message, "export", "--checkpoint", checkpoint, "--n-times", "280", *to)
+
+
+def test_a_truncated_checkpoint(refuses, checkpoint, tmp_path):
+    damaged = shutil.copytree(checkpoint, tmp_path / "damaged")
+    content = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(content[: len(content) // 2])
+    message = r"model\.safetensors is truncated or not a safetensors file .*\. Get the file again"
+    refuses(message, "export", "--checkpoint", damaged, "--out", tmp_path / "out")
+
+
+def test_a_hostile_pickle_is_not_run(refuses, tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    weights = {"feature_encoder.1.0.weight": torch.zeros(8, 1, 32), "more": Hostile()}
+    torch.save(weights, tmp_path / "zip.pth")
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps(weights))
+    for name in ("zip.pth", "bare.pth"):
+        message = r"could run code when it is loaded\. Save the state dict alone, best as safetensors"
+        refuses(message, "export", "--checkpoint", tmp_path / name, "--out", tmp_path / "out")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_places_that_are_taken_or_cannot_be_written(refuses, bundle, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/diary.txt").touch()
+    command = ("export", "--variant", "prelocal", *SMALL)
+    refuses("There is a bundle at .* already. Use --force to replace it", *command, "--out", bundle)
+    refuses("is a folder with other content. Choose another --out", *command, "--force", "--out", tmp_path / "folder")
+    refuses("exists and is no folder. Choose another --out", *command, "--force", "--out", tmp_path / "file")
+    refuses(r"cannot be written \(File exists\)\. Choose another --out", *command, "--out", tmp_path / "file/out")
+
+
+@pytest.mark.parametrize("command", ["verify", "run"])
+def test_bundles_that_were_tampered_with(refuses, bundle, array, command):
+    arguments = (command, bundle, *(array if command == "run" else ()))
+    flip_byte(bundle / "model.fp32.onnx")
+    refuses(r"model\.fp32\.onnx of the bundle .* was changed after .*\. Copy or export the bundle again", *arguments)
+    flip_byte(bundle / "model.fp32.onnx")
+    edit_manifest(bundle, lambda m: m["spec"].update(sfreq=128.0), sign=False)
+    refuses(r"manifest\.json was changed after .*\. Copy or export the bundle again", *arguments)
+    edit_manifest(bundle, lambda m: m["spec"].update(sfreq=128.0))
+    arguments = ["128" if argument == "100" else argument for argument in arguments]
+    refuses("contract inside .* differs in sfreq. Copy or export", *arguments)
+
+
+def test_a_graph_that_onnx_runtime_cannot_load(refuses, bundle, array):
+    (bundle / "model.fp32.onnx").write_bytes(b"garbage")
+    rehash(bundle, "model.fp32.onnx")
+    refuses(r"cannot load model\.fp32\.onnx: .*\. Export with another --opset", "run", bundle, *array)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--precision fp8", "'fp8' is not one of 'fp32', 'fp16', 'bf16'. See sjepa-verify --help"),
+        ("--backend cuda", "'cuda' is not a backend. Use one of ort-cpu, torch"),
+        ("--precision fp16", "could be judged: it has fp32. Name another --backend or --precision"),
+        ("--backend torch --precision fp16", "could be judged: it has fp32. Name another --backend or --precision"),
+    ],
+)
+def test_verifications_that_cannot_be(refuses, bundle, flags, message):
+    refuses(message, "verify", bundle, *flags.split())
+
+
+def test_a_precision_that_does_not_load_when_both_are_named(refuses, make_bundle):
+    path = make_bundle("prelocal", precisions=("fp32", "fp16", "bf16")).path
+    for command in (("verify", path, "--backend", "ort-cpu"), ("run", path, eeg_file("eeglab_data.set"), "--interpolate")):
+        refuses("no bf16 kernels on the CPU. Use --precision fp32 or fp16", *command, "--precision", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--precision fp8", "'fp8' is not one of 'fp32', 'fp16', 'bf16'. See sjepa-run --help"),
+        ("--precision fp16", "has no fp16 graph. Use fp32, or export with --precision fp16"),
+        ("--backend cuda", "'cuda' is not a backend. Use one of ort-cpu, torch"),
+        ("--hop 0", "--hop is 0 s, a sample of this model 0.01 s: use 0.01 or more"),
+        ("--hop 0.004", "--hop is 0.004 s, a sample of this model 0.01 s: use 0.01 or more"),
+        ("--hop -1", "--hop is -1 s"),
+        ("--hop nan", "--hop is nan s"),
+        ("--hop inf", "--hop is inf s"),
+        ("--hop 1e300", r"--hop is 1e\+300 s"),
+        ("--json", "--json needs --out: standard output cannot hold both. See sjepa-run --help"),
+        ("--sfreq 64", "is sampled at 64 Hz, the model at 100 Hz. Record at the model's rate or above"),
+        ("--unit V", "samples look like another unit's. State the unit they are stored in with `--unit`"),
+        ("--out /dev/full", r"cannot be written \(No space left on device\)\. Choose another --out, or free some space"),
+    ],
+)
+def test_runs_that_cannot_be(refuses, bundle, array, flags, message):
+    refuses(message, "run", bundle, *array, *flags.split())
+
+
+def test_recordings_that_do_not_fit(refuses, bundle, eeglab_bundle, make_bundle, array, tmp_path):
+    volts = tmp_path / "volts.npy"
+    np.save(volts, np.load(array[0]) * 1e-6)
+    message = r"which is no EEG: .*\. State the unit they are stored in with `--unit` \(volts passed as microvolts\?\)"
+    refuses(message, "run", bundle, volts, *array[1:])
+    refuses("Give --sfreq and --unit", "run", bundle, volts)
+    refuses("There is no recording .*nowhere.edf. Check the path", "run", bundle, tmp_path / "nowhere.edf")
+    message = "lacks, or marks as bad, 24 of the model's 32 channels: .*make them from the others with `--interpolate`"
+    refuses(message, "run", eeglab_bundle.path, eeg_file("biosig16.edf"))
+    refuses("Give exactly the model's channels in rows", "run", eeglab_bundle.path, *array)
+    fast = make_bundle("prelocal", sfreq=250.0)
+    message = "sampled at 128 Hz, the model at 250 Hz. Record at the model's rate or above"
+    refuses(message, "run", fast.path, eeg_file("eeglab_data.set"))
+    refuses(r"cannot be written \(Is a directory\)", "run", bundle, *array, "--out", tmp_path)
+    refuses(r"cannot be written \(No such file or directory\)", "run", bundle, *array, "--out", tmp_path / "no/out.tsv")
+
+
+def test_ctrl_c_ends_an_export_without_a_trace(sjepa, bundle, tmp_path, monkeypatch):
+    """The signal comes when the graphs are written and the old bundle still stands."""
+    monkeypatch.setattr("sjepa_deploy.export.to_bundle.make_reference", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    before = listing(tmp_path)
+    status, out, err = sjepa("export", "--variant", "prelocal", *SMALL, "--out", bundle, "--force")
+    assert (status, out, err) == (130, "", "\nsjepa-export: interrupted\n")  # click first ends the line of the ^C
+    assert listing(tmp_path) == before
+
+
+def test_ctrl_c_in_a_process_of_its_own(bundle, array, tmp_path):
+    code = (
+        "import os, signal, sjepa_deploy.cli.run as m, sys\n"
+        "m.fit_recording = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.argv[0] = 'sjepa-run'; m.main()"
+    )
+    command = [sys.executable, "-c", code, str(bundle), *map(str, array), "--out", str(tmp_path / "out.tsv")]
+    before = listing(tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nsjepa-run: interrupted\n")
+    assert listing(tmp_path) == before

@@ -1,0 +1,227 @@
+import json
+from importlib import resources
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sjepa_deploy.bundle import Graph, Manifest, Provenance
+from sjepa_deploy.errors import SpecError
+from sjepa_deploy.runtime.parity import ParityResult
+from sjepa_deploy.serialize import DecodeError, decode, encode, json_schema
+from sjepa_deploy.spec import EncoderSpec, ModelSpec, Preprocessing
+
+SCHEMA = json_schema(Manifest)
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+REGENERATE = (
+    'python -c "import json; from sjepa_deploy.bundle import Manifest; from sjepa_deploy.serialize import json_schema; '
+    'print(json.dumps(json_schema(Manifest), indent=1))" > sjepa_deploy/data/manifest.schema.json'
+)
+
+
+def test_the_shipped_schema_describes_the_dataclasses():
+    shipped = resources.files("sjepa_deploy").joinpath("data", "manifest.schema.json").read_text(encoding="utf-8")
+    assert shipped == json.dumps(SCHEMA, indent=1) + "\n", f"Write it again with: {REGENERATE}"
+
+
+def test_the_schema_is_one_and_has_words_for_people():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    assert all(definition["description"] for definition in SCHEMA["$defs"].values())
+
+
+def test_real_manifests_fit_the_schema(make_bundle, manifest_json):
+    for text in (manifest_json, (make_bundle("contextual").path / "manifest.json").read_text()):
+        VALIDATOR.validate(json.loads(text))
+        assert encode(decode(Manifest, json.loads(text))) == json.loads(text)
+
+
+# ---------------------------------------------------------------- there and back
+
+positive = st.integers(1, 10**6)
+finite = st.floats(allow_nan=False, allow_infinity=False)
+coordinate = st.floats(-0.1, 0.1).filter(lambda x: abs(x) > 1e-3)
+encoders = st.builds(
+    EncoderSpec,
+    conv_layers=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 3)), max_size=2).map(
+        lambda layers: (*layers, (64, 3, 2))
+    ),
+    n_layers=st.integers(1, 12),
+    n_heads=st.sampled_from([1, 2, 4, 8]),
+    drop_prob=st.floats(0, 0.9),
+)
+bands = st.builds(
+    Preprocessing,
+    reference=st.sampled_from(["average", "none"]),
+    l_freq=st.none() | st.floats(0.1, 5),
+    h_freq=st.none() | st.floats(10, 40),
+)
+
+
+@st.composite
+def specs(draw):
+    n_chans, n_outputs = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    names = st.lists(st.text(min_size=1), min_size=n_chans, max_size=n_chans, unique_by=str.casefold).map(tuple)
+    positions = st.tuples(*[st.tuples(coordinate, coordinate, coordinate)] * n_chans)
+    return ModelSpec(
+        variant=draw(st.sampled_from(["prelocal", "postlocal", "contextual", "base"])),
+        n_chans=n_chans,
+        n_times=draw(st.integers(100, 600)),
+        sfreq=draw(st.floats(81, 1000)),
+        unit=draw(st.sampled_from(["uV", "mV", "V"])),
+        n_outputs=n_outputs,
+        n_spat_filters=draw(positive),
+        ch_names=draw(st.none() | names),
+        positions=draw(st.none() | positions),
+        class_names=draw(st.none() | st.tuples(*[st.text()] * n_outputs)),
+        preprocessing=draw(bands),
+        encoder=draw(encoders),
+    )
+
+
+precisions = st.sampled_from(["fp32", "fp16", "bf16"])
+graphs = st.builds(Graph, file=st.text(), precision=precisions, static_batch=st.none() | positive)
+provenances = st.builds(Provenance, notes=st.lists(st.text(), max_size=3).map(tuple))
+results = st.builds(
+    ParityResult,
+    precision=precisions,
+    **dict.fromkeys(("tolerance", "max_abs", "max_error", "max_relative_to_spread", "scale", "spread", "cosine"), finite),
+    flip_margin=st.none() | finite,
+)
+manifests = st.builds(
+    Manifest,
+    spec=specs(),
+    graphs=st.lists(graphs, max_size=2).map(tuple),
+    weights=provenances,
+    parity=st.lists(results, max_size=2).map(tuple),
+    tools=st.dictionaries(st.text(), st.text(), max_size=3),
+    files=st.dictionaries(st.text(), st.text(), max_size=3),
+)
+
+
+@pytest.mark.parametrize(("cls", "strategy"), [(ModelSpec, specs()), (ParityResult, results), (Manifest, manifests)])
+def test_what_is_written_is_read_again(cls, strategy):
+    @settings(max_examples=30)
+    @given(strategy)
+    def there_and_back(value):
+        stored = json.loads(json.dumps(encode(value), allow_nan=False))
+        assert decode(cls, stored) == value
+        jsonschema.Draft202012Validator(json_schema(cls)).validate(stored)
+
+    there_and_back()
+
+
+# ---------------------------------------------------------------- what does not fit
+
+
+def test_numbers_of_json_are_of_one_kind():
+    assert decode(Graph, {"file": "a", "precision": "fp32", "opset": 17.0, "n_nodes": 5, "max_batch": 1}).opset == 17
+    assert isinstance(decode(Preprocessing, {"l_freq": 1}).l_freq, float)
+
+
+def fits(data) -> bool:
+    """Whether `data` is a manifest: what `decode` and the schema say, which must be the same."""
+    try:
+        decode(Manifest, data)
+        decoded = True
+    except DecodeError:
+        decoded = False
+    except SpecError:  # the types are right, and describe no model: a schema cannot know
+        decoded = True
+    assert VALIDATOR.is_valid(data) == decoded
+    return decoded
+
+
+def places(data, place=()):
+    """Yield the path of every value inside `data`."""
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+        yield (*place, key)
+        if isinstance(value, dict | list):
+            yield from places(value, (*place, key))
+
+
+def parent_of(data, place):
+    for key in place[:-1]:
+        data = data[key]
+    return data
+
+
+def edited(text, place, value):
+    data = json.loads(text)
+    parent_of(data, place)[place[-1]] = value
+    return data
+
+
+# Positive numbers only: what is too small for a model is refused by the spec, and tested there.
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(1, 2**53) | st.floats(1e-3, 1e300) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(data=st.data(), value=json_values)
+def test_any_value_at_any_place_is_judged_alike(manifest_json, data, value):
+    place = data.draw(st.sampled_from(sorted(places(json.loads(manifest_json)), key=str)))
+    fits(edited(manifest_json, place, value))
+
+
+def test_every_key_is_needed_and_no_other_is_known(manifest_json):
+    whole = json.loads(manifest_json)
+    defaults = {"digest", "static_batch", "decision_flips", "flip_margin", "sha256", "seed", "notes"}
+    defaults |= {"unit", "n_outputs", "n_spat_filters", "ch_names", "positions", "class_names", "preprocessing", "encoder"}
+    defaults |= whole["spec"]["preprocessing"].keys() | whole["spec"]["encoder"].keys()
+    free = ("tools", "files")
+    n_needed = 0
+    for place in places(whole):
+        data = json.loads(manifest_json)
+        parent = parent_of(data, place)
+        if isinstance(parent, dict):
+            del parent[place[-1]]
+            needed = place[-1] not in defaults and not (len(place) == 2 and place[0] in free)
+            assert fits(data) != needed, place
+            n_needed += needed
+            parent |= {place[-1]: parent_of(whole, place)[place[-1]], "another": "key"}
+            assert fits(data) == (len(place) == 2 and place[0] in free), place
+    assert n_needed > 60
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("spec", "variant"), "transformer", "spec.variant must be one of prelocal, postlocal, contextual, base"),
+        (("graphs", 0, "precision"), "fp8", r"graphs\[0\].precision must be one of fp32, fp16, bf16, not 'fp8'"),
+        (("graphs", 0, "precision"), True, r"graphs\[0\].precision must be one of"),
+        (("graphs", 0, "max_batch"), "64", r"graphs\[0\].max_batch must be of type integer, not str"),
+        (("spec", "n_chans"), 2.5, "spec.n_chans must be of type integer, not float"),
+        (("spec", "n_chans"), True, "spec.n_chans must be of type integer, not bool"),
+        (("spec", "sfreq"), False, "spec.sfreq must be of type number, not bool"),
+        (("spec", "sfreq"), None, "spec.sfreq must be of type number, not NoneType"),
+        (("spec", "positions", 3), [0.1, 0.2], r"spec.positions\[3\] must have 3 items, not 2"),
+        (("spec", "encoder", "conv_layers", 0), [8, 32, 8, 1], r"spec.encoder.conv_layers\[0\] must have 3 items, not 4"),
+        (("spec", "ch_names"), "Cz", "spec.ch_names must be an array, not str"),
+        (("spec", "ch_names", 1), 1, r"spec.ch_names\[1\] must be of type string"),
+        (("weights",), None, "weights must be an object, not NoneType"),
+        (("weights", "colour"), "blue", "weights has the unknown key 'colour'"),
+        (("tools", "torch"), 2, r"tools\['torch'\] must be of type string"),
+        (("parity",), {}, "parity must be an array, not dict"),
+        (("parity", 0, "passed"), 1, r"parity\[0\].passed must be of type boolean, not int"),
+    ],
+)
+def test_the_error_names_the_place(manifest_json, place, value, message):
+    data = edited(manifest_json, place, value)
+    assert not fits(data)
+    with pytest.raises(DecodeError, match=message):
+        decode(Manifest, data)
+
+
+def test_the_top_level_has_a_name_too(manifest_json):
+    with pytest.raises(DecodeError, match="the top level must be an object, not list"):
+        decode(Manifest, [])
+    with pytest.raises(DecodeError, match="the top level lacks the key 'spec'"):
+        decode(Manifest, {k: v for k, v in json.loads(manifest_json).items() if k != "spec"})
+
+
+def test_a_number_too_large_for_a_float_is_refused():
+    with pytest.raises(DecodeError, match="l_freq is too large a number"):
+        decode(Preprocessing, {"l_freq": 10**400})

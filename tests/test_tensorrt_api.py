@@ -1,0 +1,146 @@
+"""The adapter against the real bindings: TensorRT-RTX builds on any machine, TensorRT 11's lean runtime shows its names."""
+
+from __future__ import annotations
+
+import inspect
+import json
+
+import pytest
+import tensorrt_lean  # creating its Runtime without a driver ends the process: names only
+import tensorrt_rtx
+from engine_bundles import small_bundle
+from fake_gpu import FakeDriver, Faults, fake_tensorrt
+
+from sjepa_deploy.errors import EngineError, MissingDependencyError
+from sjepa_deploy.runtime import tensorrt_api
+from sjepa_deploy.runtime.engines import BuildSettings
+from sjepa_deploy.runtime.tensorrt_api import TensorRT, summarise_layers
+from sjepa_deploy.spec import VARIANTS, graph_precision
+
+ONLY_BEFORE_11 = {"FP16", "PREFER_PRECISION_CONSTRAINTS"}
+
+
+@pytest.mark.parametrize("version", ["10.9.0", "11.4.0"])
+def test_every_name_that_the_adapter_uses_exists_in_the_bindings(version):
+    """The fake has all that the adapter uses, or the tests on it would fail with an AttributeError (test_build_engines.py)."""
+    module = fake_tensorrt(version, FakeDriver(), Faults())
+    checked = []
+    for name, fake in vars(module).items():
+        if name == "__version__":
+            continue
+        real = getattr(tensorrt_lean, name, None) or getattr(tensorrt_rtx, name)
+        members = list(fake.__members__) if hasattr(fake, "__members__") else [m for m in vars(fake) if not m.startswith("_")]
+        for member in members:
+            if (name, member) in {("IBuilderConfig", "workspace"), ("IBuilderConfig", "cache"), ("INetworkDefinition", "onnx")}:
+                continue
+            if version.startswith("10") and member in ONLY_BEFORE_11:
+                continue
+            assert hasattr(real, member), f"{name}.{member}"
+            checked.append(f"{name}.{member}")
+    assert {"ICudaEngine.device_memory_size_v2", "IExecutionContext.execute_async_v3", "BuilderFlag.TF32"} <= set(checked)
+
+
+def test_what_11_dropped_is_not_used_with_it():
+    for gone in ("FP16", "BF16", "OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS"):
+        assert not hasattr(tensorrt_lean.BuilderFlag, gone)
+    api = TensorRT("tensorrt", module=fake_tensorrt("11.4.0", FakeDriver(), Faults()))
+    settings = BuildSettings(refittable=True, version_compatible=True)
+    for precision in api.precisions:
+        strong, *flags = api.flags(precision, settings)
+        assert strong == "STRONGLY_TYPED"
+        assert all(hasattr(tensorrt_lean.BuilderFlag, flag) for flag in flags)
+
+
+def test_the_runtime_calls_fit_the_signatures_of_11():
+    for method, words in (
+        (tensorrt_lean.ICudaEngine.create_execution_context, "strategy: tensorrt_lean_bindings.tensorrt_lean.Execution"),
+        (tensorrt_lean.IExecutionContext.set_device_memory, "memory: typing.SupportsInt, size: typing.SupportsInt"),
+        (tensorrt_lean.IExecutionContext.execute_async_v3, "stream_handle"),
+        (tensorrt_lean.IExecutionContext.set_tensor_address, "memory"),
+        (tensorrt_lean.ICudaEngine.get_tensor_profile_shape, "profile_index"),
+    ):
+        assert words in inspect.getdoc(method)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rtx_builds_every_precision_from_the_same_graphs(variant):
+    bundle, api = small_bundle(variant), TensorRT("tensorrt-rtx")
+    plans = {}
+    for precision in api.precisions:
+        onnx = bundle.graph_path(precision).read_bytes()
+        plan, _ = api.build(onnx, precision, BuildSettings(max_batch=8, optimization_level=0))
+        plans[precision] = plan
+        _, network, _parser = api.parse(onnx, "STRONGLY_TYPED")
+        given, made = network.get_input(0), network.get_output(0)
+        spec = bundle.spec
+        assert (network.num_inputs, network.num_outputs) == (1, 1)
+        assert (given.name, tuple(given.shape), given.dtype.name) == ("eeg", (-1, *spec.input_shape), "FLOAT")
+        assert (made.name, tuple(made.shape), made.dtype.name) == (spec.output_name, (-1, *spec.output_shape), "FLOAT")
+        halves = _types(network)
+        wanted = {"fp16": "HALF", "bf16": "BF16"}.get(precision)
+        assert (halves - {"FLOAT", "INT64", "INT32", "BOOL"}) == ({wanted} if wanted else set())
+    assert len({plans[p] for p in ("fp32", "fp16", "bf16")}) == 3
+    if variant == "contextual":
+        saved = bundle.graph_path("fp32").stat().st_size - bundle.graph_path("fp16").stat().st_size
+        assert len(plans["fp32"]) - len(plans["fp16"]) > 0.6 * saved, "half the weights"
+        assert graph_precision("tf32") == "fp32"
+
+
+def _types(network):
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    return {layer.get_output(k).dtype.name for layer in layers for k in range(layer.num_outputs)}
+
+
+def test_rtx_reports_progress_and_stops_when_told():
+    onnx = small_bundle("prelocal").graph_path("fp32").read_bytes()
+    seen = []
+
+    def step(phase, share):
+        seen.append((phase, share))
+        return True
+
+    api = TensorRT("tensorrt-rtx")
+    api.build(onnx, "fp32", BuildSettings(max_batch=8), step=step)
+    assert seen
+    assert all(0 < share <= 1 for _, share in seen)
+    with pytest.raises(EngineError, match="could not build the fp32 engine"):
+        api.build(onnx, "fp32", BuildSettings(max_batch=8), step=lambda phase, share: False)
+
+
+def test_a_graph_that_tensorrt_does_not_read_is_an_error():
+    with pytest.raises(EngineError, match=r"does not read the graph: .* Export with --opset 17"):
+        TensorRT("tensorrt-rtx").build(b"no graph", "fp32", BuildSettings())
+
+
+def test_without_a_driver_an_engine_is_refused_with_a_reason_and_no_crash():
+    api = TensorRT("tensorrt-rtx")
+    plan, _ = api.build(small_bundle("prelocal").graph_path("fp32").read_bytes(), "fp32", BuildSettings(max_batch=8))
+    with pytest.raises(EngineError, match="refuses the plan: "):
+        api.deserialize(plan[:100])
+
+
+def test_a_missing_or_broken_installation_is_told(monkeypatch):
+    monkeypatch.setitem(tensorrt_api.MODULES, "tensorrt", ("tensorrt_that_nobody_has", "gpu"))
+    with pytest.raises(MissingDependencyError, match=r"tensorrt_that_nobody_has.*sjepa-deploy\[gpu\]"):
+        TensorRT("tensorrt")
+
+
+LAYERS_8_6 = [
+    {"Name": "mm", "LayerType": "gemm", "TacticName": "sm80_xmma_gemm_f16f16_f16f32_f16_tn_n", "Outputs": []},
+    {"Name": "ln", "LayerType": "kgen", "Inputs": [{"Name": "a", "Format/Datatype": "Row major linear FP32"}], "Outputs": []},
+    {"Name": "{ForeignNode[x...y]}", "LayerType": "Myelin", "Outputs": [{"Name": "b", "Format/Datatype": "FP16 channel major"}]},
+]
+LAYERS_11 = [
+    {"Name": "mm", "Outputs": [{"Name": "a", "DataType": "BFloat16", "Format": "Row major linear BF16 format (kLINEAR)"}]},
+    {"Name": "id", "Outputs": [{"Name": "a", "DataType": "Float", "Format": "Row major linear FP32 format (kLINEAR)"}]},
+    {"Name": "tf", "TacticName": "sm80_xmma_gemm_f32f32_tf32f32_f32_nn_n", "Outputs": []},
+]
+
+
+def test_layer_types_of_every_schema():
+    summary = summarise_layers(json.dumps({"Layers": LAYERS_8_6}))
+    assert (summary.n_layers, summary.types, summary.n_opaque) == (3, {"fp16": 2, "fp32": 1}, 1)
+    summary = summarise_layers(json.dumps({"Layers": LAYERS_11}))
+    assert (summary.types, summary.n_opaque) == ({"bf16": 1, "tf32": 1, "fp32": 2}, 0)
+    with pytest.raises(EngineError, match="without layer information"):
+        summarise_layers(json.dumps({"Layers": ["mm", "ln"]}))
