@@ -132,7 +132,8 @@ def test_the_shipped_configurations_are_the_recipes_defaults():
         assert read_config(PretrainConfig, path / "pretrain.yaml") == overridden(PretrainConfig(), {})
         for variant in ("prelocal", "postlocal", "contextual"):
             assert read_config(FinetuneConfig, path / f"finetune_{variant}.yaml") == FinetuneConfig(variant=variant)
-        assert len(list(path.glob("*.yaml"))) == 4
+        assert read_config(FinetuneConfig, path / "demo.yaml").encoder is not None
+        assert len(list(path.glob("*.yaml"))) == 5
 
 
 def test_a_missing_configuration_is_named(tmp_path):
