@@ -34,6 +34,9 @@ WEIGHTS_FILE = "model.safetensors"
 SPEC_KEY = "sjepa_deploy"
 """Key of config.json that holds our `ModelSpec`; braindecode passes over it."""
 
+TRAINING_KEY = "sjepa_deploy_training"
+"""Key of config.json that holds where the weights come from."""
+
 ANCHOR = "feature_encoder.1.0.weight"
 """The key that every SignalJEPA model has; what stands before it is the prefix of a trainer's module."""
 
@@ -166,14 +169,29 @@ def load_model(checkpoint: Checkpoint, spec: ModelSpec) -> SignalJEPAModule:
     return model.eval()
 
 
-def write_checkpoint(model: SignalJEPAModule, folder: Path | str) -> None:
-    """Write `model` as ``config.json`` and ``model.safetensors``, which braindecode's ``from_pretrained`` loads too."""
+def write_checkpoint(model: SignalJEPAModule, folder: Path | str, *, training: object | None = None) -> None:
+    """Write `model` as ``config.json`` and ``model.safetensors``, which braindecode's ``from_pretrained`` loads too.
+
+    Parameters
+    ----------
+    model : SignalJEPAModule
+        What to write.
+    folder : Path or str
+        Where. The files are moved to their places whole: a killed process leaves the old ones or the new ones.
+    training : dataclass, mapping or None
+        Where the weights come from (data, transfer, scores), kept in ``config.json`` under `TRAINING_KEY`.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {k: v.detach().float().contiguous().cpu() for k, v in model.state_dict().items()}
-    (folder / WEIGHTS_FILE).write_bytes(save(weights, metadata={"format": "pt"}))
     config = braindecode_config(model.spec) | {SPEC_KEY: encode(model.spec)}
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
+    if training is not None:
+        config[TRAINING_KEY] = encode(training)
+    files = {WEIGHTS_FILE: save(weights, metadata={"format": "pt"}), CONFIG_FILE: (json.dumps(config, indent=1) + "\n").encode()}
+    for name, content in files.items():
+        unfinished = folder / f".{name}"
+        unfinished.write_bytes(content)
+        unfinished.replace(folder / name)
 
 
 def braindecode_config(spec: ModelSpec) -> dict[str, Any]:

@@ -35,6 +35,14 @@ class CheckpointError(SjepaError, ValueError):
     """A checkpoint that cannot be read, or is not of the model asked for."""
 
 
+class DataError(SjepaError, ValueError):
+    """Training data, targets or a split that cannot be learned from."""
+
+
+class TrainingError(SjepaError):
+    """A training run that cannot start, or cannot go on."""
+
+
 class ExportError(SjepaError):
     """An export that could not be written, or whose graph is not what it must be."""
 

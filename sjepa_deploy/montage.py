@@ -8,10 +8,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from sjepa_deploy.errors import MissingDependencyError, MontageError
 from sjepa_deploy.spec import Position
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
 
 SHIPPED_MONTAGES = ("GSN-HydroCel-129", "sjepa-62")
 """Montages that come with the package: the 129-channel net, and the 62 channels of the published pretraining."""
@@ -98,6 +103,21 @@ def read_montage(name_or_path: str) -> Montage:
             return _parse(text, name)
     path = Path(name_or_path)
     return _read_file(path) if path.is_file() else _read_standard(name_or_path)
+
+
+def fit_sphere(positions: ArrayLike) -> tuple[NDArray[np.float64], float]:
+    """Return the centre, shape (3,), and the radius of the sphere that fits best: |p|^2 = 2 p.c + (r^2 - |c|^2) for all p.
+
+    Parameters
+    ----------
+    positions : array-like, shape (n_chans, 3)
+        Electrodes in metres. The radius is the head's as the electrodes see it.
+    """
+    points = np.asarray(positions, dtype=np.float64)
+    equations = np.column_stack([2 * points, np.ones(len(points))])
+    solution, *_ = np.linalg.lstsq(equations, (points**2).sum(axis=1), rcond=None)
+    centre = solution[:3]
+    return centre, math.sqrt(max(solution[3] + centre @ centre, 0.0))
 
 
 def require_mne() -> Any:

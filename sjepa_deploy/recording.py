@@ -16,7 +16,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from sjepa_deploy.errors import InputError, MissingDependencyError, RecordingError
-from sjepa_deploy.montage import read_montage, require_mne
+from sjepa_deploy.montage import fit_sphere, read_montage, require_mne
 from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, Position, Unit
 
 if TYPE_CHECKING:
@@ -419,13 +419,10 @@ def _interpolate(raw: mne.io.BaseRaw, spec: ModelSpec, steps: list[str]) -> mne.
 
 
 def _centred(ch_names: Iterable[str], positions: Iterable[Position]) -> mne.channels.DigMontage:
-    """Return a montage about the centre c of the sphere that fits best: |p|^2 = 2 p.c + (r^2 - |c|^2) for all p."""
+    """Return a montage about the centre of the sphere that fits best."""
     mne = require_mne()
     points = np.array(list(positions))
-    equations = np.column_stack([2 * points, np.ones(len(points))])
-    solution, *_ = np.linalg.lstsq(equations, (points**2).sum(axis=1), rcond=None)
-    centre = solution[:3]
-    radius = math.sqrt(max(solution[3] + centre @ centre, 0.0))
+    centre, radius = fit_sphere(points)
     if not 0.05 <= radius <= 0.15:
         raise RecordingError(
             f"The {len(points)} channel positions lie on a sphere of {radius * 1e3:.0f} mm, which is no head.",

@@ -1,0 +1,53 @@
+"""``sjepa-pretrain``: a base model from unlabelled EEG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sjepa_deploy.cli import console, entry, print_json
+from sjepa_deploy.cli.training import changes_of, is_first_process, require_training, training_options
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@training_options
+@click.option("--mask", type=click.Choice(["block", "fixed"]), help="Blocks by radius, or the author's fixed sizes.")
+@click.option("--radius", type=float, help="Radius of a block in head radii: 0.4, 0.6 and 0.8 in the paper.")
+@click.option("--target-layers", type=int, help="The target is the mean of the teacher's last so many layers.")
+def pretrain(
+    config_file: Path | None,
+    out: Path,
+    resume: bool,
+    json_output: bool,
+    mask: str | None,
+    radius: float | None,
+    target_layers: int | None,
+    **flags: Any,
+) -> None:
+    """Pretrain a base model, by default on synthetic EEG, and write its checkpoint into --out."""
+    require_training()
+    from sjepa_deploy.engine import overridden, read_config
+    from sjepa_deploy.pretrain import PretrainConfig
+    from sjepa_deploy.pretrain import pretrain as run
+
+    config = read_config(PretrainConfig, config_file)
+    masking = {"masking.mode": mask, "masking.radius": radius, "target_layers": target_layers}
+    config = overridden(config, changes_of(flags) | masking)
+    screen = console(json_output)
+    result = run(config, out, resume=resume, progress=screen.is_terminal and not json_output)
+    if not is_first_process():
+        return
+    fitted = result.fitted
+    screen.print(
+        f"{result.n_train} windows learned from, {result.n_val} of other {result.split}s validated on: L1 "
+        f"[bold]{result.val_l1:.4f}[/] at epoch {fitted.best_epoch + 1} of {fitted.epochs}, "
+        f"{result.val_l1_mean:.4f} for the mean embedding; spread {result.spread:.3f}"
+    )
+    screen.print(f"base model in [bold]{out}[/]")
+    if json_output:
+        print_json({"out": str(out), "result": result})
+
+
+main = entry("pretrain")

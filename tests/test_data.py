@@ -1,0 +1,254 @@
+import dataclasses
+import warnings
+
+import mne
+import numpy as np
+import pandas as pd
+import pytest
+from eeg_files import eeg_file
+from small import CH_NAMES, DATA
+
+from sjepa_deploy.data import DataConfig, Synthetic, Target, encode_targets, split_windows
+from sjepa_deploy.errors import DataError, RecordingError
+from sjepa_deploy.loading import load_windows, reaction_times
+from sjepa_deploy.montage import read_montage
+from sjepa_deploy.recording import fit_recording, read_recording
+from sjepa_deploy.spec import ModelSpec, Preprocessing
+
+UNTOUCHED = Preprocessing(reference="none", l_freq=None, h_freq=None)
+REACTION = Target(stimulus=("square",), response=("rt",))
+
+
+@pytest.fixture(scope="module")
+def eeglab():
+    return DataConfig(source=(str(eeg_file("eeglab_data.set")),), target=REACTION)
+
+
+def make_raw(n_samples, ch_names=("Fz", "Cz", "Pz", "Oz"), sfreq=100.0, seed=0):
+    data = np.random.default_rng(seed).normal(0, 1e-5, (len(ch_names), n_samples))
+    raw = mne.io.RawArray(data, mne.create_info(list(ch_names), sfreq, "eeg"), verbose="error")
+    montage = read_montage("sjepa-62").pick(ch_names)
+    places = dict(zip(ch_names, map(np.array, montage.positions), strict=True))
+    return raw.set_montage(mne.channels.make_dig_montage(places, coord_frame="head"))
+
+
+def save_raw(raw, path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # names of files
+        raw.save(path, verbose="error", overwrite=True)
+    return str(path)
+
+
+# ---------------------------------------------------------------- windows and targets
+
+
+def test_reaction_times_equal_a_search_by_hand_through_the_events(eeglab):
+    raw = read_recording(eeg_file("eeglab_data.set"))
+    events, ids = mne.events_from_annotations(raw, verbose="error")
+    expected = []
+    for i, (sample, _, kind) in enumerate(events):
+        if kind != ids["square"]:
+            continue
+        for later, _, what in events[i + 1 :]:
+            if what == ids["square"]:
+                break
+            if what == ids["rt"]:
+                expected.append((sample / 128, (later - sample) / 128))
+                break
+    expected = [(onset, rt) for onset, rt in expected if rt <= 2.5]
+    np.testing.assert_allclose(reaction_times(raw, REACTION), expected, atol=1.5 / 128)
+    windows = load_windows(eeglab)
+    spec = ModelSpec(variant="postlocal", n_chans=32, n_times=200, sfreq=100.0, ch_names=windows.ch_names)
+    fitted = fit_recording(raw, spec)
+    assert windows.eeg.shape[1:] == (32, 200)
+    assert windows.preprocessing == spec.preprocessing
+    for i in (0, 10, len(windows) - 1):
+        start = round((reaction_times(raw, REACTION)[i][0] + 0.5) * 100)
+        np.testing.assert_array_equal(windows.eeg[i], fitted.data[:, start : start + 200])
+
+
+def test_a_column_of_a_tsv_gives_targets(tmp_path):
+    raw = make_raw(2000)
+    source = save_raw(raw, tmp_path / "one_raw.fif")
+    (tmp_path / "one_raw.tsv").write_text("onset\tspeed\n1.0\t3.5\n4.0\t2.5\n19.5\t1.0\n")
+    target = Target(kind="column", column="speed", tmin=0.0)
+    windows = load_windows(DataConfig(source=(source,), target=target, preprocessing=UNTOUCHED))
+    assert windows.targets.tolist() == [3.5, 2.5]  # the last event has no whole window
+    np.testing.assert_allclose(windows.eeg[1], raw.get_data()[:, 400:600] * 1e6, rtol=1e-6)
+    np.testing.assert_allclose(windows.positions, [ch["loc"][:3] for ch in raw.info["chs"]])
+    with pytest.raises(DataError, match="has no columns onset and pace"):
+        load_windows(DataConfig(source=(source,), target=dataclasses.replace(target, column="pace"), preprocessing=UNTOUCHED))
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame.set_index")  # MNE's own use of pandas
+def test_epochs_keep_their_band_and_give_the_channels_in_order(tmp_path):
+    raw = make_raw(4000)
+    events = np.array([[s, 0, 1 + i % 2] for i, s in enumerate(range(200, 3600, 300))])
+    metadata = pd.DataFrame({"reaction_time": np.linspace(0.3, 0.9, len(events))})
+    epochs = mne.Epochs(
+        raw, events, {"left": 1, "right": 2}, tmin=-0.2, tmax=2.6, baseline=None, preload=True, metadata=metadata, verbose="error"
+    )
+    with epochs.info._unlock():
+        epochs.info["highpass"], epochs.info["lowpass"] = 1.0, 30.0
+    path = tmp_path / "some-epo.fif"
+    epochs.save(path, verbose="error")
+    names = ("Pz", "cz")
+    windows = load_windows(DataConfig(source=(str(path),), ch_names=names, target=Target(tmin=0.5)))
+    data = epochs.get_data(picks=["Pz", "Cz"], copy=True)[:, :, 70:270] * 1e6
+    np.testing.assert_allclose(windows.eeg, data - data.mean(axis=1, keepdims=True), atol=1e-4)
+    np.testing.assert_allclose(windows.targets, metadata["reaction_time"], rtol=1e-6)
+    assert windows.preprocessing == Preprocessing(reference="average", l_freq=1.0, h_freq=30.0)
+    target = Target(kind="column", column="event", task="classification", tmin=0.0)
+    windows = load_windows(DataConfig(source=(str(path),), target=target))
+    assert windows.class_names == ("left", "right")
+    assert windows.targets.tolist() == [i % 2 for i in range(len(events))]
+
+
+def test_a_bids_folder_gives_subjects_sessions_and_columns(tmp_path):
+    import mne_bids
+
+    for subject in ("01", "02", "03"):
+        raw = make_raw(2000, seed=int(subject))
+        raw.set_annotations(mne.Annotations([1.0, 1.4, 5.0, 5.7], 0.1, ["stim", "press", "stim", "press"]))
+        path = mne_bids.BIDSPath(subject=subject, session="a", task="rt", root=tmp_path, datatype="eeg")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            mne_bids.write_raw_bids(raw, path, format="BrainVision", allow_preload=True, verbose="error")
+    config = DataConfig(
+        source=(str(tmp_path),), target=Target(stimulus=("stim",), response=("press",)), preprocessing=UNTOUCHED, n_folds=3
+    )
+    windows = load_windows(config)
+    np.testing.assert_allclose(windows.targets, [0.4, 0.7] * 3, atol=0.011)
+    assert windows.subject.tolist() == ["01", "01", "02", "02", "03", "03"]
+    assert set(windows.session) == {"a"}
+    np.testing.assert_allclose(windows.eeg[2], make_raw(2000, seed=2).get_data()[:, 150:350] * 1e6, atol=0.2)
+    split = split_windows(windows, config)
+    assert split.by == "subject"
+    table = pd.read_csv(tmp_path / "participants.tsv", sep="\t")
+    table["group"] = ["x", "y", "y"]
+    table.to_csv(tmp_path / "participants.tsv", sep="\t", index=False)
+    by_person = Target(kind="column", column="group", task="classification")
+    windows = load_windows(dataclasses.replace(config, target=by_person))
+    assert windows.class_names == ("x", "y")
+    assert windows.targets.tolist() == [0] * 10 + [1] * 20
+
+
+def save_npz(path, **changes):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "eeg": rng.normal(0, 1e-5, (12, 3, 200)),
+        "ch_names": np.array(["Fz", "Cz", "Pz"]),
+        "sfreq": 100.0,
+        "unit": "V",
+        "targets": np.arange(12.0),
+        "subject": np.repeat(["a", "b", "c"], 4),
+    }
+    np.savez(path, **{k: v for k, v in (arrays | changes).items() if v is not None})
+    return DataConfig(source=(str(path),), preprocessing=UNTOUCHED, target=Target())
+
+
+def test_an_npz_file_gives_what_was_saved(tmp_path):
+    windows = load_windows(save_npz(tmp_path / "w.npz"))
+    assert windows.eeg.std() == pytest.approx(10, rel=0.05)
+    assert windows.targets.tolist() == list(range(12))
+    assert windows.positions is None
+    assert windows.preprocessing == UNTOUCHED
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets": np.r_[np.arange(11.0), np.nan]}, "1 of 12 labels are missing or NaN, the first of window 11"),
+        ({"targets": np.ones(12)}, "all the same"),
+        ({"targets": None}, "has no targets"),
+        ({"targets": np.ones(5)}, "not as many as windows"),
+        ({"subject": None}, "which windows belong together"),
+        ({"eeg": np.full((12, 3, 200), np.nan)}, "not finite"),
+        ({"eeg": np.zeros((12, 4, 200))}, "for 3 names"),
+        ({"sfreq": 250.0}, "--sfreq 250"),
+        ({"ch_names": None}, "lacks ch_names"),
+    ],
+)
+def test_npz_files_that_cannot_be_learned_from_are_refused(changes, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        load_windows(save_npz(tmp_path / "w.npz", **changes))
+
+
+def test_npz_windows_must_say_how_they_were_prepared(tmp_path):
+    config = save_npz(tmp_path / "w.npz")
+    with pytest.raises(DataError, match=r"data\.preprocessing"):
+        load_windows(dataclasses.replace(config, preprocessing=None))
+
+
+def test_labels_of_one_class_and_words_for_numbers_are_refused():
+    with pytest.raises(DataError, match="two classes"):
+        encode_targets(["a", "a"], "classification")
+    with pytest.raises(DataError, match="no number"):
+        encode_targets(["1", "fast"], "regression")
+    with pytest.raises(DataError, match="1 of 2 labels are missing"):
+        encode_targets(["left", ""], "classification")
+
+
+def test_recordings_without_the_events_or_too_short_are_refused(eeglab, tmp_path):
+    with pytest.raises(DataError, match="no events tone; its events are rt, square"):
+        load_windows(dataclasses.replace(eeglab, target=Target(stimulus=("tone",), response=("rt",))))
+    source = save_raw(make_raw(150), tmp_path / "short_raw.fif")
+    with pytest.raises(RecordingError, match=r"lasts 1.5 s, one window of the model 2 s"):
+        load_windows(DataConfig(source=(source,)))
+    with pytest.raises(DataError, match="There is no data"):
+        load_windows(DataConfig(source=("nowhere",)))
+
+
+# ---------------------------------------------------------------- splits
+
+
+@pytest.mark.parametrize("fold", range(5))
+@pytest.mark.parametrize("hop", [0.5, 2.0])
+def test_windows_of_one_recording_never_overlap_across_parts(fold, hop, eeglab):
+    config = dataclasses.replace(eeglab, target=None, hop=hop, fold=fold)
+    windows = load_windows(config)
+    split = split_windows(windows, config)
+    assert split.by == "block"
+    onsets = {name: windows.onset[getattr(split, name)] for name in ("train", "val", "test")}
+    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        distance = abs(onsets[one][:, None] - onsets[other]).min()
+        assert distance >= 4.0 - 1e-6  # a window of 2 s and a gap of 2 s
+    assert min(map(len, onsets.values())) > 10
+
+
+def test_subjects_stay_together_and_every_one_is_tested_once():
+    config = dataclasses.replace(DATA, synthetic=Synthetic(n_subjects=7, n_windows=3))
+    windows = load_windows(config)
+    tested = []
+    for fold in range(5):
+        split = split_windows(windows, dataclasses.replace(config, fold=fold), seed=1)
+        people = [set(windows.subject[part]) for part in (split.train, split.val, split.test)]
+        assert len(people[0] | people[1] | people[2]) == sum(map(len, people))
+        assert len(split.train) + len(split.val) + len(split.test) == 21
+        tested += sorted(people[2])
+    assert sorted(tested) == sorted(set(windows.subject))
+
+
+def test_too_few_subjects_are_refused():
+    config = dataclasses.replace(DATA, synthetic=Synthetic(n_subjects=2, n_windows=8), split="subject")
+    with pytest.raises(DataError, match="There are 2 of subject"):
+        split_windows(load_windows(config), config)
+    short = dataclasses.replace(config, split="block", synthetic=Synthetic(n_subjects=2, n_windows=3))
+    with pytest.raises(DataError, match="No window is left for"):
+        split_windows(load_windows(short), short)
+
+
+# ---------------------------------------------------------------- synthetic EEG
+
+
+def test_the_planted_effect_can_be_found_with_a_matched_filter_where_it_was_planted():
+    config = dataclasses.replace(DATA, n_times=200, target=Target(), synthetic=Synthetic(n_subjects=3, n_windows=100))
+    windows = load_windows(config)
+    time = np.arange(200) / 100
+    wave = np.cos(2 * np.pi * 2 * (time - 0.7)) * np.exp(-((time - 0.7) ** 2) / (2 * 0.5**2))
+    amplitude = (windows.eeg - windows.eeg.mean(axis=-1, keepdims=True)) @ wave
+    of_channel = [np.corrcoef(amplitude[:, c], windows.targets)[0, 1] for c in range(len(CH_NAMES))]
+    posterior = np.argmin([p[1] for p in read_montage("sjepa-62").pick(CH_NAMES).positions])
+    assert int(np.argmax(of_channel)) == posterior
+    assert of_channel[posterior] > 0.8
+    assert 3 < windows.eeg.std() < 50

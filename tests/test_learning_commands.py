@@ -1,0 +1,166 @@
+"""The chain from unlabelled EEG to decoded EEG, as docs/finetune.md shows it, in small; and what the commands refuse."""
+
+import importlib.resources
+import json
+
+import mne
+import numpy as np
+import pytest
+import yaml
+from small import CH_NAMES, FINETUNE, PRETRAIN
+
+from sjepa_deploy.checkpoint import TRAINING_KEY, read_checkpoint
+from sjepa_deploy.cli import group, run_command
+from sjepa_deploy.engine import overridden, read_config
+from sjepa_deploy.errors import TrainingError
+from sjepa_deploy.finetune import FinetuneConfig
+from sjepa_deploy.pretrain import PretrainConfig
+from sjepa_deploy.serialize import encode
+
+
+def call(capsys, *arguments):
+    status = run_command(group, "sjepa", [str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.fixture
+def configs(tmp_path):
+    """The small runs as YAML files."""
+    for name, config in (("pretrain", PRETRAIN), ("finetune", FINETUNE)):
+        content = encode(config)
+        if name == "finetune":
+            del content["encoder"]  # the base model's
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path
+
+
+def test_pretrain_finetune_export_verify_run(configs, capsys):
+    folder = configs
+    train = ["--accelerator", "cpu", "--max-epochs", "2", "--seed", "5"]
+    status, out, err = call(
+        capsys, "pretrain", "--config", folder / "pretrain.yaml", "--out", folder / "base", *train, "--radius", "0.9", "--json"
+    )
+    assert status == 0, err
+    assert json.loads(out)["result"]["fitted"]["epochs"] == 2
+    config = json.loads((folder / "base/config.json").read_text())[TRAINING_KEY]["pretraining"]
+    assert (config["masking"]["radius"], config["engine"]["seed"]) == (0.9, 5)
+    status, out, err = call(
+        capsys,
+        "finetune",
+        "--config",
+        folder / "finetune.yaml",
+        "--variant",
+        "contextual",
+        "--pretrained",
+        folder / "base",
+        "--freeze-encoder",
+        "--out",
+        folder / "model",
+        *train,
+    )
+    assert status == 0, err
+    assert "taken" in out
+    assert "predicting the mean" in " ".join(out.split())
+    status, out, err = call(
+        capsys, "export", "--checkpoint", folder / "model", "--out", folder / "bundle", "--precision", "fp32", "--max-batch", 8
+    )
+    assert status == 0, err
+    status, out, err = call(capsys, "verify", folder / "bundle")
+    assert status == 0, err
+    data = np.random.default_rng(0).normal(0, 1e-5, (len(CH_NAMES), 3000))
+    raw = mne.io.RawArray(data, mne.create_info(list(CH_NAMES), 250.0, "eeg"), verbose="error")
+    raw.save(folder / "some_raw.fif", verbose="error")
+    status, out, err = call(
+        capsys, "run", folder / "bundle", folder / "some_raw.fif", "--out", folder / "predictions.tsv", "--json"
+    )
+    assert status == 0, err
+    summary = json.loads(out)
+    assert summary["random_weights"] is False
+    assert summary["preprocessing"] == encode(FINETUNE.data.prepared)
+    rows = (folder / "predictions.tsv").read_text().splitlines()
+    predictions = [float(row.split("\t")[1]) for row in rows[1:]]
+    assert rows[0] == "time\tprediction"
+    assert len(predictions) == summary["n_windows"] == 7
+    assert all(0.2 < prediction < 1.0 for prediction in predictions)  # seconds: the reaction times' mean is 0.6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["finetune", "--pretrained", "nowhere"], "no checkpoint at nowhere"),
+        (["finetune", "--data", "nowhere.edf"], "There is no data at nowhere.edf"),
+        (["finetune", "--batch-size", "100000"], "fewer than a batch of 100000"),
+        (["finetune", "--fold", "9"], "Fold 9 of 5 is none"),
+        (["finetune", "--lr", "-1"], "A learning rate of -1 is none"),
+        (["finetune", "--n-times", "100"], "n_times is 100"),
+        (["pretrain", "--radius", "3"], "hides all 16 channels"),
+        (["pretrain", "--mask", "fixed"], "are more than the montage's 16"),
+        (["pretrain", "--montage", "no-such-cap"], "neither a montage nor a file"),
+        (["pretrain", "--devices", "0"], "devices is 0"),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_status_2(arguments, message, configs, capsys):
+    command, *flags = arguments
+    status, _, err = call(capsys, command, "--config", configs / f"{command}.yaml", "--out", configs / "out", *flags)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (configs / "out/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("engine: {max_epoch: 3}", "engine has the unknown key 'max_epoch'"),
+        ("engine: {lr: fast}", "engine.lr must be of type number, not str"),
+        ("variant: base", "'base' cannot be fine-tuned"),
+        ("a: [1", "is not YAML"),
+        ("- 1", "the top level must be an object"),
+    ],
+)
+def test_a_configuration_with_mistakes_is_refused(text, message, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(text)
+    status, _, err = call(capsys, "finetune", "--config", tmp_path / "c.yaml", "--out", tmp_path / "out")
+    assert status == 2
+    assert message in err
+
+
+def test_the_shipped_configurations_are_the_recipes_defaults():
+    folder = importlib.resources.files("sjepa_deploy") / "configs"
+    with importlib.resources.as_file(folder) as path:
+        assert read_config(PretrainConfig, path / "pretrain.yaml") == overridden(PretrainConfig(), {})
+        for variant in ("prelocal", "postlocal", "contextual"):
+            assert read_config(FinetuneConfig, path / f"finetune_{variant}.yaml") == FinetuneConfig(variant=variant)
+        assert read_config(FinetuneConfig, path / "demo.yaml").encoder is not None
+        assert len(list(path.glob("*.yaml"))) == 5
+
+
+def test_a_missing_configuration_is_named(tmp_path):
+    with pytest.raises(TrainingError, match="cannot be read"):
+        read_config(PretrainConfig, tmp_path / "nothing.yaml")
+
+
+def test_a_transfer_is_stored_in_the_checkpoint(configs, capsys):
+    call(capsys, "pretrain", "--config", configs / "pretrain.yaml", "--out", configs / "base", "--max-epochs", 1)
+    status, out, err = call(
+        capsys,
+        "finetune",
+        "--config",
+        configs / "finetune.yaml",
+        "--variant",
+        "prelocal",
+        "--pretrained",
+        configs / "base",
+        "--out",
+        configs / "model",
+        "--max-epochs",
+        1,
+        "--json",
+    )
+    assert status == 0, err
+    stored = json.loads((configs / "model/config.json").read_text())[TRAINING_KEY]["result"]["transfer"]
+    assert stored == json.loads(out)["result"]["transfer"]
+    assert stored["taken"] == []
+    assert len(stored["skipped"]) == 7
+    assert read_checkpoint(configs / "model").variant == "prelocal"
