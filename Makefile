@@ -14,7 +14,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: $(VENV)/installed
 	rm -rf demo && mkdir demo
-	$(BIN)/sjepa-export --variant contextual --out demo/bundle
+	$(BIN)/sjepa-finetune --config sjepa_deploy/configs/demo.yaml --out demo/model
+	$(BIN)/sjepa-export --checkpoint demo/model --out demo/bundle
 	$(BIN)/sjepa-verify demo/bundle
 ifeq ($(RECORDING),)
 	$(BIN)/python -m sjepa_deploy.synthetic demo/eeg.npy
@@ -22,7 +23,7 @@ ifeq ($(RECORDING),)
 else
 	$(BIN)/sjepa-run demo/bundle $(RECORDING) --interpolate --hop 0.5 --out demo/predictions.tsv
 endif
-	@echo "The bundle is in demo/bundle, its predictions in demo/predictions.tsv."
+	@echo "The fine-tuned model is in demo/model, the bundle in demo/bundle, its predictions in demo/predictions.tsv."
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
