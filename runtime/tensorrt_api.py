@@ -262,7 +262,9 @@ class TensorRT:
         else:
             context.device_memory = address
         if not self.strongly_typed and not context.set_optimization_profile_async(0, stream):  # 8.6 does so in the first alone
-            raise EngineError(f"TensorRT {self.version} refuses the profile: {self.last_error}.", "Build it again with sjepa-build.")
+            raise EngineError(
+                f"TensorRT {self.version} refuses the profile: {self.last_error}.", "Build it again with sjepa-build --rebuild."
+            )
         return context
 
     def inspect(self, engine: Any) -> str:

@@ -22,6 +22,7 @@ from sjepa_deploy.checkpoint import write_checkpoint
 from sjepa_deploy.cli import COMMANDS, _command, group, run_command
 from sjepa_deploy.models import build_model
 from sjepa_deploy.montage import read_montage
+from sjepa_deploy.runtime.backend import BACKENDS
 from sjepa_deploy.spec import EncoderSpec, Preprocessing
 from sjepa_deploy.synthetic import eeg_windows
 
@@ -338,9 +339,12 @@ def test_doctor_shows_versions_and_backends(sjepa):
     assert (status, err) == (0, "")
     for package in ("numpy", "onnxruntime", "torch", "mne"):
         assert re.search(rf"{package}\W+{re.escape(importlib.metadata.version(package))}", out)
-    assert "backend ort-cpu: loads" in out
+    assert "backend ort-cpu: runs here" in out
     answer = json.loads(sjepa("doctor", "--json")[1])
-    assert answer["backends"] == {"ort-cpu": None, "torch": None}
+    reasons = answer["backends"]
+    assert set(reasons) == set(BACKENDS)
+    assert reasons["ort-cpu"] is reasons["torch"] is None
+    assert all(reason is None or reason.endswith(".") for reason in reasons.values())
     assert answer["packages"]["onnxruntime"] == importlib.metadata.version("onnxruntime")
     assert int(answer["machine"]["cores"]) >= 1
 
@@ -348,7 +352,7 @@ def test_doctor_shows_versions_and_backends(sjepa):
 def test_doctor_says_how_to_get_a_missing_backend(sjepa, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert "pip install 'sjepa-deploy[export]'" in json.loads(sjepa("doctor", "--json")[1])["backends"]["torch"]
-    assert "torch: does not load: This needs torch" in " ".join(sjepa("doctor")[1].split())
+    assert "torch: does not run here: This needs torch" in " ".join(sjepa("doctor")[1].split())
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -509,16 +513,16 @@ def test_bundles_that_were_tampered_with(refuses, bundle, array, command):
 def test_a_graph_that_onnx_runtime_cannot_load(refuses, bundle, array):
     (bundle / "model.fp32.onnx").write_bytes(b"garbage")
     rehash(bundle, "model.fp32.onnx")
-    refuses(r"cannot load model\.fp32\.onnx: .*\. Export with another --opset", "run", bundle, *array)
+    refuses(r"cannot load model\.fp32\.onnx on CPUExecutionProvider: .*\. .*export with another --opset", "run", bundle, *array)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--precision fp8", "'fp8' is not one of 'fp32', 'fp16', 'bf16'. See sjepa-verify --help"),
+        ("--precision fp8", "'fp8' is not one of 'fp32', 'tf32', 'fp16', 'bf16'. See sjepa-verify --help"),
         ("--backend cuda", "'cuda' is not a backend. Use one of ort-cpu, torch"),
-        ("--precision fp16", "could be judged: it has fp32. Name another --backend or --precision"),
-        ("--backend torch --precision fp16", "could be judged: it has fp32. Name another --backend or --precision"),
+        ("--precision fp16", "has no fp16 graph. Use fp32, or export with --precision fp16"),
+        ("--precision tf32", "could be judged: tf32 on ort-cpu: .* Name another --backend or --precision"),
     ],
 )
 def test_verifications_that_cannot_be(refuses, bundle, flags, message):

@@ -143,7 +143,10 @@ def test_a_run_killed_at_any_epoch_and_resumed_gives_the_uninterrupted_result(ki
         {"kind": kind, "config": encode(config), "out": str(tmp_path / "killed"), "epoch": epoch, "resume": epoch > 0}
         for epoch in (range(4) if kind == "finetune" else (0, 2))  # 0: nothing was saved yet; 2: the warm-up has ended
     ]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # another number of threads sums in another order
+    }
     command = [sys.executable, str(ROOT / "tests/killed_runs.py"), json.dumps(jobs)]
     subprocess.run(command, check=True, env=environment, capture_output=True, timeout=240)
     assert not (tmp_path / "killed/model.safetensors").exists()

@@ -36,7 +36,7 @@ def verify(bundle: Path, backends: tuple[str, ...], precisions: tuple[RunPrecisi
     reference = opened.reference()
     results: list[ParityResult] = []
     left_out: dict[str, str] = {}
-    for precision in precisions or opened.precisions:
+    for precision in sorted(set(precisions or opened.precisions), key=RUN_PRECISIONS.index):
         graph = opened.graph(precision)
         for name in backends or BACKENDS:
             asked = name not in BACKENDS or (backends and precisions)  # then it loads or this fails
