@@ -52,8 +52,7 @@ class PretrainConfig:
         Momentum of the teacher, linear over so many steps.
     monitor : {"relative_l1", "l1"}
         Validation loss that decides which epoch is the best. "l1" is the paper's. It grows with the teacher's spread while the
-        embeddings become richer, so that on the planted EEG its best epoch was worse than random weights
-        (benchmarks/results); "relative_l1" divides it by the L1 of predicting the mean embedding.
+        embeddings become richer; "relative_l1" divides it by the L1 of predicting the mean embedding.
     engine : Engine
         The loop.
     """
