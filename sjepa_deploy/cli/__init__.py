@@ -83,8 +83,8 @@ def print_json(value: object) -> None:
 def parity_table(results: tuple[ParityResult, ...], title: str) -> Table:
     """Return a table of what parity measured, for 80 columns."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("precision", "backend"):
-        table.add_column(name)
+    for name in ("graph", "backend"):
+        table.add_column(name, no_wrap=True)
     for name in ("max error", "/ scale", "allowed", "/ spread", "1 - cosine", "flips"):
         table.add_column(name, justify="right")
     table.add_column("")

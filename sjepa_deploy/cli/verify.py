@@ -55,7 +55,8 @@ def verify(bundle: Path, backends: tuple[str, ...], precisions: tuple[RunPrecisi
         raise BackendError(f"Nothing in {bundle} could be judged: {have}", "Name another --backend or --precision.")
     passed = all(result.passed for result in results)
     screen.print(parity_table(tuple(results), f"{escape(str(bundle))}: parity on this machine"))
-    for what, reason in left_out.items():
+    for reason in dict.fromkeys(left_out.values()):
+        what = ", ".join(name for name, its_reason in left_out.items() if its_reason == reason)
         screen.print(f"not judged: {what}. {escape(reason)}", soft_wrap=True)
     if json_output:
         print_json({"bundle": str(bundle), "passed": passed, "results": results, "not_judged": left_out})
