@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sjepa_deploy import montage
-from sjepa_deploy.errors import CheckpointError
+from sjepa_deploy.errors import CheckpointError, listed
 from sjepa_deploy.models import SignalJEPAModule, build_model
 from sjepa_deploy.serialize import DecodeError, decode, encode
 from sjepa_deploy.spec import EncoderSpec, ModelSpec, Variant
@@ -298,12 +298,6 @@ def _strip_prefix(state: dict[str, Tensor], file: Path, prefix: str | None) -> t
     notes = [f"the prefix {prefix!r} was taken off the keys"] if prefix else []
     notes += [f"left out, not under the prefix: {listed(others)}"] if others else []
     return weights, tuple(notes)
-
-
-def listed(names: list[str], most: int = 8) -> str:
-    """Return `names` as text, at most `most` of them."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
 
 
 # ---- what a file says of its model ----------------------------------------------------------------------------------------

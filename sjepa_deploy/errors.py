@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class SjepaError(Exception):
     """Base of every error that a user can mend.
@@ -81,3 +83,10 @@ class ParityError(SjepaError):
     """A backend whose outputs differ from the reference by more than the tolerance."""
 
     exit_code = 1
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Return `names` as text for a message: at most `most` of them, and how many more there are."""
+    names = list(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

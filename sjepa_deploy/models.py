@@ -61,8 +61,7 @@ class PositionEncoder(nn.Module):
         super().__init__()
         self.emb_dim = encoder.emb_dim
         self.pos_encoder_spat = ChannelEmbedding(positions, encoder.spat_dim)
-        max_n_tokens = int(600 * encoder.sfreq_features)
-        encoding_time = encode_time(n_tokens, encoder.time_dim, max_n_tokens)
+        encoding_time = encode_time(n_tokens, encoder.time_dim, encoder.max_n_tokens)
         self.register_buffer("encoding_time", encoding_time, persistent=False)
 
     def forward(self) -> Tensor:

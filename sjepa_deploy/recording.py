@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from sjepa_deploy.errors import InputError, MissingDependencyError, RecordingError
+from sjepa_deploy.errors import InputError, MissingDependencyError, RecordingError, listed
 from sjepa_deploy.montage import fit_sphere, read_montage, require_mne
 from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, Position, Unit
 
@@ -131,7 +131,7 @@ def read_recording(
     if not finite.all():
         broken = [name for name, ok in zip(raw.ch_names, finite, strict=True) if not ok]
         raise RecordingError(
-            f"{path.name} holds samples that are not finite (NaN or infinite) in {_listed(broken)}.",
+            f"{path.name} holds samples that are not finite (NaN or infinite) in {listed(broken)}.",
             "Cut these stretches out, or drop these channels.",
         )
     return raw
@@ -374,18 +374,18 @@ def _fit_channels(raw: mne.io.BaseRaw, spec: ModelSpec, interpolate: bool, steps
     missing = [name for name, there in zip(spec.ch_names, found, strict=True) if there is None]
     if missing and not interpolate:
         raise RecordingError(
-            f"The recording lacks, or marks as bad, {len(missing)} of the model's {spec.n_chans} channels: {_listed(missing)}.",
+            f"The recording lacks, or marks as bad, {len(missing)} of the model's {spec.n_chans} channels: {listed(missing)}.",
             "Record with the model's montage, or make them from the others with `--interpolate`.",
         )
     if not missing:
         if good:
-            steps.append(f"left out {len(good)} channels: {_listed(good.values())}")
+            steps.append(f"left out {len(good)} channels: {listed(good.values())}")
         return raw.copy().pick(present).load_data(verbose="error")
     fitted = _interpolate(raw, spec, steps)
     if present:
         rows = [i for i, name in enumerate(found) if name is not None]
         fitted[rows] = raw.get_data(picks=present)
-    steps.append(f"interpolated {len(missing)} of {spec.n_chans} channels: {_listed(missing)}")
+    steps.append(f"interpolated {len(missing)} of {spec.n_chans} channels: {listed(missing)}")
     return fitted
 
 
@@ -447,8 +447,3 @@ def _band_pass(raw: mne.io.BaseRaw, spec: ModelSpec, steps: list[str]) -> None:
         )
     raw.filter(low, high, picks="all", phase="zero", verbose="error")
     steps.append(f"band-passed {band}, zero-phase FIR")
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from sjepa_deploy import montage
-from sjepa_deploy.checkpoint import Checkpoint, listed
-from sjepa_deploy.errors import CheckpointError, SpecError
+from sjepa_deploy.checkpoint import Checkpoint
+from sjepa_deploy.errors import CheckpointError, SpecError, listed
 from sjepa_deploy.spec import EncoderSpec, ModelSpec, Preprocessing, Variant
 
 DEFAULT_MONTAGE = "GSN-HydroCel-129"

@@ -92,6 +92,11 @@ class EncoderSpec:
             n_times = (n_times - 1) * stride + kernel
         return n_times
 
+    @property
+    def max_n_tokens(self) -> int:
+        """Time tokens in the 600 s that scale the temporal position encoding."""
+        return int(600 * self.sfreq_features)
+
     def n_outputs_of_layers(self, n_times: int) -> tuple[int, ...]:
         """Return the number of time steps after each convolution for a window of `n_times` samples."""
         steps = []
@@ -224,7 +229,7 @@ class ModelSpec:
     @property
     def max_n_tokens(self) -> int:
         """Time tokens that the temporal position encoding can tell apart (600 s)."""
-        return int(600 * self.encoder.sfreq_features) if self.needs_positions else 2**31
+        return self.encoder.max_n_tokens if self.needs_positions else 2**31
 
     @property
     def input_name(self) -> str:

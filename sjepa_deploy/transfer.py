@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sjepa_deploy.checkpoint import Checkpoint, listed
-from sjepa_deploy.errors import CheckpointError
+from sjepa_deploy.checkpoint import Checkpoint
+from sjepa_deploy.errors import CheckpointError, listed
 from sjepa_deploy.models import SignalJEPAModule, build_model
 from sjepa_deploy.spec import EncoderSpec, ModelSpec, Variant
 
