@@ -27,7 +27,7 @@ LARGEST_RMS_V = 1.0
 class Predictor:
     """A bundle on a backend: call it on windows.
 
-    Made by `load`. A call costs about 3 us beyond the backend (benchmarks/call_overhead.py).
+    Made by `load`. A call of one window costs 3 to 8 us beyond the backend (benchmarks/call_overhead.py).
 
     Parameters
     ----------
