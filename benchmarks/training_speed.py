@@ -144,6 +144,11 @@ class BraindecodeJEPA(JEPA):
         """Return the encoder's output."""
         return self.base.transformer.encoder(tokens, src_key_padding_mask=padding)
 
+    def decode(self, queries, context, padding, context_padding) -> torch.Tensor:
+        """Return the predictor's output."""
+        masks = {"tgt_key_padding_mask": padding, "memory_key_padding_mask": context_padding}
+        return self.base.transformer.decoder(queries, context, **masks)
+
 
 class Batches(torch.utils.data.IterableDataset):
     """The same few batches over and over, already on the device: the loop is measured, not a disk."""

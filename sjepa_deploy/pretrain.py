@@ -19,6 +19,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from sjepa_deploy import padded
 from sjepa_deploy.checkpoint import write_checkpoint
 from sjepa_deploy.data import DataConfig, split_windows
 from sjepa_deploy.engine import Batch, Engine, Fitted, WindowLoaders, check_enough, fit
@@ -176,14 +177,23 @@ class JEPA(nn.Module):
             context = context.repeat_interleave(n_targets, dim=0)
             padding = None if padding is None else padding.repeat_interleave(n_targets, dim=0)
         hidden_padding = None if masks.hidden_padding is None else _per_token(masks.hidden_padding.flatten(0, 1), n_tokens)
-        predicted: Tensor = self.base.transformer.decoder(
-            queries, context, tgt_key_padding_mask=hidden_padding, memory_key_padding_mask=padding
-        )
+        predicted = self.decode(queries, context, hidden_padding, padding)
         return predicted.reshape(n_groups, n_targets, n_hidden, n_tokens, -1)
 
     def encode_context(self, tokens: Tensor, padding: Tensor | None) -> Tensor:
         """Return the context encoder's embeddings of visible tokens, shape (G, V * N, E)."""
         return _encode(self.base.transformer.encoder, tokens, padding)
+
+    def decode(self, queries: Tensor, context: Tensor, padding: Tensor | None, context_padding: Tensor | None) -> Tensor:
+        """Return the predictor's embeddings, shape (G * K, H * N, E)."""
+        decoder = self.base.transformer.decoder
+        if padding is None or context_padding is None:
+            return decoder(queries, context)  # type: ignore[no-any-return]
+        for layer in decoder.layers:
+            assert isinstance(layer, nn.TransformerDecoderLayer)
+            queries = padded.decoder_layer(layer, queries, context, padding, context_padding)
+        assert decoder.norm is not None
+        return decoder.norm(queries)  # type: ignore[no-any-return]
 
     def loss(self, predicted: Tensor, target: Tensor, masks: Masks) -> Tensor:
         """Return the mean absolute difference over the hidden channels."""
@@ -208,7 +218,8 @@ def _encode(encoder: nn.TransformerEncoder, tokens: Tensor, padding: Tensor | No
     """
     outputs = []
     for layer in encoder.layers:
-        tokens = layer(tokens, src_key_padding_mask=padding)
+        assert isinstance(layer, nn.TransformerEncoderLayer)
+        tokens = layer(tokens) if padding is None else padded.encoder_layer(layer, tokens, padding)
         outputs.append(tokens)
     assert encoder.norm is not None
     last = outputs[-1] if target_layers == 1 else torch.stack(outputs[-target_layers:]).mean(dim=0)
