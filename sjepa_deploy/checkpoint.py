@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import pickle
 import re
 import struct
@@ -23,13 +22,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from sjepa_deploy import montage
+from sjepa_deploy.braindecode_config import (
+    CONFIG_FILE,
+    EMBEDDING,
+    braindecode_config,
+    known_from_braindecode,
+    pick_embedding_rows,
+)
 from sjepa_deploy.errors import CheckpointError, listed
 from sjepa_deploy.models import SignalJEPAModule, build_model
 from sjepa_deploy.serialize import DecodeError, decode, encode
-from sjepa_deploy.spec import EncoderSpec, ModelSpec, Variant
+from sjepa_deploy.spec import ModelSpec, Variant
 
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 SPEC_KEY = "sjepa_deploy"
 """Key of config.json that holds our `ModelSpec`; braindecode passes over it."""
@@ -39,9 +43,6 @@ TRAINING_KEY = "sjepa_deploy_training"
 
 ANCHOR = "feature_encoder.1.0.weight"
 """The key that every SignalJEPA model has; what stands before it is the prefix of a trainer's module."""
-
-EMBEDDING = "pos_encoder.pos_encoder_spat.weight"
-"""The key of the position table: a row a channel, or a row for each of the 62 channels of the pretraining."""
 
 LAYERS = re.compile(r"transformer\.(encoder|decoder)\.layers\.(\d+)\.")
 
@@ -110,7 +111,7 @@ def read_checkpoint(path: Path | str, *, prefix: str | None = None) -> Checkpoin
     known, n_tokens = _known_from_weights(weights, variant, file)
     from_config = _known_from_config(config, variant, path)
     if "ch_names" in from_config and EMBEDDING in weights:
-        weights, picked = _pick_embedding_rows(weights, from_config["ch_names"], config, path)
+        weights, picked = pick_embedding_rows(weights, from_config["ch_names"], config, path)
         notes += picked
         known["n_chans"] = len(from_config["ch_names"]) if picked else known["n_chans"]
     for name, value in from_config.items():
@@ -192,33 +193,6 @@ def write_checkpoint(model: SignalJEPAModule, folder: Path | str, *, training: o
         unfinished = folder / f".{name}"
         unfinished.write_bytes(content)
         unfinished.replace(folder / name)
-
-
-def braindecode_config(spec: ModelSpec) -> dict[str, Any]:
-    """Return the arguments of braindecode's class for `spec` as JSON types."""
-    encoder = spec.encoder
-    config: dict[str, Any] = {
-        "n_outputs": None if spec.variant == "base" else spec.n_outputs,
-        "n_chans": spec.n_chans,
-        "chs_info": None,
-        "n_times": spec.n_times,
-        "input_window_seconds": None,
-        "sfreq": spec.sfreq,
-        "feature_encoder__conv_layers_spec": encode(encoder.conv_layers),
-        "drop_prob": encoder.drop_prob,
-        "pos_encoder__spat_dim": encoder.spat_dim,
-        "pos_encoder__time_dim": encoder.time_dim,
-        "pos_encoder__sfreq_features": encoder.sfreq_features,
-        "transformer__d_model": encoder.emb_dim,
-        "transformer__num_encoder_layers": encoder.n_layers,
-        "transformer__num_decoder_layers": encoder.n_decoder_layers,
-        "transformer__nhead": encoder.n_heads,
-    }
-    if spec.variant != "base":
-        config["n_spat_filters"] = spec.n_spat_filters
-    if spec.ch_names is not None and spec.positions is not None:
-        config["chs_info"] = [{"ch_name": n, "loc": list(p)} for n, p in zip(spec.ch_names, spec.positions, strict=True)]
-    return config
 
 
 _DAMAGED = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, AssertionError, struct.error)
@@ -368,45 +342,6 @@ def _check_shapes(weights: dict[str, Tensor], n_dims: dict[str, int], file: Path
         raise CheckpointError(f"{file} has misshapen weights: {listed(wrong)}.", "Use a whole model's checkpoint.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _BraindecodeChannel:
-    ch_name: str
-    loc: tuple[float, ...] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _BraindecodeConfig:
-    """The arguments of braindecode's classes that we read, for their types."""
-
-    n_outputs: int | None = None
-    n_chans: int | None = None
-    chs_info: tuple[_BraindecodeChannel, ...] | None = None
-    n_times: int | None = None
-    input_window_seconds: float | None = None
-    sfreq: float | None = None
-    n_spat_filters: int | None = None
-    feature_encoder__conv_layers_spec: tuple[tuple[int, int, int], ...] | None = None
-    drop_prob: float | None = None
-    pos_encoder__spat_dim: int | None = None
-    pos_encoder__time_dim: int | None = None
-    pos_encoder__sfreq_features: float | None = None
-    transformer__num_encoder_layers: int | None = None
-    transformer__num_decoder_layers: int | None = None
-    transformer__nhead: int | None = None
-    channel_embedding: str | None = None
-
-
-def _decode_braindecode(config: dict[str, Any], path: Path) -> _BraindecodeConfig:
-    fields = {f.name: config[f.name] for f in dataclasses.fields(_BraindecodeConfig) if f.name in config}
-    if isinstance(channels := fields.get("chs_info"), list):
-        keys = [f.name for f in dataclasses.fields(_BraindecodeChannel)]  # MNE's channels have more
-        fields["chs_info"] = [{k: ch[k] for k in keys if k in ch} if isinstance(ch, dict) else ch for ch in channels]
-    try:
-        return decode(_BraindecodeConfig, fields)
-    except DecodeError as e:
-        raise CheckpointError(f"{path / CONFIG_FILE} does not describe a model: {e}.", "Get the file again.") from e
-
-
 def _known_from_config(config: dict[str, Any], variant: Variant, path: Path) -> dict[str, Any]:
     """Return the fields that config.json settles: our spec if it is there, else braindecode's arguments."""
     if SPEC_KEY in config:
@@ -415,81 +350,4 @@ def _known_from_config(config: dict[str, Any], variant: Variant, path: Path) -> 
         except DecodeError as e:
             raise CheckpointError(f"{path / CONFIG_FILE} has a spec that does not fit: {e}.", "Get the file again.") from e
         return {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if getattr(spec, f.name) is not None}
-    supported = {
-        "feature_encoder__mode": (None, "default"),
-        "feature_encoder__conv_bias": (None, False),
-        "activation": (None, "torch.nn.modules.activation.GELU", "torch.nn.GELU"),
-        "pos_encoder__spat_kwargs": (None, {}),
-    }
-    for name, values in supported.items():
-        if config.get(name) not in values:
-            raise CheckpointError(
-                f"{path / CONFIG_FILE} sets {name} = {config[name]!r}, which is not supported.",
-                f"Use a model with {name} = {values[1]!r}.",
-            )
-    read = _decode_braindecode(config, path)
-    fields = {f.name: value for f in dataclasses.fields(read) if (value := getattr(read, f.name)) is not None}
-    known: dict[str, Any] = {n: fields[n] for n in ("n_chans", "n_times", "sfreq", "n_outputs", "n_spat_filters") if n in fields}
-    if variant == "base":
-        known.pop("n_outputs", None)
-    seconds = read.input_window_seconds
-    if "n_times" not in known and seconds and "sfreq" in known:
-        known["n_times"] = round(seconds * known["sfreq"])
-    if "sfreq" not in known and seconds and "n_times" in known:
-        known["sfreq"] = known["n_times"] / seconds
-    names = {
-        "feature_encoder__conv_layers_spec": "conv_layers",
-        "drop_prob": "drop_prob",
-        "pos_encoder__spat_dim": "spat_dim",
-        "pos_encoder__time_dim": "time_dim",
-        "pos_encoder__sfreq_features": "sfreq_features",
-        "transformer__num_encoder_layers": "n_layers",
-        "transformer__num_decoder_layers": "n_decoder_layers",
-        "transformer__nhead": "n_heads",
-    }
-    if encoder := {ours: fields[theirs] for theirs, ours in names.items() if theirs in fields}:
-        known["encoder"] = EncoderSpec(**encoder)
-    if read.chs_info is None and read.channel_embedding == "pretrain_aligned":
-        pretraining = montage.read_montage("sjepa-62")
-        known |= {"ch_names": pretraining.ch_names, "positions": pretraining.positions, "n_chans": len(pretraining.ch_names)}
-    elif read.chs_info:
-        if read.n_chans not in (None, len(read.chs_info)):
-            raise CheckpointError(
-                f"{path / CONFIG_FILE} says n_chans = {read.n_chans}, but describes {len(read.chs_info)} channels.",
-                "Use the configuration that belongs to these weights.",
-            )
-        known |= {"ch_names": tuple(ch.ch_name for ch in read.chs_info), "n_chans": len(read.chs_info)}
-        locations = [ch.loc[:3] for ch in read.chs_info if ch.loc is not None]
-        if len(locations) == len(read.chs_info) and all(len(x) == 3 and all(map(math.isfinite, x)) for x in locations):
-            known["positions"] = tuple(locations)
-    return known
-
-
-def _pick_embedding_rows(
-    weights: dict[str, Tensor], ch_names: tuple[str, ...], config: dict[str, Any], path: Path
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Take the rows of the model's channels out of the table of the 62 pretraining channels, where the model has that.
-
-    braindecode's ``SignalJEPA_Contextual.from_pretrained(base)`` keeps the base model's table but saves a configuration that
-    says "scratch" and ``_init_transformer: false`` (1.8.1): there the number of rows tells, and if it cannot, nothing does.
-    """
-    table = [name.casefold() for name in montage.read_montage("sjepa-62").ch_names]
-    folded = [name.casefold() for name in ch_names]
-    n_rows = len(weights[EMBEDDING])
-    if config.get("channel_embedding") != "pretrain_aligned" and (n_rows != len(table) or n_rows == len(ch_names)):
-        if config.get("_init_transformer") is False and sorted(folded) == sorted(table) and folded != table:
-            raise CheckpointError(
-                f"{path / CONFIG_FILE} does not tell whether the position table has its channels' order or the pretraining's.",
-                'Set "channel_embedding" there to "pretrain_aligned", or remove "_init_transformer" if the order is its own.',
-            )
-        return weights, ()
-    if unknown := [name for name in ch_names if name.casefold() not in table]:
-        raise CheckpointError(
-            f"The position table of this checkpoint has no row for {listed(unknown)}.", "Use channels of the pretraining."
-        )
-    rows = [table.index(name) for name in folded]
-    if n_rows != len(table) or rows == list(range(len(table))):
-        return weights, ()
-    return weights | {EMBEDDING: weights[EMBEDDING][rows]}, (
-        f"{len(rows)} of {len(table)} rows of the position table were taken by name",
-    )
+    return known_from_braindecode(config, variant, path)
