@@ -297,6 +297,26 @@ def _inside(path: Path, name: str) -> Path:
 # ---- writing --------------------------------------------------------------------------------------------------------------
 
 
+def check_writable(path: Path, *, force: bool = False) -> None:
+    """Check that a bundle may be written to `path`.
+
+    Raises
+    ------
+    ExportError
+        If `path` exists and `force` is not set, or it is no bundle.
+    """
+    with _as_export_errors(path):
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise ExportError(f"{path} exists and is no folder.", "Choose another --out.")
+        if path.exists() and any(path.iterdir()):
+            if not _looks_like_a_bundle(path):
+                raise ExportError(
+                    f"{path} is a folder with other content.", "Choose another --out; --force replaces bundles only."
+                )
+            if not force:
+                raise ExportError(f"There is a bundle at {path} already.", "Use --force to replace it, or choose another --out.")
+
+
 @contextlib.contextmanager
 def new_bundle(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Give a temporary folder beside `path`, and move it to `path` when the block ends well.
@@ -309,16 +329,8 @@ def new_bundle(path: Path, *, force: bool = False) -> Iterator[Path]:
     ExportError
         If `path` exists and `force` is not set, is no bundle, or cannot be written.
     """
+    check_writable(path, force=force)
     with _as_export_errors(path):
-        if path.is_symlink() or (path.exists() and not path.is_dir()):
-            raise ExportError(f"{path} exists and is no folder.", "Choose another --out.")
-        if path.exists() and any(path.iterdir()):
-            if not _looks_like_a_bundle(path):
-                raise ExportError(
-                    f"{path} is a folder with other content.", "Choose another --out; --force replaces bundles only."
-                )
-            if not force:
-                raise ExportError(f"There is a bundle at {path} already.", "Use --force to replace it, or choose another --out.")
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
     try:

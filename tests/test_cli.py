@@ -82,6 +82,10 @@ def test_all_variants_are_exported_and_say_that_they_are_random(sjepa, tmp_path,
         assert summary["weights"]["seed"] == bundle.manifest.weights.seed == 3
         assert summary["parity"][0]["passed"] is True
         assert json.loads((bundle.path / "manifest.json").read_text())["parity"] == summary["parity"]
+    shutil.rmtree(out / "prelocal")
+    status, _, err = sjepa("export", "--variant", "all", *SMALL, "--out", out)
+    assert (status, err.count("There is a bundle at")) == (2, 1)
+    assert not (out / "prelocal").exists()  # nothing is written unless all can be
 
 
 def test_a_checkpoint_needs_no_flags(checkpoint, tmp_path):

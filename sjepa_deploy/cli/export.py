@@ -11,6 +11,7 @@ import click
 import numpy as np
 from rich.markup import escape
 
+from sjepa_deploy.bundle import check_writable
 from sjepa_deploy.cli import console, entry, parity_table, print_json
 from sjepa_deploy.errors import ExportError, InputError, MissingDependencyError, RecordingError
 from sjepa_deploy.montage import Montage, read_montage
@@ -72,6 +73,8 @@ def export(
         if checkpoint is not None:
             raise ExportError("A checkpoint holds one variant.", "Leave --variant all out.")
         folders = {name: (out or Path("sjepa-all")) / name for name in VARIANTS}
+        for folder in folders.values():
+            check_writable(folder, force=flags["force"])
         bundles = [_export_one(name, None, None, folder, json_output, **flags) for name, folder in folders.items()]
     else:
         bundles = [_export_one(variant, checkpoint, prefix, out, json_output, **flags)]
