@@ -214,7 +214,7 @@ def run_tensorrt(report: Report, bundles: dict[str, Bundle], wanted: list[tuple[
     for variant, precision in wanted:
         bundle, name = bundles[variant], f"{variant} {precision}"
         settings = dataclasses.replace(
-            default_settings(bundle, precision), optimization_level=arguments.level, typed_layers=not arguments.free_types
+            default_settings(bundle, precision), optimization_level=arguments.level, held_types=arguments.held_types
         )
 
         def build(bundle: Bundle = bundle, precision: Any = precision, settings: Any = settings) -> Any:
@@ -370,7 +370,12 @@ def main() -> None:
     parser.add_argument("--only", help="VARIANT:PRECISION, separated by commas, in this order")
     parser.add_argument("--deadline", type=float, default=540, help="seconds after which no step starts")
     parser.add_argument("--level", type=int, default=3, help="optimization level of the builder")
-    parser.add_argument("--free-types", action="store_true", help="let TensorRT 8.6 choose the type of each layer of fp16")
+    parser.add_argument(
+        "--held-types",
+        choices=["all", "float32", "none"],
+        default="all",
+        help="which layers of an fp16 graph TensorRT 8.6 is asked to compute in the graph's type",
+    )
     parser.add_argument("--rebuild", action="store_true")
     parser.add_argument("--layers", action="store_true", help="write what the engine inspector says of each engine to OUT")
     parser.add_argument("--tag", default="", help="part of the result's name, for a second run into the same OUT")

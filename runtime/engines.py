@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import EngineError
@@ -63,8 +64,9 @@ class BuildSettings:
         Scratch memory that kernels may use in MiB; None for what the GPU has.
     refittable, version_compatible : bool
         Whether weights can be replaced, and whether later versions of TensorRT may load the engine.
-    typed_layers : bool
-        For TensorRT 8.6 alone, whose builder chooses types: whether each layer is asked to compute in the graph's type.
+    held_types : {"all", "float32", "none"}
+        For TensorRT 8.6 alone, whose builder chooses types: which layers of an fp16 graph are asked to compute in the graph's
+        type: all, those that it keeps in float32, or none.
     """
 
     min_batch: int = 1
@@ -74,7 +76,7 @@ class BuildSettings:
     workspace_mib: int | None = None
     refittable: bool = False
     version_compatible: bool = False
-    typed_layers: bool = True
+    held_types: Literal["all", "float32", "none"] = "all"
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_batch <= self.opt_batch <= self.max_batch:

@@ -89,7 +89,7 @@ class TensorRT:
         if precision == "tf32":
             flags.append("TF32")
         if not self.strongly_typed and precision == "fp16":
-            flags += ["FP16", "PREFER_PRECISION_CONSTRAINTS"] if settings.typed_layers else ["FP16"]
+            flags += ["FP16"] if settings.held_types == "none" else ["FP16", "PREFER_PRECISION_CONSTRAINTS"]
         if settings.refittable:
             flags.append("REFIT")
         if settings.version_compatible:
@@ -142,7 +142,7 @@ class TensorRT:
             config.set_tactic_sources(0)  # 8.6 would call cuBLAS and cuDNN, which decoding boxes lack
             config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
             if "PREFER_PRECISION_CONSTRAINTS" in flags:
-                _constrain_types(trt, network)
+                _hold_types(trt, network, half=settings.held_types == "all")
         self._set_profile(builder, network, config, settings)
         if step is not None and self.has_progress:
             config.progress_monitor = _monitor(trt, step)
@@ -371,15 +371,35 @@ UNTYPED_LAYERS = frozenset({"CONSTANT", "SHAPE", "SHUFFLE", "CAST", "IDENTITY", 
 """Layers that move values and compute nothing."""
 
 
-def _constrain_types(trt: Any, network: Any) -> None:
-    """Ask every layer of a weakly typed network for the type that the graph gives its output."""
+def graph_types(trt: Any, network: Any) -> list[Any]:
+    """Return the type that the graph gives to the outputs of each layer.
+
+    A weakly typed network does not tell: there every tensor that no cast or constant made is float32 by default. A layer's type
+    is that of its first input.
+    """
+    types = {network.get_input(0).name: network.get_input(0).dtype}
+    found = []
     for i in range(network.num_layers):
         layer = network.get_layer(i)
-        if layer.type.name in UNTYPED_LAYERS:
+        if layer.type.name == "CAST":
+            layer.__class__ = trt.ICastLayer  # TensorRT's way to get at what is special in a layer
+            dtype = layer.to_type
+        elif layer.type.name in ("CONSTANT", "SHAPE"):
+            dtype = layer.get_output(0).dtype
+        else:
+            dtype = types[layer.get_input(0).name]
+        types |= dict.fromkeys((layer.get_output(k).name for k in range(layer.num_outputs)), dtype)
+        found.append(dtype)
+    return found
+
+
+def _hold_types(trt: Any, network: Any, *, half: bool) -> None:
+    """Ask layers of a weakly typed network for the type that the graph gives their outputs: float32 ones, and `half` ones."""
+    held = (trt.DataType.FLOAT, trt.DataType.HALF) if half else (trt.DataType.FLOAT,)
+    for i, dtype in enumerate(graph_types(trt, network)):
+        layer = network.get_layer(i)
+        if layer.type.name in UNTYPED_LAYERS or dtype not in held:
             continue
-        dtypes = [layer.get_output(k).dtype for k in range(layer.num_outputs)]
-        if any(dtype not in (trt.DataType.FLOAT, trt.DataType.HALF) for dtype in dtypes):
-            continue
-        layer.precision = dtypes[0]
-        for k, dtype in enumerate(dtypes):
+        layer.precision = dtype
+        for k in range(layer.num_outputs):
             layer.set_output_type(k, dtype)

@@ -14,7 +14,7 @@ from fake_gpu import FakeDriver, Faults, fake_tensorrt
 from sjepa_deploy.errors import EngineError, MissingDependencyError
 from sjepa_deploy.runtime import tensorrt_api
 from sjepa_deploy.runtime.engines import BuildSettings
-from sjepa_deploy.runtime.tensorrt_api import TensorRT, summarise_layers
+from sjepa_deploy.runtime.tensorrt_api import TensorRT, graph_types, summarise_layers
 from sjepa_deploy.spec import VARIANTS, graph_precision
 
 ONLY_BEFORE_11 = {"FP16", "PREFER_PRECISION_CONSTRAINTS"}
@@ -89,6 +89,16 @@ def test_rtx_builds_every_precision_from_the_same_graphs(variant):
 def _types(network):
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     return {layer.get_output(k).dtype.name for layer in layers for k in range(layer.num_outputs)}
+
+
+@pytest.mark.parametrize("variant", ["prelocal", "postlocal", "contextual"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_types_of_a_graph_are_those_of_a_strongly_typed_network(variant, precision):
+    bundle = small_bundle(variant)
+    api = TensorRT("tensorrt-rtx")
+    _, network, _ = api.parse(bundle.graph_path(precision).read_bytes(), "STRONGLY_TYPED")
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    assert graph_types(api.module, network) == [layer.get_output(0).dtype for layer in layers]
 
 
 def test_rtx_reports_progress_and_stops_when_told():
