@@ -384,7 +384,7 @@ def graph_types(trt: Any, network: Any) -> list[Any]:
         if layer.type.name == "CAST":
             layer.__class__ = trt.ICastLayer  # TensorRT's way to get at what is special in a layer
             dtype = layer.to_type
-        elif layer.type.name in ("CONSTANT", "SHAPE"):
+        elif layer.num_inputs == 0 or layer.type.name == "SHAPE":
             dtype = layer.get_output(0).dtype
         else:
             dtype = types[layer.get_input(0).name]
