@@ -1,5 +1,6 @@
 """What the monitor says is what was written, at any moment, however fast the loop writes."""
 
+import itertools
 import threading
 import tracemalloc
 
@@ -53,14 +54,14 @@ def test_agrees_with_a_plain_account_of_the_same_windows(windows, n_recent):
     assert taken.n_misses == sum(misses)
     assert taken.longest_miss_run == max(map(len, runs))
     assert taken.miss_run == len(runs[-1])
-    assert [
-        (i, d, t) for i, d, t in zip(taken.decisions.index, taken.decisions.due, taken.decisions.decided, strict=True)
-    ] == kept[-n_recent:]
-    assert taken.decisions.flags == tuple((f"window {i}",) for i, _, _ in kept[-n_recent:])
-    np.testing.assert_array_equal(taken.decisions.prediction, np.array([(i, -i) for i, _, _ in kept[-n_recent:]]).reshape(-1, 2))
+    newest = kept[-n_recent:]
+    of = taken.decisions
+    assert list(zip(of.index, of.due, of.decided, strict=True)) == newest
+    assert of.flags == tuple((f"window {index}",) for index, _, _ in newest)
+    assert of.prediction.tolist() == [[index, -index] for index, _, _ in newest]
     latencies = np.array([decided - due for _, due, decided in kept])
     edges = np.array([-np.inf, *LATENCY_EDGES, np.inf])
-    expected = [((latencies > low) & (latencies <= high)).sum() for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    expected = [((latencies > low) & (latencies <= high)).sum() for low, high in itertools.pairwise(edges)]
     assert list(taken.latency_counts) == expected
     if kept:
         assert taken.latency_max == latencies.max()
@@ -140,7 +141,7 @@ def test_snapshots_are_of_one_moment_while_the_loop_writes():
             assert (np.diff(index) == 1).all()
             np.testing.assert_array_equal(taken.decisions.prediction, np.stack([index, 2 * index], axis=1))
             np.testing.assert_allclose(taken.decisions.due, index * 0.1)
-            assert taken.decisions.flags == tuple(map(str, index))
+            assert taken.decisions.flags == tuple((str(i),) for i in index)
             assert taken.n_decisions == taken.latency_counts.sum()
             assert 0 <= taken.n_decisions - taken.n_skipped <= 1
             assert 0 <= taken.counters.get("samples received", 0) - taken.n_decisions <= 1
