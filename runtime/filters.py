@@ -135,7 +135,7 @@ class RateReducer:
         self._recent[:] = 0.0 if sample is None else sample
 
     def __call__(self, samples: FloatArray) -> tuple[FloatArray, list[int]]:
-        """Take samples of shape (n_samples, n_chans), and return those at the new rate with the rows after which each came out."""
+        """Take samples, shape (n_samples, n_chans), and return those at the new rate and the rows after which each came out."""
         n, up = len(samples), self._up
         if not self._half:
             rows = range(self._position, n, self._down)

@@ -46,7 +46,8 @@ class Counters:
     decisions, held : int
         Windows decoded, and windows answered by the last decision because they were late (`late="hold"`).
     skipped_late, skipped_gap, failed : int
-        Windows left out because they were late (`late="skip"`), because samples are missing in them, and because the backend failed.
+        Windows left out because they were late (`late="skip"`), because samples are missing in them, or because the backend
+        failed.
     misses, longest_misses : int
         Windows without a decision of their own by their deadline, and the longest run of them.
     """
@@ -143,7 +144,8 @@ class WindowStream:
     bad_channels : {"flag", "repair", "stop"}
         What happens to channels that turn bad: they are named, also interpolated while they are bad, or end the stream.
     bridge : int
-        Largest number of lost samples that is interpolated in time. After a larger loss everything starts anew.
+        Largest number of lost samples that is interpolated in time. After a larger loss everything starts anew. Above 0 the stamps
+        are taken to be regular.
     max_jitter : float
         See `Timeline`.
     counters : Counters
@@ -182,7 +184,7 @@ class WindowStream:
         self.delay = self._pre.delay
         self._scale = UNITS_IN_VOLTS[info.unit] / UNITS_IN_VOLTS[spec.unit]
         self._volt = 1 / UNITS_IN_VOLTS[spec.unit]
-        self._timeline = Timeline(info.sfreq, max_jitter)
+        self._timeline = Timeline(info.sfreq, max_jitter, trusted=bridge > 0)
         self._quality = ChannelQuality(len(self.ch_names), info.sfreq, self._volt)
         self._ring = Ring(*spec.input_shape)
         n = len(self.ch_names)
