@@ -189,7 +189,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         rows += [
             "Sample to decision in ms; memory in MiB after a tenth of the run and at its end.",
             "",
-            "| variant | Hz | hop | min | decisions | p50 | p99 | p99.9 | max | over 5 ms | misses | skipped | memory | counted |",
+            "| variant | Hz | hop | min | decisions | p50 | p99 | p99.9 | max | over 5 ms | misses | skipped | memory | sum |",
             "| --- " * 14 + "|",
         ]
     for run in runs:

@@ -19,9 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.errors import MissingDependencyError, RecordingError, StreamError
+from sjepa_deploy.runtime.priority import leave_real_time
 from sjepa_deploy.runtime.sources import Chunk, Event, StreamInfo
 from sjepa_deploy.runtime.stream import Decision, StreamConfig
 from sjepa_deploy.serialize import decode, encode
+from sjepa_deploy.spec import RunPrecision
 
 FLUSH_S = 1.0
 """Seconds from one write to the next: what a kill can cost."""
@@ -59,7 +61,7 @@ class RunDescription:
     bundle: str
     bundle_digest: str
     backend: str
-    precision: str
+    precision: RunPrecision
     version: str
 
 
@@ -138,8 +140,7 @@ class Recorder:
         self._file.close()
 
     def _keep_writing(self) -> None:
-        with contextlib.suppress(PermissionError):
-            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))  # not the priority of the decoder's thread
+        leave_real_time()
         while not self._stop.wait(FLUSH_S):
             self._flush()
             with contextlib.suppress(OSError):

@@ -144,8 +144,8 @@ class WindowStream:
     bad_channels : {"flag", "repair", "stop"}
         What happens to channels that turn bad: they are named, also interpolated while they are bad, or end the stream.
     bridge : int
-        Largest number of lost samples that is interpolated in time. After a larger loss everything starts anew. Above 0 the stamps
-        are taken to be regular.
+        Largest number of lost samples that is interpolated in time. After a larger loss everything starts anew. Above 0 the
+        stamps are taken to be regular.
     max_jitter : float
         See `Timeline`.
     counters : Counters

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import os
 import threading
 from types import TracebackType
 
@@ -16,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sjepa_deploy.runtime.monitor import ChannelState, Monitor, Snapshot
+from sjepa_deploy.runtime.priority import leave_real_time
 from sjepa_deploy.runtime.windows import Counters
 
 REFRESH_S = 0.25
@@ -59,8 +58,7 @@ class LiveView:
         self._live.stop()
 
     def _draw(self) -> None:
-        with contextlib.suppress(PermissionError):
-            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))  # not the priority of the decoder's thread
+        leave_real_time()
         while not self._stop.wait(REFRESH_S):
             self._live.update(picture(self._monitor.snapshot()), refresh=True)
 
