@@ -164,8 +164,9 @@ def _sinc_taps(up: int, half: int) -> FloatArray:
     phase = np.arange(up)[:, None] / up
     away = np.arange(-half + 1, half + 1)[None, :] - phase
     window = np.i0(8.0 * np.sqrt(np.clip(1 - (away / half) ** 2, 0, None))) / np.i0(8.0)
-    taps: FloatArray = np.sinc(away) * window
-    return taps / taps.sum(axis=1, keepdims=True)
+    taps = np.sinc(away) * window
+    unit: FloatArray = taps / taps.sum(axis=1, keepdims=True)
+    return unit
 
 
 @dataclass(frozen=True, kw_only=True)

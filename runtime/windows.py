@@ -15,7 +15,7 @@ from sjepa_deploy.runtime.filters import Preprocessor
 from sjepa_deploy.runtime.interpolation import mixing_matrix
 from sjepa_deploy.runtime.monitor import ChannelState
 from sjepa_deploy.runtime.quality import REASONS, ChannelQuality
-from sjepa_deploy.runtime.sources import Chunk, StreamInfo
+from sjepa_deploy.runtime.sources import Chunk, Samples, StreamInfo
 from sjepa_deploy.runtime.timeline import CONSECUTIVE, EARLY, LARGEST_RATE_ERROR, REPEATED, RESET, Timeline
 from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec
 
@@ -198,7 +198,7 @@ class WindowStream:
         self._whole = 0  # of these, samples without interruption
         self._due_in = spec.n_times
         self._started = self._plausible = self._rate_noted = False
-        self._last_row: NDArray[np.generic] | None = None
+        self._last_row: Samples | None = None
         self._received = 0.0
 
     def eeg(self) -> NDArray[np.float32]:
@@ -247,11 +247,11 @@ class WindowStream:
         yield from self._take(samples[start:], stamps[start:])
         self._last_row, self._received = samples[-1], chunk.received
 
-    def _came_twice(self, samples: NDArray[np.generic], i: int) -> bool:
+    def _came_twice(self, samples: Samples, i: int) -> bool:
         before = samples[i - 1] if i else self._last_row
         return before is not None and np.array_equal(samples[i], before, equal_nan=samples.dtype.kind == "f")
 
-    def _bridge_to(self, samples: NDArray[np.generic], stamps: list[float], i: int, n_lost: int) -> Iterator[Window]:
+    def _bridge_to(self, samples: Samples, stamps: list[float], i: int, n_lost: int) -> Iterator[Window]:
         before = np.asarray(samples[i - 1] if i else self._last_row, np.float64)
         share = np.arange(1, n_lost + 1)[:, None] / (n_lost + 1)
         self._counters.samples_lost += n_lost
@@ -278,10 +278,10 @@ class WindowStream:
         self._started = self._plausible = False
         self._quality.restart()
 
-    def _take(self, samples: NDArray[np.generic], stamps: list[float]) -> Iterator[Window]:
+    def _take(self, samples: Samples, stamps: list[float]) -> Iterator[Window]:
         """Take samples that follow each other."""
         rows = samples if self._all_columns else samples[:, self._columns]
-        values = rows * np.float64(self._scale)
+        values: NDArray[np.float64] = rows * np.float64(self._scale)
         done = 0
         while done < len(values):
             piece = values[done : done + self._quality.room]

@@ -301,7 +301,7 @@ def _undisturbed(decoder: Decoder) -> Iterator[None]:
 
 
 class _Lines:
-    """Appends decisions and events to a file, one JSON object a line, from a thread of its own: a slow disk delays no decision."""
+    """Appends decisions and events to a file, one JSON object a line, in a thread of its own: a slow disk delays nothing."""
 
     def __init__(self, path: Path, source: Source) -> None:
         self._path, self._source = path, source
