@@ -69,6 +69,10 @@ class RecordingError(SjepaError, ValueError):
     """A recording that cannot be read or does not fit the model."""
 
 
+class DashboardError(SjepaError):
+    """A dashboard that cannot be served as asked."""
+
+
 class MissingDependencyError(SjepaError, ImportError):
     """A package that this function needs is not installed."""
 
