@@ -1,7 +1,8 @@
 """The browser page of a live decoder: what the decoder's process does for it, which is little.
 
 The server runs in a process of its own (`sjepa_deploy.runtime.dashboard_server`), at the lowest priority. The decoder's process
-only takes a snapshot a few times a second and writes it to a pipe from a thread of its own. However many clients there are and
+only takes a snapshot a few times a second and writes it to a pipe from a thread. That thread keeps the priority that it inherits:
+whoever can be held up while having the interpreter's lock would hold up the decoder. However many clients there are and
 however slowly they read, the decoder's interpreter lock, garbage and memory know nothing of them.
 """
 
@@ -81,8 +82,6 @@ def is_loopback(host: str) -> bool:
 class Dashboard:
     """Serves a monitor to browsers and to Prometheus, from entering to leaving the context.
 
-    Enter it before the decoder's thread gets a real-time priority, which threads and processes inherit.
-
     Parameters
     ----------
     monitor : Monitor
@@ -157,17 +156,19 @@ class Dashboard:
         while not self._stop.is_set():
             with tempfile.TemporaryFile() as complaints:
                 self._server = self._start_server(complaints)
-                assert self._server.stdin is not None
+                pipe = self._server.stdin
+                assert pipe is not None
                 with contextlib.suppress(BrokenPipeError):  # it died: said below
-                    self._write_states(self._server.stdin)
-                    self._server.stdin.close()
+                    try:
+                        self._write_states(pipe)
+                    finally:
+                        pipe.close()
                 status = self._end_server(self._server)
                 if not self._stop.is_set():
                     complaints.seek(0)
                     last = complaints.read().decode(errors="replace").strip().splitlines()[-1:]
-                    _LOG.warning(
-                        "The dashboard's server ended (status %d) %s; it starts again in %g s.", status, last, RESTART_AFTER
-                    )
+                    what = "The dashboard's server ended with status %d %s; it starts again in %g s."
+                    _LOG.warning(what, status, last, RESTART_AFTER)
                     self._stop.wait(RESTART_AFTER)
 
     def _start_server(self, complaints: IO[bytes]) -> subprocess.Popen[bytes]:

@@ -81,7 +81,6 @@ class Feed:
         self.ended = False
         self.streams = 0
         self._taken_at = 0.0
-        self._version = 0
         self._event = b""
         self._changed = asyncio.Event()
 
@@ -93,9 +92,10 @@ class Feed:
                 self.decisions.setdefault(name, deque(maxlen=N_RECENT)).extend(values)
             self.state = state
             self._taken_at = time.monotonic()
-            self._publish("state", state | {"recent": self.recent(N_REPEATED)})
+            self._event = server_sent_event("state", state | {"recent": self.recent(N_REPEATED)})
+            self._wake()
         self.ended = True
-        self._publish("end", {})
+        self._wake()
 
     def recent(self, n: int) -> dict[str, list[Any]]:
         """Return the newest `n` decisions by column."""
@@ -106,9 +106,7 @@ class Feed:
         """Seconds since the last state."""
         return time.monotonic() - self._taken_at
 
-    def _publish(self, name: str, data: object) -> None:
-        self._event = server_sent_event(name, data)
-        self._version += 1
+    def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -117,14 +115,14 @@ class Feed:
         self.streams += 1
         try:
             yield server_sent_event("facts", self.facts | {"recent": self.recent(N_RECENT)})
-            seen = 0
-            while True:
-                if seen == self._version:
+            seen = b""
+            while not (self.ended and seen is self._event):
+                if seen is self._event:
                     await self._changed.wait()
-                seen = self._version
-                yield self._event
-                if self.ended:
-                    return
+                    continue
+                seen = self._event
+                yield seen
+            yield server_sent_event("end", {})
         finally:
             self.streams -= 1
 

@@ -1,7 +1,6 @@
 """The live view fits a terminal of 80 x 24, says what is wrong, and is plain lines where nobody watches."""
 
 import io
-import sys
 
 import numpy as np
 import pytest
@@ -85,17 +84,11 @@ def test_before_the_first_decision():
 
 def test_plain_lines_where_there_is_no_terminal():
     monitor, on = busy_monitor(), screen(terminal=False)
-    interval = sys.getswitchinterval()
     with live_view(monitor, on, line_every=3600):
-        assert sys.getswitchinterval() < interval  # the decoder's thread is let in
         monitor.set_state("stopped")
-    assert sys.getswitchinterval() == interval
     on.file.flush()
     (line,) = on.file.buffer.getvalue().decode().splitlines()
-    assert (
-        line.split(": ", 1)[1] == line_of(monitor.snapshot()).split(": ", 1)[1]
-        or "stopped, 121 decisions, 1 skipped, 1 misses" in line
-    )
+    assert ": stopped, 121 decisions, 1 skipped, 1 misses, latency p50 20 ms" in line
     assert "\x1b" not in line
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -19,9 +19,6 @@ from sjepa_deploy.runtime.monitor import ChannelState, Monitor, Snapshot
 REFRESH_PER_SECOND = 2
 LINE_EVERY = 10.0
 """Seconds between lines where standard output is no terminal."""
-
-SWITCH_INTERVAL = 0.0005
-"""Seconds after which Python lets the decoder's thread in: drawing takes 3 to 5 ms, for all of which it may wait by default."""
 
 NAMED_CHANNELS = 40
 """Up to this many channels are shown by name with their root mean square; more as one sign each."""
@@ -37,19 +34,13 @@ _SIGNS = {
 }
 
 
-@contextlib.contextmanager
-def live_view(monitor: Monitor, screen: Console, *, line_every: float = LINE_EVERY) -> Iterator[None]:
+def live_view(monitor: Monitor, screen: Console, *, line_every: float = LINE_EVERY) -> AbstractContextManager[None]:
     """Show `monitor` on `screen` while the context lasts.
 
-    A terminal is drawn over; anything else gets a line every `line_every` seconds, and one at the end.
+    A terminal is drawn over; anything else gets a line every `line_every` seconds, and one at the end. Drawing takes 3 to 5 ms of
+    Python, for which a decoder's thread would wait by default (`sys.setswitchinterval`).
     """
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(min(SWITCH_INTERVAL, interval))
-    try:
-        with _drawn(monitor, screen) if screen.is_terminal else _lines(monitor, screen, line_every):
-            yield
-    finally:
-        sys.setswitchinterval(interval)
+    return _drawn(monitor, screen) if screen.is_terminal else _lines(monitor, screen, line_every)
 
 
 @contextlib.contextmanager
@@ -165,7 +156,7 @@ def _outputs(snapshot: Snapshot, screen: Console, most: int) -> list[RenderableT
     table = Table.grid(padding=(0, 2, 0, 0))
     for name, value in zip(names[:most], newest[:most], strict=True):
         cells = round(abs(value) / scale * 24) if math.isfinite(value) else 0
-        bar = Text(signs[value < 0] * cells, "yellow" if value < 0 else "cyan")
+        bar = Text(signs[int(value < 0)] * cells, "yellow" if value < 0 else "cyan")
         table.add_row(Text(name, no_wrap=True), Text(f"{value:9.4g}", "bold"), bar)
     flags = ", ".join(snapshot.decisions.flags[-1])
     rest = f" and {len(names) - most} more outputs" if len(names) > most else ""
