@@ -50,7 +50,13 @@ DEAD_CLIENT_MS = 20_000
 """Milliseconds after which the system gives up a client that takes nothing."""
 
 _LOG = logging.getLogger(__name__)
-_START = "import sys; sys.path[:] = sys.argv.pop().split('\\n'); from sjepa_deploy.runtime.dashboard_server import main; main()"
+_START = """import os, sys
+os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))  # the decoder may be a real-time process
+os.nice(19)
+sys.path[:] = sys.argv.pop().split("\\n")
+from sjepa_deploy.runtime.dashboard_server import main
+main()
+"""
 
 
 def parse_address(text: str) -> tuple[str, int]:

@@ -12,7 +12,6 @@ import hashlib
 import hmac
 import ipaddress
 import json
-import os
 import re
 import socket
 import sys
@@ -361,8 +360,5 @@ async def serve(listener: socket.socket) -> None:
 
 
 def main() -> None:
-    """Serve on the socket whose number is the argument, below everything else on the machine."""
-    if hasattr(os, "sched_setscheduler"):  # the decoder may be a real-time process
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-    os.nice(19)
+    """Serve on the socket whose number is the argument."""
     asyncio.run(serve(socket.socket(fileno=int(sys.argv[1]))))
