@@ -1,0 +1,338 @@
+"""``sjepa-stream``: decode a live stream."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+
+import sjepa_deploy
+from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.cli import console, entry, print_json
+from sjepa_deploy.cli.live_view import LiveView, summary_table
+from sjepa_deploy.errors import StreamError
+from sjepa_deploy.runtime.backend import DEFAULT_BACKEND
+from sjepa_deploy.runtime.monitor import Monitor
+from sjepa_deploy.runtime.open_source import open_source
+from sjepa_deploy.runtime.predictor import load
+from sjepa_deploy.runtime.recorder import Recorder, RunDescription
+from sjepa_deploy.runtime.sources import Chunk, Event, Source
+from sjepa_deploy.runtime.stream import Decision, Decoder, StreamConfig
+from sjepa_deploy.runtime.watching import watch
+from sjepa_deploy.runtime.windows import BadChannels, Counters
+from sjepa_deploy.spec import RUN_PRECISIONS, UNITS_IN_VOLTS, RunPrecision, Unit
+
+COLLECT_EVERY_S = 60.0
+"""Seconds from one garbage collection to the next: they run after a decision, never in the middle of one."""
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--source", help="lsl:NAME, lsl:type=EEG, lsl:source_id=..., file:RECORDING or synthetic.")
+@click.option("--check", type=click.Path(path_type=Path), help="Instead: compare the live path on this recording with PyTorch.")
+@click.option("--replay", type=click.Path(path_type=Path), help="Instead: decode a record again and compare its decisions.")
+@click.option("--hop", type=float, default=0.1, help="Seconds from one decision to the next; 0 decides at every sample.")
+@click.option("--deadline", type=float, help="Seconds after the newest sample by which a decision is due.  [default: the hop]")
+@click.option("--late", type=click.Choice(["skip", "queue", "hold"]), default="skip", help="What to do with late windows.")
+@click.option("--bridge", type=int, default=0, help="Largest number of lost samples to interpolate in time.")
+@click.option(
+    "--bad-channels",
+    type=click.Choice(["flag", "repair", "stop"]),
+    default="flag",
+    help="What to do with flat, saturated, disconnected or non-finite channels.",
+)
+@click.option("--interpolate", is_flag=True, help="Interpolate channels of the model that the stream lacks.")
+@click.option("--bads", default="", help="Channels of the stream known to be bad, A,B,...: they count as lacking.")
+@click.option("--max-jitter", type=float, default=0.1, help="Seconds that a stamp may be off before it is always a loss.")
+@click.option("--give-up", type=float, help="Seconds without samples after which to stop.  [default: never]")
+@click.option("--unit", type=click.Choice(list(UNITS_IN_VOLTS)), help="Unit of a source that does not state it.")
+@click.option("--channels", help="Names A,B,... of the channels of a source that does not name them.")
+@click.option("--sfreq", type=float, help="Rate in Hz of the synthetic stream, or of a file that does not state it.")
+@click.option("--speed", type=float, default=1.0, help="Speed of a file or the synthetic stream; inf for as fast as possible.")
+@click.option("--duration", type=float, help="Seconds of stream after which to stop.  [default: never]")
+@click.option("--backend", default=DEFAULT_BACKEND, help="What runs the model.")
+@click.option("--precision", type=click.Choice(RUN_PRECISIONS), help="Precision to run in.  [default: the bundle's first]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="JSON-lines file of decisions and events to append to; - for stdout."
+)
+@click.option("--outlet", help="Name of an LSL stream to send decisions to.")
+@click.option("--record", type=click.Path(path_type=Path), help="XDF file to record the run in, for --replay.")
+@click.option("--priority", type=click.IntRange(1, 99), help="Real-time priority (SCHED_FIFO) of the decoder's threads.")
+@click.option("--quiet", is_flag=True, help="No live view.")
+@click.option("--json", "json_output", is_flag=True, help="Print the summary as JSON.")
+def stream(
+    bundle: Path,
+    source: str | None,
+    check: Path | None,
+    replay: Path | None,
+    hop: float,
+    deadline: float | None,
+    late: Any,
+    bridge: int,
+    bad_channels: BadChannels,
+    interpolate: bool,
+    bads: str,
+    max_jitter: float,
+    give_up: float | None,
+    unit: Unit | None,
+    channels: str | None,
+    sfreq: float | None,
+    speed: float,
+    duration: float | None,
+    backend: str,
+    precision: RunPrecision | None,
+    out: Path | None,
+    outlet: str | None,
+    record: Path | None,
+    priority: int | None,
+    quiet: bool,
+    json_output: bool,
+) -> None:
+    """Decode a live stream with BUNDLE: one decision every hop, with its age, and nothing left out in silence.
+
+    The stream goes through the causal twin of the preprocessing that the bundle asks for. Ctrl-C or SIGTERM end it with
+    everything written. The exit status is 1 if --check or --replay find a difference.
+    """
+    if sum(what is not None for what in (source, check, replay)) != 1:
+        raise click.UsageError("Give one of --source, --check and --replay.")
+    screen = console(json_output or str(out) == "-")
+    config = StreamConfig(
+        hop=hop,
+        deadline=deadline,
+        late=late,
+        bridge=bridge,
+        bad_channels=bad_channels,
+        interpolate=interpolate,
+        bads=tuple(filter(None, bads.split(","))),
+        max_jitter=max_jitter,
+        give_up=give_up,
+    )
+    opened = Bundle.open(bundle)
+    if priority is not None:
+        _set_priority(priority)
+    with contextlib.ExitStack() as closing:
+        predict = load(opened, backend=backend, precision=precision, check_unit=False)
+        closing.callback(predict.close)
+        names = None if channels is None else channels.split(",")
+        assert source is not None
+        opened_source = open_source(source, opened.spec, unit=unit, ch_names=names, sfreq=sfreq, speed=speed)
+        closing.callback(opened_source.close)
+        if speed == float("inf") and hasattr(opened_source, "set_chunk"):
+            opened_source.set_chunk(max(1, config.hop_samples(opened.spec)))
+        decoder = Decoder(predict, opened_source, config)
+        monitor = watch(decoder)
+        run = RunDescription(
+            stream=opened_source.info,
+            config=config,
+            bundle=str(bundle),
+            bundle_digest=opened.manifest.digest,
+            backend=backend,
+            precision=predict.backend.precision,
+            version=sjepa_deploy.__version__,
+        )
+        recorder = None
+        if record is not None:
+            recorder = Recorder(record, run, _n_outputs(decoder), lambda why: _note(opened_source, "record", why))
+            closing.callback(recorder.close)
+            decoder.on_chunk(recorder.chunk)
+            decoder.on_decision(recorder.decision)
+            decoder.on_event(recorder.event)
+        if outlet is not None:
+            from sjepa_deploy.runtime.lsl import LslOutlet
+
+            sending = LslOutlet(outlet, opened.spec, {"run": run, "window_s": opened.spec.n_times / opened.spec.sfreq})
+            decoder.on_decision(sending.send)
+        if out is not None:
+            lines = closing.enter_context(_Lines(out, opened_source).opened())
+            decoder.on_decision(lines.decision)
+            decoder.on_event(lines.event)
+        if duration is not None:
+            decoder.on_chunk(_stop_after(decoder, duration))
+        _announce(screen, decoder)
+        if opened.manifest.weights.random:
+            screen.print("[bold yellow]The weights of this bundle are random: the predictions mean nothing.[/]")
+        view = contextlib.nullcontext() if quiet or json_output or not screen.is_terminal else LiveView(monitor, screen)
+        started = time.monotonic()
+        with view, _stopped_by_signals(decoder), _undisturbed(decoder):
+            counters = decoder.run()
+        elapsed = time.monotonic() - started
+    monitor.set_state("stopped")
+    _report(screen, decoder, monitor, counters, elapsed, recorder, json_output)
+
+
+def _n_outputs(decoder: Decoder) -> int:
+    n = 1
+    for size in decoder.spec.output_shape:
+        n *= size
+    return n
+
+
+def _note(source: Source, kind: str, text: str) -> None:
+    """Pass on what another thread saw: the decoder takes a source's events in its own."""
+    source.events.append(Event(kind=kind, time=source.clock(), text=text))
+
+
+def _set_priority(priority: int) -> None:
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+    except PermissionError as e:
+        raise StreamError(
+            "This user may not set a real-time priority.", "Run as root, or allow it (`ulimit -r`, or CAP_SYS_NICE)."
+        ) from e
+
+
+def _stop_after(decoder: Decoder, duration: float) -> Any:
+    first: list[float] = []
+
+    def look(chunk: Chunk) -> None:
+        if not first:
+            first.append(float(chunk.stamps[0]))
+        if chunk.stamps[-1] - first[0] >= duration:
+            decoder.stop()
+
+    return look
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(decoder: Decoder) -> Iterator[None]:
+    before = {number: signal.signal(number, lambda *_: decoder.stop()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _undisturbed(decoder: Decoder) -> Iterator[None]:
+    """Keep garbage collections and other threads' long turns out of decisions."""
+    turn = sys.getswitchinterval()
+    next_at = time.monotonic() + COLLECT_EVERY_S
+
+    def collect(_: Decision) -> None:
+        nonlocal next_at
+        if time.monotonic() > next_at:
+            gc.collect()
+            next_at = time.monotonic() + COLLECT_EVERY_S
+
+    decoder.on_decision(collect)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    sys.setswitchinterval(2e-4)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(turn)
+        gc.enable()
+        gc.unfreeze()
+
+
+class _Lines:
+    """Appends decisions and events to a file, one JSON object a line, each there as soon as it is known."""
+
+    def __init__(self, path: Path, source: Source) -> None:
+        self._path, self._source = path, source
+        self._stream: IO[str] | None = None
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[_Lines]:
+        if str(self._path) == "-":
+            self._stream = sys.stdout
+            yield self
+            return
+        try:
+            self._stream = self._path.open("a", encoding="utf-8", buffering=1)
+        except OSError as e:
+            raise StreamError(f"{self._path} cannot be written ({e.strerror}).", "Choose another --out.") from e
+        try:
+            yield self
+        finally:
+            with contextlib.suppress(OSError):
+                if self._stream is not None:
+                    self._stream.close()
+
+    def decision(self, decision: Decision) -> None:
+        self._write(
+            {
+                "index": decision.index,
+                "time": decision.time,
+                "due": decision.due,
+                "received": decision.received,
+                "decided": decision.decided,
+                "age": round(decision.age, 6),
+                "prediction": [float(value) for value in decision.prediction.ravel()],
+                "flags": decision.flags,
+                "bad_channels": decision.bad_channels,
+            }
+        )
+
+    def event(self, event: Event) -> None:
+        self._write({"event": event.kind, "time": event.time, "text": event.text, "sample": event.sample})
+
+    def _write(self, line: dict[str, object]) -> None:
+        if self._stream is None:
+            return
+        try:
+            self._stream.write(json.dumps(line) + "\n")
+            self._stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as e:
+            self._stream = None
+            _note(self._source, "out", f"{self._path} takes no more lines: {e.strerror}.")
+
+
+def _announce(screen: Console, decoder: Decoder) -> None:
+    info, spec = decoder.source.info, decoder.spec
+    screen.print(
+        f"[bold]{escape(info.name)}[/]: {len(info.ch_names)} channels at {info.sfreq:g} Hz in {info.unit}; "
+        f"{spec.n_times / spec.sfreq:g} s windows every {decoder.hop / spec.sfreq:g} s, due within {decoder.deadline:g} s",
+        soft_wrap=True,
+    )
+    delays = ", ".join(f"{seconds * 1e3:.0f} ms at {hertz:g} Hz" for hertz, seconds in decoder.windows.delay.at_hz)
+    screen.print(f"delay of the causal filters: {delays or 'none'}", soft_wrap=True)
+    if decoder.windows.missing:
+        screen.print(f"interpolated: {escape(', '.join(decoder.windows.missing))}", soft_wrap=True)
+
+
+def _report(
+    screen: Console,
+    decoder: Decoder,
+    monitor: Monitor,
+    counters: Counters,
+    elapsed: float,
+    recorder: Recorder | None,
+    json_output: bool,
+) -> None:
+    shot = monitor.snapshot()
+    screen.print(summary_table(counters, shot))
+    if recorder is not None and recorder.n_lost:
+        screen.print(f"[bold red]{recorder.n_lost} samples are not in the record.[/]")
+    if json_output:
+        ages = {f"p{q:g}": shot.percentile("age", q) for q in (50.0, 99.0)} | {"max": shot.age_max}
+        print_json(
+            {
+                "counters": counters,
+                "hop": decoder.hop / decoder.spec.sfreq,
+                "deadline": decoder.deadline,
+                "filter_delay": decoder.windows.delay,
+                "age_of_the_newest_decisions": {name: None if value != value else value for name, value in ages.items()},
+                "elapsed_s": elapsed,
+                "samples_not_recorded": 0 if recorder is None else recorder.n_lost,
+            }
+        )
+
+
+main = entry("stream")
