@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 DEFAULT_PORT = 8765
+TOKEN_VARIABLE = "SJEPA_DASHBOARD_TOKEN"
+"""Environment variable of the token, which other users of the machine would read in the arguments of a command."""
+
 MIN_TOKEN_LENGTH = 16
 """Characters that a token must have: `python -c "import secrets; print(secrets.token_urlsafe())"` makes one of 43."""
 
@@ -60,7 +63,7 @@ main()
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """Return host and port of "HOST:PORT", "HOST", ":PORT" or "PORT". IPv6 as in "[::1]:8765".
+    """Return host and port of "HOST:PORT", "HOST", ":PORT", "PORT" or nothing. IPv6 as in "[::1]:8765".
 
     Raises
     ------
@@ -281,7 +284,7 @@ def _check_token(host: str, token: str | None) -> None:
     if token is None and not is_loopback(host):
         raise DashboardError(
             f"The dashboard would show the stream to everyone who reaches {host}.",
-            "Set a token (environment variable SJEPA_DASHBOARD_TOKEN), or listen on 127.0.0.1.",
+            f"Set a token (environment variable {TOKEN_VARIABLE}), or listen on 127.0.0.1.",
         )
     if token is not None and (len(token) < MIN_TOKEN_LENGTH or not token.isascii() or not token.isprintable()):
         raise DashboardError(
@@ -307,6 +310,6 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise DashboardError(
             f"The dashboard cannot listen on {host} port {port} ({os.strerror(e.errno or 0)}).",
-            "Choose another --dashboard HOST:PORT; port 0 takes a free one.",
+            "Choose another --dashboard-address HOST:PORT; port 0 takes a free one.",
         ) from e
     return listener

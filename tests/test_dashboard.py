@@ -455,6 +455,7 @@ def test_extra_is_named(monkeypatch):
         ("0.0.0.0", ("0.0.0.0", 8765)),
         (":9000", ("127.0.0.1", 9000)),
         ("9000", ("127.0.0.1", 9000)),
+        ("", ("127.0.0.1", 8765)),
         ("[::1]:0", ("::1", 0)),
         ("[::1]", ("::1", 8765)),
         ("box.lab", ("box.lab", 8765)),
@@ -473,3 +474,33 @@ def test_what_is_no_address(text):
 def test_an_address_of_another_machine_is_refused():
     with pytest.raises(DashboardError, match="cannot listen"):
         Dashboard(Monitor(facts()), host="192.0.2.1", port=0, token=TOKEN)
+
+
+# With the real command
+
+
+def test_stream_command_serves_its_decoder(browser, make_bundle):
+    bundle, recording = make_bundle("prelocal").path, eeg_file("eeglab_data.set")
+    start = "from sjepa_deploy.cli.stream import main; main()"
+    arguments = [bundle, "--source", f"file:{recording}", "--dashboard", "--dashboard-address", "127.0.0.1:0"]
+    with subprocess.Popen([sys.executable, "-c", start, *arguments], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            url = next(line for line in process.stdout if line.startswith("dashboard: ")).split()[1]
+            browser.open(url)
+            browser.wait("rows.length > 10")
+            shown = browser.run("return state.decisions")
+            browser.wait(f"state.decisions > {shown + 5}")
+            assert browser.text("#state") == "Decoding"
+            assert browser.text("#bundle") == bundle.name
+            assert browser.run("return document.querySelectorAll('#map title').length") == 8
+            assert not browser.run("return document.getElementById('random').hidden")
+            browser.look()
+            assert (browser.errors, set(browser.requests)) == ([], {url, f"{url}events"})
+            process.send_signal(signal.SIGINT)
+            browser.wait("ended && state.state === 'stopped'")
+            last = browser.run("return state.decisions")
+            printed = process.stdout.read()
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert f"stopped, {last} decisions" in printed

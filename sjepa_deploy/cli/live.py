@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -15,6 +17,7 @@ from rich.text import Text
 
 from sjepa_deploy.errors import listed
 from sjepa_deploy.runtime.monitor import ChannelState, Monitor, Snapshot
+from sjepa_deploy.runtime.windows import Counters
 
 REFRESH_PER_SECOND = 2
 LINE_EVERY = 10.0
@@ -210,6 +213,22 @@ def _bad_channels(snapshot: Snapshot, most: int) -> str:
         if state != ChannelState.OK
     ]
     return f"bad: {listed(bad, most)}" if bad else "all channels good"
+
+
+def summary_table(counters: Counters, shot: Snapshot) -> Table:
+    """Return a table of everything that was counted, and of the ages."""
+    table = Table(box=box.SIMPLE_HEAD, show_header=False, padding=(0, 1, 0, 0))
+    table.add_column("what")
+    table.add_column("how many", justify="right")
+    always = {"samples", "windows", "decisions", "skipped_late", "skipped_gap", "misses"}
+    for field in dataclasses.fields(counters):
+        n = getattr(counters, field.name)
+        if n or field.name in always:
+            table.add_row(field.name.replace("_", " "), str(n))
+    if shot.n_decisions:
+        ages = {"p50": shot.percentile("age", 50), "p99": shot.percentile("age", 99), "max": shot.age_max}
+        table.add_row("age of the newest sample", ", ".join(f"{name} {seconds(age)}" for name, age in ages.items()))
+    return table
 
 
 def seconds(value: float) -> str:
