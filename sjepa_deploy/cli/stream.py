@@ -22,9 +22,10 @@ from rich.markup import escape
 import sjepa_deploy
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, print_json
-from sjepa_deploy.cli.live_view import LiveView, summary_table
+from sjepa_deploy.cli.live import live_view, summary_table
 from sjepa_deploy.errors import ParityError, StreamError
 from sjepa_deploy.runtime.backend import DEFAULT_BACKEND
+from sjepa_deploy.runtime.dashboard import TOKEN_VARIABLE, Dashboard, parse_address
 from sjepa_deploy.runtime.monitor import Monitor
 from sjepa_deploy.runtime.open_source import open_source
 from sjepa_deploy.runtime.predictor import Predictor, load
@@ -71,6 +72,12 @@ COLLECT_EVERY_S = 60.0
 )
 @click.option("--outlet", help="Name of an LSL stream to send decisions to.")
 @click.option("--record", type=click.Path(path_type=Path), help="XDF file to record the run in, for --replay.")
+@click.option("--dashboard", is_flag=True, help="Serve a page for browsers, and /metrics for Prometheus.")
+@click.option(
+    "--dashboard-address",
+    metavar="HOST:PORT",
+    help=f"Where, with --dashboard; other machines need the token in {TOKEN_VARIABLE}.  [default: 127.0.0.1:8765]",
+)
 @click.option("--priority", type=click.IntRange(1, 99), help="Real-time priority (SCHED_FIFO) of the decoder's threads.")
 @click.option("--quiet", is_flag=True, help="No live view.")
 @click.option("--json", "json_output", is_flag=True, help="Print the summary as JSON.")
@@ -98,6 +105,8 @@ def stream(
     out: Path | None,
     outlet: str | None,
     record: Path | None,
+    dashboard: bool,
+    dashboard_address: str | None,
     priority: int | None,
     quiet: bool,
     json_output: bool,
@@ -173,12 +182,16 @@ def stream(
         _announce(screen, decoder)
         if opened.manifest.weights.random:
             screen.print("[bold yellow]The weights of this bundle are random: the predictions mean nothing.[/]")
-        view = contextlib.nullcontext() if quiet or json_output or not screen.is_terminal else LiveView(monitor, screen)
+        if dashboard or dashboard_address is not None:
+            host, port = parse_address(dashboard_address or "")
+            served = closing.enter_context(Dashboard(monitor, host=host, port=port, token=os.environ.get(TOKEN_VARIABLE)))
+            screen.print(f"dashboard: {served.url}", soft_wrap=True)
+        view = contextlib.nullcontext() if quiet or json_output else live_view(monitor, screen)
         started = time.monotonic()
         with view, _stopped_by_signals(decoder), _undisturbed(decoder):
             counters = decoder.run()
+            monitor.set_state("stopped")
         elapsed = time.monotonic() - started
-    monitor.set_state("stopped")
     _report(screen, decoder, monitor, counters, elapsed, recorder, json_output)
 
 
