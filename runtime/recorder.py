@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.errors import MissingDependencyError, RecordingError, StreamError
-from sjepa_deploy.runtime.priority import leave_real_time
 from sjepa_deploy.runtime.sources import Chunk, Event, StreamInfo
 from sjepa_deploy.runtime.stream import Decision, StreamConfig
 from sjepa_deploy.serialize import decode, encode
@@ -140,7 +139,6 @@ class Recorder:
         self._file.close()
 
     def _keep_writing(self) -> None:
-        leave_real_time()
         while not self._stop.wait(FLUSH_S):
             self._flush()
             with contextlib.suppress(OSError):

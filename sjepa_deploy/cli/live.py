@@ -17,7 +17,6 @@ from rich.text import Text
 
 from sjepa_deploy.errors import listed
 from sjepa_deploy.runtime.monitor import ChannelState, Monitor, Snapshot
-from sjepa_deploy.runtime.priority import leave_real_time
 from sjepa_deploy.runtime.windows import Counters
 
 REFRESH_PER_SECOND = 2
@@ -50,8 +49,6 @@ def live_view(monitor: Monitor, screen: Console, *, line_every: float = LINE_EVE
 @contextlib.contextmanager
 def _drawn(monitor: Monitor, screen: Console) -> Iterator[None]:
     def draw() -> RenderableType:
-        if threading.current_thread() is not threading.main_thread():
-            leave_real_time()
         return draw_snapshot(monitor.snapshot(), screen)
 
     with Live(get_renderable=draw, console=screen, refresh_per_second=REFRESH_PER_SECOND):
@@ -66,7 +63,6 @@ def _lines(monitor: Monitor, screen: Console, every: float) -> Iterator[None]:
         screen.print(line_of(monitor.snapshot()), soft_wrap=True, markup=False)
 
     def run() -> None:
-        leave_real_time()
         while not stop.wait(every):
             say()
 

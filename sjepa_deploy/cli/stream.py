@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import gc
 import json
+import math
+import os
 import queue
 import signal
 import sys
@@ -29,7 +31,6 @@ from sjepa_deploy.runtime.dashboard import TOKEN_VARIABLE, Dashboard, parse_addr
 from sjepa_deploy.runtime.monitor import Monitor
 from sjepa_deploy.runtime.open_source import open_source
 from sjepa_deploy.runtime.predictor import Predictor, load
-from sjepa_deploy.runtime.priority import leave_real_time, set_real_time
 from sjepa_deploy.runtime.recorder import Recorder, RecordSource, RunDescription, read_record
 from sjepa_deploy.runtime.sources import Chunk, Event, Source
 from sjepa_deploy.runtime.stream import Decision, Decoder, StreamConfig
@@ -140,7 +141,7 @@ def stream(
         return
     assert source is not None
     if priority is not None:
-        set_real_time(priority)
+        _set_real_time(priority)
     with contextlib.ExitStack() as closing:
         predict = load(opened, backend=backend, precision=precision, check_unit=False)
         closing.callback(predict.close)
@@ -162,7 +163,7 @@ def stream(
         )
         recorder = None
         if record is not None:
-            recorder = Recorder(record, run, _n_outputs(decoder), lambda why: _note(opened_source, "record", why))
+            recorder = Recorder(record, run, math.prod(opened.spec.output_shape), lambda why: _note(opened_source, "record", why))
             closing.callback(recorder.close)
             decoder.on_chunk(recorder.chunk)
             decoder.on_decision(recorder.decision)
@@ -254,16 +255,22 @@ def _replay(screen: Console, bundle: Bundle, path: Path, backend: str, precision
         raise ParityError(f"The replay of {path} differs from window {first} on.", "Use the backend and release of the record.")
 
 
-def _n_outputs(decoder: Decoder) -> int:
-    n = 1
-    for size in decoder.spec.output_shape:
-        n *= size
-    return n
-
-
 def _note(source: Source, kind: str, text: str) -> None:
     """Pass on what another thread saw: the decoder takes a source's events in its own."""
     source.events.append(Event(kind=kind, time=source.clock(), text=text))
+
+
+def _set_real_time(priority: int) -> None:
+    """Give this thread, and those that it starts, a priority before all others of the machine.
+
+    Those that write and draw have it too: one that is held up while it has the interpreter's lock would hold up the decoder.
+    """
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+    except PermissionError as e:
+        raise StreamError(
+            "This user may not set a real-time priority.", "Run as root, or allow it (`ulimit -r`, or CAP_SYS_NICE)."
+        ) from e
 
 
 def _stop_after(decoder: Decoder, duration: float) -> Any:
@@ -341,7 +348,6 @@ class _Lines:
                 self._stream.close()
 
     def _keep_writing(self) -> None:
-        leave_real_time()
         try:
             while (what := self._queue.get()) is not None:
                 self._stream.write(json.dumps(_line_of(what)) + "\n")
