@@ -87,7 +87,7 @@ class ChannelQuality:
         flat = high - low < FLAT_V * volt
         at_rail = ((block == high) | (block == low)).mean(axis=0) > CLIPPED
         codes = np.zeros(block.shape[1], np.int8)
-        self.spread = block.std(axis=0) / volt
+        self.spread = np.where(high > low, block.std(axis=0) / volt, 0.0)  # not the rounding of a constant
         codes[self.spread > NOISY_V] = ChannelState.NOISY
         codes[at_rail | (np.maximum(-low, high) > RAIL_V * volt)] = ChannelState.SATURATED
         codes[flat & (np.abs(high) <= RAIL_V * volt)] = ChannelState.FLAT

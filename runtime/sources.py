@@ -189,8 +189,8 @@ class ReplaySource:
                 return None
             if due_in > 0:
                 time.sleep(due_in)
-            while stop / self.info.sfreq <= self.clock() and stop - start < 4096:  # what has become due meanwhile
-                stop += self._size
+            while (stop + self._size - 1) / self.info.sfreq <= self.clock() and stop - start < 4096:
+                stop += self._size  # what has become due meanwhile
         if self._n_samples is not None:
             stop = min(stop, self._n_samples)
         self._next, self._size = stop, max(1, self._chunk())

@@ -1,5 +1,6 @@
 """The live path beside independent offline ones: SciPy, MNE, NumPy and PyTorch."""
 
+import itertools
 import json
 import math
 import threading
@@ -9,7 +10,7 @@ import mne
 import numpy as np
 import pytest
 import scipy.signal
-from bundles import copy_bundle, export_small, small_spec
+from bundles import export_small, small_spec
 from eeg_files import eeg_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -58,7 +59,7 @@ def test_preprocessing_in_chunks_has_the_bits_of_the_whole(sfreq_in, sfreq_out, 
     assert len(whole) == math.ceil(len(samples) * sfreq_out / sfreq_in)
 
 
-@pytest.mark.parametrize("sfreq_in", [128.0, 250.0, 300.0])
+@pytest.mark.parametrize("sfreq_in", [128.0, 250.0, 240.0])
 def test_rate_reducer_gives_the_signal_between_samples(sfreq_in):
     """A rhythm below the new Nyquist frequency comes out as itself, eight samples later."""
     ratio = Fraction(100) / Fraction(int(sfreq_in))
@@ -182,11 +183,11 @@ def test_live_path_equals_the_offline_model_on_recordings(name, tmp_path):
     )
     bundle = export_small(tmp_path / "bundle", spec)
     with sjepa_deploy.load(bundle, check_unit=False) as predict:
-        result = check_streaming(predict, eeg_file(name), StreamConfig(hop=0.5), **unit)
+        result = check_streaming(predict, eeg_file(name), StreamConfig(hop=1.0), **unit)
     assert result.identical
     assert result.passed
     assert result.max_error <= 1e-5
-    assert result.n_windows > 15
+    assert result.n_windows > 8
     assert result.correlation is not None
     assert -1 <= result.correlation < 0.9999
 
@@ -196,7 +197,7 @@ def test_live_path_equals_the_offline_model_on_recordings(name, tmp_path):
 def test_any_chunking_gives_the_same_bits(predict, data):
     samples = eeg(900)
     sizes = data.draw(st.lists(st.integers(1, 400), min_size=1, max_size=8))
-    turn = iter(sizes * 900)
+    turn = itertools.cycle(sizes)
     _, whole, _ = replay(predict, samples, 900)
     _, cut, _ = replay(predict, samples, lambda: next(turn))
     assert predictions(cut) == predictions(whole)
@@ -205,7 +206,7 @@ def test_any_chunking_gives_the_same_bits(predict, data):
 def test_windows_are_those_of_numpy(predict):
     """Without any filter, decision i is the model on samples i * hop ... i * hop + n_times."""
     spec = predict.spec
-    _, decisions, _ = decode_samples(predict, eeg(600), hop=0.07)
+    _, decisions, _ = decode_samples(predict, eeg(600), hop=0.07, late="queue")
     assert [d.index for d in decisions] == list(range(58))
     assert [d.time for d in decisions] == pytest.approx([(199 + 7 * i) / 100 for i in range(58)])
     assert all(d.due == pytest.approx(d.time + 0.07) for d in decisions)
@@ -214,7 +215,7 @@ def test_windows_are_those_of_numpy(predict):
 
 
 def test_zero_hop_decides_at_every_sample(predict):
-    decoder, decisions, _ = decode_samples(predict, eeg(300), hop=0)
+    decoder, decisions, _ = decode_samples(predict, eeg(300), hop=0, late="queue")
     assert len(decisions) == 101
     assert decoder.deadline == pytest.approx(0.01)
 
@@ -379,8 +380,8 @@ def test_two_decoders_on_one_stream_agree(predict, make_bundle):
     samples = eeg(800)
     with sjepa_deploy.load(copy := make_bundle("prelocal"), check_unit=False) as other:
         assert copy.manifest.digest == predict.bundle.manifest.digest
-        _, one, _ = decode_samples(predict, samples, size=3)
-        _, two, _ = decode_samples(other, samples, size=11)
+        _, one, _ = decode_samples(predict, samples, size=3, late="queue")
+        _, two, _ = decode_samples(other, samples, size=11, late="queue")
     assert predictions(one) == predictions(two)
 
 
@@ -403,7 +404,7 @@ def test_monitor_follows_the_decoder(predict):
 
 
 def test_memory_does_not_grow(predict):
-    """A quarter of an hour of stream leaves no more objects than two minutes."""
+    """Two minutes of stream leave no more objects than half a minute."""
     import gc
     import tracemalloc
 
@@ -421,12 +422,12 @@ def test_memory_does_not_grow(predict):
 
     tracemalloc.start()
     try:
-        go(1200)
-        before = go(1200)
-        after = go(4000)
+        go(300)
+        before = go(300)
+        after = go(1200)
     finally:
         tracemalloc.stop()
-    assert after - before < 100_000  # a byte for every ten samples of a channel would be 320,000
+    assert after - before < 60_000  # a byte for each sample of a channel would be 96,000
 
 
 def test_file_replay_equals_the_recording(make_bundle, tmp_path):
@@ -440,5 +441,3 @@ def test_file_replay_equals_the_recording(make_bundle, tmp_path):
     assert predictions(from_file) == predictions(direct)
 
 
-def test_record_names_the_bundle_that_it_needs(make_bundle, tmp_path):
-    assert copy_bundle(make_bundle("prelocal"), tmp_path / "copy").is_dir()
