@@ -14,7 +14,7 @@ from sjepa_deploy.spec import ModelSpec, Position
 
 Matrix = NDArray[np.float64]
 
-_STIFFNESS, _N_TERMS, _REGULARISATION = 4, 50, 1e-5  # MNE's
+_STIFFNESS, _N_TERMS = 4, 50  # those of MNE's `interpolate_to`, with which recordings are interpolated
 
 
 def on_sphere(positions: Sequence[Position]) -> Matrix:
@@ -28,8 +28,8 @@ def on_sphere(positions: Sequence[Position]) -> Matrix:
 def spline_weights(sources: Matrix, targets: Matrix) -> Matrix:
     """Return how each target is made of the sources, shape (n_targets, n_sources).
 
-    Spherical splines (Perrin et al. 1989, Electroencephalogr. Clin. Neurophysiol. 72, 184-187) with MNE's stiffness, number of
-    Legendre terms and regularisation.
+    Spherical splines (Perrin et al. 1989, Electroencephalogr. Clin. Neurophysiol. 72, 184-187) with MNE's stiffness and number
+    of Legendre terms, not regularised.
 
     Parameters
     ----------
@@ -41,10 +41,10 @@ def spline_weights(sources: Matrix, targets: Matrix) -> Matrix:
     n_sources = len(sources)
     system = np.ones((n_sources + 1, n_sources + 1))
     system[-1, -1] = 0.0
-    system[:-1, :-1] = legval(sources @ sources.T, terms) + _REGULARISATION * np.eye(n_sources)
+    system[:-1, :-1] = legval(sources @ sources.T, terms)
     of_targets = np.column_stack([legval(targets @ sources.T, terms), np.ones(len(targets))])
-    weights: Matrix = np.linalg.solve(system.T, of_targets.T).T[:, :-1]
-    return np.ascontiguousarray(weights)
+    weights: Matrix = np.ascontiguousarray(of_targets @ np.linalg.pinv(system)[:, :-1])
+    return weights
 
 
 def mixing_matrix(ch_names: Sequence[str], spec: ModelSpec, bads: Sequence[str] = ()) -> tuple[Matrix, tuple[str, ...]]:

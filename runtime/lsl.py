@@ -73,7 +73,7 @@ def find_stream(text: str, timeout: float = 3.0) -> Any:
     predicate = " and ".join(f"{key}={_quoted(value)}" for key, value in _queries(text))
     found = pylsl.resolve_bypred(predicate, 1, timeout)
     if found:  # others of that name may answer a little later
-        found = pylsl.resolve_bypred(predicate, 64, 0.5) or found
+        found = pylsl.resolve_bypred(predicate, 64, 1.0) or found
     if len(found) == 1:
         return found[0]
     if found:

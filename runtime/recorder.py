@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import struct
@@ -292,10 +293,9 @@ def read_record(path: Path) -> Record:
     if not path.is_file():
         raise RecordingError(f"There is no record {path}.", "Check the path.")
     try:
-        with path.open("rb") as file:
-            streams, _ = pyxdf.load_xdf(
-                file, synchronize_clocks=False, dejitter_timestamps=False, handle_clock_resets=False, verbose=False
-            )
+        streams, _ = pyxdf.load_xdf(
+            _whole_chunks(path), synchronize_clocks=False, dejitter_timestamps=False, handle_clock_resets=False, verbose=False
+        )
         by_id = {stream["info"]["stream_id"]: stream for stream in streams}
         run = decode(RunDescription, json.loads(by_id[_DECISIONS]["info"]["desc"][0]["run"][0]))
     except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, struct.error) as error:
@@ -321,6 +321,18 @@ def read_record(path: Path) -> Record:
         times[int(row[0])] = float(time)
     events = [decode(Event, json.loads(text[0])) for text in by_id[_EVENTS]["time_series"]]
     return Record(run=run, chunks=chunks, decisions=decisions, stamps=times, n_held=n_held, events=events)
+
+
+def _whole_chunks(path: Path) -> io.BytesIO:
+    """Return the file without a last chunk that a kill cut short."""
+    data = path.read_bytes()
+    stop = 4
+    while stop + 9 <= len(data) and data[stop] == 8:  # bytes of the length, as _xdf_chunk writes them
+        (length,) = struct.unpack_from("<Q", data, stop + 1)
+        if stop + 9 + length > len(data):
+            break
+        stop += 9 + length
+    return io.BytesIO(data[:stop])
 
 
 class RecordSource:

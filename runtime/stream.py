@@ -212,6 +212,7 @@ class Decoder:
             bridge=self.config.bridge,
             max_jitter=self.config.max_jitter,
         )
+        self._opened: Predictor | None = None
         self._monotonic = monotonic
         self._heard = monotonic()
         self._silent = self._stopping = False
@@ -250,7 +251,9 @@ class Decoder:
         stream: Source | None = None
         try:
             stream = open_source(source, predict.spec)
-            return cls(predict, stream, config)
+            decoder = cls(predict, stream, config)
+            decoder._opened = predict
+            return decoder
         except BaseException:
             if stream is not None:
                 stream.close()
@@ -307,9 +310,10 @@ class Decoder:
             take(chunk)
 
     def close(self) -> None:
-        """Release source and backend."""
+        """Release the source, and the backend if `open` loaded it."""
         self.source.close()
-        self.predict.close()
+        if self._opened is not None:
+            self._opened.close()
 
     def __enter__(self) -> Decoder:
         return self

@@ -18,7 +18,7 @@ from streams import ScriptedSource, chunks_of, decode, decode_samples, eeg, info
 
 import sjepa_deploy
 from sjepa_deploy.errors import BackendError, MissingDependencyError, RecordingError, StreamError
-from sjepa_deploy.montage import read_montage
+from sjepa_deploy.montage import fit_sphere, read_montage
 from sjepa_deploy.recording import read_recording
 from sjepa_deploy.runtime import filters
 from sjepa_deploy.runtime.filters import Preprocessor, RateReducer, design_sos
@@ -112,22 +112,19 @@ def test_missing_scipy_names_the_extra(monkeypatch):
 
 def test_spline_weights_are_those_of_mne():
     montage = read_montage("sjepa-62")
-    info = mne.create_info(list(montage.ch_names), 100.0, "eeg")
-    dig = mne.channels.make_dig_montage(dict(zip(montage.ch_names, np.array(montage.positions), strict=True)), coord_frame="head")
-    raw = mne.io.RawArray(np.eye(62), info, verbose="error").set_montage(dig)
+    points = np.array(montage.positions) - fit_sphere(montage.positions)[0]
     bads = [3, 17, 40]
-    raw.info["bads"] = [montage.ch_names[i] for i in bads]
     good = [i for i in range(62) if i not in bads]
-    placed = on_sphere(montage.positions)
-    origin = tuple(np.array(montage.positions)[0] - placed[0] * np.linalg.norm(np.array(montage.positions)[0] - _centre(montage)))
-    raw.interpolate_bads(origin=origin, method={"eeg": "spline"}, verbose="error")
-    np.testing.assert_allclose(spline_weights(placed[good], placed[bads]), raw.get_data()[bads][:, good], atol=1e-6)
 
+    def placed(picks):
+        named = {montage.ch_names[i]: points[i] for i in picks}
+        return mne.channels.make_dig_montage(named, coord_frame="head")
 
-def _centre(montage):
-    from sjepa_deploy.montage import fit_sphere
-
-    return fit_sphere(montage.positions)[0]
+    info = mne.create_info([montage.ch_names[i] for i in good], 100.0, "eeg")
+    raw = mne.io.RawArray(np.eye(len(good)), info, verbose="error").set_montage(placed(good))
+    wanted = raw.interpolate_to(placed(bads), origin=(0.0, 0.0, 0.0), method="spline").get_data()
+    unit = on_sphere(montage.positions)
+    np.testing.assert_allclose(spline_weights(unit[good], unit[bads]), wanted, atol=1e-7)
 
 
 def test_channels_of_another_net_are_interpolated_by_their_names():
@@ -178,9 +175,7 @@ def test_live_path_equals_the_offline_model_on_recordings(name, tmp_path):
     except RecordingError:  # an XDF stream without labels
         names = tuple(f"EEG{i}" for i in range(8))
         raw = read_recording(eeg_file(name), ch_names=names, **unit)
-    spec = small_spec(
-        "postlocal", n_chans=len(raw.ch_names), ch_names=tuple(raw.ch_names), positions=None, **RECORDINGS[name]
-    )
+    spec = small_spec("postlocal", n_chans=len(raw.ch_names), ch_names=tuple(raw.ch_names), positions=None, **RECORDINGS[name])
     bundle = export_small(tmp_path / "bundle", spec)
     with sjepa_deploy.load(bundle, check_unit=False) as predict:
         result = check_streaming(predict, eeg_file(name), StreamConfig(hop=1.0), **unit)
@@ -439,5 +434,3 @@ def test_file_replay_equals_the_recording(make_bundle, tmp_path):
         info = StreamInfo(name="x", ch_names=decoder.spec.ch_names, sfreq=100.0, unit="V")
         _, direct, _ = replay(decoder.predict, samples * 1e-6, 1, info=info)
     assert predictions(from_file) == predictions(direct)
-
-
