@@ -135,7 +135,7 @@ class RateReducer:
         self._recent[:] = 0.0 if sample is None else sample
 
     def __call__(self, samples: FloatArray) -> tuple[FloatArray, list[int]]:
-        """Take samples of shape (n_samples, n_chans), and return those at the new rate with the rows after which each came out."""
+        """Take samples, shape (n_samples, n_chans), and return those at the new rate and the rows after which each came out."""
         n, up = len(samples), self._up
         if not self._half:
             rows = range(self._position, n, self._down)
@@ -164,8 +164,9 @@ def _sinc_taps(up: int, half: int) -> FloatArray:
     phase = np.arange(up)[:, None] / up
     away = np.arange(-half + 1, half + 1)[None, :] - phase
     window = np.i0(8.0 * np.sqrt(np.clip(1 - (away / half) ** 2, 0, None))) / np.i0(8.0)
-    taps: FloatArray = np.sinc(away) * window
-    return taps / taps.sum(axis=1, keepdims=True)
+    taps = np.sinc(away) * window
+    unit: FloatArray = taps / taps.sum(axis=1, keepdims=True)
+    return unit
 
 
 @dataclass(frozen=True, kw_only=True)

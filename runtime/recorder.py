@@ -22,6 +22,7 @@ from sjepa_deploy.errors import MissingDependencyError, RecordingError, StreamEr
 from sjepa_deploy.runtime.sources import Chunk, Event, StreamInfo
 from sjepa_deploy.runtime.stream import Decision, StreamConfig
 from sjepa_deploy.serialize import decode, encode
+from sjepa_deploy.spec import RunPrecision
 
 FLUSH_S = 1.0
 """Seconds from one write to the next: what a kill can cost."""
@@ -30,7 +31,7 @@ MOST_PENDING_S = 60.0
 """Seconds of samples that wait for a disk that stalls; what is more is not recorded, and counted."""
 
 _SAMPLES, _CHUNKS, _DECISIONS, _EVENTS = 1, 2, 3, 4  # stream ids
-_FILE_HEADER, _STREAM_HEADER, _SAMPLES_TAG, _BOUNDARY, _FOOTER = 1, 2, 3, 5, 6  # tags of XDF 1.0
+_FILE_HEADER, _STREAM_HEADER, _SAMPLES_TAG, _CLOCK_OFFSET, _BOUNDARY, _FOOTER = 1, 2, 3, 4, 5, 6  # tags of XDF 1.0
 _BOUNDARY_UUID = bytes.fromhex("43a546dccbf5410fb30ed5467383cbe4")
 _FORMATS = {"f4": "float32", "f8": "double64", "i1": "int8", "i2": "int16", "i4": "int32", "i8": "int64"}
 _FIELDS = ("index", "due", "received", "decided", "infer_s", "held", "bridged", "n_bad_channels")
@@ -59,7 +60,7 @@ class RunDescription:
     bundle: str
     bundle_digest: str
     backend: str
-    precision: str
+    precision: RunPrecision
     version: str
 
 
@@ -138,8 +139,6 @@ class Recorder:
         self._file.close()
 
     def _keep_writing(self) -> None:
-        with contextlib.suppress(PermissionError):
-            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))  # not the priority of the decoder's thread
         while not self._stop.wait(FLUSH_S):
             self._flush()
             with contextlib.suppress(OSError):
@@ -159,6 +158,8 @@ class Recorder:
         if chunks:
             values = np.concatenate([chunk.samples for chunk in chunks]).astype(self._dtype)
             parts.append(_xdf_samples(_SAMPLES, np.concatenate([chunk.stamps for chunk in chunks]), values))
+            offset = struct.pack("<Idd", _SAMPLES, chunks[-1].received, 0.0)  # the stamps are on this machine's clock already
+            parts.append(_xdf_chunk(_CLOCK_OFFSET, offset))
             facts = np.array([[len(chunk.stamps), chunk.received, chunk.restarted] for chunk in chunks])
             parts.append(_xdf_samples(_CHUNKS, facts[:, 1], facts))
         if decisions:

@@ -99,15 +99,17 @@ class Source(Protocol):
     ----------
     info : StreamInfo
         What the stream holds.
-    ended : bool
-        Whether no sample will come any more.
     events : deque of Event
         What happened to the connection. The decoder takes them.
     """
 
     info: StreamInfo
-    ended: bool
     events: deque[Event]
+
+    @property
+    def ended(self) -> bool:
+        """Whether no sample will come any more."""
+        ...
 
     def read(self, timeout: float) -> Chunk | None:
         """Return what has arrived, at least one sample, waiting for it up to `timeout` seconds; None if nothing came."""
@@ -163,6 +165,7 @@ class ReplaySource:
         self._samples, self._n_samples, self._stamps = samples, n_samples, stamps
         self._speed, self._virtual = speed, math.isinf(speed)
         self._next = 0
+        self._size = 1
         self.set_chunk(chunk)
         self._started: float | None = None
         self._now = 0.0

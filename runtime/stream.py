@@ -45,7 +45,8 @@ class StreamConfig:
         What happens to a window whose deadline is over before it is decoded: it is left out, decoded all the same, or answered by
         the last decision again.
     bridge : int
-        Largest number of lost samples that is interpolated in time. After a larger loss decisions wait for a whole window.
+        Largest number of lost samples that is interpolated in time, from stamps that are regular. After a larger loss decisions
+        wait for a whole window.
     bad_channels : {"flag", "repair", "stop"}
         What happens to channels that turn flat, saturated, disconnected or not finite: decisions name them; they are also
         interpolated from the others while they are bad; or the decoder stops.
@@ -88,7 +89,7 @@ class StreamConfig:
             )
         if round(hop) > spec.n_times:
             raise StreamError(
-                f"A hop of {self.hop:g} s is longer than the window of {window:g} s: samples between windows would not be looked at.",
+                f"A hop of {self.hop:g} s is longer than the window of {window:g} s: samples in between would be left out.",
                 f"Use a hop of at most {window:g} s.",
             )
         return round(hop)

@@ -15,7 +15,7 @@ from sjepa_deploy.runtime.filters import Preprocessor
 from sjepa_deploy.runtime.interpolation import mixing_matrix
 from sjepa_deploy.runtime.monitor import ChannelState
 from sjepa_deploy.runtime.quality import REASONS, ChannelQuality
-from sjepa_deploy.runtime.sources import Chunk, StreamInfo
+from sjepa_deploy.runtime.sources import Chunk, Samples, StreamInfo
 from sjepa_deploy.runtime.timeline import CONSECUTIVE, EARLY, LARGEST_RATE_ERROR, REPEATED, RESET, Timeline
 from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec
 
@@ -46,7 +46,8 @@ class Counters:
     decisions, held : int
         Windows decoded, and windows answered by the last decision because they were late (`late="hold"`).
     skipped_late, skipped_gap, failed : int
-        Windows left out because they were late (`late="skip"`), because samples are missing in them, and because the backend failed.
+        Windows left out because they were late (`late="skip"`), because samples are missing in them, or because the backend
+        failed.
     misses, longest_misses : int
         Windows without a decision of their own by their deadline, and the longest run of them.
     """
@@ -143,7 +144,8 @@ class WindowStream:
     bad_channels : {"flag", "repair", "stop"}
         What happens to channels that turn bad: they are named, also interpolated while they are bad, or end the stream.
     bridge : int
-        Largest number of lost samples that is interpolated in time. After a larger loss everything starts anew.
+        Largest number of lost samples that is interpolated in time. After a larger loss everything starts anew. Above 0 the
+        stamps are taken to be regular.
     max_jitter : float
         See `Timeline`.
     counters : Counters
@@ -182,7 +184,7 @@ class WindowStream:
         self.delay = self._pre.delay
         self._scale = UNITS_IN_VOLTS[info.unit] / UNITS_IN_VOLTS[spec.unit]
         self._volt = 1 / UNITS_IN_VOLTS[spec.unit]
-        self._timeline = Timeline(info.sfreq, max_jitter)
+        self._timeline = Timeline(info.sfreq, max_jitter, trusted=bridge > 0)
         self._quality = ChannelQuality(len(self.ch_names), info.sfreq, self._volt)
         self._ring = Ring(*spec.input_shape)
         n = len(self.ch_names)
@@ -196,7 +198,7 @@ class WindowStream:
         self._whole = 0  # of these, samples without interruption
         self._due_in = spec.n_times
         self._started = self._plausible = self._rate_noted = False
-        self._last_row: NDArray[np.generic] | None = None
+        self._last_row: Samples | None = None
         self._received = 0.0
 
     def eeg(self) -> NDArray[np.float32]:
@@ -245,11 +247,11 @@ class WindowStream:
         yield from self._take(samples[start:], stamps[start:])
         self._last_row, self._received = samples[-1], chunk.received
 
-    def _came_twice(self, samples: NDArray[np.generic], i: int) -> bool:
+    def _came_twice(self, samples: Samples, i: int) -> bool:
         before = samples[i - 1] if i else self._last_row
         return before is not None and np.array_equal(samples[i], before, equal_nan=samples.dtype.kind == "f")
 
-    def _bridge_to(self, samples: NDArray[np.generic], stamps: list[float], i: int, n_lost: int) -> Iterator[Window]:
+    def _bridge_to(self, samples: Samples, stamps: list[float], i: int, n_lost: int) -> Iterator[Window]:
         before = np.asarray(samples[i - 1] if i else self._last_row, np.float64)
         share = np.arange(1, n_lost + 1)[:, None] / (n_lost + 1)
         self._counters.samples_lost += n_lost
@@ -276,10 +278,10 @@ class WindowStream:
         self._started = self._plausible = False
         self._quality.restart()
 
-    def _take(self, samples: NDArray[np.generic], stamps: list[float]) -> Iterator[Window]:
+    def _take(self, samples: Samples, stamps: list[float]) -> Iterator[Window]:
         """Take samples that follow each other."""
         rows = samples if self._all_columns else samples[:, self._columns]
-        values = rows * np.float64(self._scale)
+        values: NDArray[np.float64] = rows * np.float64(self._scale)
         done = 0
         while done < len(values):
             piece = values[done : done + self._quality.room]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import json
+import math
 import os
+import queue
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import click
 from rich.console import Console
@@ -21,13 +25,13 @@ import sjepa_deploy
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, print_json
 from sjepa_deploy.cli.live import live_view, summary_table
-from sjepa_deploy.errors import StreamError
+from sjepa_deploy.errors import ParityError, StreamError
 from sjepa_deploy.runtime.backend import DEFAULT_BACKEND
 from sjepa_deploy.runtime.dashboard import TOKEN_VARIABLE, Dashboard, parse_address
 from sjepa_deploy.runtime.monitor import Monitor
 from sjepa_deploy.runtime.open_source import open_source
-from sjepa_deploy.runtime.predictor import load
-from sjepa_deploy.runtime.recorder import Recorder, RunDescription
+from sjepa_deploy.runtime.predictor import Predictor, load
+from sjepa_deploy.runtime.recorder import Recorder, RecordSource, RunDescription, read_record
 from sjepa_deploy.runtime.sources import Chunk, Event, Source
 from sjepa_deploy.runtime.stream import Decision, Decoder, StreamConfig
 from sjepa_deploy.runtime.watching import watch
@@ -128,13 +132,20 @@ def stream(
         give_up=give_up,
     )
     opened = Bundle.open(bundle)
+    if check is not None:
+        with load(opened, backend=backend, precision=precision, check_unit=False) as predict:
+            _check(screen, predict, check, config, unit, sfreq, json_output)
+        return
+    if replay is not None:
+        _replay(screen, opened, replay, backend, precision, json_output)
+        return
+    assert source is not None
     if priority is not None:
-        _set_priority(priority)
+        _set_real_time(priority)
     with contextlib.ExitStack() as closing:
         predict = load(opened, backend=backend, precision=precision, check_unit=False)
         closing.callback(predict.close)
         names = None if channels is None else channels.split(",")
-        assert source is not None
         opened_source = open_source(source, opened.spec, unit=unit, ch_names=names, sfreq=sfreq, speed=speed)
         closing.callback(opened_source.close)
         if speed == float("inf") and hasattr(opened_source, "set_chunk"):
@@ -152,7 +163,7 @@ def stream(
         )
         recorder = None
         if record is not None:
-            recorder = Recorder(record, run, _n_outputs(decoder), lambda why: _note(opened_source, "record", why))
+            recorder = Recorder(record, run, math.prod(opened.spec.output_shape), lambda why: _note(opened_source, "record", why))
             closing.callback(recorder.close)
             decoder.on_chunk(recorder.chunk)
             decoder.on_decision(recorder.decision)
@@ -163,9 +174,10 @@ def stream(
             sending = LslOutlet(outlet, opened.spec, {"run": run, "window_s": opened.spec.n_times / opened.spec.sfreq})
             decoder.on_decision(sending.send)
         if out is not None:
-            lines = closing.enter_context(_Lines(out, opened_source).opened())
-            decoder.on_decision(lines.decision)
-            decoder.on_event(lines.event)
+            lines = _Lines(out, opened_source)
+            closing.callback(lines.close)
+            decoder.on_decision(lines.put)
+            decoder.on_event(lines.put)
         if duration is not None:
             decoder.on_chunk(_stop_after(decoder, duration))
         _announce(screen, decoder)
@@ -184,11 +196,63 @@ def stream(
     _report(screen, decoder, monitor, counters, elapsed, recorder, json_output)
 
 
-def _n_outputs(decoder: Decoder) -> int:
-    n = 1
-    for size in decoder.spec.output_shape:
-        n *= size
-    return n
+def _check(
+    screen: Console,
+    predict: Predictor,
+    recording: Path,
+    config: StreamConfig,
+    unit: Unit | None,
+    sfreq: float | None,
+    json_output: bool,
+) -> None:
+    from sjepa_deploy.streaming_parity import check_streaming
+
+    result = check_streaming(predict, recording, config, unit=unit, sfreq=sfreq)
+    bits = "the same bits" if result.identical else "[bold red]other bits[/]"
+    screen.print(
+        f"{result.n_windows} decisions in chunks of {', '.join(result.chunks)} samples and offline: {bits} with {result.backend}",
+        soft_wrap=True,
+    )
+    screen.print(
+        f"beside PyTorch in float64: {result.max_error:.1e} of the outputs' scale, {result.tolerance:.0e} allowed", soft_wrap=True
+    )
+    if result.correlation is not None:
+        flips = "" if result.flips is None else f", another class in {result.flips:.1%} of the windows"
+        screen.print(
+            f"causal beside zero-phase preprocessing: correlation {result.correlation:.2f}, difference {result.difference:.2f} "
+            f"standard deviations{flips}",
+            soft_wrap=True,
+        )
+    else:
+        screen.print("The recording is too short for the zero-phase filter of training.")
+    if json_output:
+        print_json(result)
+    if not result.passed:
+        raise ParityError(f"The live path differs from the offline one on {recording}.", "Do not decode with this release.")
+
+
+def _replay(screen: Console, bundle: Bundle, path: Path, backend: str, precision: RunPrecision | None, json_output: bool) -> None:
+    record = read_record(path)
+    if record.run.bundle_digest != bundle.manifest.digest:
+        raise StreamError(f"{path} was decoded with another bundle ({record.run.bundle}).", "Name that bundle.")
+    config = dataclasses.replace(record.run.config, late="queue")  # what was late then is decoded now, and not compared
+    with load(bundle, backend=backend, precision=precision or record.run.precision, check_unit=False) as predict:
+        decoder = Decoder(predict, RecordSource(record), config)
+        again = {decision.index: decision.prediction for decision in decoder}
+    missing = [index for index in record.decisions if index not in again]
+    differ = [i for i, made in again.items() if i in record.decisions and made.tobytes() != record.decisions[i].tobytes()]
+    screen.print(
+        f"{len(record.decisions)} decisions on {decoder.counters.samples} samples decoded again with {backend}: "
+        f"{len(differ)} differ, {len(missing)} are missing",
+        soft_wrap=True,
+    )
+    if json_output:
+        print_json(
+            {"record": str(path), "n_decisions": len(record.decisions), "n_differ": len(differ), "n_missing": len(missing)}
+        )
+    if differ or missing:
+        first = min(differ + missing)
+        raise ParityError(f"The replay of {path} differs from window {first} on.", "Use the backend and release of the record.")
 
 
 def _note(source: Source, kind: str, text: str) -> None:
@@ -196,7 +260,11 @@ def _note(source: Source, kind: str, text: str) -> None:
     source.events.append(Event(kind=kind, time=source.clock(), text=text))
 
 
-def _set_priority(priority: int) -> None:
+def _set_real_time(priority: int) -> None:
+    """Give this thread, and those that it starts, a priority before all others of the machine.
+
+    Those that write and draw have it too: one that is held up while it has the interpreter's lock would hold up the decoder.
+    """
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
     except PermissionError as e:
@@ -253,58 +321,57 @@ def _undisturbed(decoder: Decoder) -> Iterator[None]:
 
 
 class _Lines:
-    """Appends decisions and events to a file, one JSON object a line, each there as soon as it is known."""
+    """Appends decisions and events to a file, one JSON object a line, in a thread of its own: a slow disk delays nothing."""
 
     def __init__(self, path: Path, source: Source) -> None:
         self._path, self._source = path, source
-        self._stream: IO[str] | None = None
-
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[_Lines]:
-        if str(self._path) == "-":
-            self._stream = sys.stdout
-            yield self
-            return
+        self._queue: queue.SimpleQueue[Decision | Event | None] = queue.SimpleQueue()
+        self._failed = False
         try:
-            self._stream = self._path.open("a", encoding="utf-8", buffering=1)
+            self._stream = sys.stdout if str(path) == "-" else path.open("a", encoding="utf-8")
         except OSError as e:
-            raise StreamError(f"{self._path} cannot be written ({e.strerror}).", "Choose another --out.") from e
-        try:
-            yield self
-        finally:
+            raise StreamError(f"{path} cannot be written ({e.strerror}).", "Choose another --out.") from e
+        self._thread = threading.Thread(target=self._keep_writing, name="lines", daemon=True)
+        self._thread.start()
+
+    def put(self, what: Decision | Event) -> None:
+        """Write a line soon."""
+        if not self._failed:
+            self._queue.put(what)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._queue.put(None)
+        self._thread.join()
+        if self._stream is not sys.stdout:
             with contextlib.suppress(OSError):
-                if self._stream is not None:
-                    self._stream.close()
+                self._stream.close()
 
-    def decision(self, decision: Decision) -> None:
-        self._write(
-            {
-                "index": decision.index,
-                "time": decision.time,
-                "due": decision.due,
-                "received": decision.received,
-                "decided": decision.decided,
-                "age": round(decision.age, 6),
-                "prediction": [float(value) for value in decision.prediction.ravel()],
-                "flags": decision.flags,
-                "bad_channels": decision.bad_channels,
-            }
-        )
-
-    def event(self, event: Event) -> None:
-        self._write({"event": event.kind, "time": event.time, "text": event.text, "sample": event.sample})
-
-    def _write(self, line: dict[str, object]) -> None:
-        if self._stream is None:
-            return
+    def _keep_writing(self) -> None:
         try:
-            self._stream.write(json.dumps(line) + "\n")
-            self._stream.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as e:
-            self._stream = None
+            while (what := self._queue.get()) is not None:
+                self._stream.write(json.dumps(_line_of(what)) + "\n")
+                if self._queue.empty():
+                    self._stream.flush()
+        except OSError as e:  # the disk is full, or the reader of a pipe has gone
+            self._failed = True
             _note(self._source, "out", f"{self._path} takes no more lines: {e.strerror}.")
+
+
+def _line_of(what: Decision | Event) -> dict[str, object]:
+    if isinstance(what, Event):
+        return {"event": what.kind, "time": what.time, "text": what.text, "sample": what.sample}
+    return {
+        "index": what.index,
+        "time": what.time,
+        "due": what.due,
+        "received": what.received,
+        "decided": what.decided,
+        "age": round(what.age, 6),
+        "prediction": what.prediction.ravel().tolist(),
+        "flags": what.flags,
+        "bad_channels": what.bad_channels,
+    }
 
 
 def _announce(screen: Console, decoder: Decoder) -> None:
