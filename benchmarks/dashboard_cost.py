@@ -1,6 +1,6 @@
 """Does a dashboard delay the decoder that it shows, whoever watches?
 
-A loop of 129 channels wakes 100 times a second, holds the interpreter for 0.2 ms as a decoder's does, and feeds a monitor. How late
+A loop of 129 channels wakes 100 times a second, holds the interpreter for 0.2 ms as a decoder does, and feeds a monitor. How late
 it wakes is measured alone, and with a dashboard that nobody, 4 readers, 8 clients that never read, or a client that asks for
 /metrics without a pause looks at; and beside the server as a thread of the loop's own process, which is how it is not built.
 
