@@ -50,11 +50,14 @@ class ChannelQuality:
     ----------
     codes : ndarray of int8, shape (n_chans,)
         The verdict on the last whole block, all good before that.
+    spread : ndarray, shape (n_chans,)
+        Standard deviation in that block, in volts.
     """
 
     def __init__(self, n_chans: int, sfreq: float, volt: float) -> None:
         self._block = np.empty((max(2, round(BLOCK_S * sfreq)), n_chans))
         self._volt = volt
+        self.spread = np.zeros(n_chans)
         self.codes: Codes = np.zeros(n_chans, np.int8)
         self._filled = 0
 
@@ -84,7 +87,8 @@ class ChannelQuality:
         flat = high - low < FLAT_V * volt
         at_rail = ((block == high) | (block == low)).mean(axis=0) > CLIPPED
         codes = np.zeros(block.shape[1], np.int8)
-        codes[block.std(axis=0) > NOISY_V * volt] = ChannelState.NOISY
+        self.spread = block.std(axis=0) / volt
+        codes[self.spread > NOISY_V] = ChannelState.NOISY
         codes[at_rail | (np.maximum(-low, high) > RAIL_V * volt)] = ChannelState.SATURATED
         codes[flat & (np.abs(high) <= RAIL_V * volt)] = ChannelState.FLAT
         return codes

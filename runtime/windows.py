@@ -82,7 +82,7 @@ class Window:
     index : int
         Number among all windows that were due.
     stamp : float
-        Stamp of the newest sample.
+        Stamp of the newest sample, on the source's clock.
     bridged : bool
         Whether samples in it were interpolated in time.
     bad_channels : tuple of str
@@ -189,7 +189,7 @@ class WindowStream:
         self._ring = Ring(*spec.input_shape)
         n = len(self.ch_names)
         self.codes = np.zeros(n, np.int8)
-        self._non_finite = np.zeros(n, bool)
+        self._non_finite = self._spoilt = np.zeros(n, bool)  # now, and somewhere in this block
         self._hold = np.zeros(n)
         self._bad_at = np.full(n, -(2**62))  # elapsed samples when a channel was last bad
         self._any_bad = False
@@ -200,6 +200,7 @@ class WindowStream:
         self._started = self._plausible = self._rate_noted = False
         self._last_row: Samples | None = None
         self._received = 0.0
+        self._offset = 0.0
 
     def eeg(self) -> NDArray[np.float32]:
         """Return the newest window, shape (1, n_chans, n_times)."""
@@ -235,7 +236,8 @@ class WindowStream:
                 n_lost, passed = max(0, verdict), chunk.received - self._received
                 if verdict == RESET or (n_lost / self._info.sfreq > 1.0 and passed < 0.5 * n_lost / self._info.sfreq):
                     counters.clock_resets += 1
-                    self._interrupt(0, "clock reset", "The clock of the stamps was set to another time.")
+                    self._offset = chunk.received - stamps[-1]
+                    self._interrupt(0, "clock reset", "The clock of the stamps was set; from here on they count from arrival.")
                 elif 0 < n_lost <= self._bridge and not restarted and self._last_row is not None:
                     yield from self._bridge_to(samples, stamps, i, n_lost)
                 else:
@@ -275,7 +277,7 @@ class WindowStream:
             self._due_in += n_windows * self._hop
         self._due_in -= n
         self._whole = 0
-        self._started = self._plausible = False
+        self._started = False
         self._quality.restart()
 
     def _take(self, samples: Samples, stamps: list[float]) -> Iterator[Window]:
@@ -297,6 +299,10 @@ class WindowStream:
             self._hold = piece[-1]
             yield from self._windows_of(out, [stamps[done + row] for row in out_rows])
             if self._quality.take(piece):
+                self._quality.codes[self._spoilt] = ChannelState.OK  # they are held, not flat
+                self._spoilt = self._non_finite
+                if not self._plausible:
+                    self._check_unit()
                 self._judge(piece[-1])
                 self._check_rate()
             done += len(piece)
@@ -317,13 +323,11 @@ class WindowStream:
             if self._whole < n_times:
                 counters.skipped_gap += 1
                 continue
-            if not self._plausible:
-                self._check_unit()
             bads: tuple[str, ...] = ()
             if self._elapsed - self._newest_bad < n_times:
                 bads = tuple(self.ch_names[c] for c in np.flatnonzero(self._elapsed - self._bad_at < n_times))
             bridged = self._elapsed - self._bridged_at < n_times
-            yield Window(counters.windows - 1, stamps[position - 1], bridged, bads)
+            yield Window(counters.windows - 1, stamps[position - 1] + self._offset, bridged, bads)
 
     def _without_non_finite(self, piece: NDArray[np.float64], finite: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Return the first rows in which the same channels are not finite, with the last finite value in their place."""
@@ -332,6 +336,7 @@ class WindowStream:
         piece = piece[: changes[0] if len(changes) else None].copy()
         self._counters.samples_non_finite += int(missing.sum()) * len(piece)
         piece[:, missing] = self._hold[missing]
+        self._spoilt = self._spoilt | missing
         if not np.array_equal(missing, self._non_finite):
             self._non_finite = missing
             self._judge(piece[0])
@@ -367,10 +372,9 @@ class WindowStream:
 
     def _check_unit(self) -> None:
         """Refuse amplitudes that no EEG has in the stream's unit: volts taken for microvolts change outputs without any error."""
-        self._plausible = True
-        rms = self._ring.window()[0].astype(np.float64).std(axis=1)[: self._spec.n_chans] / self._volt
-        alive = rms[rms > 1e-12]
-        if len(alive) and not PLAUSIBLE_RMS[0] <= float(np.median(alive)) <= PLAUSIBLE_RMS[1]:
+        alive = self._quality.spread[(self._quality.spread > 0) & ~self._non_finite]
+        self._plausible = len(alive) > 0
+        if self._plausible and not PLAUSIBLE_RMS[0] <= float(np.median(alive)) <= PLAUSIBLE_RMS[1]:
             raise StreamError(
                 f"The median channel of {self._info.name} has an RMS of {np.median(alive) * 1e6:.3g} uV when taken as "
                 f"{self._info.unit}, which is no EEG.",
