@@ -1,6 +1,6 @@
 """The browser page of a live decoder: what the decoder's process does for it, which is little.
 
-The server runs in a process of its own (`sjepa_deploy.runtime.dashboard_server`), at the lowest priority. The decoder's process
+The server runs in a process of its own (`sjepa_deploy.runtime.dashboard_server`), at a low priority. The decoder's process
 only takes a snapshot a few times a second and writes it to a pipe from a thread. That thread keeps the priority that it inherits:
 whoever can be held up while having the interpreter's lock would hold up the decoder. However many clients there are and
 however slowly they read, the decoder's interpreter lock, garbage and memory know nothing of them.
@@ -55,7 +55,7 @@ DEAD_CLIENT_MS = 20_000
 _LOG = logging.getLogger(__name__)
 _START = """import os, sys
 os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))  # the decoder may be a real-time process
-os.nice(19)
+os.nice(10)
 sys.path[:] = sys.argv.pop().split("\\n")
 from sjepa_deploy.runtime.dashboard_server import main
 main()

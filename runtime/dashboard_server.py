@@ -50,7 +50,7 @@ N_REPEATED = 256
 MAX_STREAMS = 16
 """Pages at a time."""
 
-SEND_TIMEOUT = 10.0
+SEND_TIMEOUT = 5.0
 """Seconds after which a client that does not read is let go."""
 
 STALE_AFTER = 5.0
@@ -259,6 +259,7 @@ class Metrics:
         yield from self._channels(facts, state)
         yield GaugeMetricFamily("sjepa_uptime_seconds", "Time since the start", state["uptime"])
         yield GaugeMetricFamily("sjepa_resident_memory_bytes", "Memory of the decoder's process", state["memory"])
+        yield GaugeMetricFamily("sjepa_dashboard_pages", "Pages that are open", self._feed.streams)
         yield GaugeMetricFamily("sjepa_state_age_seconds", "Time since the decoder's process was last heard", self._feed.silence)
 
     @staticmethod
