@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.backend import DEFAULT_BACKEND
+from sjepa_deploy.runtime.keep_warm import KeepWarm
 from sjepa_deploy.runtime.predictor import Predictor, load
 from sjepa_deploy.runtime.sources import Chunk, Event, Source
 from sjepa_deploy.runtime.windows import BadChannels, Counters, Window, WindowStream
@@ -60,6 +61,9 @@ class StreamConfig:
         Seconds without samples after which the source is reported as silent.
     give_up : float or None
         Seconds without samples after which the decoder stops. None waits for ever.
+    keep_warm : float or None
+        Seconds between calls of the backend below which it does not fall asleep: dummy calls fill longer pauses, as far as they
+        end before the next window is due. For GPUs, whose clock falls when they idle. None makes none.
     """
 
     hop: float = 0.1
@@ -72,6 +76,7 @@ class StreamConfig:
     max_jitter: float = 0.1
     silence: float = 2.0
     give_up: float | None = None
+    keep_warm: float | None = None
 
     def hop_samples(self, spec: ModelSpec) -> int:
         """Return the hop in samples of the model.
@@ -218,9 +223,15 @@ class Decoder:
         self._silent = self._stopping = False
         self._last: Decision | None = None
         self._misses = 0
-        window = self.windows.eeg()
+        window = self.windows.eeg().copy()
         for _ in range(N_WARM_UP):
             predict(window)
+        self._keep_warm: KeepWarm | None = None
+        if self.config.keep_warm is not None and not self.config.keep_warm > 0:
+            raise StreamError(f"A keep_warm of {self.config.keep_warm:g} s is none.", "Use a positive time, such as 0.005.")
+        if self.config.keep_warm is not None:
+            self._keep_warm = KeepWarm(lambda: predict(window), self.config.keep_warm)
+        self._called = time.perf_counter()
 
     @classmethod
     def open(
@@ -275,8 +286,9 @@ class Decoder:
     def __iter__(self) -> Iterator[Decision]:
         """Give decisions until the source ends, or `stop` is called."""
         read = self.source.read
+        poll = POLL_S if self._keep_warm is None else min(POLL_S, self._keep_warm.period / 2)
         while not self._stopping:
-            chunk = read(POLL_S)
+            chunk = read(poll)
             if self.source.events:
                 self._take_events()
             if chunk is not None:
@@ -287,6 +299,8 @@ class Decoder:
                 break
             else:
                 self._watch()
+            if self._keep_warm is not None:
+                self._fill_pause(self._keep_warm)
 
     def run(self) -> Counters:
         """Decode until the source ends or `stop` is called, for the callbacks alone."""
@@ -348,6 +362,8 @@ class Decoder:
             counters.failed += 1
             raise
         decided = clock()
+        if self._keep_warm is not None:
+            self._called = time.perf_counter()
         counters.decisions += 1
         self._count_miss(missed=decided > due)
         decision = self._last = Decision(
@@ -373,6 +389,14 @@ class Decoder:
         self.counters.longest_misses = max(self.counters.longest_misses, self._misses)
         if self._misses == 1:
             self._report("deadline", f"A decision is later than {self.deadline:.3g} s.")
+
+    def _fill_pause(self, keep_warm: KeepWarm) -> None:
+        """Make a dummy call if the last call is long ago and the next window far enough."""
+        now = time.perf_counter()
+        if now - self._called >= keep_warm.period:
+            wait = self.windows.due_at - self.source.clock()
+            if keep_warm.beat(now + wait if wait > 0 else math.inf):  # a silent source is not waited for
+                self._called = time.perf_counter()
 
     def _watch(self) -> None:
         """Look how long the source has been silent."""

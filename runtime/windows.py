@@ -200,7 +200,12 @@ class WindowStream:
         self._started = self._plausible = self._rate_noted = False
         self._last_row: Samples | None = None
         self._received = 0.0
-        self._offset = 0.0
+        self._offset = self._stamp = 0.0
+
+    @property
+    def due_at(self) -> float:
+        """When the newest sample of the next window is to be expected, on the source's clock."""
+        return self._stamp + self._offset + self._due_in / self._spec.sfreq
 
     def eeg(self) -> NDArray[np.float32]:
         """Return the newest window, shape (1, n_chans, n_times)."""
@@ -247,7 +252,7 @@ class WindowStream:
                     self._interrupt(n_lost, kind, f"{n_lost} samples ({n_lost / self._info.sfreq:.3g} s) are missing.")
                 restarted = False
         yield from self._take(samples[start:], stamps[start:])
-        self._last_row, self._received = samples[-1], chunk.received
+        self._last_row, self._received, self._stamp = samples[-1], chunk.received, stamps[-1]
 
     def _came_twice(self, samples: Samples, i: int) -> bool:
         before = samples[i - 1] if i else self._last_row

@@ -434,3 +434,31 @@ def test_file_replay_equals_the_recording(make_bundle, tmp_path):
         info = StreamInfo(name="x", ch_names=decoder.spec.ch_names, sfreq=100.0, unit="V")
         _, direct, _ = replay(decoder.predict, samples * 1e-6, 1, info=info)
     assert predictions(from_file) == predictions(direct)
+
+
+def test_idle_backend_is_kept_warm_and_decisions_stay_the_same(predict):
+    """Between windows the backend is called on what is thrown away, never on the stream's samples."""
+
+    class Counting:
+        spec, bundle, backend = predict.spec, predict.bundle, predict.backend
+        seen = ()
+
+        def __call__(self, eeg):
+            self.seen += (eeg.any(),)
+            return predict(eeg)
+
+    samples = eeg(260)
+    counting = Counting()
+    source = ReplaySource(info_of(predict.spec), samples, speed=1.0)
+    decoder = Decoder(counting, source, StreamConfig(keep_warm=0.02, late="queue"))
+    decisions = list(decoder)
+    real = sum(counting.seen)
+    assert real == len(decisions) == 7
+    assert len(counting.seen) - real > 30  # 23 before the stream, and many of the hundred that fit into 2.6 s
+    _, wanted, _ = replay(predict, samples, 1)
+    assert predictions(decisions) == predictions(wanted)
+
+
+def test_keep_warm_needs_a_positive_period(predict):
+    with pytest.raises(StreamError, match="keep_warm"):
+        decode_samples(predict, eeg(300), keep_warm=0.0)

@@ -80,6 +80,7 @@ COLLECT_EVERY_S = 60.0
     help=f"Where, with --dashboard; other machines need the token in {TOKEN_VARIABLE}.  [default: 127.0.0.1:8765]",
 )
 @click.option("--priority", type=click.IntRange(1, 99), help="Real-time priority (SCHED_FIFO) of the decoder's threads.")
+@click.option("--keep-warm", type=float, help="Seconds after which an idle backend gets a dummy call, for GPUs: 0.005.")
 @click.option("--quiet", is_flag=True, help="No live view.")
 @click.option("--json", "json_output", is_flag=True, help="Print the summary as JSON.")
 def stream(
@@ -109,6 +110,7 @@ def stream(
     dashboard: bool,
     dashboard_address: str | None,
     priority: int | None,
+    keep_warm: float | None,
     quiet: bool,
     json_output: bool,
 ) -> None:
@@ -130,6 +132,7 @@ def stream(
         bads=tuple(filter(None, bads.split(","))),
         max_jitter=max_jitter,
         give_up=give_up,
+        keep_warm=keep_warm,
     )
     opened = Bundle.open(bundle)
     if check is not None:
