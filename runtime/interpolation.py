@@ -1,4 +1,4 @@
-"""Channels made from others by spherical splines, without MNE: what repairs a channel while decoding goes on."""
+"""A stream's channels beside a model's, and what is missing made from the others by spherical splines, without MNE."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from numpy.typing import NDArray
 
 from sjepa_deploy.errors import StreamError, listed
 from sjepa_deploy.montage import fit_sphere, read_montage
+from sjepa_deploy.runtime.sources import StreamInfo
 from sjepa_deploy.spec import ModelSpec, Position
 
 Matrix = NDArray[np.float64]
+
+LEAST_GOOD = 4
+"""Channels that others can be interpolated from."""
 
 _STIFFNESS, _N_TERMS = 4, 50  # those of MNE's `interpolate_to`, with which recordings are interpolated
 
@@ -88,18 +92,64 @@ def mixing_matrix(ch_names: Sequence[str], spec: ModelSpec, bads: Sequence[str] 
             f"{listed(names)} cannot be interpolated: the bundle holds no positions.", "Export it with `--montage`."
         )
     placed = on_sphere(spec.positions)
-    if len(rows) >= 4:
+    if len(rows) >= LEAST_GOOD:
         names_of_sources, sources = [spec.ch_names[i].casefold() for i in rows], placed[rows]
     else:
         template = read_montage("standard_1005")
         known = dict(zip(map(str.casefold, template.ch_names), template.positions, strict=True))
         names_of_sources = [name for name in column if name in known]
-        if len(names_of_sources) < 4:
+        if len(names_of_sources) < LEAST_GOOD:
             raise StreamError(
                 f"Only {len(names_of_sources)} good channels of the stream have a position, by the names of the model or of the "
                 "10-05 system.",
-                "At least 4 are needed to interpolate the others.",
+                f"At least {LEAST_GOOD} are needed to interpolate the others.",
             )
         sources = on_sphere([known[name] for name in names_of_sources])
     matrix[np.ix_(missing, [column[name] for name in names_of_sources])] = spline_weights(sources, placed[missing])
     return matrix, names
+
+
+def match_channels(
+    spec: ModelSpec, info: StreamInfo, *, interpolate: bool, bads: Sequence[str]
+) -> tuple[NDArray[np.intp], tuple[str, ...], tuple[str, ...]]:
+    """Compare a stream's channels with a model's, by name (case is ignored).
+
+    Returns
+    -------
+    columns : ndarray of int
+        Which columns of the stream are used.
+    ch_names : tuple of str
+        Their names.
+    missing : tuple of str
+        Channels of the model that are not among them.
+
+    Raises
+    ------
+    StreamError
+        If names are missing or twice, or channels of the model are not there and not to be interpolated.
+    """
+    if spec.ch_names is None:
+        raise StreamError(
+            "The model has no channel names, so the stream's channels cannot be checked against it.",
+            "Export the bundle with `--montage` or `--channels`.",
+        )
+    folded = [name.casefold() for name in info.ch_names]
+    if twice := sorted({name for name, fold in zip(info.ch_names, folded, strict=True) if folded.count(fold) > 1}):
+        raise StreamError(
+            f"{info.name} has the channels {listed(twice)} twice.", "Give every channel of the stream its own name."
+        )
+    without = {name.casefold() for name in bads}
+    if unknown := sorted(without - set(folded)):
+        raise StreamError(f"{info.name} has no channels {listed(unknown)}, which were named as bad.", "Mend `--bads`.")
+    column = {name: i for i, name in enumerate(folded) if name not in without}
+    missing = tuple(name for name in spec.ch_names if name.casefold() not in column)
+    if missing and not interpolate:
+        raise StreamError(
+            f"{info.name} lacks {len(missing)} of the model's {spec.n_chans} channels: {listed(missing)}; it has "
+            f"{listed(info.ch_names)}.",
+            "Name its channels as the model does, or make them from the others with `--interpolate`.",
+        )
+    shared = [column[name.casefold()] for name in spec.ch_names if name.casefold() in column]
+    # With fewer than four, mixing_matrix takes all channels whose names have a position.
+    columns = np.array(shared if not missing or len(shared) >= LEAST_GOOD else sorted(column.values()), dtype=np.intp)
+    return columns, tuple(info.ch_names[i] for i in columns), missing

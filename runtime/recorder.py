@@ -147,7 +147,9 @@ class Recorder:
 
     def _flush(self) -> None:
         chunks, decisions, events = _drained(self._chunks), _drained(self._decisions), _drained(self._events)
+        n = sum(len(chunk.stamps) for chunk in chunks)
         if self._failed:
+            self.n_lost += n
             return
         parts = []
         if chunks and self._dtype is None:
@@ -173,7 +175,9 @@ class Recorder:
         if parts:
             parts.append(_xdf_chunk(_BOUNDARY, _BOUNDARY_UUID))
             self._write(b"".join(parts))
-        self._n_written += sum(len(chunk.stamps) for chunk in chunks)
+        self._n_written += n
+        if self._failed:
+            self.n_lost += n
 
     def _headers(self) -> bytes:
         assert self._dtype is not None

@@ -14,7 +14,7 @@ LARGEST_RATE_ERROR = 0.05
 """Beyond this ratio a stream is not at its nominal rate: a crystal is 0.01 % off, a bad one 0.5 %."""
 
 CONFIRM_S = 0.2
-"""Seconds that a small delay must last before it is a loss: a sender that was held up catches up sooner."""
+"""Seconds that a small delay must last before it is a loss, at least twice `max_jitter`: a held-up sender has caught up then."""
 
 N_JITTER = 4
 """Mean deviations that one stamp may be off without suspicion."""
@@ -41,7 +41,7 @@ class Timeline:
     def __init__(self, sfreq: float, max_jitter: float, *, trusted: bool = False) -> None:
         self._nominal = 1 / sfreq
         self._max_jitter = max(max_jitter, 0.75 / sfreq)
-        self._n_confirm = 1 if trusted else max(2, round(CONFIRM_S * sfreq))
+        self._n_confirm = 1 if trusted else max(2, round(max(CONFIRM_S, 2 * max_jitter) * sfreq))
         self._gain = min(0.1, 2 / sfreq)  # a time constant of half a second
         self._drift_gain = self._gain**2 / 4  # critically damped
         self._spread_gain = min(0.1, 1 / sfreq)

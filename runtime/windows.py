@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sjepa_deploy.errors import StreamError, listed
 from sjepa_deploy.recording import PLAUSIBLE_RMS
 from sjepa_deploy.runtime.filters import Preprocessor
-from sjepa_deploy.runtime.interpolation import mixing_matrix
+from sjepa_deploy.runtime.interpolation import LEAST_GOOD, match_channels, mixing_matrix
 from sjepa_deploy.runtime.monitor import ChannelState
 from sjepa_deploy.runtime.quality import REASONS, ChannelQuality
 from sjepa_deploy.runtime.sources import Chunk, Samples, StreamInfo
@@ -23,9 +23,6 @@ BadChannels = Literal["flag", "repair", "stop"]
 
 NOTED_RATE_ERROR = 0.001
 """Ratio from which on a stream's rate is reported as off."""
-
-LEAST_GOOD = 4
-"""Good channels that a repair needs."""
 
 
 @dataclass(kw_only=True)
@@ -398,49 +395,3 @@ class WindowStream:
         if abs(error) > NOTED_RATE_ERROR and not self._rate_noted:
             self._rate_noted = True
             self._report("rate", f"The stamps show {measured:.6g} Hz, {error:+.2%} off the nominal rate.")
-
-
-def match_channels(
-    spec: ModelSpec, info: StreamInfo, *, interpolate: bool, bads: Sequence[str]
-) -> tuple[NDArray[np.intp], tuple[str, ...], tuple[str, ...]]:
-    """Compare a stream's channels with a model's, by name (case is ignored).
-
-    Returns
-    -------
-    columns : ndarray of int
-        Which columns of the stream are used.
-    ch_names : tuple of str
-        Their names.
-    missing : tuple of str
-        Channels of the model that are not among them.
-
-    Raises
-    ------
-    StreamError
-        If names are missing or twice, or channels of the model are not there and not to be interpolated.
-    """
-    if spec.ch_names is None:
-        raise StreamError(
-            "The model has no channel names, so the stream's channels cannot be checked against it.",
-            "Export the bundle with `--montage` or `--channels`.",
-        )
-    folded = [name.casefold() for name in info.ch_names]
-    if twice := sorted({name for name, fold in zip(info.ch_names, folded, strict=True) if folded.count(fold) > 1}):
-        raise StreamError(
-            f"{info.name} has the channels {listed(twice)} twice.", "Give every channel of the stream its own name."
-        )
-    without = {name.casefold() for name in bads}
-    if unknown := sorted(without - set(folded)):
-        raise StreamError(f"{info.name} has no channels {listed(unknown)}, which were named as bad.", "Mend `--bads`.")
-    column = {name: i for i, name in enumerate(folded) if name not in without}
-    missing = tuple(name for name in spec.ch_names if name.casefold() not in column)
-    if missing and not interpolate:
-        raise StreamError(
-            f"{info.name} lacks {len(missing)} of the model's {spec.n_chans} channels: {listed(missing)}; it has "
-            f"{listed(info.ch_names)}.",
-            "Name its channels as the model does, or make them from the others with `--interpolate`.",
-        )
-    shared = [column[name.casefold()] for name in spec.ch_names if name.casefold() in column]
-    # With fewer than four, mixing_matrix takes all channels whose names have a position.
-    columns = np.array(shared if not missing or len(shared) >= LEAST_GOOD else sorted(column.values()), dtype=np.intp)
-    return columns, tuple(info.ch_names[i] for i in columns), missing

@@ -16,12 +16,11 @@ from sjepa_deploy.errors import StreamError
 from sjepa_deploy.recording import fit_recording, read_recording, windows
 from sjepa_deploy.runtime.backend import open_backend
 from sjepa_deploy.runtime.filters import HALF_TAPS, design_sos, ratio_of_rates
-from sjepa_deploy.runtime.interpolation import mixing_matrix
+from sjepa_deploy.runtime.interpolation import match_channels, mixing_matrix
 from sjepa_deploy.runtime.parity import TOLERANCE
 from sjepa_deploy.runtime.predictor import Predictor
 from sjepa_deploy.runtime.sources import ReplaySource, StreamInfo
 from sjepa_deploy.runtime.stream import Decoder, StreamConfig
-from sjepa_deploy.runtime.windows import match_channels
 from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, Unit
 
 if TYPE_CHECKING:
