@@ -69,6 +69,14 @@ class RecordingError(SjepaError, ValueError):
     """A recording that cannot be read or does not fit the model."""
 
 
+class StreamError(SjepaError):
+    """A live stream that cannot be found, breaks the model's contract, or was lost for good."""
+
+
+class DashboardError(SjepaError):
+    """A dashboard that cannot be served as asked."""
+
+
 class MissingDependencyError(SjepaError, ImportError):
     """A package that this function needs is not installed."""
 

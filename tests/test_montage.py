@@ -8,9 +8,11 @@ from pathlib import Path
 import mne
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sjepa_deploy.errors import MissingDependencyError, MontageError
-from sjepa_deploy.montage import Montage, read_montage
+from sjepa_deploy.montage import Montage, read_montage, scalp_map
 
 
 def assert_equals_mne(montage: Montage, oracle: mne.channels.DigMontage) -> None:
@@ -131,3 +133,29 @@ def test_pick_refuses_a_channel_twice():
 def test_as_many_positions_as_names():
     with pytest.raises(MontageError, match="as many"):
         Montage(ch_names=("Cz", "Oz"), positions=((0.0, 0.0, 0.1),))
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(10, 129), st.floats(0.05, 0.15))
+def test_scalp_map_keeps_angles_and_distances_from_the_vertex(seed, n_chans, radius):
+    rng = np.random.default_rng(seed)
+    azimuth, inclination = rng.uniform(-np.pi, np.pi, n_chans), np.arccos(rng.uniform(-0.5, 1, n_chans))
+    across = np.sin(inclination)
+    head = np.column_stack([across * np.cos(azimuth), across * np.sin(azimuth), np.cos(inclination)])
+    places = scalp_map(radius * head + rng.uniform(-0.05, 0.05, 3))  # the origin may lie anywhere in the head
+    expected = np.column_stack([np.cos(azimuth), np.sin(azimuth)]) * (inclination / (np.pi / 2))[:, None]
+    np.testing.assert_allclose(places, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_chans", [1, 2, 3])
+def test_scalp_map_of_a_few_electrodes_is_seen_from_the_origin(n_chans):
+    places = scalp_map(np.eye(3)[:n_chans] * 0.09)
+    np.testing.assert_allclose(places, [[1, 0], [0, 1], [0, 0]][:n_chans], atol=1e-12)
+
+
+def test_scalp_map_shows_the_head_from_above_nose_up():
+    montage = read_montage("sjepa-62")
+    place = dict(zip(montage.ch_names, scalp_map(montage.positions), strict=True))
+    assert place["Fz"][1] > place["Cz"][1] > place["Pz"][1] > place["Oz"][1]
+    assert place["C3"][0] < place["Cz"][0] < place["C4"][0]
+    assert abs(place["Cz"]).max() < 0.2
+    assert 0.7 < np.hypot(*place["Oz"]) < 1.2

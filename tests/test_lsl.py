@@ -1,0 +1,273 @@
+"""Real LSL streams over loopback, and processes that are killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pylsl
+import pytest
+from streams import assert_accounted, kinds
+
+import sjepa_deploy
+from sjepa_deploy.errors import StreamError
+from sjepa_deploy.runtime.lsl import LslOutlet, LslSource, find_stream
+from sjepa_deploy.runtime.stream import Decision, Decoder, StreamConfig
+
+CONFIG = f"""[ports]
+IPv6=disable
+[multicast]
+ResolveScope=machine
+ListenAddress=127.0.0.1
+AddressesOverride={{127.0.0.1}}
+Interfaces={{127.0.0.1}}
+[lab]
+KnownPeers={{127.0.0.1}}
+SessionID=test-{uuid.uuid4().hex}
+[log]
+level=-3
+"""
+SENDER = Path(__file__).with_name("lsl_sender.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lsl_of_our_own():
+    pylsl.set_config_content(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def predict(make_bundle):
+    with sjepa_deploy.load(make_bundle("prelocal").path, check_unit=False) as predict:
+        yield predict
+
+
+@pytest.fixture
+def name():
+    return f"amp-{uuid.uuid4().hex[:8]}"
+
+
+class Amplifier:
+    def __init__(self, name, labels, *, source_id=None, sfreq=100.0, unit="microvolts", seed=0):
+        arguments = [name, name if source_id is None else source_id, str(sfreq), unit, ",".join(labels), str(seed), CONFIG]
+        self._process = subprocess.Popen([sys.executable, SENDER, *arguments], stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout.readline() == "ready\n"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+    def kill(self):
+        self._process.kill()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def pause(self, seconds):
+        self._process.send_signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        self._process.send_signal(signal.SIGCONT)
+
+
+def run_until(decoder, done, timeout=120.0):
+    """Decode until `done(decisions, events)`."""
+    decisions, events = [], []
+    decoder.on_event(events.append)
+    timer = threading.Timer(timeout, decoder.stop)
+    timer.start()
+    for decision in decoder:
+        decisions.append(decision)
+        if done(decisions, events):
+            break
+    timer.cancel()
+    assert done(decisions, events), (len(decisions), events, decoder.counters)
+    assert_accounted(decoder.counters, decisions)
+    return decisions, events
+
+
+def test_stream_is_decoded_with_its_age(predict, name):
+    with Amplifier(name, predict.spec.ch_names), Decoder(predict, LslSource(name)) as decoder:
+        decisions, _ = run_until(decoder, lambda decisions, _: len(decisions) == 10)
+        assert decoder.source.info.unit == "uV"
+    assert all(0 <= d.age < 5 and d.received >= d.time for d in decisions)
+    assert np.diff([d.time for d in decisions]).min() > 0
+
+
+def test_source_killed_and_restarted(make_bundle, name):
+    """The stream is found again, and the decoder starts anew on it; nothing of the interruption is bridged."""
+    with sjepa_deploy.load(make_bundle("prelocal").path, check_unit=False) as predict:
+        amplifier = Amplifier(name, predict.spec.ch_names)
+        again = []
+
+        def kill_and_restart():
+            amplifier.kill()
+            again.append(Amplifier(name, predict.spec.ch_names, seed=1))
+
+        decoder = Decoder(predict, LslSource(name), StreamConfig(late="queue"))
+        started = []
+
+        def done(decisions, events):
+            if len(decisions) >= 3 and not started:
+                started.append(threading.Thread(target=kill_and_restart))
+                started[0].start()
+            return decoder.counters.interruptions == 1 and "interruption" in kinds(events) and decisions[-1].index > 40
+
+        try:
+            decisions, events = run_until(decoder, done)
+        finally:
+            started[0].join()
+            again[0].kill()
+            decoder.source.close()
+    said = kinds(events)
+    assert said.index("lost") < said.index("reconnected") < said.index("interruption")
+    assert decoder.counters.skipped_gap > 0
+    gap = np.diff([d.time for d in decisions]).max()
+    assert gap >= 1.99  # a whole window of new samples
+
+
+def test_stream_that_comes_back_with_other_channels_is_refused(predict, name):
+    amplifier = Amplifier(name, predict.spec.ch_names)
+    source = LslSource(name)
+    try:
+        while source.read(0.1) is None:
+            pass
+        amplifier.kill()
+        amplifier = Amplifier(name, predict.spec.ch_names, unit="volts")
+        with pytest.raises(StreamError, match="came back with other channels, rate or unit"):
+            _read_for_ever(source)
+    finally:
+        amplifier.kill()
+        source.close()
+
+
+def _read_for_ever(source):
+    for _ in range(300):
+        source.read(0.1)
+
+
+def test_paused_source_goes_on(predict, name):
+    """A process that stands still for a while and then goes on stamps what it missed late: a gap, or late windows."""
+    with Amplifier(name, predict.spec.ch_names) as amplifier, Decoder(predict, LslSource(name)) as decoder:
+        paused = []
+
+        def done(decisions, _):
+            if len(decisions) == 3 and not paused:
+                paused.append(threading.Thread(target=amplifier.pause, args=(3.0,)))
+                paused[0].start()
+            return len(decisions) > 3 and decisions[-1].time - decisions[0].time > 5
+
+        run_until(decoder, done)
+        paused[0].join()
+        assert decoder.counters.silences >= 1
+        assert decoder.counters.gaps >= 1
+
+
+def test_samples_from_before_the_start_are_dropped_and_counted(predict, name):
+    with Amplifier(name, predict.spec.ch_names), Decoder(predict, LslSource(name)) as decoder:
+        time.sleep(1.5)
+        decisions, events = run_until(decoder, lambda decisions, _: len(decisions) >= 1)
+        assert decoder.counters.samples_flushed >= 50
+        assert kinds(events)[0] == "flushed"
+    assert decisions[0].age < 5.0
+
+
+def test_two_decoders_on_one_stream(predict, make_bundle, name):
+    with (
+        Amplifier(name, predict.spec.ch_names),
+        sjepa_deploy.load(make_bundle("prelocal"), check_unit=False) as other,
+        Decoder(predict, LslSource(name), StreamConfig(late="queue")) as one,
+        Decoder(other, LslSource(name), StreamConfig(late="queue")) as two,
+    ):
+        thread = threading.Thread(target=run_until, args=(two, lambda decisions, _: len(decisions) == 8))
+        thread.start()
+        run_until(one, lambda decisions, _: len(decisions) == 8)
+        thread.join()
+        assert one.counters.decisions == two.counters.decisions == 8
+
+
+def test_no_stream_lists_what_is_there(predict, name):
+    wanted = rf"There is no LSL stream nobody; the streams there are .*{name} \(EEG, 8 channels, 100 Hz"
+    with Amplifier(name, predict.spec.ch_names), pytest.raises(StreamError, match=wanted):
+        find_stream("nobody", timeout=0.5)
+
+
+def test_ambiguous_name_lists_the_candidates(predict, name):
+    with (
+        Amplifier(name, predict.spec.ch_names, source_id=f"{name}-left"),
+        Amplifier(name, predict.spec.ch_names, source_id=f"{name}-right"),
+    ):
+        with pytest.raises(StreamError, match=rf"2 LSL streams are {name}: .*source_id {name}-"):
+            find_stream(name)
+        assert find_stream(f"source_id={name}-right").source_id() == f"{name}-right"
+
+
+def test_unit_and_names_must_be_known(predict, name):
+    labels = predict.spec.ch_names
+    with Amplifier(name, labels, unit=""):
+        with pytest.raises(StreamError, match="does not state the unit"):
+            LslSource(name)
+        source = LslSource(name, unit="mV")
+        assert source.info.unit == "mV"
+        source.close()
+    with Amplifier(f"{name}b", labels, unit="apples"), pytest.raises(StreamError, match="not one of uV, mV and V: apples"):
+        LslSource(f"{name}b")
+    with Amplifier(f"{name}c", labels), pytest.raises(StreamError, match="says that it is in uV, not V"):
+        LslSource(f"{name}c", unit="V")
+
+
+def test_outlet_sends_decisions_with_their_stamps_and_refuses_a_taken_name(predict, name):
+    outlet = LslOutlet(name, predict.spec, {"hop": 0.1})
+    with pytest.raises(StreamError, match=f"There is an LSL stream {name} already"):
+        LslOutlet(name, predict.spec, {})
+    inlet = pylsl.StreamInlet(find_stream(name), recover=False)
+    inlet.open_stream(5.0)
+    info = inlet.info(5.0)
+    assert info.type() == "Decision"
+    assert info.channel_count() == 3
+    assert json.loads(info.desc().child_value("sjepa_deploy")) == {"hop": 0.1}
+    stamp = pylsl.local_clock() - 0.25
+    prediction = np.array([1.5, -2.0, 0.25], np.float32)
+    outlet.send(Decision(0, prediction, stamp, stamp + 0.1, stamp, stamp, 0.0, False, False, ()))
+    sample, received = inlet.pull_sample(5.0)
+    assert sample == prediction.tolist()
+    assert received == pytest.approx(stamp, abs=1e-9)
+
+
+def test_command_over_lsl_ends_well_on_a_signal(make_bundle, predict, name, tmp_path):
+    """SIGTERM: lines, record and summary are whole."""
+    config = tmp_path / "lsl_api.cfg"
+    config.write_text(CONFIG)
+    code = "import sys; sys.argv[0] = 'sjepa-stream'; from sjepa_deploy.cli.stream import main; main()"
+    arguments = ["--source", f"lsl:{name}", "--out", tmp_path / "out.jsonl", "--record", tmp_path / "run.xdf", "--json"]
+    arguments += ["--outlet", f"{name}-decisions"]
+    with Amplifier(name, predict.spec.ch_names):
+        command = [sys.executable, "-W", "error", "-c", code, make_bundle("prelocal").path, *arguments]
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            env={**os.environ, "LSLAPICFG": str(config)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.monotonic() + 90
+        out = tmp_path / "out.jsonl"
+        while time.monotonic() < deadline and (not out.exists() or out.read_text().count('"index"') < 5):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    counters = json.loads(printed)["counters"]
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert counters["decisions"] == sum("index" in line for line in lines) >= 5
+    from sjepa_deploy.runtime.recorder import read_record
+
+    record = read_record(tmp_path / "run.xdf")
+    assert len(record.decisions) == counters["decisions"]
+    assert sum(len(chunk.stamps) for chunk in record.chunks) == counters["samples"]

@@ -1,0 +1,230 @@
+"""What is recorded can be decoded again, whatever happened to the process that recorded it."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from streams import ScriptedSource, chunks_of, eeg, info_of, predictions
+
+import sjepa_deploy
+from sjepa_deploy.cli import _command, run_command
+from sjepa_deploy.errors import RecordingError, StreamError
+from sjepa_deploy.recording import read_recording
+from sjepa_deploy.runtime.recorder import Recorder, RunDescription, read_record
+from sjepa_deploy.runtime.stream import Decoder, StreamConfig
+
+CODE = "import sys; sys.argv[0] = 'sjepa-stream'; from sjepa_deploy.cli.stream import main; main()"
+
+
+@pytest.fixture(scope="module")
+def predict(make_bundle):
+    with sjepa_deploy.load(make_bundle("prelocal").path, check_unit=False) as predict:
+        yield predict
+
+
+def description(decoder):
+    manifest = decoder.predict.bundle.manifest
+    return RunDescription(
+        stream=decoder.source.info,
+        config=decoder.config,
+        bundle=str(decoder.predict.bundle.path),
+        bundle_digest=manifest.digest,
+        backend="ort-cpu",
+        precision="fp32",
+        version="test",
+    )
+
+
+def recorded(predict, path, source, failures=None, **config):
+    """Decode and record a source. Returns decoder and decisions."""
+    decoder = Decoder(predict, source, StreamConfig(**config))
+    recorder = Recorder(path, description(decoder), 3, (failures if failures is not None else []).append)
+    decoder.on_chunk(recorder.chunk)
+    decoder.on_decision(recorder.decision)
+    decoder.on_event(recorder.event)
+    return decoder, recorder
+
+
+def run_stream(*arguments):
+    return run_command(_command("stream"), "sjepa-stream", [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def eventful(predict):
+    """Return a source with a gap, a restart, NaN and chunks of many sizes."""
+    samples = eeg(1500).astype(np.float32)
+    samples[1000:1004, 2] = np.nan
+    keep = np.r_[0:500, 720:1500]
+    stamps = keep / 100.0 + 12_345.678
+    chunks = chunks_of(samples[keep], stamps, 7, restarted_at=(900,))
+    return ScriptedSource(info_of(predict.spec), chunks)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int16, np.int32])
+def test_samples_stamps_and_decisions_come_back_to_the_bit(predict, tmp_path, dtype):
+    samples = (eeg(500) * 10).astype(dtype)
+    stamps = np.arange(500) / 100 + 98_765.4321
+    decoder, recorder = recorded(
+        predict, tmp_path / "run.xdf", ScriptedSource(info_of(predict.spec), chunks_of(samples, stamps, 9))
+    )
+    decisions = list(decoder)
+    recorder.close()
+    record = read_record(tmp_path / "run.xdf")
+    assert np.concatenate([chunk.samples for chunk in record.chunks]).tobytes() == samples.tobytes()
+    assert np.concatenate([chunk.stamps for chunk in record.chunks]).tobytes() == stamps.tobytes()
+    assert [len(chunk.stamps) for chunk in record.chunks] == [9] * 55 + [5]
+    assert {i: prediction.tobytes() for i, prediction in record.decisions.items()} == predictions(decisions)
+    assert record.run == description(decoder)
+
+
+def test_replay_gives_the_same_decisions_through_gaps_and_restarts(predict, eventful, tmp_path, capsys):
+    decoder, recorder = recorded(predict, tmp_path / "run.xdf", eventful, bad_channels="repair", late="queue")
+    decisions = list(decoder)
+    recorder.close()
+    assert {"gap", "interruption", "channel"} <= {event.kind for event in read_record(tmp_path / "run.xdf").events}
+    assert run_stream(predict.bundle.path, "--replay", tmp_path / "run.xdf", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["n_decisions"], result["n_differ"], result["n_missing"]) == (len(decisions), 0, 0)
+
+
+def test_replay_finds_a_difference(predict, make_bundle, eventful, tmp_path, capsys):
+    decoder, recorder = recorded(predict, tmp_path / "run.xdf", eventful)
+    for decision in decoder:
+        if decision.index == 10:
+            decision.prediction[1] += 1e-6
+    recorder.close()
+    assert run_stream(predict.bundle.path, "--replay", tmp_path / "run.xdf") == 1
+    assert "differs from window 10 on" in capsys.readouterr().err
+    other = make_bundle("prelocal", model_seed=5).path
+    assert run_stream(other, "--replay", tmp_path / "run.xdf") == 2
+    assert "was decoded with another bundle" in capsys.readouterr().err
+
+
+def test_mne_reads_the_samples(predict, tmp_path):
+    samples = eeg(500).astype(np.float32)
+    source = ScriptedSource(info_of(predict.spec), chunks_of(samples, np.arange(500) / 100))
+    decoder, recorder = recorded(predict, tmp_path / "run.xdf", source)
+    decoder.run()
+    recorder.close()
+    raw = read_recording(tmp_path / "run.xdf")
+    assert tuple(raw.ch_names) == predict.spec.ch_names
+    assert raw.info["sfreq"] == 100
+    np.testing.assert_allclose(raw.get_data(), samples.T * 1e-6, rtol=1e-6)
+
+
+def test_killed_process_leaves_a_record_up_to_the_last_second(predict, tmp_path):
+    path, out = tmp_path / "run.xdf", tmp_path / "out.jsonl"
+    command = [
+        sys.executable,
+        "-c",
+        CODE,
+        predict.bundle.path,
+        "--source",
+        "synthetic",
+        "--record",
+        path,
+        "--out",
+        out,
+        "--quiet",
+    ]
+    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and (not out.exists() or out.read_text().count('"index"') < 25):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    newest = json.loads(out.read_text().splitlines()[-1])["time"]
+    record = read_record(path)
+    assert newest - max(record.stamps.values()) < 5.0  # a second, and what a busy machine adds
+    assert len(record.decisions) >= 1
+    assert run_stream(predict.bundle.path, "--replay", path) == 0
+
+
+@pytest.mark.parametrize("n_bytes", [0, 1, 17, 33, 40, 200])
+def test_record_cut_anywhere_in_its_last_chunk_is_read(predict, eventful, tmp_path, n_bytes):
+    decoder, recorder = recorded(predict, tmp_path / "run.xdf", eventful)
+    decoder.run()
+    recorder.close()
+    whole = (tmp_path / "run.xdf").read_bytes()
+    (tmp_path / "cut.xdf").write_bytes(whole[: len(whole) - n_bytes])
+    record = read_record(tmp_path / "cut.xdf")
+    assert len(record.decisions) > 0
+    assert sum(len(chunk.stamps) for chunk in record.chunks) == decoder.counters.samples
+
+
+class FullDisk:
+    """A file on a disk with room for so many bytes."""
+
+    def __init__(self, file, room):
+        self._file, self._room = file, room
+
+    def write(self, data):
+        taken = bytes(data[: self._room])
+        if not taken:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._room -= len(taken)
+        return self._file.write(taken)
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+
+def test_full_disk_ends_the_record_and_not_the_decoder(predict, tmp_path):
+    failures = []
+    samples = eeg(3000)
+    source = ScriptedSource(info_of(predict.spec), chunks_of(samples, np.arange(3000) / 100))
+    decoder, recorder = recorded(predict, tmp_path / "run.xdf", source, failures)
+    recorder._file = FullDisk(recorder._file, 150_000)
+    for decision in decoder:
+        if decision.index % 60 == 59:
+            recorder._flush()  # what its thread does every second
+    recorder.close()
+    assert decoder.counters.decisions == 281
+    assert failures == ["Recording ended: the disk is full."]
+    record = read_record(tmp_path / "run.xdf")
+    n_recorded = sum(len(chunk.stamps) for chunk in record.chunks)
+    assert n_recorded > 0
+    assert recorder.n_lost == 3000 - n_recorded
+    np.testing.assert_array_equal(np.concatenate([c.samples for c in record.chunks]), samples[:n_recorded])
+
+
+def test_stalled_disk_costs_bounded_memory_and_is_counted(predict, tmp_path):
+    source = ScriptedSource(info_of(predict.spec), chunks_of(eeg(9000), np.arange(9000) / 100))
+    decoder, recorder = recorded(predict, tmp_path / "run.xdf", source, hop=2.0)
+    recorder._stop.set()  # nothing is written any more
+    recorder._thread.join()
+    decoder.run()
+    assert recorder.n_lost == 9000 - 6010
+    recorder.close()
+
+
+def test_records_are_never_overwritten(predict, tmp_path):
+    (tmp_path / "run.xdf").write_bytes(b"precious")
+    source = ScriptedSource(info_of(predict.spec), [])
+    with pytest.raises(StreamError, match=r"run\.xdf exists"):
+        recorded(predict, tmp_path / "run.xdf", source)
+    with pytest.raises(StreamError, match="cannot be written"):
+        recorded(predict, tmp_path / "nowhere" / "run.xdf", source)
+    assert (tmp_path / "run.xdf").read_bytes() == b"precious"
+
+
+def test_other_files_are_no_records(tmp_path):
+    with pytest.raises(RecordingError, match="There is no record"):
+        read_record(tmp_path / "nothing.xdf")
+    for content in (b"", b"XDF:", b"something else entirely"):
+        (tmp_path / "wrong.xdf").write_bytes(content)
+        with pytest.raises(RecordingError, match="is no record of sjepa-stream"):
+            read_record(tmp_path / "wrong.xdf")
+
+
+def test_lines_on_a_full_disk_do_not_stop_the_decoder(predict, capsys):
+    arguments = ["--source", "synthetic", "--speed", "inf", "--duration", "20", "--out", "/dev/full", "--json"]
+    assert run_stream(predict.bundle.path, *arguments) == 0
+    assert json.loads(capsys.readouterr().out)["counters"]["decisions"] > 150
