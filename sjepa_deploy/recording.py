@@ -181,17 +181,40 @@ def fit_recording(raw: mne.io.BaseRaw, spec: ModelSpec, *, interpolate: bool = F
         steps.append(f"resampled from {rate:g} to {spec.sfreq:g} Hz")
     volts = raw.get_data()
     if spec.preprocessing.reference == "average":
+        if spec.n_chans == 1:
+            raise RecordingError(
+                "Nothing is left of one channel that is referenced to the average of one.",
+                "Set the reference to none (`--reference none`, in a configuration data.preprocessing), or use more channels.",
+            )
         volts -= volts.mean(axis=0)
         steps.append(f"re-referenced to the average of {spec.n_chans} channels")
     rms = float(np.median(volts.std(axis=1)))
-    if not PLAUSIBLE_RMS[0] <= rms <= PLAUSIBLE_RMS[1]:
-        raise RecordingError(
-            f"The median channel has an RMS of {rms * 1e6:.3g} uV, which is no EEG: the samples look like another unit's.",
-            "State the unit they are stored in with `--unit` (volts passed as microvolts?), or mend the file's header.",
-        )
+    check_amplitude(rms, "State the unit they are stored in with `--unit` (volts passed as microvolts?), or mend the file's header.")
     data = np.ascontiguousarray(volts / UNITS_IN_VOLTS[spec.unit], dtype=np.float32)
     steps.append(f"scaled to {spec.unit}")
     return FittedRecording(data=data, sfreq=spec.sfreq, steps=tuple(steps))
+
+
+def check_amplitude(rms: float, mend: str) -> None:
+    """Refuse an amplitude that no EEG has.
+
+    Parameters
+    ----------
+    rms : float
+        Of the median channel about its mean, in volts.
+    mend : str
+        What to do about it.
+
+    Raises
+    ------
+    RecordingError
+        If it lies outside `PLAUSIBLE_RMS`.
+    """
+    if not PLAUSIBLE_RMS[0] <= rms <= PLAUSIBLE_RMS[1]:
+        raise RecordingError(
+            f"The median channel has an RMS of {rms * 1e6:.3g} uV, which is no EEG: the samples look like another unit's.",
+            mend,
+        )
 
 
 def window_starts(n_samples: int, n_times: int, hop: int) -> NDArray[np.intp]:
