@@ -27,6 +27,7 @@ from sjepa_deploy.serialize import DecodeError, decode, encode
 
 try:
     import lightning
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import callbacks, loggers
     from lightning.pytorch.strategies import DDPStrategy
 except ImportError as error:
@@ -186,6 +187,14 @@ class SeedEpochs(callbacks.Callback):
         torch.manual_seed((self.seed * 1_000_003 + trainer.current_epoch) * 4099 + trainer.global_rank)
 
 
+class StopWhenNothingImproves(callbacks.EarlyStopping):
+    """Early stopping that a resumed run remembers: one that was stopped does not go on."""
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Stop a run that had been stopped before."""
+        trainer.should_stop = trainer.should_stop or self.stopped_epoch > 0
+
+
 def check_enough(split: Split, engine: Engine) -> None:
     """Refuse a training set that does not fill one batch on every device.
 
@@ -234,7 +243,8 @@ def fit(
     Raises
     ------
     TrainingError
-        If the folder holds a run that is not to be resumed, or another one; or the loss is no longer finite.
+        If the folder holds a run that is not to be resumed, or another one, or cannot be written; if there are no such devices
+        here; or if the validation loss was never finite.
     """
     engine = loaders.engine
     last = _open_run(folder, config, resume)
@@ -245,32 +255,39 @@ def fit(
     log = [loggers.CSVLogger(folder, name="logs"), *_tensorboard(folder)]
     distributed = engine.devices * engine.num_nodes > 1
     with _quiet():
-        trainer = lightning.Trainer(
-            accelerator=engine.accelerator,
-            devices=engine.devices,
-            num_nodes=engine.num_nodes,
-            strategy=DDPStrategy(find_unused_parameters=unused_parameters) if distributed else "auto",
-            precision=engine.precision,
-            max_epochs=engine.max_epochs,
-            gradient_clip_val=engine.gradient_clip,
-            callbacks=[
-                SeedEpochs(engine.seed),
-                callbacks.EarlyStopping("val_loss", patience=engine.patience, check_on_train_epoch_end=True),
-                best_checkpoint,
-                last_checkpoint,  # after the best one, whose state it holds
-                *([callbacks.RichProgressBar()] if progress else []),
-            ],
-            logger=log,
-            log_every_n_steps=10,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-            enable_progress_bar=progress,
-            enable_model_summary=False,
-        )
+        try:
+            trainer = lightning.Trainer(
+                accelerator=engine.accelerator,
+                devices=engine.devices,
+                num_nodes=engine.num_nodes,
+                strategy=DDPStrategy(find_unused_parameters=unused_parameters) if distributed else "auto",
+                precision=engine.precision,
+                max_epochs=engine.max_epochs,
+                gradient_clip_val=engine.gradient_clip,
+                callbacks=[
+                    SeedEpochs(engine.seed),
+                    StopWhenNothingImproves("val_loss", patience=engine.patience, check_on_train_epoch_end=True),
+                    best_checkpoint,
+                    last_checkpoint,  # after the best one, whose state it holds
+                    *([callbacks.RichProgressBar()] if progress else []),
+                ],
+                logger=log,
+                log_every_n_steps=10,
+                num_sanity_val_steps=0,
+                use_distributed_sampler=False,
+                enable_progress_bar=progress,
+                enable_model_summary=False,
+            )
+        except MisconfigurationException as e:
+            raise TrainingError(
+                f"Lightning cannot train with {engine.devices} x {engine.accelerator} here: {e}",
+                "Choose another --accelerator or --devices.",
+            ) from e
         trainer.fit(module, datamodule=loaders, ckpt_path=last, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    if not best_checkpoint.best_model_path or best_checkpoint.best_model_score is None:
+    score = best_checkpoint.best_model_score
+    if not best_checkpoint.best_model_path or score is None or not torch.isfinite(score):
         raise TrainingError("The validation loss was never finite.", "Use a smaller --lr, or look at the data.")
     best = torch.load(best_checkpoint.best_model_path, map_location="cpu", weights_only=True)
     module.load_state_dict(best["state_dict"])
@@ -278,7 +295,7 @@ def fit(
         best_epoch=int(best["epoch"]),
         epochs=trainer.current_epoch,
         steps=trainer.global_step,
-        val_loss=float(best_checkpoint.best_model_score),
+        val_loss=float(score),
     )
     return fitted, trainer
 
@@ -337,8 +354,11 @@ def _open_run(folder: Path, config: object, resume: bool) -> Path | None:
                 f"The run in {folder} has another configuration.", f"Use the one in {RUN_FILE}, or choose another --out."
             )
         return last
-    folder.mkdir(parents=True, exist_ok=True)
-    run_file.write_text(json.dumps(stored, indent=1) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        run_file.write_text(json.dumps(stored, indent=1) + "\n")
+    except OSError as e:
+        raise TrainingError(f"{folder} cannot be written ({e.strerror}).", "Choose another --out.") from e
     return None
 
 

@@ -50,7 +50,7 @@ def load_windows(config: DataConfig) -> Windows:
             )
         rms = float(np.median(part.eeg.std(axis=(0, 2)))) * UNITS_IN_VOLTS["uV"]
         if math.isfinite(rms):
-            check_amplitude(rms, "State the unit they are stored in (`unit` of an .npz; volts passed as microvolts?), or mend the file.")
+            check_amplitude(rms, "State the unit they are stored in (`unit` of an .npz; volts passed as microvolts?).")
     targets, class_names = None, None
     if config.target is not None:
         values = [value for part in parts for value in (part.targets if part.targets is not None else ())]

@@ -189,7 +189,7 @@ def fit_recording(raw: mne.io.BaseRaw, spec: ModelSpec, *, interpolate: bool = F
         volts -= volts.mean(axis=0)
         steps.append(f"re-referenced to the average of {spec.n_chans} channels")
     rms = float(np.median(volts.std(axis=1)))
-    check_amplitude(rms, "State the unit they are stored in with `--unit` (volts passed as microvolts?), or mend the file's header.")
+    check_amplitude(rms, "State the unit they are stored in with `--unit` (volts passed as microvolts?), or mend the header.")
     data = np.ascontiguousarray(volts / UNITS_IN_VOLTS[spec.unit], dtype=np.float32)
     steps.append(f"scaled to {spec.unit}")
     return FittedRecording(data=data, sfreq=spec.sfreq, steps=tuple(steps))

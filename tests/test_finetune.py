@@ -184,6 +184,29 @@ def test_training_stops_when_nothing_improves_and_keeps_the_best(tmp_path, monke
     result = finetune(dataclasses.replace(FINETUNE, variant="postlocal", warmup_epochs=0, engine=tuned), tmp_path)
     assert (result.fitted.best_epoch, result.fitted.epochs, result.fitted.val_loss) == (1, 5, 2.0)
 
+    monkeypatch.undo()
+    before = _weights(tmp_path)  # killed after its last epoch, say: what was stopped does not go on
+    again = finetune(dataclasses.replace(FINETUNE, variant="postlocal", warmup_epochs=0, engine=tuned), tmp_path, resume=True)
+    assert again == result
+    assert _weights(tmp_path) == before
+
+
+def test_a_loss_that_is_never_finite_is_an_error_and_gives_no_model(tmp_path):
+    tuned = dataclasses.replace(FINETUNE.engine, max_epochs=2, lr=1e30)
+    with pytest.raises(TrainingError, match="never finite. Use a smaller --lr"):
+        finetune(dataclasses.replace(FINETUNE, variant="postlocal", warmup_epochs=0, engine=tuned), tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_devices_that_are_not_here_and_folders_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    on_gpu = dataclasses.replace(FINETUNE.engine, accelerator="gpu")
+    with pytest.raises(TrainingError, match="cannot train with 1 x gpu here: .*Choose another --accelerator"):
+        finetune(dataclasses.replace(FINETUNE, variant="postlocal", engine=on_gpu), tmp_path / "a")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match="file/training cannot be written"):
+        finetune(dataclasses.replace(FINETUNE, variant="postlocal"), tmp_path / "file")
+
 
 @pytest.mark.parametrize("variant", ["prelocal", "postlocal", "contextual"])
 @pytest.mark.parametrize("freeze", [True, False])
