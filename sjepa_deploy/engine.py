@@ -7,6 +7,7 @@ that was killed goes on from the last whole epoch and ends with the weights of a
 from __future__ import annotations
 
 import dataclasses
+import importlib.resources
 import importlib.util
 import json
 import logging
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from sjepa_deploy.checkpoint import WEIGHTS_FILE
 from sjepa_deploy.data import Split, Windows
 from sjepa_deploy.errors import DataError, MissingDependencyError, TrainingError
 from sjepa_deploy.serialize import DecodeError, decode, encode
@@ -309,7 +311,9 @@ def predict(module: lightning.LightningModule, loaders: WindowLoaders, trainer: 
 
 
 def read_config(cls: type[T], path: Path | None) -> T:
-    """Read the dataclass `cls` from a YAML file; without one, return its defaults.
+    """Read the dataclass `cls` from a YAML file, or from the one of that name in `sjepa_deploy.configs`.
+
+    Without a `path`, return its defaults.
 
     Raises
     ------
@@ -320,11 +324,14 @@ def read_config(cls: type[T], path: Path | None) -> T:
         return cls()
     import yaml
 
+    configs = importlib.resources.files("sjepa_deploy") / "configs"
+    shipped = sorted(file.name for file in configs.iterdir() if file.name.endswith(".yaml"))
+    file = configs / path.name if not path.exists() and str(path) in shipped else path
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
         return decode(cls, {} if content is None else content)
     except OSError as e:
-        raise TrainingError(f"{path} cannot be read ({e.strerror}).", "Check the path.") from e
+        raise TrainingError(f"{path} cannot be read ({e.strerror}).", f"Check the path, or use {', '.join(shipped)}.") from e
     except yaml.YAMLError as e:
         raise TrainingError(f"{path} is not YAML ({e}).", "Mend it.") from e
     except DecodeError as e:
@@ -354,6 +361,8 @@ def _open_run(folder: Path, config: object, resume: bool) -> Path | None:
                 f"The run in {folder} has another configuration.", f"Use the one in {RUN_FILE}, or choose another --out."
             )
         return last
+    if (folder.parent / WEIGHTS_FILE).exists():
+        raise TrainingError(f"{folder.parent} already holds a model.", "Choose another --out.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         run_file.write_text(json.dumps(stored, indent=1) + "\n")

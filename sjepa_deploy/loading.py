@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sjepa_deploy.data import SYNTHETIC, DataConfig, Target, Windows, encode_targets
 from sjepa_deploy.errors import DataError, MissingDependencyError, RecordingError, listed
 from sjepa_deploy.montage import Montage, read_montage, require_mne
-from sjepa_deploy.recording import check_amplitude, fit_recording, read_recording, window_starts
+from sjepa_deploy.recording import check_amplitude, fit_recording, read_recording, reading, window_starts
 from sjepa_deploy.runtime.parity import UNREADABLE_NPZ
 from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, Position, Preprocessing
 from sjepa_deploy.synthetic import planted_eeg
@@ -274,7 +274,8 @@ def _readers_of_bids(root: Path, config: DataConfig) -> Iterator[Reader]:
 def _load_bids(path: Any, config: DataConfig, label: str | None, first: Windows | None) -> Windows:  # path: mne_bids.BIDSPath
     import mne_bids
 
-    raw = mne_bids.read_raw_bids(path, verbose="error").load_data(verbose="error").pick("eeg")
+    with reading(path.basename):
+        raw = mne_bids.read_raw_bids(path, verbose="error").load_data(verbose="error").pick("eeg")
     events = Path(path.copy().update(suffix="events", extension=".tsv").fpath)
     session = path.session or "1"
     return _load_raw(raw, path.basename, config, first, subject=path.subject, session=session, table=events, label=label)
@@ -283,7 +284,8 @@ def _load_bids(path: Any, config: DataConfig, label: str | None, first: Windows 
 def _load_epochs(path: Path, config: DataConfig, first: Windows | None) -> Windows:
     """Read Epochs, which were filtered before they were cut: their band is taken from the file, not made here."""
     mne = require_mne()
-    epochs = mne.read_epochs(path, preload=True, verbose="error").pick("eeg")
+    with reading(path.name):
+        epochs = mne.read_epochs(path, preload=True, verbose="error").pick("eeg")
     spec = _fitting_spec(epochs.info, config, first)
     assert spec.ch_names is not None
     names = {name.casefold(): name for name in epochs.ch_names if name not in epochs.info["bads"]}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import configparser
+import contextlib
 import math
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,21 +111,13 @@ def read_recording(
     if unit is not None and unit not in UNITS_IN_VOLTS:
         raise RecordingError(f"{unit!r} is not a unit.", f"Use one of {', '.join(UNITS_IN_VOLTS)} with `--unit`.")
     suffix = path.suffix.lower()
-    try:
+    with reading(path.name):
         if suffix == ".npy":
             raw = _read_npy(path, sfreq, unit, ch_names)
         elif suffix == ".xdf":
             raw = _read_xdf(path, unit, ch_names)
         else:
             raw = _read_with_mne(path, unit)
-    except RecordingError:
-        raise
-    except _READER_ERRORS as error:
-        detail = " ".join(str(error).split()).rstrip(".")
-        raise RecordingError(
-            f"{path.name} cannot be read as a recording ({type(error).__name__}: {detail}).",
-            f"Give a whole, undamaged file: {_FORMATS}.",
-        ) from error
     if sfreq is not None and not math.isclose(sfreq, raw.info["sfreq"], rel_tol=1e-6):
         raise RecordingError(f"{path.name} is sampled at {raw.info['sfreq']:g} Hz, not {sfreq:g} Hz.", "Leave out `--sfreq`.")
     finite = np.isfinite(raw.get_data()).all(axis=1)
@@ -135,6 +128,21 @@ def read_recording(
             "Cut these stretches out, or drop these channels.",
         )
     return raw
+
+
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turn what readers raise on damaged files and on files of another kind into a `RecordingError`."""
+    try:
+        yield
+    except (RecordingError, MissingDependencyError):
+        raise
+    except _READER_ERRORS as error:
+        detail = " ".join(str(error).split()).rstrip(".")
+        raise RecordingError(
+            f"{name} cannot be read as a recording ({type(error).__name__}: {detail}).",
+            f"Give a whole, undamaged file: {_FORMATS}.",
+        ) from error
 
 
 def fit_recording(raw: mne.io.BaseRaw, spec: ModelSpec, *, interpolate: bool = False) -> FittedRecording:

@@ -189,6 +189,12 @@ def test_a_bids_folder_gives_subjects_sessions_and_columns(tmp_path):
     assert set(windows.session) == {"a"}
     shutil.copytree(tmp_path, tmp_path / "derivatives/cleaned", ignore=shutil.ignore_patterns("derivatives"))
     assert len(load_windows(config)) == 6  # the same data again, made from the raw ones
+    (header,) = tmp_path.glob("sub-03/**/*.vhdr")
+    shutil.copy(header, tmp_path / "header")
+    header.write_text("no header")
+    with pytest.raises(RecordingError, match="sub-03_ses-a_task-rt_eeg.vhdr cannot be read as a recording"):
+        load_windows(config)
+    shutil.move(tmp_path / "header", header)
     np.testing.assert_allclose(windows.eeg[2], make_raw(2000, seed=2).get_data()[:, 150:350] * 1e6, atol=0.2)
     split = split_windows(windows, config)
     assert split.by == "subject"

@@ -10,15 +10,15 @@ import pytest
 import torch
 from eeg_files import ROOT, eeg_file
 from lightning.pytorch.callbacks import Callback
-from small import DATA, FINETUNE, PRETRAIN
+from small import DATA, FINETUNE, PRETRAIN, make_spec
 
 from sjepa_deploy import engine
-from sjepa_deploy.checkpoint import TRAINING_KEY, load_model, read_checkpoint
+from sjepa_deploy.checkpoint import TRAINING_KEY, load_model, read_checkpoint, write_checkpoint
 from sjepa_deploy.data import DataConfig, Synthetic, Target, split_windows
 from sjepa_deploy.errors import DataError, TrainingError
 from sjepa_deploy.finetune import FinetuneConfig, FinetuneModule, finetune
 from sjepa_deploy.loading import load_windows
-from sjepa_deploy.models import reference_mode
+from sjepa_deploy.models import build_model, reference_mode
 from sjepa_deploy.pretrain import pretrain
 from sjepa_deploy.resolve import resolve_spec
 from sjepa_deploy.serialize import encode
@@ -164,6 +164,9 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(tmp_path):
     finetune(config, tmp_path)
     with pytest.raises(TrainingError, match="already holds a run"):
         finetune(config, tmp_path)
+    write_checkpoint(build_model(make_spec("postlocal"), seed=0), tmp_path / "other")
+    with pytest.raises(TrainingError, match="other already holds a model"):
+        finetune(config, tmp_path / "other")
     with pytest.raises(TrainingError, match="has another configuration"):
         finetune(dataclasses.replace(config, n_spat_filters=2), tmp_path, resume=True)
     before = _weights(tmp_path)
