@@ -339,6 +339,16 @@ def test_subjects_stay_together_and_every_one_is_tested_once():
     assert sorted(tested) == sorted(set(windows.subject))
 
 
+def test_sessions_of_two_subjects_stay_together(tmp_path):
+    subject, session = np.repeat(["a", "b"], 6), np.tile(np.repeat(["1", "2"], 3), 2)
+    config = save_npz(tmp_path / "w.npz", subject=subject, session=session)
+    windows = load_windows(config)
+    split = split_windows(windows, config)
+    assert split.by == "session"
+    parts = [{(subject[i], session[i]) for i in part} for part in (split.train, split.val, split.test)]
+    assert len(parts[0] | parts[1] | parts[2]) == sum(map(len, parts)) == 4
+
+
 def test_too_few_subjects_are_refused():
     config = dataclasses.replace(DATA, synthetic=Synthetic(n_subjects=2, n_windows=8), split="subject")
     with pytest.raises(DataError, match="There are 2 of subject"):

@@ -174,7 +174,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(tmp_path):
     assert _weights(tmp_path) == before
 
 
-def test_training_stops_when_nothing_improves_and_keeps_the_best(tmp_path, monkeypatch):
+def test_training_stops_when_nothing_improves_and_keeps_the_best(tmp_path, monkeypatch, watch):
     losses = iter([3.0, 2.0, 2.5, 2.5, 2.5, 2.5])
 
     def validation_step(self, batch, batch_idx):
@@ -186,6 +186,10 @@ def test_training_stops_when_nothing_improves_and_keeps_the_best(tmp_path, monke
     tuned = dataclasses.replace(FINETUNE.engine, max_epochs=50, patience=3)
     result = finetune(dataclasses.replace(FINETUNE, variant="postlocal", warmup_epochs=0, engine=tuned), tmp_path)
     assert (result.fitted.best_epoch, result.fitted.epochs, result.fitted.val_loss) == (1, 5, 2.0)
+    written = read_checkpoint(tmp_path).weights
+    encoder = [name for name in written if name.startswith("feature_encoder")]
+    assert all(torch.equal(written[name], watch.epochs[1][0][name]) for name in encoder)
+    assert not all(torch.equal(written[name], watch.epochs[-1][0][name]) for name in encoder)
 
     monkeypatch.undo()
     before = _weights(tmp_path)  # killed after its last epoch, say: what was stopped does not go on
