@@ -198,6 +198,16 @@ def test_training_stops_when_nothing_improves_and_keeps_the_best(tmp_path, monke
     assert _weights(tmp_path) == before
 
 
+def test_gradients_are_clipped(tmp_path, watch):
+    norms = []
+    watch.on_train_batch_end = lambda trainer, module, *_: norms.append(
+        torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None]).norm().item()
+    )
+    clipped = dataclasses.replace(FINETUNE.engine, max_epochs=1, gradient_clip=0.01)
+    finetune(dataclasses.replace(FINETUNE, variant="postlocal", warmup_epochs=0, engine=clipped), tmp_path)
+    np.testing.assert_allclose(norms, 0.01, rtol=1e-3)  # each was larger
+
+
 def test_a_loss_that_is_never_finite_is_an_error_and_gives_no_model(tmp_path):
     tuned = dataclasses.replace(FINETUNE.engine, max_epochs=2, lr=1e30)
     with pytest.raises(TrainingError, match="never finite. Use a smaller --lr"):
