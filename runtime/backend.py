@@ -50,7 +50,7 @@ class Backend(Protocol):
     """Something that runs the graph of one bundle.
 
     `run` takes C-contiguous float32 windows (batch, n_chans, n_times) of an allowed batch size and returns the outputs
-    (batch, ...) in float32. It may return the same buffer at every call.
+    (batch, ...) in float32. It may return the same buffer at every call. A second thread at the same time gets an error.
     """
 
     name: str
@@ -63,6 +63,11 @@ class Backend(Protocol):
     def close(self) -> None:
         """Release what the backend holds."""
         ...
+
+
+def two_threads() -> BackendError:
+    """Return the error of a backend whose buffers a second thread would overwrite."""
+    return BackendError("Two threads call one backend at once.", "Load the bundle once in each thread.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import ctypes
 import io
 import json
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import onnxruntime as ort
 
 from sjepa_deploy.bundle import ONNX_CONTRACT_KEY, Bundle, graph_contract
 from sjepa_deploy.errors import BackendError, BundleError
-from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
+from sjepa_deploy.runtime.backend import BackendOptions, FloatArray, two_threads
 from sjepa_deploy.runtime.cuda import Device, DeviceBuffer, HostBuffer, Stream, address_on_gpu
 from sjepa_deploy.spec import RunPrecision
 
@@ -57,7 +58,7 @@ def open_session(bundle: Bundle, precision: RunPrecision, settings: Any, provide
 class OrtCpuBackend:
     """ONNX Runtime on the CPU.
 
-    Input and output buffers are made once for each batch size and bound, so that a call allocates nothing.
+    Input and output buffers are made once for each batch size and bound, so that a call allocates nothing. One thread at a time.
 
     Raises
     ------
@@ -85,14 +86,19 @@ class OrtCpuBackend:
         self._session = open_session(bundle, precision, settings, "CPUExecutionProvider", {})
         self._spec = spec
         self._bound: dict[int, tuple[Any, FloatArray, FloatArray]] = {}
+        self._busy = threading.Lock()
 
     def run(self, eeg: FloatArray) -> FloatArray:
         """Run the model on `eeg`, shape (batch, n_chans, n_times). The result is overwritten by the next call."""
-        bound = self._bound.get(len(eeg)) or self._bind(len(eeg))
-        binding, inputs, outputs = bound
-        np.copyto(inputs, eeg)
-        self._session.run_with_iobinding(binding)
-        return outputs
+        if not self._busy.acquire(blocking=False):
+            raise two_threads()
+        try:
+            binding, inputs, outputs = self._bound.get(len(eeg)) or self._bind(len(eeg))
+            np.copyto(inputs, eeg)
+            self._session.run_with_iobinding(binding)
+            return outputs
+        finally:
+            self._busy.release()
 
     def _bind(self, batch: int) -> tuple[Any, FloatArray, FloatArray]:
         inputs = np.zeros((batch, *self._spec.input_shape), np.float32)
@@ -146,6 +152,7 @@ class OrtCudaBackend:
         self._bound: dict[int, _Binding] = {}
         self._bound_on_gpu: dict[tuple[int, int], tuple[Any, Any]] = {}
         self._n_graphs = 0
+        self._busy = threading.Lock()
 
     def _probe(self) -> None:
         probe_cuda()
@@ -161,25 +168,35 @@ class OrtCudaBackend:
 
         If `eeg` is `input_buffer(batch)` itself, nothing is copied.
         """
-        bound = self._bound.get(len(eeg)) or self._bind(len(eeg))
-        if eeg is not bound.input.array:
-            np.copyto(bound.input.array, eeg)
-        self._run(bound)
-        return bound.output.array
+        if not self._busy.acquire(blocking=False):
+            raise two_threads()
+        try:
+            bound = self._bound.get(len(eeg)) or self._bind(len(eeg))
+            if eeg is not bound.input.array:
+                np.copyto(bound.input.array, eeg)
+            self._run(bound)
+            return bound.output.array
+        finally:
+            self._busy.release()
 
     def run_on_gpu(self, eeg: Any) -> FloatArray:
         """Run the model on an array on the GPU (DLPack, CUDA array interface) without copying it."""
-        batch, address = address_on_gpu(eeg, self._stream, self._spec.input_shape)
-        bound = self._bound.get(batch) or self._bind(batch)
-        known = self._bound_on_gpu.get((batch, address))
-        if known is None:
-            known = (self._io_binding(batch, address, bound.target), self._run_options())
-            if len(self._bound_on_gpu) < MAX_GRAPHS:
-                self._bound_on_gpu[batch, address] = known
-        self._session.run_with_iobinding(*known)
-        self._download(bound)
-        self._stream.synchronize()
-        return bound.output.array
+        if not self._busy.acquire(blocking=False):
+            raise two_threads()
+        try:
+            batch, address = address_on_gpu(eeg, self._stream, self._spec.input_shape)
+            bound = self._bound.get(batch) or self._bind(batch)
+            known = self._bound_on_gpu.get((batch, address))
+            if known is None:
+                known = (self._io_binding(batch, address, bound.target), self._run_options())
+                if len(self._bound_on_gpu) < MAX_GRAPHS:
+                    self._bound_on_gpu[batch, address] = known
+            self._session.run_with_iobinding(*known)
+            self._download(bound)
+            self._stream.synchronize()
+            return bound.output.array
+        finally:
+            self._busy.release()
 
     def input_buffer(self, batch: int) -> FloatArray:
         """Return the pinned buffer that `run` reads, shape (batch, n_chans, n_times): fill it in place and pass it to `run`."""

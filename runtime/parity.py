@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from sjepa_deploy.errors import BundleError
 from sjepa_deploy.spec import RunPrecision
 
-# What NumPy was seen to raise on truncated and altered .npz files, and on files of another kind.
-_UNREADABLE = (
+UNREADABLE_NPZ = (
     OSError,
     EOFError,
     ValueError,
@@ -28,6 +27,7 @@ _UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
 )
+"""What NumPy was seen to raise on truncated and altered .npz files, and on files of another kind."""
 
 FloatArray = NDArray[np.float32]
 Predict = Callable[[FloatArray], FloatArray]
@@ -75,7 +75,7 @@ class Reference:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 kinds = tuple(map(str, arrays["kinds"]))
                 return cls(kinds=kinds, inputs=arrays["inputs"], outputs=arrays["outputs"])
-        except _UNREADABLE as e:
+        except UNREADABLE_NPZ as e:
             raise BundleError(f"{path} holds no parity reference.", "Export the bundle again.") from e
 
 

@@ -69,7 +69,7 @@ class Predictor:
         -------
         array of float32, shape (batch, n_outputs)
             Predictions; for the base model features, shape (batch, n_chans * n_tokens, emb_dim). The array may be overwritten
-            by the next call.
+            by the next call, also one from another thread: load the bundle once in each.
 
         Raises
         ------

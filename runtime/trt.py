@@ -11,7 +11,7 @@ import numpy as np
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, EngineError, InputError
-from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
+from sjepa_deploy.runtime.backend import BackendOptions, FloatArray, two_threads
 from sjepa_deploy.runtime.cuda import Device, DeviceBuffer, Gpu, Graph, HostBuffer, Stream, address_on_gpu, check
 from sjepa_deploy.runtime.engines import EngineStore, Machine
 from sjepa_deploy.runtime.tensorrt_api import TensorRT
@@ -80,7 +80,7 @@ class EngineRunner:
         If `eeg` is `input_buffer(batch)` itself, nothing is copied.
         """
         if not self._busy.acquire(blocking=False):
-            self._refuse_thread()
+            raise two_threads()
         try:
             if threading.get_ident() != self._thread:
                 self._move_here()
@@ -102,7 +102,7 @@ class EngineRunner:
         that the next call overwrites.
         """
         if not self._busy.acquire(blocking=False):
-            self._refuse_thread()
+            raise two_threads()
         try:
             if threading.get_ident() != self._thread:
                 self._move_here()
@@ -160,9 +160,6 @@ class EngineRunner:
     def _move_here(self) -> None:
         self._device.make_current()
         self._thread = threading.get_ident()
-
-    def _refuse_thread(self) -> None:
-        raise BackendError("Two threads call one backend at once.", "Load the bundle once in each thread.")
 
 
 class _Launch:

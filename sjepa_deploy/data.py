@@ -32,7 +32,7 @@ class Target:
     task : {"regression", "classification"}
         Whether it is a number or a class.
     stimulus, response : tuple of str
-        Descriptions of the events of a recording.
+        Descriptions of the events of a recording. Of a table, `stimulus` picks the rows with such a ``trial_type``.
     tmin : float
         Start of a window after its event in seconds. With 200 samples at 100 Hz, 0.5 makes it 0.5 to 2.5 s.
     max_reaction_time : float
@@ -72,9 +72,10 @@ class DataConfig:
     source : tuple of str
         Recordings that MNE reads, ``*-epo.fif``, ``.npz`` files, BIDS folders; or "synthetic".
     montage : str or None
-        Names and positions of the channels. By default those of the first recording.
+        Names and positions of the channels. By default those of the first recording without its bad ones.
     ch_names : tuple of str or None
-        Channels to use. By default all of the montage or of the first recording.
+        Channels to use. By default all of the montage that the first recording has (with `interpolate`, all of the montage), or
+        all of the first recording. All others must have them too.
     interpolate : bool
         Make the channels that a recording lacks from the others.
     sfreq : float
@@ -140,7 +141,7 @@ class Windows:
     subject, session, recording : ndarray of str, shape (n_windows,)
         Where each window comes from.
     onset : ndarray, shape (n_windows,)
-        Start of each window in its recording in seconds.
+        Start of each window in its recording in seconds; NaN where it is not known.
     ch_names, positions, sfreq, preprocessing
         As in `ModelSpec`.
     steps : tuple of str
@@ -230,6 +231,11 @@ def split_windows(windows: Windows, config: DataConfig, *, seed: int = 0) -> Spl
     else:
         by = config.split
     if by == "block":
+        if np.isnan(windows.onset).any():
+            raise DataError(
+                "Blocks cannot be cut: the source does not tell when each window starts, so windows may overlap.",
+                "Save `onset` in seconds, or data of 3 subjects or sessions.",
+            )
         fold = _fold_of_blocks(windows, config.n_folds)
         n_folds = config.n_folds
     else:

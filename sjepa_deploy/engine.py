@@ -7,6 +7,7 @@ that was killed goes on from the last whole epoch and ends with the weights of a
 from __future__ import annotations
 
 import dataclasses
+import importlib.resources
 import importlib.util
 import json
 import logging
@@ -21,12 +22,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from sjepa_deploy.checkpoint import WEIGHTS_FILE
 from sjepa_deploy.data import Split, Windows
 from sjepa_deploy.errors import DataError, MissingDependencyError, TrainingError
 from sjepa_deploy.serialize import DecodeError, decode, encode
 
 try:
     import lightning
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import callbacks, loggers
     from lightning.pytorch.strategies import DDPStrategy
 except ImportError as error:
@@ -186,6 +189,14 @@ class SeedEpochs(callbacks.Callback):
         torch.manual_seed((self.seed * 1_000_003 + trainer.current_epoch) * 4099 + trainer.global_rank)
 
 
+class StopWhenNothingImproves(callbacks.EarlyStopping):
+    """Early stopping that a resumed run remembers: one that was stopped does not go on."""
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Stop a run that had been stopped before."""
+        trainer.should_stop = trainer.should_stop or self.stopped_epoch > 0
+
+
 def check_enough(split: Split, engine: Engine) -> None:
     """Refuse a training set that does not fill one batch on every device.
 
@@ -234,7 +245,8 @@ def fit(
     Raises
     ------
     TrainingError
-        If the folder holds a run that is not to be resumed, or another one; or the loss is no longer finite.
+        If the folder holds a run that is not to be resumed, or another one, or cannot be written; if there are no such devices
+        here; or if the validation loss was never finite.
     """
     engine = loaders.engine
     last = _open_run(folder, config, resume)
@@ -245,32 +257,39 @@ def fit(
     log = [loggers.CSVLogger(folder, name="logs"), *_tensorboard(folder)]
     distributed = engine.devices * engine.num_nodes > 1
     with _quiet():
-        trainer = lightning.Trainer(
-            accelerator=engine.accelerator,
-            devices=engine.devices,
-            num_nodes=engine.num_nodes,
-            strategy=DDPStrategy(find_unused_parameters=unused_parameters) if distributed else "auto",
-            precision=engine.precision,
-            max_epochs=engine.max_epochs,
-            gradient_clip_val=engine.gradient_clip,
-            callbacks=[
-                SeedEpochs(engine.seed),
-                callbacks.EarlyStopping("val_loss", patience=engine.patience, check_on_train_epoch_end=True),
-                best_checkpoint,
-                last_checkpoint,  # after the best one, whose state it holds
-                *([callbacks.RichProgressBar()] if progress else []),
-            ],
-            logger=log,
-            log_every_n_steps=10,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-            enable_progress_bar=progress,
-            enable_model_summary=False,
-        )
+        try:
+            trainer = lightning.Trainer(
+                accelerator=engine.accelerator,
+                devices=engine.devices,
+                num_nodes=engine.num_nodes,
+                strategy=DDPStrategy(find_unused_parameters=unused_parameters) if distributed else "auto",
+                precision=engine.precision,
+                max_epochs=engine.max_epochs,
+                gradient_clip_val=engine.gradient_clip,
+                callbacks=[
+                    SeedEpochs(engine.seed),
+                    StopWhenNothingImproves("val_loss", patience=engine.patience, check_on_train_epoch_end=True),
+                    best_checkpoint,
+                    last_checkpoint,  # after the best one, whose state it holds
+                    *([callbacks.RichProgressBar()] if progress else []),
+                ],
+                logger=log,
+                log_every_n_steps=10,
+                num_sanity_val_steps=0,
+                use_distributed_sampler=False,
+                enable_progress_bar=progress,
+                enable_model_summary=False,
+            )
+        except MisconfigurationException as e:
+            raise TrainingError(
+                f"Lightning cannot train with {engine.devices} x {engine.accelerator} here: {e}",
+                "Choose another --accelerator or --devices.",
+            ) from e
         trainer.fit(module, datamodule=loaders, ckpt_path=last, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    if not best_checkpoint.best_model_path or best_checkpoint.best_model_score is None:
+    score = best_checkpoint.best_model_score
+    if not best_checkpoint.best_model_path or score is None or not torch.isfinite(score):
         raise TrainingError("The validation loss was never finite.", "Use a smaller --lr, or look at the data.")
     best = torch.load(best_checkpoint.best_model_path, map_location="cpu", weights_only=True)
     module.load_state_dict(best["state_dict"])
@@ -278,7 +297,7 @@ def fit(
         best_epoch=int(best["epoch"]),
         epochs=trainer.current_epoch,
         steps=trainer.global_step,
-        val_loss=float(best_checkpoint.best_model_score),
+        val_loss=float(score),
     )
     return fitted, trainer
 
@@ -292,7 +311,9 @@ def predict(module: lightning.LightningModule, loaders: WindowLoaders, trainer: 
 
 
 def read_config(cls: type[T], path: Path | None) -> T:
-    """Read the dataclass `cls` from a YAML file; without one, return its defaults.
+    """Read the dataclass `cls` from a YAML file, or from the one of that name in `sjepa_deploy.configs`.
+
+    Without a `path`, return its defaults.
 
     Raises
     ------
@@ -303,11 +324,14 @@ def read_config(cls: type[T], path: Path | None) -> T:
         return cls()
     import yaml
 
+    configs = importlib.resources.files("sjepa_deploy") / "configs"
+    shipped = sorted(file.name for file in configs.iterdir() if file.name.endswith(".yaml"))
+    file = configs / path.name if not path.exists() and str(path) in shipped else path
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
         return decode(cls, {} if content is None else content)
     except OSError as e:
-        raise TrainingError(f"{path} cannot be read ({e.strerror}).", "Check the path.") from e
+        raise TrainingError(f"{path} cannot be read ({e.strerror}).", f"Check the path, or use {', '.join(shipped)}.") from e
     except yaml.YAMLError as e:
         raise TrainingError(f"{path} is not YAML ({e}).", "Mend it.") from e
     except DecodeError as e:
@@ -337,8 +361,13 @@ def _open_run(folder: Path, config: object, resume: bool) -> Path | None:
                 f"The run in {folder} has another configuration.", f"Use the one in {RUN_FILE}, or choose another --out."
             )
         return last
-    folder.mkdir(parents=True, exist_ok=True)
-    run_file.write_text(json.dumps(stored, indent=1) + "\n")
+    if (folder.parent / WEIGHTS_FILE).exists():
+        raise TrainingError(f"{folder.parent} already holds a model.", "Choose another --out.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        run_file.write_text(json.dumps(stored, indent=1) + "\n")
+    except OSError as e:
+        raise TrainingError(f"{folder} cannot be written ({e.strerror}).", "Choose another --out.") from e
     return None
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sjepa_deploy.checkpoint import read_checkpoint, write_checkpoint
 from sjepa_deploy.data import DataConfig, Split, Target, Windows, split_windows
 from sjepa_deploy.engine import Batch, Engine, Fitted, WindowLoaders, check_enough, fit, predict
-from sjepa_deploy.errors import DataError, TrainingError
+from sjepa_deploy.errors import DataError, TrainingError, listed
 from sjepa_deploy.loading import load_windows
 from sjepa_deploy.metrics import Score, scores
 from sjepa_deploy.models import SignalJEPAModule, SignalJEPAWithTransformer, build_model
@@ -278,7 +278,7 @@ def _check_targets(windows: Windows, split: Split) -> None:
         if windows.class_names is not None and len(values) < len(windows.class_names):
             missing = [n for i, n in enumerate(windows.class_names) if i not in values]
             raise DataError(
-                f"The {name} part (split by {split.by}) has no window of {', '.join(missing)}.",
+                f"The {name} part (split by {split.by}) has no window of {listed(missing)}.",
                 "Split in another way, use another fold, or give more windows of each class.",
             )
         if windows.class_names is None and len(values) < 2:

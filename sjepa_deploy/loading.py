@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import csv
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.data import SYNTHETIC, DataConfig, Target, Windows, encode_targets
-from sjepa_deploy.errors import DataError, MissingDependencyError
+from sjepa_deploy.errors import DataError, MissingDependencyError, RecordingError, listed
 from sjepa_deploy.montage import Montage, read_montage, require_mne
-from sjepa_deploy.recording import fit_recording, read_recording, window_starts
+from sjepa_deploy.recording import check_amplitude, fit_recording, read_recording, reading, window_starts
+from sjepa_deploy.runtime.parity import UNREADABLE_NPZ
 from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, Position, Preprocessing
 from sjepa_deploy.synthetic import planted_eeg
+from sjepa_deploy.targets import reaction_times, read_column, read_tsv
 
 if TYPE_CHECKING:
     import mne
+
+Reader = Callable[[Windows | None], Windows]
+"""Reads one recording or file, with the channels of the first one where there is one before it."""
 
 
 def load_windows(config: DataConfig) -> Windows:
@@ -32,14 +37,20 @@ def load_windows(config: DataConfig) -> Windows:
     RecordingError, MontageError
         If a recording cannot be read or does not fit.
     """
-    parts = [part for source in config.source for part in _load(source, config)]
+    parts: list[Windows] = []
+    for source in config.source:
+        for read in _readers(source, config):
+            parts.append(read(parts[0] if parts else None))
     first = parts[0]
     for part in parts:
-        if (part.ch_names, part.sfreq, part.preprocessing) != (first.ch_names, first.sfreq, first.preprocessing):
+        if part.preprocessing != first.preprocessing:
             raise DataError(
-                f"{part.recording[0]} and {first.recording[0]} differ in channels, rate or preprocessing.",
-                "Choose channels that all have, or learn from one kind.",
+                f"{part.recording[0]} and {first.recording[0]} were filtered or referenced in different ways.",
+                "Learn from one kind.",
             )
+        rms = float(np.median(part.eeg.std(axis=(0, 2)))) * UNITS_IN_VOLTS["uV"]
+        if math.isfinite(rms):
+            check_amplitude(rms, "State the unit they are stored in (`unit` of an .npz; volts passed as microvolts?).")
     targets, class_names = None, None
     if config.target is not None:
         values = [value for part in parts for value in (part.targets if part.targets is not None else ())]
@@ -64,22 +75,24 @@ def load_windows(config: DataConfig) -> Windows:
     )
 
 
-def _load(source: str, config: DataConfig) -> Iterable[Windows]:
-    if source == SYNTHETIC:
-        return [_load_synthetic(config)]
+def _readers(source: str, config: DataConfig) -> Iterator[Reader]:
     path = Path(source)
-    if not path.exists():
+    if source == SYNTHETIC:
+        yield functools.partial(_load_synthetic, config)
+    elif not path.exists():
         raise DataError(f"There is no data at {source}.", f"Check the path, or use {SYNTHETIC}.")
-    if path.is_dir():
-        return _load_bids(path, config)
-    if path.suffix == ".npz":
-        return [_load_npz(path, config)]
-    if path.name.endswith(("-epo.fif", "_epo.fif", "-epo.fif.gz", "_epo.fif.gz")):
-        return [_load_epochs(path, config)]
-    return [_load_raw(read_recording(path), path.stem, config, subject=path.stem, table=_table_beside(path, config))]
+    elif path.is_dir():
+        yield from _readers_of_bids(path, config)
+    elif path.suffix == ".npz":
+        yield functools.partial(_load_npz, path, config)
+    elif path.name.endswith(("-epo.fif", "_epo.fif", "-epo.fif.gz", "_epo.fif.gz")):
+        yield functools.partial(_load_epochs, path, config)
+    else:
+        yield functools.partial(_load_recording, path, config)
 
 
-def _load_synthetic(config: DataConfig) -> Windows:
+def _load_synthetic(config: DataConfig, first: Windows | None) -> Windows:
+    assert first is None, "the synthetic source stands alone"
     montage = read_montage(config.montage or "GSN-HydroCel-129")
     if config.ch_names is not None:
         montage = montage.pick(config.ch_names)
@@ -124,10 +137,18 @@ def _made(
     )
 
 
+def _load_recording(path: Path, config: DataConfig, first: Windows | None) -> Windows:
+    table = None
+    if config.target is not None and config.target.kind == "column":
+        table = path.with_name(config.target.tsv.format(stem=path.stem))
+    return _load_raw(read_recording(path), path.stem, config, first, subject=path.stem, table=table)
+
+
 def _load_raw(
     raw: mne.io.BaseRaw,
     name: str,
     config: DataConfig,
+    first: Windows | None,
     *,
     subject: str,
     session: str = "1",
@@ -135,122 +156,97 @@ def _load_raw(
     label: Any = None,
 ) -> Windows:
     """Cut windows out of a recording: around events where there is a target of each, else one after the other."""
-    montage = _montage_of(raw, config)
-    fitted = fit_recording(raw, _fitting_spec(montage, config), interpolate=config.interpolate)
+    spec = _fitting_spec(raw.info, config, first)
+    assert spec.ch_names is not None
+    try:
+        fitted = fit_recording(raw, spec, interpolate=config.interpolate)
+        events = [] if config.target is None or label is not None else _events(raw, table, config.target)
+    except (RecordingError, DataError) as e:
+        raise type(e)(f"{name}: {e.problem}", e.mend) from e  # one of many
     n_samples, steps = fitted.data.shape[1], list(fitted.steps)
-    targets: list[Any] | None = None
+    values: list[Any] | None = None
     if config.target is None or label is not None:
         hop = config.n_times if config.hop is None else max(1, round(config.hop * config.sfreq))
         starts = window_starts(n_samples, config.n_times, hop)
-        targets = None if label is None else [label] * len(starts)
+        values = None if label is None else [label] * len(starts)
     else:
-        events = _read_column(table, config.target) if config.target.kind == "column" else reaction_times(raw, config.target)
         onsets = np.array([onset for onset, _ in events]) + config.target.tmin
-        starts = np.rint(onsets * config.sfreq).astype(np.intp)
-        whole = (starts >= 0) & (starts + config.n_times <= n_samples)
-        starts, targets = starts[whole], [value for (_, value), ok in zip(events, whole, strict=True) if ok]
-        if not len(starts):
-            raise DataError(f"{name} has no event with a whole window and a label.", "Check the events' names and the table.")
+        starts, values = np.rint(onsets * config.sfreq).astype(np.intp), [value for _, value in events]
         steps.append(f"cut windows {config.target.tmin:g} s after events")
-    eeg = np.stack([fitted.data[:, start : start + config.n_times] for start in starts])
+    whole = (starts >= 0) & (starts + config.n_times <= n_samples)
+    good = ~_marked_bad(raw, starts / config.sfreq, config.n_times / config.sfreq)
+    if n_bad := int((whole & ~good).sum()):
+        steps.append(f"left out {n_bad} windows in stretches marked bad")
+    kept = np.flatnonzero(whole & good)
+    if not len(kept):
+        raise DataError(
+            f"{name} has no whole window that is not marked bad and, where events are learned from, follows one of them.",
+            "Check the events' names, the table and the annotations.",
+        )
+    starts = starts[kept]
     return _made(
-        eeg,
-        None if targets is None else np.array(targets),
-        np.full(len(eeg), subject),
-        montage.ch_names,
-        montage.positions if any(map(any, montage.positions)) else None,
+        np.stack([fitted.data[:, start : start + config.n_times] for start in starts]),
+        None if values is None else np.array([values[i] for i in kept]),
+        np.full(len(kept), subject),
+        spec.ch_names,
+        spec.positions,
         config.sfreq,
         config.prepared,
         tuple(steps),
-        session=np.full(len(eeg), session),
-        recording=np.full(len(eeg), name),
+        session=np.full(len(kept), session),
+        recording=np.full(len(kept), name),
         onset=starts / config.sfreq,
     )
 
 
-def _montage_of(raw: mne.io.BaseRaw | mne.BaseEpochs, config: DataConfig) -> Montage:
-    """Return the channels to use. Positions that are not known are all zero."""
-    if config.montage is not None:
+def _events(raw: mne.io.BaseRaw, table: Path | None, target: Target) -> Sequence[tuple[float, Any]]:
+    """Return the onset in seconds and the label of every event."""
+    if target.kind == "reaction_time":
+        return reaction_times(raw, target)
+    assert table is not None, "a column is read from a table"
+    return read_column(table, target)
+
+
+def _marked_bad(raw: mne.io.BaseRaw, onset: NDArray[np.float64], length: float) -> NDArray[np.bool_]:
+    """Return which windows overlap annotations that MNE rejects by: "BAD..." and "EDGE...", whatever their case."""
+    marks = raw.annotations
+    rejected = np.array([name.casefold().startswith(("bad", "edge")) for name in marks.description], dtype=np.bool_)
+    begin = marks.onset[rejected] - raw.first_time
+    end = begin + marks.duration[rejected]
+    overlaps: NDArray[np.bool_] = (onset[:, None] < end) & (onset[:, None] + length > begin)
+    return np.asarray(overlaps.any(axis=1))
+
+
+def _fitting_spec(info: mne.Info, config: DataConfig, first: Windows | None) -> ModelSpec:
+    """Return what recordings are fitted to. Its channels are the first recording's, the montage's, or those of `info`."""
+    bads = info["bads"]
+    positions: tuple[Position, ...] | None
+    if first is not None:
+        ch_names, positions = first.ch_names, first.positions
+    elif config.montage is not None:
         montage = read_montage(config.montage)
-        if config.ch_names is not None or config.interpolate:
-            return montage.pick(config.ch_names or montage.ch_names)
-        good = {name.casefold() for name in raw.ch_names if name not in raw.info["bads"]}
-        return montage.pick([name for name in montage.ch_names if name.casefold() in good] or montage.ch_names)
-    names = config.ch_names or tuple(name for name in raw.ch_names if name not in raw.info["bads"])
-    place = {ch["ch_name"].casefold(): tuple(map(float, ch["loc"][:3])) for ch in raw.info["chs"]}
-    places = [place.get(name.casefold(), (math.nan,) * 3) for name in names]
-    known = all(math.isfinite(x) for p in places for x in p) and all(any(p) for p in places)
-    positions = tuple((p[0], p[1], p[2]) if known else (0.0, 0.0, 0.0) for p in places)
-    return Montage(ch_names=names, positions=positions)
-
-
-def _fitting_spec(montage: Montage, config: DataConfig) -> ModelSpec:
+        good = {name.casefold() for name in info["ch_names"] if name not in bads}
+        there = [name for name in montage.ch_names if name.casefold() in good]
+        montage = montage.pick(config.ch_names or (montage.ch_names if config.interpolate or not there else there))
+        ch_names, positions = montage.ch_names, montage.positions
+    else:
+        ch_names = config.ch_names or tuple(name for name in info["ch_names"] if name not in bads)
+        place = {ch["ch_name"].casefold(): tuple(map(float, ch["loc"][:3])) for ch in info["chs"]}
+        places = [place.get(name.casefold(), (math.nan,) * 3) for name in ch_names]
+        known = all(any(p) and all(map(math.isfinite, p)) for p in places)
+        positions = tuple((p[0], p[1], p[2]) for p in places) if known else None
     return ModelSpec(
         variant="postlocal",
-        n_chans=len(montage.ch_names),
+        n_chans=len(ch_names),
         n_times=config.n_times,
         sfreq=config.sfreq,
-        ch_names=montage.ch_names,
-        positions=montage.positions if any(map(any, montage.positions)) else None,
+        ch_names=ch_names,
+        positions=positions,
         preprocessing=config.prepared,
     )
 
 
-def reaction_times(raw: mne.io.BaseRaw, target: Target) -> list[tuple[float, float]]:
-    """Return the onset of every stimulus that was answered before the next one, and the seconds to the answer.
-
-    Raises
-    ------
-    DataError
-        If the recording lacks stimuli or responses of these names.
-    """
-    onsets = raw.annotations.onset - (raw.first_time if raw.annotations.orig_time is not None else 0.0)
-    names = [str(name) for name in raw.annotations.description]
-    for wanted in (target.stimulus, target.response):
-        if not wanted or not set(wanted) & set(names):
-            there = ", ".join(sorted(set(names))) or "none"
-            raise DataError(
-                f"The recording has no events {' or '.join(wanted) or '(none was named)'}; its events are {there}.",
-                "Name the stimulus and the response in the target's configuration.",
-            )
-    answered: list[tuple[float, float]] = []
-    stimulus: float | None = None
-    for onset, name in sorted(zip(onsets.tolist(), names, strict=True)):
-        if name in target.stimulus:
-            stimulus = onset
-        elif name in target.response and stimulus is not None:
-            if onset - stimulus <= target.max_reaction_time:
-                answered.append((stimulus, onset - stimulus))
-            stimulus = None
-    return answered
-
-
-def _table_beside(path: Path, config: DataConfig) -> Path | None:
-    if config.target is None or config.target.kind != "column":
-        return None
-    return path.with_name(config.target.tsv.format(stem=path.stem))
-
-
-def read_tsv(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a tab-separated file."""
-    if not path.is_file():
-        raise DataError(f"There is no table {path}.", "Check the target's `tsv`.")
-    with path.open(newline="", encoding="utf-8-sig") as stream:
-        return list(csv.DictReader(stream, delimiter="\t"))
-
-
-def _read_column(table: Path | None, target: Target) -> list[tuple[float, str]]:
-    assert table is not None, "a column is read from a table"
-    rows = read_tsv(table)
-    if not rows or target.column not in rows[0] or "onset" not in rows[0]:
-        raise DataError(
-            f"{table.name} has no columns onset and {target.column}.",
-            f"It has {', '.join(rows[0] if rows else ()) or 'no rows'}.",
-        )
-    return [(float(row["onset"]), row[target.column]) for row in rows]
-
-
-def _load_bids(root: Path, config: DataConfig) -> Iterable[Windows]:
+def _readers_of_bids(root: Path, config: DataConfig) -> Iterator[Reader]:
     require_mne()
     try:
         import mne_bids
@@ -261,6 +257,7 @@ def _load_bids(root: Path, config: DataConfig) -> Iterable[Windows]:
     paths = mne_bids.find_matching_paths(
         root, datatypes="eeg", suffixes="eeg", extensions=[".edf", ".bdf", ".vhdr", ".set", ".fif"]
     )
+    paths = [path for path in paths if Path(path.fpath).relative_to(root).parts[0] == f"sub-{path.subject}"]  # no derivatives
     if not paths:
         raise DataError(f"{root} holds no EEG recording.", "Check the folder.")
     target = config.target
@@ -270,44 +267,47 @@ def _load_bids(root: Path, config: DataConfig) -> Iterable[Windows]:
         if rows and target.column in rows[0]:
             by_subject = {row["participant_id"].removeprefix("sub-"): row[target.column] for row in rows}
     for path in paths:
+        label = by_subject.get(path.subject, "") if by_subject else None
+        yield functools.partial(_load_bids, path, config, label)
+
+
+def _load_bids(path: Any, config: DataConfig, label: str | None, first: Windows | None) -> Windows:  # path: mne_bids.BIDSPath
+    import mne_bids
+
+    with reading(path.basename):
         raw = mne_bids.read_raw_bids(path, verbose="error").load_data(verbose="error").pick("eeg")
-        events = path.copy().update(suffix="events", extension=".tsv")
-        yield _load_raw(
-            raw,
-            path.basename,
-            config,
-            subject=path.subject,
-            session=path.session or "1",
-            table=Path(events.fpath),
-            label=by_subject.get(path.subject, "") if by_subject else None,
-        )
+    events = Path(path.copy().update(suffix="events", extension=".tsv").fpath)
+    session = path.session or "1"
+    return _load_raw(raw, path.basename, config, first, subject=path.subject, session=session, table=events, label=label)
 
 
-def _load_epochs(path: Path, config: DataConfig) -> Windows:
+def _load_epochs(path: Path, config: DataConfig, first: Windows | None) -> Windows:
     """Read Epochs, which were filtered before they were cut: their band is taken from the file, not made here."""
     mne = require_mne()
-    epochs = mne.read_epochs(path, preload=True, verbose="error").pick("eeg")
-    montage = _montage_of(epochs, config)
-    spec = _fitting_spec(montage, config)
-    names = {name.casefold(): name for name in epochs.ch_names}
-    if missing := [name for name in montage.ch_names if name.casefold() not in names]:
-        raise DataError(f"{path.name} lacks the channels {', '.join(missing[:8])}.", "Choose channels that it has.")
-    epochs = epochs.reorder_channels([names[name.casefold()] for name in montage.ch_names])
+    with reading(path.name):
+        epochs = mne.read_epochs(path, preload=True, verbose="error").pick("eeg")
+    spec = _fitting_spec(epochs.info, config, first)
+    assert spec.ch_names is not None
+    names = {name.casefold(): name for name in epochs.ch_names if name not in epochs.info["bads"]}
+    if missing := [name for name in spec.ch_names if name.casefold() not in names]:
+        raise DataError(f"{path.name} lacks, or marks as bad, the channels {listed(missing)}.", "Choose channels that it has.")
+    epochs = epochs.reorder_channels([names[name.casefold()] for name in spec.ch_names])
+    onset = (epochs.events[:, 0] - epochs.events[:1, 0]) / epochs.info["sfreq"]  # resampling leaves the events as they are
     low, high = epochs.info["highpass"] or None, epochs.info["lowpass"]
     if epochs.info["sfreq"] < spec.sfreq * (1 - 1e-6):
         raise DataError(f"{path.name} is sampled at {epochs.info['sfreq']:g} Hz.", f"Use --sfreq {epochs.info['sfreq']:g}.")
     if not math.isclose(epochs.info["sfreq"], spec.sfreq):
         epochs = epochs.resample(spec.sfreq, verbose="error")
     tmin = config.target.tmin if config.target is not None else epochs.tmin
-    first = round((tmin - epochs.tmin) * spec.sfreq)
+    start = round((tmin - epochs.tmin) * spec.sfreq)
     volts = epochs.get_data(copy=False)
-    if first < 0 or first + config.n_times > volts.shape[2]:
+    if start < 0 or start + config.n_times > volts.shape[2]:
         raise DataError(
             f"The epochs of {path.name} last from {epochs.tmin:g} to {epochs.tmax:g} s and hold no window of "
             f"{config.n_times} samples from {tmin:g} s.",
             "Use a smaller --n-times, or another tmin.",
         )
-    volts = volts[:, :, first : first + config.n_times]
+    volts = volts[:, :, start : start + config.n_times]
     if spec.preprocessing.reference == "average":
         volts = volts - volts.mean(axis=1, keepdims=True)
     band = Preprocessing(
@@ -324,12 +324,11 @@ def _load_epochs(path: Path, config: DataConfig) -> Windows:
         else:
             targets = np.array(epochs.metadata[column].tolist(), dtype=object)
     name = np.full(len(volts), path.stem)
-    onset = (epochs.events[:, 0] - epochs.events[0, 0]) / epochs.info["sfreq"] if len(volts) else np.zeros(0)
     return _made(
         np.ascontiguousarray(volts / UNITS_IN_VOLTS["uV"], dtype=np.float32),
         targets,
         name,
-        montage.ch_names,
+        spec.ch_names,
         spec.positions,
         spec.sfreq,
         band,
@@ -338,21 +337,34 @@ def _load_epochs(path: Path, config: DataConfig) -> Windows:
     )
 
 
-def _load_npz(path: Path, config: DataConfig) -> Windows:
+def _load_npz(path: Path, config: DataConfig, first: Windows | None) -> Windows:
     """Read ``eeg`` (n_windows, n_chans, n_times), ``ch_names``, ``sfreq`` and what else is there, without pickles."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError) as e:
+    except UNREADABLE_NPZ as e:
         raise DataError(f"{path.name} cannot be read ({e}).", "Save it with numpy.savez, strings as str arrays.") from e
     if missing := [name for name in ("eeg", "ch_names", "sfreq") if name not in arrays]:
         raise DataError(f"{path.name} lacks {', '.join(missing)}.", "Save eeg, ch_names and sfreq at least.")
-    eeg, ch_names = arrays["eeg"], tuple(map(str, arrays["ch_names"]))
+    eeg, ch_names = arrays["eeg"], tuple(map(str, arrays["ch_names"].ravel()))
     if eeg.ndim != 3 or eeg.shape[1] != len(ch_names) or eeg.dtype.kind not in "fiu" or not len(eeg):
         raise DataError(
             f"{path.name} has eeg of shape {eeg.shape} and type {eeg.dtype} for {len(ch_names)} names.",
             "Save real numbers of shape (n_windows, n_chans, n_times).",
         )
+    if config.target is not None and "targets" not in arrays:
+        raise DataError(f"{path.name} has no targets.", "Save targets of shape (n_windows,).")
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("targets", "subject", "session", "onset"), (len(eeg),))
+    shapes |= {"positions": (len(ch_names), 3), "sfreq": (), "unit": ()}
+    if wrong := [name for name, shape in shapes.items() if name in arrays and arrays[name].shape != shape]:
+        name = wrong[0]
+        raise DataError(f"{path.name} has {name} of shape {arrays[name].shape}, not {shapes[name]}.", "Save it in that shape.")
+    if not {"subject", "session", "onset"} & set(arrays):
+        raise DataError(
+            f"{path.name} does not tell which windows belong together.", "Save subject, session or onset, shape (n_windows,)."
+        )
+    if words := [name for name in ("sfreq", "onset", "positions") if name in arrays and arrays[name].dtype.kind not in "fiu"]:
+        raise DataError(f"{words[0]} of {path.name} is no number.", "Save sfreq in Hz, onset in seconds, positions in metres.")
     sfreq, n_times = float(arrays["sfreq"]), eeg.shape[2]
     if not math.isclose(sfreq, config.sfreq) or n_times != config.n_times:
         raise DataError(
@@ -367,30 +379,25 @@ def _load_npz(path: Path, config: DataConfig) -> Windows:
     unit = str(arrays.get("unit", "uV"))
     if unit not in UNITS_IN_VOLTS:
         raise DataError(f"{unit!r} of {path.name} is not a unit.", f"Use one of {', '.join(UNITS_IN_VOLTS)}.")
-    targets = arrays.get("targets")
-    if config.target is not None and (targets is None or len(targets) != len(eeg)):
-        raise DataError(f"{path.name} has no targets, or not as many as windows.", "Save targets of shape (n_windows,).")
-    if not {"subject", "session", "onset"} & set(arrays):
-        raise DataError(
-            f"{path.name} does not tell which windows belong together.", "Save subject, session or onset, shape (n_windows,)."
-        )
-    positions: tuple[Position, ...] | None = None
+    places = arrays.get("positions", np.zeros((len(ch_names), 3)))
+    saved = Montage(ch_names=ch_names, positions=tuple((float(x), float(y), float(z)) for x, y, z in places))
+    chosen = saved.pick(first.ch_names if first is not None else config.ch_names or ch_names)
+    rows = [ch_names.index(name) for name in chosen.ch_names]
+    positions = chosen.positions if "positions" in arrays else None
     if config.montage is not None:
-        positions = read_montage(config.montage).pick(ch_names).positions
-    elif "positions" in arrays:
-        positions = tuple((float(x), float(y), float(z)) for x, y, z in arrays["positions"])
+        positions = read_montage(config.montage).pick(chosen.ch_names).positions
     subject = arrays.get("subject", np.full(len(eeg), path.stem)).astype(str)
-    known = {"session": arrays["session"].astype(str)} if "session" in arrays else {}
-    if "onset" in arrays:
-        known["onset"] = arrays["onset"].astype(np.float64)
+    session = arrays.get("session", subject).astype(str)
     return _made(
-        np.ascontiguousarray(eeg * (UNITS_IN_VOLTS[unit] / UNITS_IN_VOLTS["uV"]), dtype=np.float32),
-        targets if config.target is not None else None,
+        np.ascontiguousarray(eeg[:, rows] * (UNITS_IN_VOLTS[unit] / UNITS_IN_VOLTS["uV"]), dtype=np.float32),
+        arrays["targets"] if config.target is not None else None,
         subject,
-        ch_names,
+        first.ch_names if first is not None else chosen.ch_names,
         positions,
         config.sfreq,
         config.preprocessing,
         ("windows as they were saved",),
-        **known,
+        session=session,
+        recording=np.char.add(np.char.add(subject, "/"), session),
+        onset=arrays.get("onset", np.full(len(eeg), np.nan)).astype(np.float64),
     )

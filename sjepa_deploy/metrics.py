@@ -72,15 +72,18 @@ CLASSIFICATION: dict[str, Callable[[Array, Array], float]] = {"balanced_accuracy
 def scores(targets: Array, predictions: Array, *, seed: int = 0, n_samples: int = 1000) -> dict[str, Score]:
     """Return all scores of regression (`predictions` of shape (n,)) or classification (shape (n, n_classes)).
 
-    Bootstrap samples in which a class is missing, or all targets are equal, are drawn again.
+    Bootstrap samples of classes are stratified: each has as many windows of a class as there are. Those of numbers that are
+    all equal are drawn again.
     """
-    functions = REGRESSION if predictions.ndim == 1 else CLASSIFICATION
+    regression = predictions.ndim == 1
+    assert len(np.unique(targets)) > 1, "there is nothing to tell apart"
+    functions = REGRESSION if regression else CLASSIFICATION
     rng = np.random.default_rng(seed)
-    kinds = len(np.unique(targets)) if predictions.ndim == 2 else 2
+    strata = [np.arange(len(targets))] if regression else [np.flatnonzero(targets == c) for c in np.unique(targets)]
     values: dict[str, list[float]] = {name: [] for name in functions}
     while len(values[next(iter(functions))]) < n_samples:
-        rows = rng.integers(len(targets), size=len(targets))
-        if len(np.unique(targets[rows])) < kinds:
+        rows = np.concatenate([rng.choice(stratum, len(stratum)) for stratum in strata])
+        if (targets[rows] == targets[rows[0]]).all():
             continue
         for name, function in functions.items():
             values[name].append(function(targets[rows], predictions[rows]))

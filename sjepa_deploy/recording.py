@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import configparser
+import contextlib
 import math
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,21 +106,13 @@ def read_recording(
     if unit is not None and unit not in UNITS_IN_VOLTS:
         raise RecordingError(f"{unit!r} is not a unit.", f"Use one of {', '.join(UNITS_IN_VOLTS)} with `--unit`.")
     suffix = path.suffix.lower()
-    try:
+    with reading(path.name):
         if suffix == ".npy":
             raw = _read_npy(path, sfreq, unit, ch_names)
         elif suffix == ".xdf":
             raw = _read_xdf(path, unit, ch_names)
         else:
             raw = _read_with_mne(path, unit)
-    except RecordingError:
-        raise
-    except _READER_ERRORS as error:
-        detail = " ".join(str(error).split()).rstrip(".")
-        raise RecordingError(
-            f"{path.name} cannot be read as a recording ({type(error).__name__}: {detail}).",
-            f"Give a whole, undamaged file: {_FORMATS}.",
-        ) from error
     if sfreq is not None and not math.isclose(sfreq, raw.info["sfreq"], rel_tol=1e-6):
         raise RecordingError(f"{path.name} is sampled at {raw.info['sfreq']:g} Hz, not {sfreq:g} Hz.", "Leave out `--sfreq`.")
     finite = np.isfinite(raw.get_data()).all(axis=1)
@@ -130,6 +123,21 @@ def read_recording(
             "Cut these stretches out, or drop these channels.",
         )
     return raw
+
+
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turn what readers raise on damaged files and on files of another kind into a `RecordingError`."""
+    try:
+        yield
+    except (RecordingError, MissingDependencyError):
+        raise
+    except _READER_ERRORS as error:
+        detail = " ".join(str(error).split()).rstrip(".")
+        raise RecordingError(
+            f"{name} cannot be read as a recording ({type(error).__name__}: {detail}).",
+            f"Give a whole, undamaged file: {_FORMATS}.",
+        ) from error
 
 
 def fit_recording(raw: mne.io.BaseRaw, spec: ModelSpec, *, interpolate: bool = False) -> FittedRecording:
@@ -176,17 +184,40 @@ def fit_recording(raw: mne.io.BaseRaw, spec: ModelSpec, *, interpolate: bool = F
         steps.append(f"resampled from {rate:g} to {spec.sfreq:g} Hz")
     volts = raw.get_data()
     if spec.preprocessing.reference == "average":
+        if spec.n_chans == 1:
+            raise RecordingError(
+                "Nothing is left of one channel that is referenced to the average of one.",
+                "Set the reference to none (`--reference none`, in a configuration data.preprocessing), or use more channels.",
+            )
         volts -= volts.mean(axis=0)
         steps.append(f"re-referenced to the average of {spec.n_chans} channels")
     rms = float(np.median(volts.std(axis=1)))
-    if not PLAUSIBLE_RMS[0] <= rms <= PLAUSIBLE_RMS[1]:
-        raise RecordingError(
-            f"The median channel has an RMS of {rms * 1e6:.3g} uV, which is no EEG: the samples look like another unit's.",
-            "State the unit they are stored in with `--unit` (volts passed as microvolts?), or mend the file's header.",
-        )
+    check_amplitude(rms, "State the unit they are stored in with `--unit` (volts passed as microvolts?), or mend the header.")
     data = np.ascontiguousarray(volts / UNITS_IN_VOLTS[spec.unit], dtype=np.float32)
     steps.append(f"scaled to {spec.unit}")
     return FittedRecording(data=data, sfreq=spec.sfreq, steps=tuple(steps))
+
+
+def check_amplitude(rms: float, mend: str) -> None:
+    """Refuse an amplitude that no EEG has.
+
+    Parameters
+    ----------
+    rms : float
+        Of the median channel about its mean, in volts.
+    mend : str
+        What to do about it.
+
+    Raises
+    ------
+    RecordingError
+        If it lies outside `PLAUSIBLE_RMS`.
+    """
+    if not PLAUSIBLE_RMS[0] <= rms <= PLAUSIBLE_RMS[1]:
+        raise RecordingError(
+            f"The median channel has an RMS of {rms * 1e6:.3g} uV, which is no EEG: the samples look like another unit's.",
+            mend,
+        )
 
 
 def window_starts(n_samples: int, n_times: int, hop: int) -> NDArray[np.intp]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -23,7 +24,7 @@ def resolve_spec(
     Parameters
     ----------
     asked : dict
-        Fields of `ModelSpec` that the user named.
+        Fields of `ModelSpec` that the user named; of its preprocessing, a dict of the fields of `Preprocessing`.
     checkpoint : Checkpoint or None
         Where the weights come from; None for random ones.
     asked_montage : Montage or None
@@ -46,6 +47,7 @@ def resolve_spec(
     known = dict(checkpoint.known) if checkpoint else {}
     assumed: list[str] = []
     asked = dict(asked)
+    asked_preprocessing: dict[str, Any] = asked.pop("preprocessing", {})  # another one contradicts nothing
     if asked_montage is not None:
         asked |= {"ch_names": asked_montage.ch_names, "n_chans": len(asked_montage.ch_names)}
         if "positions" not in known and asked_montage.positions is not None:
@@ -56,8 +58,8 @@ def resolve_spec(
     variant: Variant = fields["variant"]
     needs_positions = variant in ("contextual", "base")
     if fields.get("ch_names") is None and fields.get("n_chans") in (None, 129) and (needs_positions or "n_chans" not in fields):
-        default = montage.read_montage(DEFAULT_MONTAGE)
-        fields |= {"ch_names": default.ch_names, "positions": default.positions, "n_chans": len(default.ch_names)}
+        net = montage.read_montage(DEFAULT_MONTAGE)
+        fields |= {"ch_names": net.ch_names, "positions": net.positions, "n_chans": len(net.ch_names)}
         assumed.append(f"the channels are those of {DEFAULT_MONTAGE}")
     if "n_times" not in fields:
         fields["n_times"] = DEFAULT_N_TIMES
@@ -66,8 +68,14 @@ def resolve_spec(
         fields["sfreq"] = DEFAULT_SFREQ
         assumed.append(f"the sampling rate is {DEFAULT_SFREQ:g} Hz")
     if "preprocessing" not in fields:
-        fields["preprocessing"] = Preprocessing.default(fields["sfreq"])
-        assumed.append("recordings are filtered and referenced as in the published pretraining")
+        alone = fields.get("n_chans") == 1  # nothing would be left of it
+        default = Preprocessing.default(fields["sfreq"])
+        fields["preprocessing"] = dataclasses.replace(default, reference="none" if alone else default.reference)
+        if not {"l_freq", "h_freq"} <= set(asked_preprocessing):
+            assumed.append("recordings are filtered as in the published pretraining")
+        if "reference" not in asked_preprocessing:
+            assumed.append("one channel keeps its reference" if alone else "recordings are referenced to their average")
+    fields["preprocessing"] = dataclasses.replace(fields["preprocessing"], **asked_preprocessing)
     if isinstance(fields.get("encoder"), dict):
         fields["encoder"] = EncoderSpec(**fields["encoder"])
     spec = ModelSpec(**fields)
@@ -89,8 +97,6 @@ def _refuse_contradictions(asked: dict[str, Any], known: dict[str, Any], checkpo
     for name, value in asked.items():
         if name == "n_times" or name not in known:
             continue  # another length with the same number of tokens runs on the same weights
-        if name == "preprocessing":
-            continue
         same = value == known[name]
         if name == "ch_names":
             same = [n.casefold() for n in value] == [n.casefold() for n in known[name]]

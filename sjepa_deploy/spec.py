@@ -216,6 +216,8 @@ class ModelSpec:
             raise SpecError(
                 f"There are {len(self.class_names)} class names for {self.n_outputs} outputs.", "Name every output once."
             )
+        if self.class_names is not None and len({*self.class_names, ""}) <= self.n_outputs:
+            raise SpecError("A class has an empty name, or that of another one.", "Name every output once.")
         for side, edge in (("lower", self.preprocessing.l_freq), ("upper", self.preprocessing.h_freq)):
             if edge is not None and edge >= self.sfreq / 2:
                 raise SpecError(
@@ -268,6 +270,8 @@ class ModelSpec:
 def _check_ch_names(ch_names: tuple[str, ...], n_chans: int) -> None:
     if len(ch_names) != n_chans:
         raise SpecError(f"There are {len(ch_names)} channel names for {n_chans} channels.", "Name every channel once.")
+    if not all(ch_names):
+        raise SpecError("A channel has an empty name.", "Name every channel once.")
     folded = [name.casefold() for name in ch_names]
     if twice := sorted({name for name in ch_names if folded.count(name.casefold()) > 1}):
         raise SpecError(f"Channel names appear twice: {', '.join(twice)}.", "Name every channel once (case is ignored).")

@@ -446,6 +446,8 @@ def refuses(sjepa, tmp_path):
         ("--variant prelocal --channels 8 --precision fp8", "'fp8' is not a precision. Use a list of fp32, fp16, bf16"),
         ("--variant prelocal --channels 8 --precision ,", "names no precision. Use a list of fp32"),
         ("--variant prelocal --channels 8 --opset 16", "Opset 16 is not supported. Use one of 17 to 21; 17 runs everywhere"),
+        ("--variant prelocal --channels 8 --engine fp64", "'fp64' is not a precision of an engine. Use a list of fp32, tf32"),
+        ("--variant prelocal --channels Cz,,Pz", "A channel has an empty name. Name every channel once"),
         ("--variant prelocal --max-batch 0", "'--max-batch': 0 is not in the range x>=1. See sjepa-export --help"),
         ("--variant prelocal --checkpoint nowhere", "There is no checkpoint at nowhere. Check the path"),
         ("--variant all --checkpoint nowhere", "A checkpoint holds one variant. Leave --variant all out"),

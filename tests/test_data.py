@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 import warnings
 
 import mne
@@ -10,10 +11,11 @@ from small import CH_NAMES, DATA
 
 from sjepa_deploy.data import DataConfig, Synthetic, Target, encode_targets, split_windows
 from sjepa_deploy.errors import DataError, RecordingError
-from sjepa_deploy.loading import load_windows, reaction_times
+from sjepa_deploy.loading import load_windows
 from sjepa_deploy.montage import read_montage
 from sjepa_deploy.recording import fit_recording, read_recording
 from sjepa_deploy.spec import ModelSpec, Preprocessing
+from sjepa_deploy.targets import reaction_times
 
 UNTOUCHED = Preprocessing(reference="none", l_freq=None, h_freq=None)
 REACTION = Target(stimulus=("square",), response=("rt",))
@@ -67,6 +69,48 @@ def test_reaction_times_equal_a_search_by_hand_through_the_events(eeglab):
         np.testing.assert_array_equal(windows.eeg[i], fitted.data[:, start : start + 200])
 
 
+@pytest.mark.parametrize("meas_date", [None, 1e9])
+def test_events_of_a_recording_that_was_cut_out_of_a_longer_one_stay_in_place(meas_date):
+    """The oracle: the samples that MNE puts the events at. Anonymised recordings have no date."""
+    raw = make_raw(6000)
+    raw.set_meas_date(meas_date)
+    raw.set_annotations(mne.Annotations([10.0, 10.5, 30.0, 30.4], 0.1, ["square", "rt"] * 2, raw.info["meas_date"]))
+    raw.crop(25.0)
+    events, _ = mne.events_from_annotations(raw, verbose="error")
+    assert len(events) == 2
+    onset = (events[0, 0] - raw.first_samp) / 100
+    np.testing.assert_allclose(reaction_times(raw, REACTION), [(onset, 0.4)], atol=1e-6)
+    assert onset == 5.0
+
+
+def test_windows_in_stretches_marked_bad_are_left_out(tmp_path):
+    raw = make_raw(2000)
+    raw.set_annotations(mne.Annotations([3.0, 8.5, 15.0], [2.0, 0.0, 1.0], ["BAD_movement", "EDGE boundary", "blink"]))
+    raw.crop(1.0)  # the marks lie at 2 to 4 s and at 7.5 s now
+    windows = load_windows(DataConfig(source=(save_raw(raw, tmp_path / "one_raw.fif"),), hop=1.0, preprocessing=UNTOUCHED))
+    assert windows.onset.tolist() == [0.0, 4.0, 5.0, *range(8, 18)]
+    assert "left out 5 windows in stretches marked bad" in windows.steps
+    raw.set_annotations(mne.Annotations([0.0], [19.0], ["bad"]))
+    with pytest.raises(DataError, match="two_raw has no whole window that is not marked bad"):
+        load_windows(DataConfig(source=(save_raw(raw, tmp_path / "two_raw.fif"),), preprocessing=UNTOUCHED))
+
+
+def test_all_recordings_get_the_channels_of_the_first(tmp_path):
+    names = ("Fz", "T7", "Cz", "T8", "Oz")
+    first, second = make_raw(1000, names), make_raw(1000, ("Oz", "POz", "T8", "T7", "Cz", "Fz"), seed=1)
+    sources = (save_raw(first, tmp_path / "one_raw.fif"), save_raw(second, tmp_path / "two_raw.fif"))
+    windows = load_windows(DataConfig(source=sources, preprocessing=UNTOUCHED))
+    assert windows.ch_names == names
+    expected = second.get_data(picks=list(names))[:, :200] * 1e6
+    np.testing.assert_allclose(windows.eeg[windows.recording == "two_raw"][0], expected, rtol=1e-6)
+    second.info["bads"] = ["Cz"]
+    save_raw(second, tmp_path / "two_raw.fif")
+    with pytest.raises(RecordingError, match="^two_raw: The recording lacks, or marks as bad, 1 of the model's 5 channels: Cz"):
+        load_windows(DataConfig(source=sources, preprocessing=UNTOUCHED))
+    windows = load_windows(DataConfig(source=sources, preprocessing=UNTOUCHED, interpolate=True))
+    np.testing.assert_allclose(windows.eeg[windows.recording == "two_raw"][0][[0, 1, 3, 4]], expected[[0, 1, 3, 4]], rtol=1e-6)
+
+
 def test_a_column_of_a_tsv_gives_targets(tmp_path):
     raw = make_raw(2000)
     source = save_raw(raw, tmp_path / "one_raw.fif")
@@ -76,6 +120,14 @@ def test_a_column_of_a_tsv_gives_targets(tmp_path):
     assert windows.targets.tolist() == [3.5, 2.5]  # the last event has no whole window
     np.testing.assert_allclose(windows.eeg[1], raw.get_data()[:, 400:600] * 1e6, rtol=1e-6)
     np.testing.assert_allclose(windows.positions, [ch["loc"][:3] for ch in raw.info["chs"]])
+    (tmp_path / "one_raw.tsv").write_text("onset\tspeed\ttrial_type\n1.0\t3.5\tgo\n2.0\tn/a\trest\n4.0\t2.5\tgo\n")
+    with pytest.raises(DataError, match="1 of 3 labels are missing"):
+        load_windows(DataConfig(source=(source,), target=target, preprocessing=UNTOUCHED))
+    picked = dataclasses.replace(target, stimulus=("go",))
+    assert load_windows(DataConfig(source=(source,), target=picked, preprocessing=UNTOUCHED)).targets.tolist() == [3.5, 2.5]
+    (tmp_path / "one_raw.tsv").write_text("onset\tspeed\nn/a\t3.5\n")
+    with pytest.raises(DataError, match="An onset in one_raw.tsv is no number"):
+        load_windows(DataConfig(source=(source,), target=target, preprocessing=UNTOUCHED))
     with pytest.raises(DataError, match="has no columns onset and pace"):
         load_windows(DataConfig(source=(source,), target=dataclasses.replace(target, column="pace"), preprocessing=UNTOUCHED))
 
@@ -104,6 +156,20 @@ def test_epochs_keep_their_band_and_give_the_channels_in_order(tmp_path):
     assert windows.targets.tolist() == [i % 2 for i in range(len(events))]
 
 
+@pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame.set_index")
+def test_resampled_epochs_that_overlap_never_end_up_in_two_parts(tmp_path):
+    raw = make_raw(60_000, sfreq=500.0)
+    events = np.array([[sample, 0, 1] for sample in range(500, 58_000, 250)])
+    metadata = pd.DataFrame({"reaction_time": np.linspace(0.3, 0.9, len(events))})
+    epochs = mne.Epochs(raw, events, tmin=0, tmax=2.1, baseline=None, preload=True, metadata=metadata, verbose="error")
+    epochs.save(tmp_path / "some-epo.fif", verbose="error")
+    config = DataConfig(source=(str(tmp_path / "some-epo.fif"),), target=Target(tmin=0.0))
+    split = split_windows(load_windows(config), config)
+    start = events[:, 0] / 500
+    for one, other in ((split.train, split.val), (split.train, split.test), (split.val, split.test)):
+        assert abs(start[one][:, None] - start[other]).min() >= 4.0 - 1e-6  # a window of 2 s and a gap of 2 s
+
+
 def test_a_bids_folder_gives_subjects_sessions_and_columns(tmp_path):
     import mne_bids
 
@@ -121,6 +187,14 @@ def test_a_bids_folder_gives_subjects_sessions_and_columns(tmp_path):
     np.testing.assert_allclose(windows.targets, [0.4, 0.7] * 3, atol=0.011)
     assert windows.subject.tolist() == ["01", "01", "02", "02", "03", "03"]
     assert set(windows.session) == {"a"}
+    shutil.copytree(tmp_path, tmp_path / "derivatives/cleaned", ignore=shutil.ignore_patterns("derivatives"))
+    assert len(load_windows(config)) == 6  # the same data again, made from the raw ones
+    (header,) = tmp_path.glob("sub-03/**/*.vhdr")
+    shutil.copy(header, tmp_path / "header")
+    header.write_text("no header")
+    with pytest.raises(RecordingError, match="sub-03_ses-a_task-rt_eeg.vhdr cannot be read as a recording"):
+        load_windows(config)
+    shutil.move(tmp_path / "header", header)
     np.testing.assert_allclose(windows.eeg[2], make_raw(2000, seed=2).get_data()[:, 150:350] * 1e6, atol=0.2)
     split = split_windows(windows, config)
     assert split.by == "subject"
@@ -161,7 +235,11 @@ def test_an_npz_file_gives_what_was_saved(tmp_path):
         ({"targets": np.r_[np.arange(11.0), np.nan]}, "1 of 12 labels are missing or NaN, the first of window 11"),
         ({"targets": np.ones(12)}, "all the same"),
         ({"targets": None}, "has no targets"),
-        ({"targets": np.ones(5)}, "not as many as windows"),
+        ({"targets": np.ones(5)}, r"targets of shape \(5,\), not \(12,\)"),
+        ({"subject": np.array(["a", "b"])}, r"subject of shape \(2,\)"),
+        ({"onset": np.array(["early"] * 12)}, "onset of w.npz is no number"),
+        ({"positions": np.ones((3, 2))}, r"positions of shape \(3, 2\), not \(3, 3\)"),
+        ({"sfreq": np.array([100.0, 100.0])}, "sfreq of shape"),
         ({"subject": None}, "which windows belong together"),
         ({"eeg": np.full((12, 3, 200), np.nan)}, "not finite"),
         ({"eeg": np.zeros((12, 4, 200))}, "for 3 names"),
@@ -172,6 +250,36 @@ def test_an_npz_file_gives_what_was_saved(tmp_path):
 def test_npz_files_that_cannot_be_learned_from_are_refused(changes, message, tmp_path):
     with pytest.raises(DataError, match=message):
         load_windows(save_npz(tmp_path / "w.npz", **changes))
+
+
+def test_volts_for_microvolts_are_noticed_in_windows_that_others_have_cut(tmp_path):
+    with pytest.raises(RecordingError, match="another unit's.*`unit` of an .npz; volts passed as microvolts"):
+        load_windows(save_npz(tmp_path / "w.npz", unit=None))
+
+
+def test_channels_of_an_npz_file_are_picked_and_placed_by_name(tmp_path):
+    places = np.array([[0.0, 0.07, 0.05], [0.0, 0.0, 0.1], [0.0, -0.07, 0.05]])
+    config = dataclasses.replace(save_npz(tmp_path / "w.npz", positions=places), ch_names=("Pz", "fz"))
+    windows = load_windows(config)
+    assert windows.ch_names == ("Pz", "Fz")
+    assert windows.positions == (tuple(places[2]), tuple(places[0]))
+    np.testing.assert_allclose(windows.eeg, np.load(tmp_path / "w.npz")["eeg"][:, [2, 0]] * 1e6, rtol=1e-6)
+
+
+def test_windows_whose_time_is_not_known_are_not_cut_into_blocks(tmp_path):
+    """They may overlap: neighbours of one subject would end up on both sides."""
+    config = save_npz(tmp_path / "w.npz", subject=np.repeat("a", 12))
+    with pytest.raises(DataError, match="does not tell when each window starts"):
+        split_windows(load_windows(config), config)
+    config = save_npz(tmp_path / "w.npz", subject=np.repeat("a", 12), onset=4.0 * np.arange(12))
+    assert split_windows(load_windows(config), config).by == "block"
+
+
+def test_a_file_that_is_no_npz_is_refused(tmp_path):
+    with (tmp_path / "w.npz").open("wb") as file:
+        np.save(file, np.ones(3))
+    with pytest.raises(DataError, match="w.npz cannot be read"):
+        load_windows(DataConfig(source=(str(tmp_path / "w.npz"),)))
 
 
 def test_npz_windows_must_say_how_they_were_prepared(tmp_path):
@@ -190,8 +298,10 @@ def test_labels_of_one_class_and_words_for_numbers_are_refused():
 
 
 def test_recordings_without_the_events_or_too_short_are_refused(eeglab, tmp_path):
-    with pytest.raises(DataError, match="no events tone; its events are rt, square"):
+    with pytest.raises(DataError, match="^eeglab_data: The recording has no events tone; its events are rt, square"):
         load_windows(dataclasses.replace(eeglab, target=Target(stimulus=("tone",), response=("rt",))))
+    with pytest.raises(DataError, match="Reaction times are numbers, not classes"):
+        load_windows(dataclasses.replace(eeglab, target=dataclasses.replace(REACTION, task="classification")))
     source = save_raw(make_raw(150), tmp_path / "short_raw.fif")
     with pytest.raises(RecordingError, match=r"lasts 1.5 s, one window of the model 2 s"):
         load_windows(DataConfig(source=(source,)))
@@ -227,6 +337,16 @@ def test_subjects_stay_together_and_every_one_is_tested_once():
         assert len(split.train) + len(split.val) + len(split.test) == 21
         tested += sorted(people[2])
     assert sorted(tested) == sorted(set(windows.subject))
+
+
+def test_sessions_of_two_subjects_stay_together(tmp_path):
+    subject, session = np.repeat(["a", "b"], 6), np.tile(np.repeat(["1", "2"], 3), 2)
+    config = save_npz(tmp_path / "w.npz", subject=subject, session=session)
+    windows = load_windows(config)
+    split = split_windows(windows, config)
+    assert split.by == "session"
+    parts = [{(subject[i], session[i]) for i in part} for part in (split.train, split.val, split.test)]
+    assert len(parts[0] | parts[1] | parts[2]) == sum(map(len, parts)) == 4
 
 
 def test_too_few_subjects_are_refused():

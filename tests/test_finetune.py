@@ -10,15 +10,15 @@ import pytest
 import torch
 from eeg_files import ROOT, eeg_file
 from lightning.pytorch.callbacks import Callback
-from small import DATA, FINETUNE, PRETRAIN
+from small import DATA, FINETUNE, PRETRAIN, make_spec
 
 from sjepa_deploy import engine
-from sjepa_deploy.checkpoint import TRAINING_KEY, load_model, read_checkpoint
+from sjepa_deploy.checkpoint import TRAINING_KEY, load_model, read_checkpoint, write_checkpoint
 from sjepa_deploy.data import DataConfig, Synthetic, Target, split_windows
 from sjepa_deploy.errors import DataError, TrainingError
 from sjepa_deploy.finetune import FinetuneConfig, FinetuneModule, finetune
 from sjepa_deploy.loading import load_windows
-from sjepa_deploy.models import reference_mode
+from sjepa_deploy.models import build_model, reference_mode
 from sjepa_deploy.pretrain import pretrain
 from sjepa_deploy.resolve import resolve_spec
 from sjepa_deploy.serialize import encode
@@ -164,6 +164,9 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(tmp_path):
     finetune(config, tmp_path)
     with pytest.raises(TrainingError, match="already holds a run"):
         finetune(config, tmp_path)
+    write_checkpoint(build_model(make_spec("postlocal"), seed=0), tmp_path / "other")
+    with pytest.raises(TrainingError, match="other already holds a model"):
+        finetune(config, tmp_path / "other")
     with pytest.raises(TrainingError, match="has another configuration"):
         finetune(dataclasses.replace(config, n_spat_filters=2), tmp_path, resume=True)
     before = _weights(tmp_path)
@@ -171,7 +174,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(tmp_path):
     assert _weights(tmp_path) == before
 
 
-def test_training_stops_when_nothing_improves_and_keeps_the_best(tmp_path, monkeypatch):
+def test_training_stops_when_nothing_improves_and_keeps_the_best(tmp_path, monkeypatch, watch):
     losses = iter([3.0, 2.0, 2.5, 2.5, 2.5, 2.5])
 
     def validation_step(self, batch, batch_idx):
@@ -183,6 +186,43 @@ def test_training_stops_when_nothing_improves_and_keeps_the_best(tmp_path, monke
     tuned = dataclasses.replace(FINETUNE.engine, max_epochs=50, patience=3)
     result = finetune(dataclasses.replace(FINETUNE, variant="postlocal", warmup_epochs=0, engine=tuned), tmp_path)
     assert (result.fitted.best_epoch, result.fitted.epochs, result.fitted.val_loss) == (1, 5, 2.0)
+    written = read_checkpoint(tmp_path).weights
+    encoder = [name for name in written if name.startswith("feature_encoder")]
+    assert all(torch.equal(written[name], watch.epochs[1][0][name]) for name in encoder)
+    assert not all(torch.equal(written[name], watch.epochs[-1][0][name]) for name in encoder)
+
+    monkeypatch.undo()
+    before = _weights(tmp_path)  # killed after its last epoch, say: what was stopped does not go on
+    again = finetune(dataclasses.replace(FINETUNE, variant="postlocal", warmup_epochs=0, engine=tuned), tmp_path, resume=True)
+    assert again == result
+    assert _weights(tmp_path) == before
+
+
+def test_gradients_are_clipped(tmp_path, watch):
+    norms = []
+    watch.on_train_batch_end = lambda trainer, module, *_: norms.append(
+        torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None]).norm().item()
+    )
+    clipped = dataclasses.replace(FINETUNE.engine, max_epochs=1, gradient_clip=0.01)
+    finetune(dataclasses.replace(FINETUNE, variant="postlocal", warmup_epochs=0, engine=clipped), tmp_path)
+    np.testing.assert_allclose(norms, 0.01, rtol=1e-3)  # each was larger
+
+
+def test_a_loss_that_is_never_finite_is_an_error_and_gives_no_model(tmp_path):
+    tuned = dataclasses.replace(FINETUNE.engine, max_epochs=2, lr=1e30)
+    with pytest.raises(TrainingError, match="never finite. Use a smaller --lr"):
+        finetune(dataclasses.replace(FINETUNE, variant="postlocal", warmup_epochs=0, engine=tuned), tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_devices_that_are_not_here_and_folders_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    on_gpu = dataclasses.replace(FINETUNE.engine, accelerator="gpu")
+    with pytest.raises(TrainingError, match="cannot train with 1 x gpu here: .*Choose another --accelerator"):
+        finetune(dataclasses.replace(FINETUNE, variant="postlocal", engine=on_gpu), tmp_path / "a")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match="file/training cannot be written"):
+        finetune(dataclasses.replace(FINETUNE, variant="postlocal"), tmp_path / "file")
 
 
 @pytest.mark.parametrize("variant", ["prelocal", "postlocal", "contextual"])

@@ -2,6 +2,7 @@
 
 import importlib.resources
 import json
+from pathlib import Path
 
 import mne
 import numpy as np
@@ -136,8 +137,16 @@ def test_the_shipped_configurations_are_the_recipes_defaults():
         assert len(list(path.glob("*.yaml"))) == 5
 
 
+def test_a_shipped_configuration_is_found_by_its_name_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = Path("finetune_prelocal.yaml")
+    assert read_config(FinetuneConfig, name).variant == "prelocal"
+    name.write_text("variant: postlocal")
+    assert read_config(FinetuneConfig, name).variant == "postlocal"
+
+
 def test_a_missing_configuration_is_named(tmp_path):
-    with pytest.raises(TrainingError, match="cannot be read"):
+    with pytest.raises(TrainingError, match="nothing.yaml cannot be read .*, or use demo.yaml, finetune_contextual.yaml"):
         read_config(PretrainConfig, tmp_path / "nothing.yaml")
 
 

@@ -34,6 +34,12 @@ def test_classification_scores_equal_those_of_scikit_learn_also_with_ties(n_clas
     assert found["balanced_accuracy"].value == pytest.approx(recall)
 
 
+def test_many_classes_with_one_window_each_have_scores():
+    targets = np.arange(30)
+    found = scores(targets, np.eye(30), n_samples=50)
+    assert (found["auc"].low, found["balanced_accuracy"].high) == (1.0, 1.0)
+
+
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     rng = np.random.default_rng(2)
     covered = 0

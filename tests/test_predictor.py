@@ -2,6 +2,7 @@ import gc
 import subprocess
 import sys
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -261,6 +262,22 @@ def test_a_call_allocates_nothing_that_grows_with_the_windows(make_bundle):
     assert windows.nbytes > 400_000
     assert peak < 50_000  # not one window of a batch is copied; headers of arrays and what the interpreter caches come to 8 kB
     assert kept[-1] - kept[0] < 16 * 1000  # no call keeps an object: the smallest has 16 bytes
+
+
+def test_a_second_thread_gets_an_error_and_not_the_numbers_of_the_first(predict, monkeypatch):
+    windows, refused = eeg(2), []
+    alone = predict(windows[:1]).copy()
+    run = predict.backend._session.run_with_iobinding
+
+    def call_from_another_thread(binding):
+        with ThreadPoolExecutor() as pool:
+            refused.append(pool.submit(predict, windows[1:]).exception())
+        run(binding)
+
+    monkeypatch.setattr(predict.backend._session, "run_with_iobinding", call_from_another_thread)
+    np.testing.assert_array_equal(predict(windows[:1]), alone)
+    assert [type(error) for error in refused] == [BackendError]
+    assert "Load the bundle once in each thread" in str(refused[0])
 
 
 def test_the_same_buffer_is_returned_for_the_same_batch(make_bundle):

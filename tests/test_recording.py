@@ -448,6 +448,14 @@ def test_samples_in_another_unit_are_noticed(rms):
         fit_recording(raw, make_spec(raw.ch_names))
 
 
+def test_one_channel_has_no_average_reference():
+    raw = make_raw(noise(1, 400), ["Cz"])
+    assert fit_recording(raw, make_spec(["Cz"])).data.std() > 0
+    average = make_spec(["Cz"]).replace(preprocessing=Preprocessing(reference="average", l_freq=None, h_freq=None))
+    with pytest.raises(RecordingError, match="Nothing is left of one channel .*`--reference none`"):
+        fit_recording(raw, average)
+
+
 def test_an_offset_or_one_dead_channel_is_no_other_unit():
     volts = noise(3, 400) + 0.02
     volts[0] = 0

@@ -119,9 +119,9 @@ def test_a_montage_of_other_channels_contradicts(checkpoints):
 
 
 def test_preprocessing_may_be_asked_for_otherwise(checkpoints):
-    wanted = Preprocessing(l_freq=2.0, h_freq=None)
-    spec, _ = resolve_spec({"preprocessing": wanted}, checkpoints["postlocal"])
-    assert spec == known_spec("postlocal", preprocessing=wanted)
+    spec, assumed = resolve_spec({"preprocessing": {"l_freq": 2.0, "h_freq": None}}, checkpoints["postlocal"])
+    assert spec == known_spec("postlocal", preprocessing=Preprocessing(reference="none", l_freq=2.0, h_freq=None))
+    assert not assumed
 
 
 def test_neither_the_checkpoint_nor_the_flags_are_altered(checkpoints):
@@ -176,7 +176,8 @@ def test_the_default_contract_is_129_channels_of_2_s_and_said(variant):
         "the channels are those of GSN-HydroCel-129",
         "a window has 200 samples",
         "the sampling rate is 100 Hz",
-        "recordings are filtered and referenced as in the published pretraining",
+        "recordings are filtered as in the published pretraining",
+        "recordings are referenced to their average",
     )
 
 
@@ -186,13 +187,23 @@ def test_the_default_contract_is_129_channels_of_2_s_and_said(variant):
         ({"n_times": 256}, "a window has"),
         ({"sfreq": 128.0}, "the sampling rate"),
         ({"ch_names": NAMES, "n_chans": 4}, "GSN-HydroCel"),
+        ({"preprocessing": {"reference": "none"}}, "average"),
+        ({"preprocessing": {"l_freq": 1.0, "h_freq": None}}, "filtered"),
     ],
 )
 def test_what_is_asked_for_is_not_assumed(asked, said):
     spec, assumed = resolve_spec({"variant": "postlocal"} | asked, None)
-    assert len(assumed) == 3
+    assert len(assumed) == 4
     assert not [sentence for sentence in assumed if said in sentence]
+    preprocessing = asked.pop("preprocessing", {})
     assert all(getattr(spec, field) == value for field, value in asked.items())
+    assert all(getattr(spec.preprocessing, field) == value for field, value in preprocessing.items())
+
+
+def test_one_channel_is_not_referenced_to_its_own_average():
+    spec, assumed = resolve_spec({"variant": "postlocal", "ch_names": ("Cz",), "n_chans": 1}, None)
+    assert spec.preprocessing == Preprocessing(reference="none")
+    assert "one channel keeps its reference" in assumed
 
 
 def test_129_unnamed_channels_are_taken_for_the_net_and_said(bare):

@@ -62,6 +62,7 @@ bands = st.builds(
 def specs(draw):
     n_chans, n_outputs = draw(st.integers(1, 5)), draw(st.integers(1, 4))
     names = st.lists(st.text(min_size=1), min_size=n_chans, max_size=n_chans, unique_by=str.casefold).map(tuple)
+    classes = st.lists(st.text(min_size=1), min_size=n_outputs, max_size=n_outputs, unique=True).map(tuple)
     positions = st.tuples(*[st.tuples(coordinate, coordinate, coordinate)] * n_chans)
     return ModelSpec(
         variant=draw(st.sampled_from(["prelocal", "postlocal", "contextual", "base"])),
@@ -73,7 +74,7 @@ def specs(draw):
         n_spat_filters=draw(positive),
         ch_names=draw(st.none() | names),
         positions=draw(st.none() | positions),
-        class_names=draw(st.none() | st.tuples(*[st.text()] * n_outputs)),
+        class_names=draw(st.none() | classes),
         preprocessing=draw(bands),
         encoder=draw(encoders),
     )

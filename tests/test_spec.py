@@ -135,6 +135,7 @@ def test_bands_with_open_sides(band):
             "n_times is 151, but the first time token needs 152 samples. Use windows of at least 152 samples.",
         ),
         ({"ch_names": ("Cz",)}, "There are 1 channel names for 129 channels. Name every channel once."),
+        ({"n_chans": 2, "ch_names": ("Cz", ""), "positions": None}, "A channel has an empty name."),
         (
             {"n_chans": 3, "ch_names": ("Cz", "Pz", "CZ"), "positions": None},
             "Channel names appear twice: CZ, Cz. Name every channel once (case is ignored).",
@@ -144,6 +145,8 @@ def test_bands_with_open_sides(band):
         ({"positions": ((math.nan, 0.0, 0.1),) * 129}, "The positions are not finite"),
         ({"positions": ((0.0, 0.0, 95.0),) * 129}, "A position is 95 m from the head's centre. Give positions in metres, not in"),
         ({"class_names": ("left", "right")}, "There are 2 class names for 1 outputs. Name every output once."),
+        ({"n_outputs": 2, "class_names": ("left", "left")}, "A class has an empty name, or that of another one."),
+        ({"n_outputs": 2, "class_names": ("left", "")}, "A class has an empty name"),
         ({"sfreq": 80.0}, "The upper band edge of 40 Hz is not below half the sampling rate of 80 Hz. Lower it"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,12 +100,15 @@ def _export_one(
 ) -> Bundle:
     from sjepa_deploy.bundle import Provenance
     from sjepa_deploy.checkpoint import load_model, read_checkpoint
+    from sjepa_deploy.cli.build import parse_precisions
     from sjepa_deploy.export.to_bundle import ExportParityError, to_bundle
     from sjepa_deploy.models import build_model
     from sjepa_deploy.resolve import resolve_spec
 
     screen = console(json_output)
     precisions = _precisions(precision)
+    if engines not in ("auto", "none"):
+        parse_precisions(engines)  # before anything is written
     read = read_checkpoint(checkpoint, prefix=prefix) if checkpoint else None
     if variant is None and read is None:
         raise ExportError(
@@ -114,7 +116,6 @@ def _export_one(
         )
     asked, montage = _asked(variant, **flags)
     spec, assumed = resolve_spec(asked, read, asked_montage=montage)
-    spec = _with_preprocessing(spec, flags["reference"], flags["band"])
     out = out or Path(f"sjepa-{spec.variant}")
     if read is None:
         model = build_model(spec, seed=seed)
@@ -190,6 +191,10 @@ def _asked(
     asked = {ours: flags[flag] for flag, ours in names.items() if flags[flag] is not None}
     if variant is not None:
         asked["variant"] = variant
+    preprocessing = {} if flags["reference"] is None else {"reference": flags["reference"]}
+    if flags["band"] is not None:
+        preprocessing |= {name: edge or None for name, edge in zip(("l_freq", "h_freq"), flags["band"], strict=True)}
+    asked["preprocessing"] = preprocessing
     if flags["class_names"] is not None:
         asked["class_names"] = tuple(name.strip() for name in flags["class_names"].split(","))
         asked.setdefault("n_outputs", len(asked["class_names"]))
@@ -206,15 +211,6 @@ def _asked(
         return asked, chosen.pick(ch_names)
     asked |= {"ch_names": ch_names, "n_chans": len(ch_names)}
     return asked, None
-
-
-def _with_preprocessing(spec: ModelSpec, reference: str | None, band: tuple[float, float] | None) -> ModelSpec:
-    changes: dict[str, Any] = {}
-    if reference is not None:
-        changes["reference"] = reference
-    if band is not None:
-        changes |= {"l_freq": band[0] or None, "h_freq": band[1] or None}
-    return spec.replace(preprocessing=dataclasses.replace(spec.preprocessing, **changes)) if changes else spec
 
 
 def _length_note(known: dict[str, Any], spec: ModelSpec) -> tuple[str, ...]:
@@ -236,7 +232,7 @@ def _parity_windows(path: Path, spec: ModelSpec) -> FloatArray:
                 f"{path} has shape {array.shape}, not (n, {spec.n_chans}, {spec.n_times}).", f"Give windows in {spec.unit}."
             )
         return np.ascontiguousarray(array, dtype=np.float32)
-    fitted = fit_recording(read_recording(path), spec)
+    fitted = fit_recording(read_recording(path), spec, interpolate=True)  # parity asks for real EEG, not for the right place
     return windows(fitted.data, spec.n_times, spec.n_times)
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
 from sjepa_deploy.cli import console, entry, print_json
-from sjepa_deploy.cli.training import changes_of, is_first_process, print_transfer, require_training, training_options
+from sjepa_deploy.cli.training import changes_of, is_first_process, print_transfer, require_training, shape_of, training_options
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,7 +22,11 @@ from sjepa_deploy.cli.training import changes_of, is_first_process, print_transf
 @click.option("--spatial-filters", type=int, help="Spatial filters.")
 @click.option("--warmup-epochs", type=int, help="Epochs in which only the new layers learn.")
 @click.option("--task", type=click.Choice(["regression", "classification"]), help="Whether the target is a number or a class.")
-@click.option("--stimulus", multiple=True, help="Event that a reaction time starts at; may be repeated.")
+@click.option(
+    "--stimulus",
+    multiple=True,
+    help="Event that a reaction time starts at, or trial_type of the rows of --column; may be repeated.",
+)
 @click.option("--response", multiple=True, help="Event that a reaction time ends at; may be repeated.")
 @click.option("--column", help="Column of a TSV, of participants.tsv or of Epochs' metadata that holds the target.")
 @training_options
@@ -83,7 +88,10 @@ def finetune(
         table.add_row(name, f"{score.value:.3f}", f"{score.low:.3f} to {score.high:.3f}", f"{result.baseline[name].value:.3f}")
     screen.print(table)
     fitted = result.fitted
-    screen.print(f"{result.spec.variant} of epoch {fitted.best_epoch + 1} of {fitted.epochs} in [bold]{out}[/]")
+    screen.print(
+        f"{result.spec.variant}, {shape_of(result.spec)}, of epoch {fitted.best_epoch + 1} of {fitted.epochs} in "
+        f"[bold]{escape(str(out))}[/]"
+    )
     if json_output:
         print_json({"out": str(out), "result": result})
 

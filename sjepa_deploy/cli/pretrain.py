@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.markup import escape
 
 from sjepa_deploy.cli import console, entry, print_json
-from sjepa_deploy.cli.training import changes_of, is_first_process, require_training, training_options
+from sjepa_deploy.cli.training import changes_of, is_first_process, require_training, shape_of, training_options
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -45,7 +46,7 @@ def pretrain(
         f"[bold]{result.val_l1:.4f}[/] at epoch {fitted.best_epoch + 1} of {fitted.epochs}, "
         f"{result.val_l1_mean:.4f} for the mean embedding; spread {result.spread:.3f}"
     )
-    screen.print(f"base model in [bold]{out}[/]")
+    screen.print(f"base model, {shape_of(result.spec)}, in [bold]{escape(str(out))}[/]")
     if json_output:
         print_json({"out": str(out), "result": result})
 

@@ -20,7 +20,7 @@ from sjepa_deploy.errors import RecordingError
 from sjepa_deploy.recording import fit_recording, read_recording, window_starts, windows
 from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, FloatArray
 from sjepa_deploy.runtime.predictor import load
-from sjepa_deploy.spec import PRECISIONS, UNITS_IN_VOLTS, ModelSpec, Precision, Unit
+from sjepa_deploy.spec import RUN_PRECISIONS, UNITS_IN_VOLTS, ModelSpec, RunPrecision, Unit
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -29,7 +29,7 @@ from sjepa_deploy.spec import PRECISIONS, UNITS_IN_VOLTS, ModelSpec, Precision, 
 @click.option("--out", type=click.Path(path_type=Path), help="TSV to write.  [default: standard output]")
 @click.option("--hop", type=float, help="Seconds from one window to the next.  [default: one window]")
 @click.option("--backend", default=DEFAULT_BACKEND, help="What runs the model.")
-@click.option("--precision", type=click.Choice(PRECISIONS), help="Graph to run.  [default: the bundle's first]")
+@click.option("--precision", type=click.Choice(RUN_PRECISIONS), help="What to compute in.  [default: the bundle's first]")
 @click.option("--interpolate", is_flag=True, help="Interpolate the model's channels from the recording's by their positions.")
 @click.option("--sfreq", type=float, help="Sampling rate in Hz of a file that does not say (.npy).")
 @click.option("--unit", type=click.Choice(list(UNITS_IN_VOLTS)), help="Unit of a file that does not say (.npy, .xdf).")
@@ -40,7 +40,7 @@ def run(
     out: Path | None,
     hop: float | None,
     backend: str,
-    precision: Precision | None,
+    precision: RunPrecision | None,
     interpolate: bool,
     sfreq: float | None,
     unit: Unit | None,

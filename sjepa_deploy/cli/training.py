@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sjepa_deploy.errors import MissingDependencyError
+from sjepa_deploy.spec import ModelSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -38,6 +39,7 @@ def training_options(command: F) -> F:
         click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the checkpoint."),
         click.option("--data", "sources", multiple=True, help="Recording, *-epo.fif, .npz or BIDS folder; may be repeated."),
         click.option("--montage", help="Names and positions of the channels: a montage of MNE, or a file."),
+        click.option("--interpolate", is_flag=True, help="Make the channels that a recording lacks from the others."),
         click.option("--sfreq", type=float, help="Sampling rate in Hz to learn at."),
         click.option("--n-times", type=int, help="Samples of a window."),
         click.option("--split", type=click.Choice(["auto", "subject", "session", "block"]), help="What parts do not share."),
@@ -65,7 +67,8 @@ def training_options(command: F) -> F:
 def changes_of(flags: dict[str, Any]) -> dict[str, Any]:
     """Return the flags as changes of a configuration."""
     changes = {f"data.{name}": flags[name] for name in DATA_FLAGS} | {f"engine.{name}": flags[name] for name in ENGINE_FLAGS}
-    return changes | {"data.source": flags["sources"] or None, "engine.compile": flags["compile_step"] or None}
+    switches = {"data.interpolate": flags["interpolate"] or None, "engine.compile": flags["compile_step"] or None}
+    return changes | switches | {"data.source": flags["sources"] or None}
 
 
 def require_training() -> None:
@@ -84,6 +87,11 @@ def require_training() -> None:
 def is_first_process() -> bool:
     """Return whether this process reports, of those that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def shape_of(spec: ModelSpec) -> str:
+    """Return what a model sees of the EEG, for people."""
+    return f"{spec.n_chans} channels x {spec.n_times} samples at {spec.sfreq:g} Hz"
 
 
 def print_transfer(screen: Console, report: Any) -> None:
