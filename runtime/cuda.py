@@ -139,6 +139,12 @@ class Device:
             memory=check(cu.cuDeviceTotalMem(self._device)),
         )
 
+    @property
+    def bus_id(self) -> str:
+        """Its PCI bus, e.g. "0000:4B:00.0"."""
+        text: bytes = check(self.cu.cuDeviceGetPCIBusId(32, self._device))
+        return text.split(b"\0")[0].decode()
+
     def make_current(self) -> None:
         """Make this GPU's context that of the calling thread."""
         check(self.cu.cuCtxSetCurrent(self._context))
@@ -270,6 +276,7 @@ class Stream:
     def synchronize(self) -> None:
         """Wait whatever the mode, after work that `finish` did not end."""
         check(self._cu.cuStreamSynchronize(self.stream))
+        self._flag[0] = 0  # of a launch that nothing else waited for
 
     def capture(self, enqueue: Callable[[], None]) -> Graph:
         """Return the graph of what `enqueue` puts into this stream; nothing runs."""

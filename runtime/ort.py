@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import onnxruntime as ort
 from sjepa_deploy.bundle import ONNX_CONTRACT_KEY, Bundle, graph_contract
 from sjepa_deploy.errors import BackendError, BundleError
 from sjepa_deploy.runtime.backend import BackendOptions, FloatArray, two_threads
+from sjepa_deploy.runtime.bench_results import Split
 from sjepa_deploy.runtime.cuda import Device, DeviceBuffer, HostBuffer, Stream, address_on_gpu
+from sjepa_deploy.runtime.split import split_calls
 from sjepa_deploy.spec import RunPrecision
 
 logger = logging.getLogger(__name__)
@@ -208,6 +211,22 @@ class OrtCudaBackend:
             buffer = self.input_buffer(batch)
             for _ in range(n_runs):
                 self.run(buffer)
+
+    def split(self, eeg: FloatArray, n: int) -> Split:
+        """Return where the time of `n` calls on `eeg` goes."""
+        bound = self._bound.get(len(eeg)) or self._bind(len(eeg))
+        steps: dict[str, Callable[[], object]] = {
+            "compute": lambda: self._session.run_with_iobinding(bound.binding, bound.options)
+        }
+        how = "as measured, in mapped memory"
+        if bound.device_buffers:
+            steps = {
+                "h2d": lambda: self._stream.upload(bound.source, bound.input),
+                **steps,
+                "d2h": lambda: self._download(bound),
+            }
+            how = "as measured, with copies"
+        return split_calls(self._device, self._stream, lambda: np.copyto(bound.input.array, eeg), steps, n, how)
 
     def _run(self, bound: _Binding) -> None:
         if bound.device_buffers:

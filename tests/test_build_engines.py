@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -20,7 +22,9 @@ from sjepa_deploy.errors import BackendError, EngineError, InputError
 from sjepa_deploy.export.to_tensorrt import EngineParityError, build_engine
 from sjepa_deploy.runtime import cuda, tensorrt_api
 from sjepa_deploy.runtime.backend import BACKENDS, BackendOptions, open_backend
+from sjepa_deploy.runtime.bench import BenchConfig, run_bench
 from sjepa_deploy.runtime.engines import BuildSettings, EngineStore, timing_cache_file
+from sjepa_deploy.runtime.peers import ALL_BACKENDS
 
 VERSIONS = ("8.6.0", "10.9.0", "11.4.0")
 
@@ -109,6 +113,64 @@ def test_every_way_to_run_gives_the_same_and_allocates_nothing(rig, bundle, memo
     assert rig.driver.n_allocated == allocated
     assert (rig.driver.n_launched - launched) == (10 if cuda_graph else 0)
     backend.close()
+
+
+@pytest.mark.parametrize("memory", ["mapped", "copy"])
+@pytest.mark.parametrize("wait", ["spin", "flag"])
+def test_calls_are_split_with_events_and_go_on_afterwards(rig, bundle, memory, wait):
+    """The fake driver works while things are enqueued: its events then tell what the steps take, and wait for nothing."""
+    build_engine(bundle, "fp32")
+    backend = open_backend(bundle, "tensorrt", "fp32", BackendOptions(memory=memory, wait=wait))
+    windows = eeg(bundle, 3)
+    want = backend.run(windows).copy()
+    rig.faults.spoil = lambda out: (time.sleep(0.01), out)[1]
+    split = backend.split(windows, 5)
+    rig.faults.spoil = lambda out: out
+    assert split.n == 5
+    assert 10_000 <= split.compute_us < split.enqueue_us
+    if memory == "copy":
+        assert 0 < split.h2d_us < 10_000
+        assert 0 < split.d2h_us < 10_000
+    else:
+        assert (split.h2d_us, split.d2h_us) == (None, None)
+    assert split.host_us < 10_000
+    assert abs(split.overhead_us) < 10_000
+    assert not rig.driver.recorded, "the events were released"
+    np.testing.assert_array_equal(backend.run(windows), want)
+    backend.run(windows[::-1].copy())
+    np.testing.assert_array_equal(backend.run(windows), want)
+    backend.close()
+
+
+@pytest.mark.parametrize("memory", ["mapped", "copy"])
+def test_the_benchmark_measures_engines(rig, bundle, monkeypatch, memory):
+    """Everything but the hardware: device memory, the split, energy and clocks from NVML."""
+    build_engine(bundle, "fp32")
+    monkeypatch.setitem(ALL_BACKENDS, "tensorrt", BACKENDS["tensorrt"])
+    monkeypatch.setattr("sjepa_deploy.runtime.environment.Nvml._ask", lambda nvml, function, *which: next(ticks) * 1000)
+    ticks = itertools.count()
+    config = BenchConfig(
+        backends=("tensorrt",),
+        precisions=("fp32", "fp16"),
+        scenarios=("back-to-back", "paced"),
+        rates=(200.0,),
+        seconds=0.1,
+        n_blocks=5,
+        options=BackendOptions(memory=memory),
+    )
+    report, _ = run_bench((bundle,), config)
+    assert [c.key.backend for c in report.cells] == ["nothing", "nothing", "tensorrt", "tensorrt", "tensorrt"]
+    closed = report.cells[2]
+    assert closed.split.compute_us > 0
+    assert (closed.split.h2d_us is None) == (memory == "mapped")
+    assert closed.resources.device_bytes > 0
+    assert closed.resources.joules_per_window > 0
+    assert closed.after.gpu_mhz > closed.before.gpu_mhz
+    assert "NVIDIA Fake 9000" in report.environment.gpu
+    (entry,) = report.left_out
+    assert entry.what == "b on tensorrt fp16"
+    assert "engine" in entry.reason
+    assert not rig.driver.allocations
 
 
 class OnGpu:
