@@ -69,6 +69,10 @@ class RecordingError(SjepaError, ValueError):
     """A recording that cannot be read or does not fit the model."""
 
 
+class BenchmarkError(SjepaError):
+    """A benchmark that cannot be run, or a report of one that cannot be read or written."""
+
+
 class MissingDependencyError(SjepaError, ImportError):
     """A package that this function needs is not installed."""
 
