@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A recording to decode in the demonstration; without one, synthetic EEG is decoded.
 RECORDING ?= $(wildcard ../shared/eeg/eeglab_data.set)
 
-.PHONY: demo test test-gpu gpu-pack lint types package runtime310 clean
+.PHONY: demo test browser test-gpu gpu-pack lint types package runtime310 clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,11 @@ endif
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# What the tests look at pages with: Debian's Chromium, installed where there is none (as root).
+browser:
+	command -v chromium > /dev/null && command -v chromedriver > /dev/null || \
+		(apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium chromium-driver)
 
 # The smoke test of every GPU backend that runs here.
 test-gpu: $(VENV)/installed

@@ -31,3 +31,12 @@ def manifest_json(make_bundle):
     text = (make_bundle("prelocal", precisions=("fp32", "fp16", "bf16")).path / "manifest.json").read_text()
     assert json.loads(text)["parity"]
     return text
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Return a `browser.Browser`: Chromium without a window, shared by the tests of a module."""
+    from browser import chromium  # most runs need no Selenium
+
+    with chromium() as started:
+        yield started
