@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from sjepa_deploy.runtime.environment import commit, n_cores, processor, versions
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("sjepa-deploy", "torch", "onnx", "onnxruntime", "numpy", "braindecode")
@@ -17,32 +17,16 @@ PACKAGES = ("sjepa-deploy", "torch", "onnx", "onnxruntime", "numpy", "braindecod
 
 def describe_machine() -> dict[str, Any]:
     """Return hardware, load, versions, commit and command."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False).stdout.strip()
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
     return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "processor": processor(),
+        "cores": n_cores(),
         "load_before": os.getloadavg()[0],
         "system": platform.system(),
         "python": platform.python_version(),
-        "versions": versions,
-        "commit": commit + (" with changes" if changed else ""),
+        "versions": {name: version or "not installed" for name, version in versions(PACKAGES).items()},
+        "commit": commit(ROOT) or "",
         "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def write_result(path: Path, result: dict[str, Any], table: str) -> None:

@@ -136,8 +136,25 @@ BACKENDS: dict[str, BackendEntry] = {
 DEFAULT_BACKEND = "ort-cpu"
 
 
-def open_backend(bundle: Bundle, name: str, precision: RunPrecision, options: BackendOptions | None = None) -> Backend:
+def open_backend(
+    bundle: Bundle,
+    name: str,
+    precision: RunPrecision,
+    options: BackendOptions | None = None,
+    among: dict[str, BackendEntry] = BACKENDS,
+) -> Backend:
     """Load the backend `name` for the graph of `precision`.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        What to run.
+    name, precision : str
+        On what, and in what.
+    options : BackendOptions or None
+        What may be asked of it.
+    among : dict of str to BackendEntry
+        Where to look it up: a benchmark knows more than those that decode (`sjepa_deploy.runtime.peers`).
 
     Raises
     ------
@@ -146,11 +163,11 @@ def open_backend(bundle: Bundle, name: str, precision: RunPrecision, options: Ba
     MissingDependencyError
         If what it needs is not installed.
     """
-    if name not in BACKENDS:
-        raise BackendError(f"{name!r} is not a backend.", f"Use one of {', '.join(BACKENDS)}.")
-    if missing := BACKENDS[name].why_not():
+    if name not in among:
+        raise BackendError(f"{name!r} is not a backend.", f"Use one of {', '.join(among)}.")
+    if missing := among[name].why_not():
         raise missing
-    backend: Backend = _find(BACKENDS[name].target)(bundle, precision, options or BackendOptions())
+    backend: Backend = _find(among[name].target)(bundle, precision, options or BackendOptions())
     return backend
 
 

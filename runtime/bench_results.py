@@ -15,8 +15,12 @@ Arrays of a cell in the ``.npz``, one value a call (one a window in open loop), 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import math
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +42,8 @@ SCENARIOS: tuple[Scenario, ...] = ("back-to-back", "paced", "streams", "throughp
 
 HARNESS = "nothing"
 """Name of the backend that does nothing: what measuring costs."""
+
+INTERRUPTED = "It was interrupted."
 
 PERCENTS = (50.0, 90.0, 95.0, 99.0, 99.9)
 
@@ -197,7 +203,8 @@ class Phase:
     Attributes
     ----------
     name : str
-        "process", "import", "open bundle", "open backend", "first call", "steady call".
+        "engine build" or "first call, nothing cached" where there is one, before the others; then "process", "import",
+        "open bundle", "open backend", "first call", "steady call".
     seconds : Estimate
         Median over the processes, with the smallest and the largest of them as bounds.
     """
@@ -257,9 +264,9 @@ class Resources:
     Attributes
     ----------
     host_bytes : int or None
-        Resident memory that opening and warming up the backend added to this process.
+        Largest resident memory of a process that decodes with this backend alone; cold starts only.
     device_bytes : int or None
-        Device memory that it added.
+        Device memory that opening it and calling it at every batch size of parity took.
     joules_per_window : float or None
         Energy of the whole GPU (NVML's counter) over the windows decoded.
     """
@@ -633,42 +640,47 @@ class BenchReport:
     left_out: tuple[LeftOut, ...] = ()
     samples_file: str | None = None
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether somebody ended the run, rather than its time limit."""
+        return self.partial == INTERRUPTED
+
     def cell(self, key: CellKey) -> Cell | None:
         """Return the cell of `key`, or None."""
         return next((cell for cell in self.cells if cell.key == key), None)
 
 
-def save_report(report: BenchReport, path: Path) -> None:
-    """Write `report` to `path`, a ``.json``. What is there is replaced whole or not at all.
+def write_report(report: BenchReport, samples: Samples, path: Path) -> BenchReport:
+    """Write `report` to `path`, a ``.json``, and its samples beside it. Returns it with the name of their file.
+
+    What is there is replaced whole or not at all.
 
     Raises
     ------
     BenchmarkError
-        If it cannot be written.
+        If they cannot be written.
     """
-    assert report.samples_file is None or report.samples_file == path.with_suffix(".npz").name
-    partial = path.with_name(f".{path.name}.partial")
+    arrays = path.with_suffix(".npz")
+    report = dataclasses.replace(report, samples_file=arrays.name)
     try:
-        partial.write_text(json.dumps(encode(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(path)
+        with _whole(arrays) as file:
+            np.savez_compressed(file, **samples)
+        with _whole(path) as file:
+            file.write_text(json.dumps(encode(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as e:
         raise BenchmarkError(f"{path} cannot be written ({e.strerror}).", "Choose another --out.") from e
+    return report
 
 
-def save_samples(samples: Samples, path: Path) -> None:
-    """Write raw samples to `path`, a ``.npz``.
-
-    Raises
-    ------
-    BenchmarkError
-        If it cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.partial.npz")
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Give a name beside `path`, and move what was written there to `path` when the block ends well."""
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
-        np.savez_compressed(partial, allow_pickle=False, **samples)
+        yield partial
         partial.replace(path)
-    except OSError as e:
-        raise BenchmarkError(f"{path} cannot be written ({e.strerror}).", "Choose another --out.") from e
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_report(path: Path) -> BenchReport:

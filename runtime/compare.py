@@ -1,11 +1,20 @@
-"""What changed between two benchmark reports, and whether the difference is one."""
+"""What changed between two benchmark reports and whether it is a change; and which backend a report speaks for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from sjepa_deploy.runtime.bench_results import CellKey, Estimate
+import numpy as np
+
+from sjepa_deploy.runtime.backend import BACKENDS
+from sjepa_deploy.runtime.bench_results import HARNESS, BenchReport, Cell, CellKey, Estimate, Recommendation, Samples
+from sjepa_deploy.runtime.estimates import ratio
+from sjepa_deploy.spec import RUN_PRECISIONS
+
+SMALLEST_CLAIM = 0.03
+"""Two runs of the same thing on a quiet machine differ by up to this in what blocks of one run cannot show (where memory came to
+lie, when the threads started). Changes are claimed only if their whole interval lies beyond it."""
 
 Verdict = Literal["slower", "faster", "no change shown", "not held any more", "held now", "wrong now", "too few blocks"]
 
@@ -64,3 +73,188 @@ class Comparison:
     changes: tuple[Change, ...]
     only_before: tuple[str, ...] = ()
     only_after: tuple[str, ...] = ()
+
+
+def compare(
+    before: tuple[BenchReport, Samples], after: tuple[BenchReport, Samples], names: tuple[str, str] = ("before", "after")
+) -> Comparison:
+    """Compare two reports cell by cell, from their raw samples.
+
+    Whole blocks of both are resampled, so that the interval of a change holds what blocks of each run differ by. Where the canary
+    shows that the machine itself became slower or faster, a backend has to differ by more than that.
+
+    Parameters
+    ----------
+    before, after : tuple of BenchReport and dict of arrays
+        The reports with their samples.
+    names : tuple of str
+        What to call them.
+    """
+    (old, old_samples), (new, new_samples) = before, after
+    machine = None
+    if "canary_us" in old_samples and "canary_us" in new_samples:
+        canaries = [(s["canary_us"], np.arange(len(s["canary_us"]))) for s in (old_samples, new_samples)]
+        machine = ratio(canaries[0], canaries[1], 50.0)
+    shift = 0.0 if machine is None or not _claimed(machine, 0.0) else machine.value
+    changes = []
+    for cell in old.cells:
+        twin = new.cell(cell.key)
+        if twin is not None and cell.cold_start is None and cell.key.backend != HARNESS:
+            changes.append(_change(cell, twin, old_samples, new_samples, shift))
+    return Comparison(
+        before=names[0],
+        after=names[1],
+        smallest_claim=SMALLEST_CLAIM,
+        machine=machine,
+        differs=_differences(old, new),
+        changes=tuple(changes),
+        only_before=_only_in(old, new),
+        only_after=_only_in(new, old),
+    )
+
+
+def _claimed(change: Estimate, shift: float) -> bool:
+    """Return whether all of the interval lies beyond the smallest claim, and beyond what the machine changed by."""
+    if change.low is None or change.high is None:
+        return False
+    return change.low > SMALLEST_CLAIM + max(0.0, shift) or change.high < -SMALLEST_CLAIM + min(0.0, shift)
+
+
+def _change(old: Cell, new: Cell, old_samples: Samples, new_samples: Samples, shift: float) -> Change:
+    if old.parity and new.struck_out:
+        return Change(key=old.key, verdict="wrong now")
+    if old.latency is None or new.latency is None:
+        verdict: Verdict = "no change shown"
+        if old.latency is not None:
+            verdict = "not held any more"
+        elif new.latency is not None:
+            verdict = "held now"
+        return Change(key=old.key, verdict=verdict)
+    pools = [(s[f"{c.id}.latency_us"], s[f"{c.id}.block"]) for c, s in ((old, old_samples), (new, new_samples))]
+    change = ratio(pools[0], pools[1], 50.0)
+    middle = [cell.latency.at(50.0) for cell in (old, new) if cell.latency is not None]
+    verdict = "no change shown"
+    if change.low is None:
+        verdict = "too few blocks"
+    elif _claimed(change, shift):
+        verdict = "slower" if change.value > 0 else "faster"
+    both_p99 = old.latency.at(99.0) is not None and new.latency.at(99.0) is not None
+    return Change(
+        key=old.key,
+        verdict=verdict,
+        before_us=None if middle[0] is None else middle[0].value,
+        after_us=None if middle[1] is None else middle[1].value,
+        change=change,
+        change_p99=ratio(pools[0], pools[1], 99.0) if both_p99 else None,
+    )
+
+
+def _differences(old: BenchReport, new: BenchReport) -> tuple[str, ...]:
+    found = []
+    for name in ("processor", "cores", "system", "python", "gpu", "gpu_driver", "governor"):
+        values = getattr(old.environment, name), getattr(new.environment, name)
+        if values[0] != values[1]:
+            found.append(f"{name}: {values[0]} -> {values[1]}")
+    packages = old.environment.versions, new.environment.versions
+    for name in sorted(packages[0] | packages[1]):
+        values = packages[0].get(name), packages[1].get(name)
+        if values[0] != values[1]:
+            found.append(f"{name}: {values[0] or 'not installed'} -> {values[1] or 'not installed'}")
+    digests = [{fact.label: fact.digest for fact in report.bundles} for report in (old, new)]
+    found += [f"bundle {b}: another export" for b in digests[0] if b in digests[1] and digests[0][b] != digests[1][b]]
+    for report, name in ((old, "before"), (new, "after")):
+        if report.noise is not None and report.noise.noisy:
+            found.append(f"the run {name} was noisy: {' '.join(report.noise.reasons)}")
+        if report.partial:
+            found.append(f"the run {name} is partial: {report.partial}")
+    return tuple(found)
+
+
+def _only_in(one: BenchReport, other: BenchReport) -> tuple[str, ...]:
+    """Return what only one report has. The numbers of streams are chosen by a search: that those differ is no news."""
+    return tuple(c.key.label for c in one.cells if c.key.n_streams is None and other.cell(c.key) is None)
+
+
+def regressions(comparison: Comparison, above: float) -> tuple[Change, ...]:
+    """Return what became worse: claimed slowdowns above `above` (0.1 for 10 %), rates not held any more, wrong outputs."""
+    return tuple(
+        change
+        for change in comparison.changes
+        if change.verdict in ("not held any more", "wrong now")
+        or (change.verdict == "slower" and change.change is not None and change.change.value > above)
+    )
+
+
+def recommend(report: BenchReport) -> tuple[Recommendation, ...]:
+    """Return the backend to use for each bundle: the fastest of those that are right.
+
+    They are compared at the highest paced rate that one of them holds, or else back to back, by their p99 (by their median, where
+    one of them has too few samples for a p99). Among those whose intervals overlap the fastest one's, float32 comes first, and
+    backends of this toolkit before others.
+    """
+    found = []
+    for fact in report.bundles:
+        mine = [c for c in report.cells if c.key.bundle == fact.label and c.key.backend != HARNESS]
+        wrong = dict.fromkeys(f"{c.key.backend} {c.key.precision}" for c in mine if c.struck_out)
+        field = _comparable([c for c in mine if c.parity and c.latency is not None])
+        if not field:
+            continue
+        percent = 99.0 if all(_at(c, 99.0) is not None for c in field) else 50.0
+        field = sorted((c for c in field if _at(c, percent) is not None), key=lambda c: _figure(c, percent).value)
+        if not field:
+            continue
+        fastest = _figure(field[0], percent)
+        limit = fastest.value if fastest.high is None else fastest.high
+        equal = [c for c in field if (low := _figure(c, percent).low) is not None and low <= limit] or field[:1]
+        best = min(equal, key=_preference)
+        rest = [c for c in field if c is not best]
+        found.append(
+            Recommendation(
+                bundle=fact.label,
+                backend=best.key.backend,
+                precision=best.key.precision,
+                why=_why(best, rest, len(equal), percent, list(wrong)),
+            )
+        )
+    return tuple(found)
+
+
+def _comparable(cells: list[Cell]) -> list[Cell]:
+    """Return the cells that the choice is made by, one for each backend and precision."""
+    paced = [c for c in cells if c.key.scenario == "paced" and not c.key.keep_warm and c.key.rate is not None]
+    if paced:
+        rate = max(c.key.rate or 0 for c in paced)
+        return [c for c in paced if c.key.rate == rate]
+    closed = [c for c in cells if c.key.scenario in ("back-to-back", "throughput")]
+    smallest = min((c.key.batch for c in closed), default=0)
+    first = next((c.key.scenario for c in closed), None)
+    return [c for c in closed if c.key.batch == smallest and c.key.scenario == first]
+
+
+def _at(cell: Cell, percent: float) -> Estimate | None:
+    return None if cell.latency is None else cell.latency.at(percent)
+
+
+def _figure(cell: Cell, percent: float) -> Estimate:
+    figure = _at(cell, percent)
+    assert figure is not None
+    return figure
+
+
+def _preference(cell: Cell) -> tuple[int, int]:
+    return RUN_PRECISIONS.index(cell.key.precision), 0 if cell.key.backend in BACKENDS else 1
+
+
+def _why(best: Cell, rest: list[Cell], n_equal: int, percent: float, wrong: list[str]) -> str:
+    key, figure = best.key, _figure(best, percent)
+    where = f"at {key.rate:g} windows a second" if key.rate is not None else f"back to back at batch {key.batch}"
+    span = "" if figure.low is None or figure.high is None else f" ({figure.low:.4g} to {figure.high:.4g})"
+    words = [f"p{percent:g} of {figure.value:.4g} us{span} {where}."]
+    if n_equal > 1:
+        words.append(f"{n_equal - 1} more cannot be told from it; the higher precision and our own backends come first.")
+    if rest:
+        second = rest[0]
+        words.append(f"Next: {second.key.backend} {second.key.precision} with {_figure(second, percent).value:.4g} us.")
+    if wrong:
+        words.append(f"Struck out for wrong outputs: {', '.join(wrong)}.")
+    return " ".join(words)

@@ -139,6 +139,12 @@ class Device:
             memory=check(cu.cuDeviceTotalMem(self._device)),
         )
 
+    @property
+    def bus_id(self) -> str:
+        """Its PCI bus, e.g. "0000:4B:00.0"."""
+        text: bytes = check(self.cu.cuDeviceGetPCIBusId(32, self._device))
+        return text.split(b"\0")[0].decode()
+
     def make_current(self) -> None:
         """Make this GPU's context that of the calling thread."""
         check(self.cu.cuCtxSetCurrent(self._context))

@@ -73,6 +73,12 @@ class BenchmarkError(SjepaError):
     """A benchmark that cannot be run, or a report of one that cannot be read or written."""
 
 
+class RegressionError(BenchmarkError):
+    """A benchmark that found a backend slower than before."""
+
+    exit_code = 1
+
+
 class MissingDependencyError(SjepaError, ImportError):
     """A package that this function needs is not installed."""
 

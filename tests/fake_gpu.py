@@ -96,6 +96,9 @@ class FakeDriver:
     def cuDeviceGetName(self, size: int, device: int) -> tuple[int, bytes]:
         return 0, self.name.encode().ljust(size, b"\0")
 
+    def cuDeviceGetPCIBusId(self, size: int, device: int) -> tuple[int, bytes]:
+        return 0, b"0000:4B:00.0".ljust(size, b"\0")
+
     def cuDeviceTotalMem(self, device: int) -> tuple[int, int]:
         return 0, 1 << 32
 

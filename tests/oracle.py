@@ -5,8 +5,6 @@ A missing braindecode is a failure and not a skip: without it nothing says that 
 
 import contextlib
 import os
-import sys
-import types
 import warnings
 
 import numpy as np
@@ -14,33 +12,14 @@ import torch
 from torch import nn
 
 from sjepa_deploy.models import reference_mode
+from sjepa_deploy.runtime.peers import braindecode_model as braindecode_model
+from sjepa_deploy.runtime.peers import import_braindecode
 from sjepa_deploy.spec import ModelSpec
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when braindecode imports it: only local folders are loaded here
 torch.set_num_threads(1)  # the tensors are small: on two busy cores, two threads wait for each other nine times as long
 
-
-def _make_torchaudio_importable() -> None:
-    """Stand in for torchaudio's compiled extension where it cannot load (its wheel wants CUDA); its Python stays real."""
-    try:
-        import torchaudio  # noqa: F401
-    except OSError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
-            del sys.modules[name]
-        extension = types.ModuleType("torchaudio._extension")
-        extension._IS_TORCHAUDIO_EXT_AVAILABLE = False
-        extension._IS_ALIGN_AVAILABLE = False
-        extension.fail_if_no_align = lambda function: function
-        extension._check_cuda_version = lambda: None
-        sys.modules["torchaudio._extension"] = extension
-
-
-_make_torchaudio_importable()
-with warnings.catch_warnings():
-    # By message, as their categories belong to the packages that warn: wfdb's use of pandas, braindecode's of MNE.
-    warnings.filterwarnings("ignore", message="The inplace keyword in DataFrame.set_index is deprecated")
-    warnings.filterwarnings("ignore", message="Montage name 'standard_1020' is deprecated", category=FutureWarning)
-    from braindecode.models import signal_jepa
+signal_jepa = import_braindecode()
 
 CLASSES = {
     "prelocal": signal_jepa.SignalJEPA_PreLocal,
@@ -48,29 +27,6 @@ CLASSES = {
     "contextual": signal_jepa.SignalJEPA_Contextual,
     "base": signal_jepa.SignalJEPA,
 }
-
-
-def braindecode_model(spec: ModelSpec, **kwargs) -> nn.Module:
-    """Build braindecode's model of `spec`; `kwargs` go to its class."""
-    encoder = spec.encoder
-    return CLASSES[spec.variant](
-        n_outputs=None if spec.variant == "base" else spec.n_outputs,
-        n_chans=spec.n_chans,
-        n_times=spec.n_times,
-        sfreq=spec.sfreq,
-        chs_info=chs_info(spec),
-        **({} if spec.variant == "base" else {"n_spat_filters": spec.n_spat_filters}),
-        feature_encoder__conv_layers_spec=encoder.conv_layers,
-        drop_prob=encoder.drop_prob,
-        pos_encoder__spat_dim=encoder.spat_dim,
-        pos_encoder__time_dim=encoder.time_dim,
-        pos_encoder__sfreq_features=encoder.sfreq_features,
-        transformer__d_model=encoder.emb_dim,
-        transformer__num_encoder_layers=encoder.n_layers,
-        transformer__num_decoder_layers=encoder.n_decoder_layers,
-        transformer__nhead=encoder.n_heads,
-        **kwargs,
-    )
 
 
 def chs_info(spec: ModelSpec) -> list[dict] | None:

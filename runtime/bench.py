@@ -1,0 +1,404 @@
+"""One run of the benchmark: open and judge every backend, interleave the blocks of all scenarios, and put a report together."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.errors import BenchmarkError, SjepaError
+from sjepa_deploy.runtime import estimates, latency
+from sjepa_deploy.runtime.backend import BackendOptions
+from sjepa_deploy.runtime.bench_results import (
+    INTERRUPTED,
+    SCENARIOS,
+    SCHEMA_VERSION,
+    BenchReport,
+    Capacity,
+    Cell,
+    LeftOut,
+    Noise,
+    Samples,
+    Scenario,
+)
+from sjepa_deploy.runtime.compare import recommend
+from sjepa_deploy.runtime.cuda import Device
+from sjepa_deploy.runtime.environment import CpuTimes, Nvml, environment
+from sjepa_deploy.runtime.keep_warm import Clock
+from sjepa_deploy.runtime.scenarios import Bench, ClosedLoop, ColdStarts, Measurement, Paced, Streams
+from sjepa_deploy.runtime.subjects import Subject, bundle_facts, grouped, harness, open_subjects
+from sjepa_deploy.spec import RunPrecision
+
+logger = logging.getLogger(__name__)
+
+RATES = (10.0, 100.0)
+"""Windows a second of the paced scenario."""
+
+THROUGHPUT_BATCHES = (1, 4, 16, 64)
+
+SETTLE_S = 0.02
+"""Pause before each block: thread pools spin for some milliseconds after their last call."""
+
+CANARY_LOOPS, CANARY_REPEATS = 5_000, 5
+
+MAX_CANARY_SPREAD = 0.05
+MAX_OTHERS_CPU = 0.1
+MAX_STOLEN_CPU = 0.02
+"""A machine on which the canary's medians spread by more, or on which others take more cores than this, is called noisy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What to measure.
+
+    Attributes
+    ----------
+    backends : tuple of str
+        Names, see `sjepa_deploy.runtime.peers.ALL_BACKENDS`; empty for all that run here.
+    precisions : tuple of str
+        Empty for all that the graphs allow.
+    scenarios : tuple of str
+        See `Scenario`.
+    batches : tuple of int
+        Batch sizes of the closed loops; empty for 1 back to back and 1, 4, 16, 64 for throughput.
+    rates : tuple of float
+        Windows a second of the paced scenario. Streams have the first of them each.
+    deadline : float or None
+        Seconds from due to done; None for the time to the next window.
+    seconds : float
+        Time in each cell.
+    n_blocks : int
+        Blocks that it is cut into.
+    processes : int
+        Cold starts of each backend.
+    time_limit : float or None
+        Seconds after which no block starts; the report is then partial.
+    seed : int
+        Of the order of blocks, the windows and the phases of streams.
+    options : BackendOptions
+        For every backend.
+    """
+
+    backends: tuple[str, ...] = ()
+    precisions: tuple[RunPrecision, ...] = ()
+    scenarios: tuple[Scenario, ...] = SCENARIOS
+    batches: tuple[int, ...] = ()
+    rates: tuple[float, ...] = RATES
+    deadline: float | None = None
+    seconds: float = 10.0
+    n_blocks: int = 10
+    processes: int = 3
+    time_limit: float | None = None
+    seed: int = 0
+    options: BackendOptions = field(default_factory=BackendOptions)
+
+    def __post_init__(self) -> None:
+        if unknown := [s for s in self.scenarios if s not in SCENARIOS]:
+            raise BenchmarkError(f"{unknown[0]!r} is not a scenario.", f"Use some of {', '.join(SCENARIOS)}.")
+        if not self.scenarios:
+            raise BenchmarkError("There is no scenario to run.", f"Use some of {', '.join(SCENARIOS)}.")
+        positive = {
+            "rate": min(self.rates, default=0),
+            "deadline": self.deadline or 1,
+            "batch": min(self.batches, default=1),
+            "duration": self.seconds,
+            "time limit": self.time_limit or 1,
+            "number of blocks": self.n_blocks,
+            "number of processes": self.processes,
+        }
+        for name, value in positive.items():
+            if not 0 < value < 1e6:
+                raise BenchmarkError(f"A {name} of {value:g} cannot be run.", "Use a positive number below a million.")
+
+
+class Progress(Protocol):
+    """Told of every step."""
+
+    def __call__(self, text: str, done: int, total: int) -> None:
+        """Show `text` and how far the run is."""
+        ...
+
+
+def _silent(text: str, done: int, total: int) -> None:
+    """Show nothing."""
+
+
+class Canary:
+    """A fixed piece of work, timed before every block: what it takes tells how fast the machine is just then."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.us: list[float] = []
+
+    def sing(self) -> None:
+        """Time the work, and keep the median."""
+        now = self._clock.now
+        times = []
+        for _ in range(CANARY_REPEATS):
+            start = now()
+            total = 0
+            for i in range(CANARY_LOOPS):
+                total += i
+            times.append(now() - start)
+        self.us.append(float(np.median(times)) * 1e6)
+
+
+class Run:
+    """The state of a run, from which a report can be made at any time."""
+
+    def __init__(self, bundles: tuple[Bundle, ...], config: BenchConfig, command: str, clock: Clock) -> None:
+        self.bundles, self.config, self.command, self.clock = bundles, config, command, clock
+        self.facts = bundle_facts(bundles)
+        self.began, self.created = clock.now(), datetime.datetime.now(datetime.timezone.utc)
+        self.subjects: list[Subject] = []
+        self.measurements: list[Measurement] = []
+        self.left_out: list[LeftOut] = []
+        self.canary = Canary(clock)
+        self.cpu_before: CpuTimes | None = None
+        self.loop_us: float | None = None
+        self.partial: str | None = None
+        self.rng = np.random.default_rng(config.seed)
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the time limit has passed."""
+        limit = self.config.time_limit
+        return limit is not None and self.clock.now() - self.began > limit
+
+    # ---- what to measure ---------------------------------------------------------------------------------------------------
+
+    def open(self, progress: Progress) -> None:
+        """Open and judge the subjects."""
+        config = self.config
+        opened = open_subjects(
+            self.bundles,
+            self.facts,
+            backends=config.backends,
+            precisions=config.precisions,
+            options=config.options,
+            seed=config.seed,
+        )
+        for found in opened:
+            if isinstance(found, LeftOut):
+                self.left_out.append(found)
+            else:
+                self.subjects.append(found)
+                progress(f"{found.label} is open and judged", 0, 0)
+            if self.out_of_time:
+                self.partial = "The time limit passed before all backends were open."
+                break
+        if not self.subjects:
+            reasons = "; ".join(f"{entry.what}: {entry.reason}" for entry in grouped(self.left_out))
+            raise BenchmarkError(f"No backend can be measured here: {reasons}", "Name another --backend or --precision.")
+
+    def plan(self, bench: Bench, cache: Path) -> None:
+        """Make the measurements of every subject; the backend that does nothing comes first."""
+        config = self.config
+        nothing = harness(self.bundles[0], self.facts[0].label, seed=config.seed)
+        self.measurements.append(ClosedLoop(bench, nothing, config.n_blocks, "back-to-back", nothing.sizes[0]))
+        if "paced" in config.scenarios:
+            for rate in config.rates:
+                self.measurements.append(Paced(bench, nothing, config.n_blocks, rate, config.deadline, keep_warm=False))
+        for subject in self.subjects:
+            for scenario in config.scenarios:
+                self.measurements += self._measurements(bench, subject, scenario, cache)
+
+    def _measurements(self, bench: Bench, subject: Subject, scenario: Scenario, cache: Path) -> Iterator[Measurement]:
+        config, n_blocks = self.config, self.config.n_blocks
+        if scenario == "cold-start":
+            yield ColdStarts(bench, subject, config.processes, cache)
+        elif scenario in ("back-to-back", "throughput"):
+            usual = THROUGHPUT_BATCHES if scenario == "throughput" else (1,)
+            fitting = [b for b in config.batches or usual if b in subject.sizes] or list(subject.sizes[:1])
+            if config.batches and fitting != list(config.batches):
+                missing = [b for b in config.batches if b not in subject.sizes]
+                self.left_out.append(
+                    LeftOut(what=f"{scenario}, batch {missing}: {subject.label}", reason=f"Its graph takes {subject.sizes}.")
+                )
+            for batch in fitting:
+                yield ClosedLoop(bench, subject, n_blocks, scenario, batch)
+        elif 1 not in subject.sizes:
+            reason = f"Its graph takes batches of {subject.sizes[0]} only, and windows come one by one."
+            self.left_out.append(LeftOut(what=f"{scenario}: {subject.label}", reason=reason))
+        elif scenario == "streams":
+            yield Streams(bench, subject, n_blocks, config.rates[0], config.deadline)
+        else:
+            for rate in config.rates:
+                for keep_warm in (False, True):
+                    yield Paced(bench, subject, n_blocks, rate, config.deadline, keep_warm)
+
+    # ---- measuring ---------------------------------------------------------------------------------------------------------
+
+    def measure(self, progress: Progress) -> None:
+        """Run the blocks in rounds, in each round every measurement once in random order."""
+        self.cpu_before = CpuTimes.now()
+        self._measure_loop()
+        total, done = sum(m.n_blocks for m in self.measurements), 0
+        while waiting := [m for m in self.measurements if not m.finished]:
+            for index in self.rng.permutation(len(waiting)):
+                if self.out_of_time:
+                    self.partial = f"The time limit of {self.config.time_limit:g} s passed after {done} of {total} blocks."
+                    return
+                measurement = waiting[index]
+                progress(f"{measurement.scenario}: {measurement.subject.label}", done, total)
+                self.clock.wait_until(self.clock.now() + SETTLE_S)
+                self.canary.sing()
+                self._block(measurement)
+                done += 1
+
+    def _block(self, measurement: Measurement) -> None:
+        try:
+            measurement.block()
+        except Exception as e:  # whatever a backend raises in the middle: the others are measured all the same
+            if not isinstance(e, SjepaError):
+                logger.exception("%s failed", measurement.subject.label)
+            self.measurements.remove(measurement)
+            reason = (str(e).splitlines() or [type(e).__name__])[0]
+            self.left_out.append(LeftOut(what=f"{measurement.scenario}: {measurement.subject.label}", reason=reason))
+
+    def _measure_loop(self) -> None:
+        """Time the loop around a call that does nothing."""
+        start = self.clock.now()
+        inputs = self.subjects[0].inputs(1)
+        latencies = latency.closed_loop(lambda eeg: None, inputs, self.clock, 0.2)
+        self.loop_us = (self.clock.now() - start) / len(latencies) * 1e6
+
+    # ---- the report --------------------------------------------------------------------------------------------------------
+
+    def report(self) -> tuple[BenchReport, Samples]:
+        """Return what was found so far, and the raw samples."""
+        cells: list[Cell] = []
+        samples: Samples = {}
+        capacity: list[Capacity] = []
+        for measurement in self.measurements:
+            for cell, arrays in measurement.cells():
+                name = f"c{len(cells):03}"
+                cells.append(replace(cell, id=name))
+                samples |= {f"{name}.{key}": array for key, array in arrays.items()}
+            if isinstance(measurement, Streams) and measurement.probes:
+                capacity.append(measurement.capacity)
+        samples["canary_us"] = np.array(self.canary.us)
+        report = BenchReport(
+            schema_version=SCHEMA_VERSION,
+            created=self.created.isoformat(timespec="seconds"),
+            seconds=self.clock.now() - self.began,
+            command=self.command,
+            seed=self.config.seed,
+            partial=self.partial,
+            environment=environment(),
+            noise=self._noise(),
+            bundles=self.facts,
+            cells=tuple(cells),
+            loop_us=self.loop_us,
+            parity=tuple(s.judgement for s in self.subjects if s.judgement is not None),
+            capacity=tuple(capacity),
+            left_out=grouped(self.left_out),
+        )
+        return replace(report, recommendations=recommend(report)), samples
+
+    def _noise(self) -> Noise | None:
+        if self.cpu_before is None or not self.canary.us:
+            return None
+        now, canary = CpuTimes.now(), np.array(self.canary.us)
+        others, stolen = now.others_since(self.cpu_before), now.stolen_since(self.cpu_before)
+        low, middle, high = np.quantile(canary, [0.25, 0.5, 0.75])
+        spread = float((high - low) / middle)
+        reasons = []
+        if spread > MAX_CANARY_SPREAD:
+            reasons.append(f"The same work took times that spread by {spread:.0%} (interquartile range) over the run.")
+        if others is not None and others > MAX_OTHERS_CPU:
+            reasons.append(f"Other processes kept {others:.2f} cores busy.")
+        if stolen is not None and stolen > MAX_STOLEN_CPU:
+            reasons.append(f"The hypervisor took {stolen:.2f} cores.")
+        if estimates.has_trend(canary) and abs(_drift(canary)) > MAX_CANARY_SPREAD:
+            reasons.append(f"The machine drifted: the same work changed by {_drift(canary):+.0%} from start to end.")
+        return Noise(
+            noisy=bool(reasons),
+            reasons=tuple(reasons),
+            canary_us=estimates.of_blocks(canary),
+            canary_spread=spread,
+            others_cpu=others,
+            stolen_cpu=stolen,
+        )
+
+    def close(self) -> None:
+        """Release every backend."""
+        for subject in self.subjects:
+            subject.close()
+
+
+def _drift(series: np.ndarray[Any, Any]) -> float:
+    quarter = max(1, len(series) // 4)
+    return float(np.median(series[-quarter:]) / np.median(series[:quarter]) - 1)
+
+
+def run_bench(
+    bundles: tuple[Bundle, ...],
+    config: BenchConfig,
+    *,
+    command: str = "",
+    progress: Progress = _silent,
+    clock: Clock | None = None,
+) -> tuple[BenchReport, Samples]:
+    """Measure every backend that runs here on `bundles`.
+
+    An interrupt (Ctrl-C) and the time limit end the run early; what was found by then is returned, and says that it is partial.
+
+    Parameters
+    ----------
+    bundles : tuple of Bundle
+        What to run.
+    config : BenchConfig
+        What to measure.
+    command : str
+        What repeats the run, for the report.
+    progress : callable
+        Told of every step.
+    clock : Clock or None
+        Time and waiting; None takes the real one.
+
+    Returns
+    -------
+    report : BenchReport
+        What was found, without the name of a file of samples.
+    samples : dict of str to array
+        Raw samples.
+
+    Raises
+    ------
+    BenchmarkError
+        If nothing can be measured here.
+    BackendError
+        If a name is no backend's.
+    """
+    run = Run(bundles, config, command, clock or Clock())
+    with contextlib.ExitStack() as stack:
+        stack.callback(run.close)
+        cache = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sjepa-bench-")))
+        nvml = _open_gpu(config.options.device, stack.callback)
+        bench = Bench(clock=run.clock, nvml=nvml, began=run.began, seconds=config.seconds / config.n_blocks, seed=config.seed)
+        try:
+            run.open(progress)
+            run.plan(bench, cache)
+            run.measure(progress)
+        except KeyboardInterrupt:
+            run.partial = INTERRUPTED
+        return run.report()
+
+
+def _open_gpu(ordinal: int, when_done: Callable[[Callable[[], None]], Any]) -> Nvml | None:
+    """Keep the GPU's context for the run, so that free memory before and after a backend is opened can be compared."""
+    try:
+        device = Device(ordinal)
+    except SjepaError:
+        return None
+    when_done(device.close)
+    return Nvml(device.bus_id)

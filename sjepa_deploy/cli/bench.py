@@ -1,0 +1,283 @@
+"""``sjepa-bench``: how fast each backend of this machine is, and which one to use."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.cli import console, entry, print_json
+from sjepa_deploy.errors import BenchmarkError, RegressionError
+from sjepa_deploy.runtime.backend import BackendOptions
+from sjepa_deploy.runtime.bench import BenchConfig, run_bench
+from sjepa_deploy.runtime.bench_results import (
+    SCENARIOS,
+    BenchReport,
+    Cell,
+    Estimate,
+    Scenario,
+    load_report,
+    load_samples,
+    write_report,
+)
+from sjepa_deploy.runtime.compare import Comparison, compare, regressions
+from sjepa_deploy.spec import RUN_PRECISIONS, RunPrecision
+
+QUICK_S = 2.0
+QUICK_PROCESSES = 1
+
+
+class Share(click.ParamType[float]):
+    """A share: "10%" or "0.1"."""
+
+    name = "share"
+
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the share as a number."""
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share < 100:
+            self.fail(f"{value!r} is no share. Use 10% or 0.1.", param, ctx)
+        return share
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.argument("bundles", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--backend", "backends", multiple=True, help="Backend to measure; may be repeated.  [default: all that run here]")
+@click.option(
+    "--precision",
+    "precisions",
+    type=click.Choice(RUN_PRECISIONS),
+    multiple=True,
+    help="Precision to measure; may be repeated.  [default: all]",
+)
+@click.option("--scenario", "scenarios", type=click.Choice(SCENARIOS), multiple=True, help="May be repeated.  [default: all]")
+@click.option(
+    "--batch", "batches", type=int, multiple=True, help="Batch of the closed loops.  [default: 1; throughput 1,4,16,64]"
+)
+@click.option("--rate", "rates", type=float, multiple=True, help="Windows a second when paced.  [default: 10, 100]")
+@click.option("--deadline", type=float, help="Seconds from due to done.  [default: until the next window]")
+@click.option("--duration", type=float, default=10.0, help="Seconds in each cell.")
+@click.option("--quick", is_flag=True, help=f"The same with {QUICK_S:g} s and {QUICK_PROCESSES} cold start.")
+@click.option("--time-limit", type=float, help="Seconds after which the run ends with what it has.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of a call.  [default: the backend's]")
+@click.option("--device", type=click.IntRange(min=0), default=0, help="Which GPU.")
+@click.option("--seed", type=int, default=0, help="Of the order of blocks, the windows and the phases of streams.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the report.  [default: bench-DATE-TIME]")
+@click.option("--recommend", is_flag=True, help="Measure only what tells which backend to use, and say which.")
+@click.option("--compare", "compared", type=click.Path(path_type=Path), nargs=2, help="Compare two reports (.json).")
+@click.option("--fail-above", type=Share(), help="With --compare: exit status 1 for a slowdown above this, e.g. 10%.")
+@click.option("--json", "json_output", is_flag=True, help="Print the report, or the comparison, as JSON.")
+def bench(
+    bundles: tuple[Path, ...],
+    backends: tuple[str, ...],
+    precisions: tuple[RunPrecision, ...],
+    scenarios: tuple[Scenario, ...],
+    batches: tuple[int, ...],
+    rates: tuple[float, ...],
+    deadline: float | None,
+    duration: float,
+    quick: bool,
+    time_limit: float | None,
+    threads: int | None,
+    device: int,
+    seed: int,
+    out: Path | None,
+    recommend: bool,
+    compared: tuple[Path, Path] | None,
+    fail_above: float | None,
+    json_output: bool,
+) -> None:
+    """Measure the latency of every backend of this machine on BUNDLES, beside parity.
+
+    Writes a report with every sample. Ctrl-C ends the run; what was measured by then is written, and marked as partial.
+    """
+    screen = console(json_output)
+    if compared is not None:
+        if bundles:
+            raise click.UsageError("--compare takes two reports, and no bundle.")
+        _compare(compared, fail_above, screen, json_output)
+        return
+    if fail_above is not None:
+        raise click.UsageError("--fail-above needs --compare.")
+    if not bundles:
+        raise click.UsageError("Name a bundle, or two reports with --compare.")
+    defaults = BenchConfig()
+    config = BenchConfig(
+        backends=backends,
+        precisions=precisions,
+        scenarios=scenarios or (("back-to-back", "paced") if recommend else SCENARIOS),
+        batches=batches,
+        rates=rates or (defaults.rates[-1:] if recommend else defaults.rates),
+        deadline=deadline,
+        seconds=QUICK_S if quick else duration,
+        processes=QUICK_PROCESSES if quick else defaults.processes,
+        time_limit=time_limit,
+        seed=seed,
+        options=BackendOptions(n_threads=threads, device=device),
+    )
+    opened = tuple(Bundle.open(bundle) for bundle in bundles)
+    folder = out or Path(f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    _make(folder)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=screen, transient=True) as bar:
+        task = bar.add_task("opening", total=None)
+        report, samples = run_bench(
+            opened,
+            config,
+            command=_command_line(),
+            progress=lambda text, done, total: bar.update(task, description=text, completed=done, total=total or None),
+        )
+    report = write_report(report, samples, folder / "bench.json")
+    if recommend:
+        _print_recommendations(report, screen)
+    else:
+        _print_report(report, screen)
+    screen.print(f"The report is in [bold]{escape(str(folder))}[/].", soft_wrap=True)
+    if json_output:
+        print_json(report)
+    if report.interrupted:
+        raise KeyboardInterrupt
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BenchmarkError(f"{folder} cannot be made ({e.strerror}).", "Choose another --out.") from e
+
+
+def _command_line() -> str:
+    """Return the command with the options that were given."""
+    context = click.get_current_context()
+    words = ["sjepa-bench"]
+    for parameter in context.command.params:
+        assert parameter.name is not None
+        if context.get_parameter_source(parameter.name) is not ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[parameter.name]
+        for each in value if isinstance(value, tuple) else (value,):
+            name = [] if isinstance(parameter, click.Argument) else [parameter.opts[0]]
+            words += name if each is True else [*name, str(each)]
+    return shlex.join(words)
+
+
+# ---- for people ----------------------------------------------------------------------------------------------------------------
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+    return table
+
+
+def _print_report(report: BenchReport, screen: Console) -> None:
+    table = _table("cell", "p50 us", "95 %", "p99 us", "max us", "missed")
+    for cell in report.cells:
+        if cell.cold_start is None:
+            table.add_row(*_row(cell))
+    if table.rows:
+        screen.print(table)
+    for cell in report.cells:
+        if cell.cold_start is not None:
+            phases = ", ".join(f"{phase.name} {phase.seconds.value:.3g} s" for phase in cell.cold_start.phases)
+            screen.print(f"{cell.key.label}: {phases}", soft_wrap=True)
+    for found in report.capacity:
+        screen.print(
+            f"{escape(found.bundle)} on {found.backend} {found.precision} holds [bold]{found.n_held}[/] streams of "
+            f"{found.rate:g} windows a second, p99 within {found.deadline_s:g} s",
+            soft_wrap=True,
+        )
+    for entry_ in report.left_out:
+        screen.print(f"not measured: {escape(entry_.what)}. {escape(entry_.reason)}", soft_wrap=True)
+    _print_recommendations(report, screen)
+
+
+def _print_recommendations(report: BenchReport, screen: Console) -> None:
+    for choice in report.recommendations:
+        screen.print(
+            f"{escape(choice.bundle)}: use [bold]{choice.backend}[/] in {choice.precision}. {escape(choice.why)}", soft_wrap=True
+        )
+    if report.noise is not None and report.noise.noisy:
+        screen.print(f"[bold yellow]The machine was noisy.[/] {escape(' '.join(report.noise.reasons))}", soft_wrap=True)
+    if report.partial:
+        screen.print(f"[bold yellow]The report is partial.[/] {escape(report.partial)}", soft_wrap=True)
+
+
+def _row(cell: Cell) -> tuple[str, ...]:
+    label = escape(cell.key.label)
+    if cell.struck_out:
+        label = f"[strike]{label}[/] [bold red]wrong outputs[/]"
+    missed = "" if cell.open_loop is None else f"{cell.open_loop.missed} of {cell.open_loop.n_due}"
+    if cell.latency is None:
+        return label, "not held", "", "", "", missed
+    middle, tail = cell.latency.at(50.0), cell.latency.at(99.0)
+    return label, _number(middle), _span(middle), _number(tail), f"{cell.latency.max_us:.4g}", missed
+
+
+def _number(figure: Estimate | None) -> str:
+    return "" if figure is None else f"{figure.value:.4g}"
+
+
+def _span(figure: Estimate | None) -> str:
+    return "" if figure is None or figure.low is None else f"{figure.low:.4g} to {figure.high:.4g}"
+
+
+def _compare(paths: tuple[Path, Path], fail_above: float | None, screen: Console, json_output: bool) -> None:
+    reports = [load_report(path) for path in paths]
+    loaded = [(report, load_samples(report, path)) for report, path in zip(reports, paths, strict=True)]
+    comparison = compare(loaded[0], loaded[1], (str(paths[0]), str(paths[1])))
+    if not comparison.changes:
+        raise BenchmarkError(
+            f"{paths[0]} and {paths[1]} have no cell in common.", "Measure the same bundles on the same backends."
+        )
+    _print_comparison(comparison, screen)
+    if json_output:
+        print_json(comparison)
+    worse = regressions(comparison, fail_above) if fail_above is not None else ()
+    if worse:
+        words = ", ".join(f"{change.key.label} ({change.verdict})" for change in worse)
+        raise RegressionError(f"{len(worse)} of {len(comparison.changes)} cells are worse: {words}.", "See the table.")
+
+
+def _print_comparison(comparison: Comparison, screen: Console) -> None:
+    table = _table("cell", "before us", "after us", "change", "95 %", "p99", "")
+    for change in comparison.changes:
+        colour = {"slower": "bold red", "wrong now": "bold red", "not held any more": "bold red", "faster": "green"}
+        figures = [_percent(change.change), _percent_span(change.change), _percent(change.change_p99)]
+        medians = ["" if us is None else f"{us:.4g}" for us in (change.before_us, change.after_us)]
+        style = colour.get(change.verdict, "dim")
+        table.add_row(escape(change.key.label), *medians, *figures, f"[{style}]{change.verdict}[/]")
+    screen.print(table)
+    screen.print(f"Changes within {comparison.smallest_claim:.0%} are not claimed: two runs of the same thing differ by as much.")
+    if comparison.machine is not None:
+        screen.print(f"The machine itself (fixed work): {_percent(comparison.machine)} ({_percent_span(comparison.machine)}).")
+    for text in comparison.differs:
+        screen.print(f"differs: {escape(text)}", soft_wrap=True)
+    for where, labels in (("before", comparison.only_before), ("after", comparison.only_after)):
+        for label in labels:
+            screen.print(f"only {where}: {escape(label)}", soft_wrap=True)
+
+
+def _percent(change: Estimate | None) -> str:
+    return "" if change is None else f"{change.value:+.1%}"
+
+
+def _percent_span(change: Estimate | None) -> str:
+    return "" if change is None or change.low is None else f"{change.low:+.1%} to {change.high:+.1%}"
+
+
+main = entry("bench")
