@@ -7,21 +7,75 @@ signal, from the middle of the EEG that the newest token is made of to the decis
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sjepa_deploy.errors import MissingDependencyError, SpecError
-from sjepa_deploy.runtime.bench_results import AgePart, DecisionAge
+from sjepa_deploy.runtime.bench_results import AgePart, BenchReport, DecisionAge, Recommendation
 from sjepa_deploy.spec import ModelSpec, Preprocessing, RunPrecision
 
 DELAY_AT_HZ = 10.0
 """Frequency that delays of filters are stated at. They differ between frequencies: a 0.5-40 Hz Butterworth filter of order 2 at
 128 Hz delays 2 Hz by 34 ms, 10 Hz by 5 ms."""
 
+DEFAULT_HOP = 0.1
+"""Seconds from one window to the next where no rate says so."""
+
 LSL_LOOPBACK = AgePart(name="transport", seconds=0.82e-3, source="p99 of LSL on one machine, one sample a push")
 """Measured with 129 channels at 100 Hz between two processes on two cores. An amplifier that sends blocks adds their length."""
+
+
+def budgets(report: BenchReport, specs: Mapping[str, ModelSpec]) -> tuple[DecisionAge, ...]:
+    """Return the budgets of the recommended backends, as their bundles are and with the shortest window on the same weights.
+
+    Inference takes the p99 of the slowest rate at which the backend was paced, back to back where it was not; the hop is the
+    time between two windows at that rate.
+
+    Parameters
+    ----------
+    report : BenchReport
+        With recommendations.
+    specs : mapping of str to ModelSpec
+        The spec of each bundle by its label.
+
+    Raises
+    ------
+    MissingDependencyError
+        If SciPy is not installed.
+    """
+    found: list[DecisionAge] = []
+    for choice in report.recommendations:
+        if (measured := _inference(report, choice)) is None:
+            continue
+        inference, hop = measured
+        spec = specs[choice.bundle]
+        age = decision_age(
+            spec, bundle=choice.bundle, backend=choice.backend, precision=choice.precision, hop=hop, inference=inference
+        )
+        shorter = low_latency(age, spec)
+        found += [age] if shorter is None else [age, shorter]
+    return tuple(found)
+
+
+def _inference(report: BenchReport, choice: Recommendation) -> tuple[AgePart, float] | None:
+    """Return what inference adds and the hop that it was measured at; None where nothing has enough samples for a p99."""
+    own = (choice.bundle, choice.backend, choice.precision)
+    candidates = []
+    for cell in report.cells:
+        key = cell.key
+        plain = key.scenario == "back-to-back" or (key.scenario == "paced" and not key.keep_warm)
+        worst = None if cell.latency is None else cell.latency.at(99.0)
+        if plain and worst is not None and (key.bundle, key.backend, key.precision) == own:
+            candidates.append((key.rate or math.inf, key.batch, worst.value))
+    if not candidates:
+        return None
+    rate, _, worst_us = min(candidates)
+    paced = math.isfinite(rate)
+    source = f"measured: p99, {f'paced {rate:g}/s' if paced else 'back to back'}"
+    return AgePart(name="inference", seconds=worst_us * 1e-6, source=source), 1 / rate if paced else DEFAULT_HOP
 
 
 def decision_age(
@@ -106,11 +160,9 @@ def butterworth(preprocessing: Preprocessing, sfreq: float, order: int = 2) -> N
         from scipy.signal import butter  # type: ignore[import-untyped, unused-ignore]
     except ImportError as e:
         raise MissingDependencyError("SciPy", "bench") from e
-    if low is not None and high is not None:
-        edges, kind = (low, high), "bandpass"
-    else:
-        edges, kind = (low if high is None else high), ("highpass" if high is None else "lowpass")
-    sos: NDArray[np.float64] = butter(order, edges, kind, fs=sfreq, output="sos")
+    kind = "highpass" if high is None else "lowpass" if low is None else "bandpass"
+    edges = [edge for edge in (low, high) if edge is not None]
+    sos: NDArray[np.float64] = butter(order, edges if len(edges) == 2 else edges[0], kind, fs=sfreq, output="sos")
     return sos
 
 

@@ -44,7 +44,7 @@ _CSS = {colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES)} | {
     _BAD: "var(--bad)",
 }
 
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "sjepa-deploy",
     "font.size": 9,
@@ -165,7 +165,11 @@ def _stacked(
     names = tuple(dict.fromkeys(name for parts in bars.values() for name in parts))
     names = names[::-1] if towards_zero else names
     looks: dict[str, dict[str, Any]] = {
-        name: {"color": _SERIES[i % N_SERIES], "alpha": 0.45 if name in pale else 1.0, "linewidth": 0}
+        name: {
+            "facecolor": (_SERIES[i % N_SERIES], 0.4 if name in pale else 1.0),
+            "edgecolor": _SERIES[i % N_SERIES],
+            "linewidth": 0.5,
+        }
         for i, name in enumerate(names)
     }
     with _strips(len(bars), 0.5) as (figure, axes):
@@ -202,7 +206,7 @@ def histograms(cells: Sequence[Cell], samples: Samples, title: str) -> Plot | No
         for row, (counts, (cell, values)) in enumerate(zip(all_counts, shown, strict=True)):
             heights = 0.62 * np.log10(np.maximum(2 * counts, 1)) / tallest  # one call is seen, none is not
             colour = _BAD if cell.struck_out else _SERIES[0]
-            axes.stairs(row - heights, edges, baseline=row, fill=True, color=colour, alpha=0.85, linewidth=0)
+            axes.stairs(row - heights, edges, baseline=row, fill=True, color=colour, linewidth=0)
             median = np.median(values)
             axes.plot([median, median], [row, row - 0.62], color=_INK, linewidth=0.9)
             figures = "" if cell.struck_out else f": p50 {duration(median / 1e6)}, max {duration(values.max() / 1e6)}"

@@ -158,8 +158,8 @@ def _figure(name: str, entry: Callable[[Cell], Entry], meaning: str = "", *, nee
 def _latency(percent: float) -> _Field:
     def entry(cell: Cell) -> Entry:
         if cell.latency is None:
-            held = cell.open_loop is None or cell.open_loop.held
-            return NOTHING if held else Entry(text="not held", absent=True)
+            refused = cell.open_loop is not None and not cell.open_loop.held and percent == PERCENTS[0]
+            return Entry(text="not held", absent=True) if refused else NOTHING
         return next((percentile(p) for p in cell.latency.percentiles if p.percent == percent), NOTHING)
 
     return _figure(f"p{percent:g}", entry, f"{percent:g} % of the calls are at most as slow", needed=True)
