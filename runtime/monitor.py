@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 StreamState = Literal["waiting", "filling", "decoding", "silent", "reconnecting", "stopped"]
+STREAM_STATES: tuple[StreamState, ...] = ("waiting", "filling", "decoding", "silent", "reconnecting", "stopped")
 """Waiting for a source; window not yet whole; decisions come; no samples come; source lost; ended."""
 
 _RENARD = (1.0, 1.25, 1.6, 2.0, 2.5, 3.15, 4.0, 5.0, 6.3, 8.0)  # ISO 3's R10: equal steps on a log axis, in round numbers

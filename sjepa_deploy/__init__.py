@@ -6,6 +6,7 @@ from importlib.metadata import version as _version
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import SjepaError
 from sjepa_deploy.runtime.predictor import Predictor, load
+from sjepa_deploy.runtime.stream import Decision, Decoder, StreamConfig
 from sjepa_deploy.spec import EncoderSpec, ModelSpec, Preprocessing
 
 try:
@@ -13,4 +14,15 @@ try:
 except _PackageNotFoundError:  # a checkout on the path of a decoding box
     __version__ = "0+uninstalled"
 
-__all__ = ["load", "Predictor", "Bundle", "ModelSpec", "EncoderSpec", "Preprocessing", "SjepaError"]
+__all__ = [
+    "load",
+    "Predictor",
+    "Decoder",
+    "StreamConfig",
+    "Decision",
+    "Bundle",
+    "ModelSpec",
+    "EncoderSpec",
+    "Preprocessing",
+    "SjepaError",
+]

@@ -79,6 +79,14 @@ class RegressionError(BenchmarkError):
     exit_code = 1
 
 
+class StreamError(SjepaError):
+    """A live stream that cannot be found, breaks the model's contract, or was lost for good."""
+
+
+class DashboardError(SjepaError):
+    """A dashboard that cannot be served as asked."""
+
+
 class MissingDependencyError(SjepaError, ImportError):
     """A package that this function needs is not installed."""
 

@@ -120,6 +120,30 @@ def fit_sphere(positions: ArrayLike) -> tuple[NDArray[np.float64], float]:
     return centre, math.sqrt(max(solution[3] + centre @ centre, 0.0))
 
 
+def scalp_map(positions: ArrayLike) -> NDArray[np.float64]:
+    """Return where electrodes stand on a flat head seen from above, nose up: the azimuthal equidistant map of topographies.
+
+    Parameters
+    ----------
+    positions : array-like, shape (n_chans, 3)
+        Electrodes in metres, x to the right and y to the front.
+
+    Returns
+    -------
+    array of float64, shape (n_chans, 2)
+        Distance from the vertex along the head in any direction; 1 is at the height of the head's centre.
+    """
+    points = np.asarray(positions, dtype=np.float64)
+    spread = np.linalg.svd(points - points.mean(axis=0), compute_uv=False)
+    # a few electrodes in a plane tell no sphere: seen from the origin, as MNE does
+    centre = fit_sphere(points)[0] if len(points) > 3 and spread[2] > 0.05 * spread[0] else np.zeros(3)
+    x, y, z = (points - centre).T
+    across = np.hypot(x, y)
+    distance = np.arctan2(across, z) / (np.pi / 2)
+    stretch = np.divide(distance, across, out=np.zeros_like(across), where=across > 0)
+    return np.column_stack([x * stretch, y * stretch])
+
+
 def require_mne() -> Any:
     """Return the module `mne`.
 

@@ -17,7 +17,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from sjepa_deploy.errors import InputError, MissingDependencyError, RecordingError, listed
 from sjepa_deploy.montage import fit_sphere, read_montage, require_mne
-from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, Position, Unit
+from sjepa_deploy.spec import UNIT_NAMES, UNITS_IN_VOLTS, ModelSpec, Position, Unit
 
 if TYPE_CHECKING:
     import mne
@@ -43,11 +43,6 @@ _READER_ERRORS = (
 )
 
 _FORMATS = "EDF, BDF, BrainVision (.vhdr), EEGLAB (.set), FIF, XDF or .npy"
-_UNIT_NAMES: dict[str, Unit] = {
-    **dict.fromkeys(("uv", "μv", "microvolt", "microvolts"), "uV"),  # casefold turns the micro sign into this mu
-    **dict.fromkeys(("mv", "millivolt", "millivolts"), "mV"),
-    **dict.fromkeys(("v", "volt", "volts"), "V"),
-}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -316,7 +311,7 @@ def _read_xdf(path: Path, unit: Unit | None, ch_names: Sequence[str] | None) -> 
     channels: list[dict[str, list[str]]] = described.get("channel") or [{}] * len(samples)
     picks = [i for i, channel in enumerate(channels) if _text(channel, "type", "EEG").casefold() == "eeg"]
     labels = [_text(channels[i], "label", "") for i in picks]
-    stated = {_UNIT_NAMES.get(_text(channels[i], "unit", "").casefold()) for i in picks}
+    stated = {UNIT_NAMES.get(_text(channels[i], "unit", "").casefold()) for i in picks}
     if not picks or len(channels) != len(samples):
         raise RecordingError(f"Stream {name} does not describe its {len(samples)} channels as EEG.", "Mend its description.")
     if len(stated) > 1 or (None not in stated and unit is not None and unit not in stated):

@@ -37,6 +37,17 @@ def test_every_console_script_exists():
 
 def test_public_names():
     assert sorted(sjepa_deploy.__all__) == sorted(
-        ["load", "Predictor", "Bundle", "ModelSpec", "EncoderSpec", "Preprocessing", "SjepaError"]
+        [
+            "load",
+            "Predictor",
+            "Decoder",
+            "StreamConfig",
+            "Decision",
+            "Bundle",
+            "ModelSpec",
+            "EncoderSpec",
+            "Preprocessing",
+            "SjepaError",
+        ]
     )
     assert all(hasattr(sjepa_deploy, name) for name in sjepa_deploy.__all__)

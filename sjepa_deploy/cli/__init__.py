@@ -20,7 +20,7 @@ from sjepa_deploy.errors import SjepaError
 from sjepa_deploy.runtime.parity import ParityResult
 from sjepa_deploy.serialize import encode
 
-COMMANDS = ("pretrain", "finetune", "export", "build", "verify", "run", "bench", "doctor")
+COMMANDS = ("pretrain", "finetune", "export", "build", "verify", "run", "stream", "bench", "doctor")
 """Each is a module of this package with a click command of the same name."""
 
 

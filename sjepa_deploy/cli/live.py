@@ -1,0 +1,242 @@
+"""The live view of a decoder in a terminal, or a line now and then where nobody watches."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from sjepa_deploy.errors import listed
+from sjepa_deploy.runtime.monitor import ChannelState, Monitor, Snapshot
+from sjepa_deploy.runtime.windows import Counters
+
+REFRESH_PER_SECOND = 2
+LINE_EVERY = 10.0
+"""Seconds between lines where standard output is no terminal."""
+
+NAMED_CHANNELS = 40
+"""Up to this many channels are shown by name with their root mean square; more as one sign each."""
+
+_STYLES = {"decoding": "bold green", "filling": "bold yellow", "waiting": "bold yellow", "stopped": "bold"}
+_SIGNS = {
+    ChannelState.OK: ("•", "green"),
+    ChannelState.FLAT: ("F", "bold blue"),
+    ChannelState.SATURATED: ("S", "bold red"),
+    ChannelState.NOISY: ("N", "bold yellow"),
+    ChannelState.NAN: ("!", "bold magenta"),
+    ChannelState.MISSING: ("?", "bold"),
+}
+
+
+def live_view(monitor: Monitor, screen: Console, *, line_every: float = LINE_EVERY) -> AbstractContextManager[None]:
+    """Show `monitor` on `screen` while the context lasts.
+
+    A terminal is drawn over; anything else gets a line every `line_every` seconds, and one at the end. Drawing takes 3 to 5 ms of
+    Python, for which a decoder's thread would wait by default (`sys.setswitchinterval`).
+    """
+    return _drawn(monitor, screen) if screen.is_terminal else _lines(monitor, screen, line_every)
+
+
+@contextlib.contextmanager
+def _drawn(monitor: Monitor, screen: Console) -> Iterator[None]:
+    def draw() -> RenderableType:
+        return draw_snapshot(monitor.snapshot(), screen)
+
+    with Live(get_renderable=draw, console=screen, refresh_per_second=REFRESH_PER_SECOND):
+        yield
+
+
+@contextlib.contextmanager
+def _lines(monitor: Monitor, screen: Console, every: float) -> Iterator[None]:
+    stop = threading.Event()
+
+    def say() -> None:
+        screen.print(line_of(monitor.snapshot()), soft_wrap=True, markup=False)
+
+    def run() -> None:
+        while not stop.wait(every):
+            say()
+
+    thread = threading.Thread(target=run, name="live view", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        say()
+
+
+def line_of(snapshot: Snapshot) -> str:
+    """Return a snapshot in one line."""
+    parts = [
+        f"{seconds(snapshot.now - snapshot.started)}: {snapshot.state}",
+        f"{snapshot.n_decisions} decisions",
+        f"{snapshot.n_skipped} skipped",
+        f"{snapshot.n_misses} misses",
+        f"latency p50 {seconds(snapshot.percentile('latency', 50))} p99 {seconds(snapshot.percentile('latency', 99))} "
+        f"max {seconds(snapshot.latency_max)}",
+        f"last sample {seconds(snapshot.now - snapshot.newest_sample)} ago",
+        _bad_channels(snapshot, 4),
+    ]
+    if len(snapshot.decisions) and snapshot.facts.output_names:
+        newest = snapshot.decisions.prediction[-1]
+        parts.append(", ".join(f"{n} {value:.4g}" for n, value in zip(snapshot.facts.output_names[:4], newest, strict=False)))
+    return ", ".join(parts)
+
+
+def draw_snapshot(snapshot: Snapshot, screen: Console) -> RenderableType:
+    """Return a snapshot as text for `screen`, no larger than it."""
+    head = [_header(snapshot), *_times(snapshot), *_counts(snapshot)]
+    quality = _quality(snapshot, screen)
+    events = [Text(f"{seconds(snapshot.now - e.time)} ago: {e.text}", style="dim", no_wrap=True) for e in snapshot.events[-3:]]
+    used = len(head) + sum(_height(part, screen) for part in quality) + len(events) + 1
+    outputs = _outputs(snapshot, screen, max(1, screen.height - used))
+    return Group(*head, *outputs, *quality, *events)
+
+
+def _height(part: RenderableType, screen: Console) -> int:
+    return len(screen.render_lines(part, pad=False))
+
+
+def _header(snapshot: Snapshot) -> Text:
+    facts = snapshot.facts
+    text = Text(no_wrap=True, overflow="ellipsis")
+    text.append(facts.bundle, "bold")
+    text.append(f"  {snapshot.state}", _STYLES.get(snapshot.state, "bold red"))
+    if facts.random_weights:
+        text.append("  RANDOM WEIGHTS", "bold yellow")
+    up = seconds(snapshot.now - snapshot.started)
+    text.append(f"  {facts.source}, {facts.backend}, every {seconds(facts.hop)}, up {up}", "dim")
+    return text
+
+
+def _times(snapshot: Snapshot) -> list[Text]:
+    facts = snapshot.facts
+    latency = [f"{name} {seconds(snapshot.percentile('latency', q))}" for name, q in (("p50", 50), ("p99", 99))]
+    age = [f"{name} {seconds(snapshot.percentile('age', q))}" for name, q in (("p50", 50), ("p99", 99))]
+    silence = snapshot.now - snapshot.newest_sample
+    lines = [
+        Text(f"latency  {'  '.join(latency)}  max {seconds(snapshot.latency_max)}  deadline {seconds(facts.deadline)}"),
+        Text(f"age      {'  '.join(age)}  max {seconds(snapshot.age_max)}  last sample "),
+    ]
+    lines[1].append(f"{seconds(silence)} ago", "bold red" if silence > 1 + facts.hop else "")
+    return lines
+
+
+def _counts(snapshot: Snapshot) -> list[Text]:
+    windows = f"{snapshot.n_windows} = {snapshot.n_decisions} decisions + {snapshot.n_skipped} skipped"
+    reasons = ", ".join(f"{reason} {n}" for reason, n in snapshot.skips.items())
+    run = f", at worst {snapshot.longest_miss_run} in a row" if snapshot.n_misses else ""
+    misses = Text(f"misses   {snapshot.n_misses}{run}", "bold red" if snapshot.miss_run else "")
+    rest = ", ".join(f"{name} {n}" for name, n in snapshot.counters.items())
+    return [
+        Text(f"windows  {windows}{f' ({reasons})' if reasons else ''}", no_wrap=True, overflow="ellipsis"),
+        misses,
+        Text(f"counted  {rest or 'nothing'}", no_wrap=True, overflow="ellipsis"),
+    ]
+
+
+def _outputs(snapshot: Snapshot, screen: Console, most: int) -> list[RenderableType]:
+    names = snapshot.facts.output_names
+    if not len(snapshot.decisions) or not names:
+        return [Text("no decision yet" if names else "features of a base model", "dim")]
+    recent, newest = snapshot.decisions.prediction[-200:], snapshot.decisions.prediction[-1]
+    finite = [abs(value) for row in recent for value in row if math.isfinite(value)]
+    scale = max(finite, default=0.0) or 1.0
+    if len(names) > most:
+        most -= 1
+    signs = "+-" if _is_plain(screen) else "█░"
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for name, value in zip(names[:most], newest[:most], strict=True):
+        cells = round(abs(value) / scale * 24) if math.isfinite(value) else 0
+        bar = Text(signs[int(value < 0)] * cells, "yellow" if value < 0 else "cyan")
+        table.add_row(Text(name, no_wrap=True), Text(f"{value:9.4g}", "bold"), bar)
+    flags = ", ".join(snapshot.decisions.flags[-1])
+    rest = f" and {len(names) - most} more outputs" if len(names) > most else ""
+    return [table, *([Text(rest, "dim")] if rest else []), *([Text(f"flags    {flags}")] if flags else [])]
+
+
+def _quality(snapshot: Snapshot, screen: Console) -> list[RenderableType]:
+    names, quality = snapshot.facts.ch_names, snapshot.quality
+    states = [ChannelState(code) for code in quality.state]
+    plain = _is_plain(screen)
+
+    def sign(state: ChannelState) -> tuple[str, str]:
+        text, style = _SIGNS[state]
+        return ("." if plain and state is ChannelState.OK else text), style
+
+    counts = Text("signal   ")
+    for state in ChannelState:
+        if n := states.count(state):
+            text, style = sign(state)
+            counts.append(text, style).append(f" {n} {state.name.lower()}  ")
+    if len(names) > NAMED_CHANNELS:
+        strip = Text()
+        for state in states:
+            strip.append(*sign(state))
+        return [counts, strip, *([] if all(s is ChannelState.OK for s in states) else [Text(_bad_channels(snapshot, 8))])]
+    width = max(map(len, names)) + 13
+    n_columns = max(1, screen.width // width)
+    table = Table.grid()
+    for _ in range(n_columns):
+        table.add_column(width=width, no_wrap=True)
+    cells = []
+    for name, state, rms, repaired in zip(names, states, quality.rms, quality.repaired, strict=True):
+        text, style = sign(state)
+        cells.append(Text(f"{text}{'~' if repaired else ' '}", style).append(f"{name} ", "").append(f"{rms:.3g}", "dim"))
+    for start in range(0, len(cells), n_columns):
+        table.add_row(*cells[start : start + n_columns])
+    if quality.repaired.any():
+        counts.append("~ repaired  ")
+    return [counts.append(f"rms in {snapshot.facts.unit}", "dim"), table]
+
+
+def _is_plain(screen: Console) -> bool:
+    return not screen.encoding.lower().startswith("utf")
+
+
+def _bad_channels(snapshot: Snapshot, most: int) -> str:
+    quality = snapshot.quality
+    bad = [
+        f"{name} {ChannelState(state).name.lower()}{' (repaired)' if repaired else ''}"
+        for name, state, repaired in zip(snapshot.facts.ch_names, quality.state, quality.repaired, strict=True)
+        if state != ChannelState.OK
+    ]
+    return f"bad: {listed(bad, most)}" if bad else "all channels good"
+
+
+def summary_table(counters: Counters, shot: Snapshot) -> Table:
+    """Return a table of everything that was counted, and of the ages."""
+    table = Table(box=box.SIMPLE_HEAD, show_header=False, padding=(0, 1, 0, 0))
+    table.add_column("what")
+    table.add_column("how many", justify="right")
+    always = {"samples", "windows", "decisions", "skipped_late", "skipped_gap", "misses"}
+    for field in dataclasses.fields(counters):
+        n = getattr(counters, field.name)
+        if n or field.name in always:
+            table.add_row(field.name.replace("_", " "), str(n))
+    if shot.n_decisions:
+        ages = {"p50": shot.percentile("age", 50), "p99": shot.percentile("age", 99), "max": shot.age_max}
+        table.add_row("age of the newest sample", ", ".join(f"{name} {seconds(age)}" for name, age in ages.items()))
+    return table
+
+
+def seconds(value: float) -> str:
+    """Return a time in the unit that suits it: "720 us", "13.0 ms", "4.2 min"; "-" for NaN."""
+    if not math.isfinite(value):
+        return "-"
+    size = abs(value)
+    for least, factor, unit in ((7200, 1 / 3600, "h"), (120, 1 / 60, "min"), (1, 1, "s"), (1e-3, 1e3, "ms")):
+        if size >= least:
+            return f"{value * factor:.3g} {unit}" if size * factor < 1000 else f"{value * factor:.0f} {unit}"
+    return f"{value * 1e6:.0f} us"

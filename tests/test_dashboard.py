@@ -1,0 +1,506 @@
+"""The browser page in a real browser, who is let in, and that nobody who watches can hold the decoder up."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from eeg_files import eeg_file
+from monitors import PretendDecoder, facts
+from prometheus_client.parser import text_string_to_metric_families
+
+from sjepa_deploy.errors import DashboardError, MissingDependencyError
+from sjepa_deploy.runtime import dashboard as dashboard_module
+from sjepa_deploy.runtime.dashboard import Dashboard, is_loopback, parse_address
+from sjepa_deploy.runtime.monitor import ChannelState, Monitor
+
+TOKEN = "not-a-secret-0123456789"
+
+
+@pytest.fixture(scope="module")
+def decoder(make_bundle):
+    with PretendDecoder(make_bundle("prelocal"), eeg_file("eeglab_data.set")) as running:
+        running.quality[1] = ChannelState.FLAT
+        running.quality[4] = ChannelState.SATURATED
+        yield running
+
+
+@pytest.fixture(scope="module")
+def dashboard(decoder):
+    with Dashboard(decoder.monitor, port=0) as serving:
+        wait_until_served(serving)
+        yield serving
+
+
+def get(dashboard, path="/", *, headers=None):
+    """Return status, headers and text of an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", dashboard.port, timeout=30)
+    try:
+        connection.request("GET", path, headers=headers or {})
+        answer = connection.getresponse()
+        return answer.status, dict(answer.getheaders()), answer.read().decode()
+    finally:
+        connection.close()
+
+
+def wait_until_served(dashboard, headers=None):
+    wait_until(lambda: "sjepa_windows_total" in get(dashboard, "/metrics", headers=headers)[2])
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def idle_dashboard(monitor=None, **options):
+    with Dashboard(monitor or Monitor(facts()), port=0, **options) as serving:
+        headers = {"authorization": f"Bearer {options['token']}"} if options.get("token") else None
+        wait_until_served(serving, headers)
+        yield serving
+
+
+# The page
+
+
+def open_page(browser, dashboard, **how):
+    browser.open(dashboard.url, **how)
+    browser.wait("rows.length > 0 && document.querySelector('#map circle') !== null")
+
+
+def texts(browser, selector):
+    return browser.run(f"return [...document.querySelectorAll('{selector}')].map(cell => cell.textContent)")
+
+
+def assert_clean(browser, dashboard):
+    """Assert that the page asked nobody but its own server, and had nothing to complain about."""
+    browser.look()
+    assert browser.errors == []
+    assert set(browser.requests) == {dashboard.url, f"{dashboard.url}events"}
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light")])
+def test_page_is_live_and_fits(browser, dashboard, decoder, tmp_path, width, scheme):
+    open_page(browser, dashboard, width=width, scheme=scheme)
+    shown = int(browser.text("#decisions").replace(",", ""))
+    first = texts(browser, "#outputs td.n")
+    drawn = browser.run("return document.querySelector('#values polyline').getAttribute('points')")
+    browser.wait(f"state.decisions > {shown + 5}")
+    assert shown + 5 < int(browser.text("#decisions").replace(",", "")) <= decoder.monitor.snapshot().n_decisions
+    assert len(first) == 3
+    assert first != texts(browser, "#outputs td.n")
+    assert drawn != browser.run("return document.querySelector('#values polyline').getAttribute('points')")
+    assert browser.text("#state") == "Decoding"
+    assert browser.text("#channels") == "Fz flat (repaired), Cz saturated (repaired)"
+    assert browser.run("return document.querySelectorAll('#histogram .bar').length") > 0
+    assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+    unnamed = "return [...document.querySelectorAll('svg[role=img]')].filter(svg => !svg.getAttribute('aria-label')).length"
+    assert browser.run(unnamed) == 0
+    assert browser.screenshot(tmp_path / "page.png").stat().st_size > 10_000
+    assert_clean(browser, dashboard)
+
+
+def test_numbers_are_those_of_the_monitor(browser):
+    monitor = Monitor(facts(), clock=lambda: 100.0)
+    for index in range(250):
+        due = index * 0.1
+        decided = due + (0.25 if index in (100, 101) else 0.012)
+        prediction = (np.sin(index), np.nan)
+        monitor.decided(index=index, time=due, due=due, decided=decided, prediction=prediction, flags=("bridged",))
+    monitor.skipped("gap")
+    monitor.received(1234, 99.5)
+    monitor.set_quality(np.full(8, ChannelState.NAN), np.full(8, np.nan))
+    monitor.event("source lost")
+    with idle_dashboard(monitor) as dashboard:
+        browser.open(dashboard.url)
+        browser.wait("rows.length === 250 && state !== null")
+        shown = {"decisions": "250", "latency-p50": "12.0 ms", "latency-max": "250 ms", "misses": "2", "run": "2", "skipped": "1"}
+        for name, text in (shown | {"silence": "500 ms", "flags": "bridged"}).items():
+            assert browser.text(f"#{name}") == text, name
+        assert texts(browser, "#outputs td.n") == [f"{np.sin(249):.3f}", "NaN"]
+        assert browser.text("#channels").startswith("F3 NaN, Fz NaN")
+        assert "source lost" in browser.text("#events")
+        counted = dict(zip(texts(browser, "#counters th"), texts(browser, "#counters td"), strict=True))
+        assert counted | {"samples received": "1,234", "skipped: gap": "1", "windows": "251"} == counted
+        assert_clean(browser, dashboard)
+    browser.wait("document.getElementById('alert').textContent.startsWith('The decoder has ended')")
+
+
+def test_names_from_a_stream_are_text(browser):
+    """Channel names come from whoever sends the stream."""
+    hostile = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
+    names = (hostile, *facts().ch_names[1:])
+    monitor = Monitor(facts(bundle=hostile, source=hostile, output_names=(hostile, "b"), ch_names=names))
+    monitor.decided(index=0, time=0.0, due=0.0, decided=0.1, prediction=(1, 2), flags=(hostile,))
+    monitor.set_quality([1] + 7 * [0], np.ones(8))
+    monitor.event(hostile)
+    monitor.count(hostile)
+    with idle_dashboard(monitor) as dashboard:
+        open_page(browser, dashboard)
+        assert browser.text("#bundle") == hostile
+        assert browser.text("#channels") == f"{hostile} flat"
+        assert browser.run("return document.querySelectorAll('img').length") == 0
+        assert_clean(browser, dashboard)
+
+
+def test_without_positions_the_channels_are_a_grid(browser):
+    monitor = Monitor(facts(positions=None))
+    monitor.decided(index=0, time=0.0, due=0.0, decided=0.1, prediction=(1, 2))
+    with idle_dashboard(monitor) as dashboard:
+        open_page(browser, dashboard)
+        assert browser.run("return document.querySelectorAll('#map title').length") == 8
+        assert browser.run("return document.querySelectorAll('#map .head').length") == 0
+        assert_clean(browser, dashboard)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_can_be_told_from_their_ground(browser, dashboard, scheme):
+    """WCAG: text needs a contrast of 4.5, signs 3."""
+    open_page(browser, dashboard, scheme=scheme)
+
+    def luminances(*names):
+        of_root = "const of = getComputedStyle(document.documentElement); return "
+        values = browser.run(of_root + f"{json.dumps(names)}.map(name => of.getPropertyValue('--' + name).trim())")
+        values = [value if len(value) == 7 else "#" + "".join(2 * digit for digit in value[1:]) for value in values]
+        channels = np.array([[int(value[i : i + 2], 16) for i in (1, 3, 5)] for value in values]) / 255
+        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        return linear @ [0.2126, 0.7152, 0.0722]
+
+    def contrast(a, b):
+        return (max(a, b) + 0.05) / (min(a, b) + 0.05)
+
+    grounds = luminances("paper", "card")
+    for text in luminances("ink", "soft", "bad"):
+        assert all(contrast(text, ground) >= 4.5 for ground in grounds)
+    for sign in luminances("accent", "ok", "flat", "saturated", "noisy", "nan", "missing"):
+        assert contrast(sign, grounds[1]) >= 3
+
+
+# Prometheus and the watchdog
+
+
+def test_metrics_are_those_of_the_monitor():
+    monitor = Monitor(facts(), clock=lambda: 100.0)
+    latencies = np.random.default_rng(0).lognormal(-4, 1, 500)
+    for index, latency in enumerate(latencies):
+        monitor.decided(index=index, time=0.0, due=1.0, decided=1.0 + latency, prediction=(index, -index))
+    monitor.skipped("gap")
+    monitor.count("samples lost", 7)
+    monitor.received(5000, 99.0)
+    monitor.set_quality([1, 0, 0, 0, 0, 0, 0, 5], [np.nan] + 7 * [12.5], 7 * [False] + [True])
+    monitor.set_state("decoding")
+    with idle_dashboard(monitor) as dashboard:
+        status, headers, text = get(dashboard, "/metrics")
+    assert status == 200
+    assert headers["content-type"].startswith("text/plain")
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    samples = {(s.name, *s.labels.values()): s.value for family in families.values() for s in family.samples}
+    assert samples["sjepa_decisions_total",] == 500
+    assert samples["sjepa_windows_total",] == 501
+    assert samples["sjepa_windows_skipped_total", "gap"] == 1
+    assert samples["sjepa_samples_lost_total",] == 7
+    assert samples["sjepa_samples_received_total",] == 5000
+    assert samples["sjepa_deadline_misses_total",] == (latencies > 0.1).sum()
+    assert samples["sjepa_latency_seconds_sum",] == pytest.approx(latencies.sum())
+    buckets = {s.labels["le"]: s.value for s in families["sjepa_latency_seconds"].samples if s.name.endswith("_bucket")}
+    assert len(buckets) == 62
+    for le, n in buckets.items():
+        assert n == (latencies <= float(le)).sum()
+    assert samples["sjepa_age_seconds", "0.5"] == pytest.approx(1 + np.median(latencies))
+    assert samples["sjepa_channels", "flat"] == samples["sjepa_channels", "missing"] == samples["sjepa_channels_repaired",] == 1
+    assert samples["sjepa_channel_rms", "P4"] == 12.5
+    assert np.isnan(samples["sjepa_channel_rms", "F3"])
+    assert samples["sjepa_prediction", "right"] == -499
+    assert samples["sjepa_stream_state", "decoding"] == 1
+    assert samples["sjepa_stream_state", "silent"] == 0
+    assert samples["sjepa_silence_seconds",] == 1.0
+    assert families["sjepa_stream_info"].samples[0].labels["bundle"] == "left-or-right"
+
+
+def test_health_is_that_of_the_stream():
+    monitor = Monitor(facts())
+    with idle_dashboard(monitor) as dashboard:
+        assert get(dashboard, "/healthz")[0] == 503  # waiting for a source
+        for state, status in (("decoding", 200), ("silent", 503), ("filling", 200), ("reconnecting", 503)):
+            monitor.set_state(state)
+            wait_until(lambda state=state: json.loads(get(dashboard, "/healthz")[2])["state"] == state)
+            assert get(dashboard, "/healthz")[0] == status
+
+
+# Who is let in
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "10.0.0.7", "fe80::1", "example.org", ""])
+def test_other_addresses_need_a_token(host):
+    assert not is_loopback(host)
+    with pytest.raises(DashboardError, match="SJEPA_DASHBOARD_TOKEN"):
+        Dashboard(Monitor(facts()), host=host, port=0)
+
+
+@pytest.mark.parametrize("token", ["", "short", "fifteen-letters", "ä" * 20, "with a\nnew line in it"])
+def test_weak_tokens_are_refused(token):
+    with pytest.raises(DashboardError, match="16 characters"):
+        Dashboard(Monitor(facts()), port=0, token=token)
+
+
+def test_token_as_header_cookie_or_once_in_the_address():
+    with idle_dashboard(token=TOKEN) as dashboard:
+        for path in ("/", "/events", "/metrics", "/healthz", "/nothing"):
+            status, headers, text = get(dashboard, path)
+            assert status == 401
+            assert headers["www-authenticate"] == "Bearer"
+            assert "left-or-right" not in text
+            assert get(dashboard, path, headers={"authorization": f"Bearer {TOKEN[:-1]}"})[0] == 401
+            assert get(dashboard, path, headers={"authorization": f"Basic {TOKEN}"})[0] == 401
+        assert get(dashboard, f"/?token={TOKEN}x")[0] == 403
+        assert get(dashboard, "/?token=")[0] == 403
+        assert get(dashboard, "/metrics", headers={"authorization": f"bearer {TOKEN}"})[0] == 200
+        status, headers, _ = get(dashboard, f"/?token={TOKEN}")
+        assert (status, headers["location"]) == (303, "/")
+        cookie, *attributes = headers["set-cookie"].split("; ")
+        assert {"httponly", "samesite=lax"} <= {attribute.lower() for attribute in attributes}
+        assert TOKEN not in cookie
+        assert get(dashboard, headers={"cookie": cookie})[0] == 200
+        for wrong in (cookie[:-1], cookie.replace(str(dashboard.port), "1"), f"{cookie.split('=')[0]}={TOKEN}", "=;;\\"):
+            assert get(dashboard, headers={"cookie": wrong})[0] == 401
+
+
+def test_token_in_a_browser(browser):
+    with idle_dashboard(token=TOKEN) as dashboard:
+        browser.open(dashboard.url)
+        assert "This needs the token" in browser.text("body")
+        browser.open(f"{dashboard.url}?token={TOKEN}")
+        browser.wait("facts !== null && state !== null")
+        assert browser.driver.current_url == dashboard.url  # the token does not stay in the address
+        assert browser.run("return document.cookie") == ""  # nor can a script read what stays
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("127.0.0.1:8765", 200),
+        ("[::1]:8765", 200),
+        ("192.0.2.1", 200),
+        (socket.gethostname(), 200),
+        ("evil.example", 421),
+        ("127.0.0.1.evil.example:80", 421),
+        ("localhost.evil.example", 421),
+        ("", 421),
+        ("[::1", 421),
+    ],
+)
+def test_other_names_for_this_machine_are_refused(dashboard, host, status):
+    """What keeps a page of another site out, whose name resolves to this machine (DNS rebinding)."""
+    assert get(dashboard, headers={"host": host})[0] == status
+
+
+def test_every_answer_says_what_a_browser_may_do_with_it(dashboard):
+    for path in ("/", "/metrics", "/healthz", "/nothing"):
+        headers = get(dashboard, path)[1]
+        policy = headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'; style-src 'sha256-")
+        assert "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy
+        assert "http" not in policy
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cross-origin-resource-policy"] == "same-origin"
+        assert "access-control-allow-origin" not in headers
+
+
+def test_nothing_can_be_changed(dashboard):
+    for method in ("POST", "PUT", "DELETE"):
+        connection = http.client.HTTPConnection("127.0.0.1", dashboard.port, timeout=30)
+        connection.request(method, "/")
+        assert connection.getresponse().status == 405
+        connection.close()
+
+
+# Nobody who watches holds the decoder up
+
+
+def rss(pid):
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def stream_of(dashboard, *, read=True):
+    client = socket.socket()
+    if not read:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    client.settimeout(30)
+    client.connect(("127.0.0.1", dashboard.port))
+    client.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    return client
+
+
+def read_to_the_end(client):
+    total = 0
+    with contextlib.suppress(ConnectionResetError):
+        while data := client.recv(2**16):
+            total += len(data)
+    return total
+
+
+def test_clients_that_do_not_read_are_let_go_and_cost_nothing(make_bundle):
+    """They get no more than what the system buffers, while others and the decoder go on as before."""
+    with PretendDecoder(make_bundle("prelocal"), eeg_file("eeglab_data.set"), hop=0.02) as decoder:
+        with Dashboard(decoder.monitor, port=0) as dashboard:
+            wait_until_served(dashboard)
+            before, turns = rss(dashboard.server_pid), len(decoder.lateness)
+            sleepers = [stream_of(dashboard, read=False) for _ in range(8)]
+            time.sleep(16)  # the buffers are full after some 4 s, and 10 s later they are let go
+            assert get(dashboard, "/healthz")[0] == 200
+            assert rss(dashboard.server_pid) - before < 16 * 2**20
+            sent = [read_to_the_end(client) for client in sleepers]  # without an end this would time out
+            for client in sleepers:
+                client.close()
+        lateness = np.array(decoder.lateness[turns:])
+        assert len(lateness) > 400
+        assert np.median(lateness) < 0.1  # some 0.0002 on a machine that does nothing else
+    assert max(sent) < 2**20
+
+
+def test_a_slow_client_gets_the_newest_state(dashboard, decoder):
+    client = stream_of(dashboard)
+    time.sleep(3)  # states pile up in the system's buffers alone
+    end, data = time.monotonic() + 1, b""
+    while time.monotonic() < end:
+        data += client.recv(2**16)
+    parts = [part.partition(b"event: state\ndata: ")[2] for part in data.split(b"\n\n")[:-1]]
+    newest = json.loads([part for part in parts if part][-1])
+    assert newest["decisions"] >= decoder.monitor.snapshot().n_decisions - 20  # two seconds
+    client.close()
+
+
+def test_more_pages_than_there_is_room_for_are_told(dashboard):
+    clients = [stream_of(dashboard) for _ in range(16)]
+    for client in clients:
+        assert client.recv(15) == b"HTTP/1.1 200 OK"
+    assert get(dashboard, "/events")[0] == 503
+    for client in clients:
+        client.close()
+    last = None
+
+    def room():
+        nonlocal last
+        last = stream_of(dashboard)
+        answer = last.recv(15)
+        last.close()
+        return answer == b"HTTP/1.1 200 OK"
+
+    wait_until(room)  # those who left are counted out
+
+
+# The server's life
+
+
+def test_a_server_that_dies_is_started_again(monkeypatch, caplog):
+    monkeypatch.setattr(dashboard_module, "RESTART_AFTER", 0.1)
+    with idle_dashboard() as dashboard:
+        first = dashboard.server_pid
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: dashboard.server_pid != first)
+        wait_until_served(dashboard)
+    (record,) = caplog.records
+    assert "ended with status -9" in record.getMessage()
+
+
+def test_the_server_ends_with_its_decoder():
+    """Even where the decoder is killed."""
+    script = (
+        "import time; from monitors import facts; from sjepa_deploy.runtime.monitor import Monitor; "
+        "from sjepa_deploy.runtime.dashboard import Dashboard\n"
+        "with Dashboard(Monitor(facts()), port=0) as d:\n"
+        "    while d.server_pid is None: time.sleep(0.01)\n"
+        "    print(d.server_pid, flush=True); time.sleep(600)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [*sys.path, str(Path(__file__).parent)]))}
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        server = int(process.stdout.readline())
+        time.sleep(1)
+        assert Path(f"/proc/{server}").exists()
+        process.kill()
+    wait_until(lambda: not Path(f"/proc/{server}").exists() or "Z" in Path(f"/proc/{server}/stat").read_text().split()[2])
+
+
+def test_closing_frees_the_port():
+    with idle_dashboard() as dashboard:
+        port, server = dashboard.port, dashboard.server_pid
+        with pytest.raises(DashboardError, match=f"port {port} \\(Address already in use"):
+            Dashboard(Monitor(facts()), port=port)
+    assert not Path(f"/proc/{server}").exists()
+    Dashboard(Monitor(facts()), port=port).close()  # was never entered
+
+
+def test_extra_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"sjepa-deploy\[dashboard\]"):
+        Dashboard(Monitor(facts()))
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("127.0.0.1:80", ("127.0.0.1", 80)),
+        ("0.0.0.0", ("0.0.0.0", 8765)),
+        (":9000", ("127.0.0.1", 9000)),
+        ("9000", ("127.0.0.1", 9000)),
+        ("", ("127.0.0.1", 8765)),
+        ("[::1]:0", ("::1", 0)),
+        ("[::1]", ("::1", 8765)),
+        ("box.lab", ("box.lab", 8765)),
+    ],
+)
+def test_addresses(text, address):
+    assert parse_address(text) == address
+
+
+@pytest.mark.parametrize("text", ["::1", "a:b", "127.0.0.1:99999", "127.0.0.1:-1"])
+def test_what_is_no_address(text):
+    with pytest.raises(DashboardError, match="is not an address"):
+        parse_address(text)
+
+
+def test_an_address_of_another_machine_is_refused():
+    with pytest.raises(DashboardError, match="cannot listen"):
+        Dashboard(Monitor(facts()), host="192.0.2.1", port=0, token=TOKEN)
+
+
+# With the real command
+
+
+def test_stream_command_serves_its_decoder(browser, make_bundle):
+    bundle, recording = make_bundle("prelocal").path, eeg_file("eeglab_data.set")
+    start = "from sjepa_deploy.cli.stream import main; main()"
+    arguments = [bundle, "--source", f"file:{recording}", "--dashboard", "--dashboard-address", "127.0.0.1:0"]
+    with subprocess.Popen([sys.executable, "-c", start, *arguments], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            url = next(line for line in process.stdout if line.startswith("dashboard: ")).split()[1]
+            browser.open(url)
+            browser.wait("rows.length > 10")
+            shown = browser.run("return state.decisions")
+            browser.wait(f"state.decisions > {shown + 5}")
+            assert browser.text("#state") == "Decoding"
+            assert browser.text("#bundle") == bundle.name
+            assert browser.run("return document.querySelectorAll('#map title').length") == 8
+            assert not browser.run("return document.getElementById('random').hidden")
+            browser.look()
+            assert (browser.errors, set(browser.requests)) == ([], {url, f"{url}events"})
+            process.send_signal(signal.SIGINT)
+            browser.wait("ended && state.state === 'stopped'")
+            last = browser.run("return state.decisions")
+            printed = process.stdout.read()
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert f"stopped, {last} decisions" in printed
