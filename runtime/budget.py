@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from fractions import Fraction
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
-from sjepa_deploy.errors import MissingDependencyError, SpecError
 from sjepa_deploy.runtime.bench_results import AgePart, BenchReport, DecisionAge, Recommendation
-from sjepa_deploy.spec import ModelSpec, Preprocessing, RunPrecision
+from sjepa_deploy.runtime.filters import algorithmic_delay, design_sos, ratio_of_rates
+from sjepa_deploy.spec import ModelSpec, RunPrecision
 
 DELAY_AT_HZ = 10.0
-"""Frequency that delays of filters are stated at. They differ between frequencies: a 0.5-40 Hz Butterworth filter of order 2 at
-128 Hz delays 2 Hz by 34 ms, 10 Hz by 5 ms."""
+"""Frequency that the delays of filters are stated at. Slower rhythms are delayed more, 2 Hz by 30 ms more at 0.5 to 40 Hz."""
 
 DEFAULT_HOP = 0.1
 """Seconds from one window to the next where no rate says so."""
@@ -86,7 +83,7 @@ def decision_age(
     precision: RunPrecision,
     hop: float,
     inference: AgePart,
-    filters: Sequence[AgePart] | None = None,
+    source_sfreq: float | None = None,
     transport: AgePart = LSL_LOOPBACK,
 ) -> DecisionAge:
     """Return the budget of one model on one backend.
@@ -101,8 +98,15 @@ def decision_age(
         Seconds from one window to the next: an event waits for the end of its window this long at most, half of it on average.
     inference, transport : AgePart
         Measured, on this machine where possible.
-    filters : sequence of AgePart or None
-        Delays of the live filters and of the decimator; None for the causal band-pass that the spec asks for, at its rate.
+    source_sfreq : float or None
+        Rate of the source in Hz; None for the model's.
+
+    Raises
+    ------
+    StreamError
+        If the source is slower than the model.
+    MissingDependencyError
+        If SciPy, which designs the filters, is not installed.
     """
     span = spec.encoder.span(1)
     window = AgePart(
@@ -116,7 +120,7 @@ def decision_age(
         source=f"the newest {spec.n_times - spec.shortest_n_times} of {spec.n_times} samples enter no token",
     )
     wait = AgePart(name="hop", seconds=hop, source=f"at most; {hop / 2:.3g} s on average")
-    parts = (window, tail, *(band_pass_delay(spec) if filters is None else filters), wait, transport, inference)
+    parts = (window, tail, *filter_delays(spec, source_sfreq or spec.sfreq), wait, transport, inference)
     return DecisionAge(bundle=bundle, backend=backend, precision=precision, parts=parts)
 
 
@@ -133,69 +137,34 @@ def low_latency(age: DecisionAge, spec: ModelSpec) -> DecisionAge | None:
     return dataclasses.replace(age, bundle=f"{age.bundle}, --n-times {shortest}", parts=parts)
 
 
-def band_pass_delay(spec: ModelSpec) -> tuple[AgePart, ...]:
-    """Return the delay of the causal band-pass that `spec` asks for, at the model's rate; nothing where it asks for none.
-
-    Raises
-    ------
-    MissingDependencyError
-        If SciPy is not installed.
-    """
-    sos = butterworth(spec.preprocessing, spec.sfreq)
-    return () if sos is None else (delay_part("filters", sos, spec.sfreq),)
-
-
-def butterworth(preprocessing: Preprocessing, sfreq: float, order: int = 2) -> NDArray[np.float64] | None:
-    """Return the second-order sections of the causal Butterworth filter for a band; None for one that is open on both sides.
-
-    Raises
-    ------
-    MissingDependencyError
-        If SciPy is not installed.
-    """
-    low, high = preprocessing.l_freq, preprocessing.h_freq
-    if low is None and high is None:
-        return None
-    try:
-        from scipy.signal import butter  # type: ignore[import-untyped, unused-ignore]
-    except ImportError as e:
-        raise MissingDependencyError("SciPy", "bench") from e
-    kind = "highpass" if high is None else "lowpass" if low is None else "bandpass"
-    edges = [edge for edge in (low, high) if edge is not None]
-    sos: NDArray[np.float64] = butter(order, edges if len(edges) == 2 else edges[0], kind, fs=sfreq, output="sos")
-    return sos
-
-
-def delay_part(name: str, sos: ArrayLike, sfreq: float, frequency: float = DELAY_AT_HZ) -> AgePart:
-    """Return what a filter of second-order sections adds at `frequency`, or at a tenth of `sfreq` where that is lower."""
-    frequency = min(frequency, sfreq / 10)
-    return AgePart(name=name, seconds=group_delay(sos, sfreq, frequency), source=f"group delay at {frequency:g} Hz")
-
-
-def group_delay(sos: ArrayLike, sfreq: float, frequency: float) -> float:
-    """Return by how many seconds a filter delays the envelope of a rhythm.
+def filter_delays(spec: ModelSpec, sfreq: float) -> tuple[AgePart, ...]:
+    """Return what the live filters add, and where the rate is reduced the decimator: their group delays at `DELAY_AT_HZ`.
 
     Parameters
     ----------
-    sos : array-like, shape (n_sections, 6)
-        Second-order sections as SciPy writes them: b0, b1, b2, a0, a1, a2.
-    sfreq, frequency : float
-        Sampling rate, and the frequency of the rhythm, in Hz.
+    spec : ModelSpec
+        The model.
+    sfreq : float
+        Rate of the source in Hz.
 
     Raises
     ------
-    SpecError
-        If the frequency is not between 0 and half the rate.
-
-    Notes
-    -----
-    The delay of a polynomial P(z) = sum c_k z^-k is Re(sum k c_k z^-k / P), that of b / a the difference of the two (Oppenheim,
-    Schafer 2010, section 5.1.2), that of sections in a row their sum.
+    StreamError
+        If the source is slower than the model.
+    MissingDependencyError
+        If SciPy is not installed.
     """
-    if not 0 < frequency < sfreq / 2:
-        raise SpecError(f"{frequency:g} Hz is not between 0 and half of {sfreq:g} Hz.", "Choose another frequency.")
-    powers = np.arange(3)
-    z = np.exp(-2j * np.pi * frequency / sfreq * powers)
-    coefficients = np.asarray(sos, dtype=np.float64).reshape(-1, 2, 3)
-    delays = ((coefficients * powers) @ z / (coefficients @ z)).real
-    return float((delays[:, 0] - delays[:, 1]).sum()) / sfreq
+    ratio = ratio_of_rates(sfreq, spec.sfreq)
+    hertz, whole = _delay(spec, sfreq, spec.sfreq, ratio)
+    parts = {"filters": whole}
+    if ratio != 1:
+        _, band = _delay(spec, sfreq, sfreq, Fraction(1))
+        parts = {"filters": band, "decimator": whole - band}
+    source = f"group delay at {hertz:g} Hz"
+    return tuple(AgePart(name=name, seconds=seconds, source=source) for name, seconds in parts.items() if seconds > 0)
+
+
+def _delay(spec: ModelSpec, sfreq_in: float, sfreq_out: float, ratio: Fraction) -> tuple[float, float]:
+    """Return the delay at `DELAY_AT_HZ`, or at the highest frequency below it that the model's rate holds."""
+    found = algorithmic_delay(design_sos(spec.preprocessing, sfreq_in, sfreq_out), sfreq_in, ratio).at_hz
+    return max(((hertz, delay) for hertz, delay in found if hertz <= DELAY_AT_HZ), default=(0.0, 0.0))

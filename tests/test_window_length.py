@@ -1,6 +1,7 @@
 """What enters a token, the low-latency contract, and the age of a decision."""
 
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -14,12 +15,13 @@ from hypothesis import strategies as st
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.checkpoint import write_checkpoint
 from sjepa_deploy.cli import _command, run_command
-from sjepa_deploy.errors import SpecError
+from sjepa_deploy.errors import StreamError
 from sjepa_deploy.export.window_length import compare_window_lengths
 from sjepa_deploy.models import build_model, reference_mode
 from sjepa_deploy.recording import fit_recording, read_recording, windows
 from sjepa_deploy.runtime.bench_results import AgePart
-from sjepa_deploy.runtime.budget import butterworth, decision_age, delay_part, group_delay, low_latency
+from sjepa_deploy.runtime.budget import decision_age, filter_delays, low_latency
+from sjepa_deploy.runtime.filters import Preprocessor, algorithmic_delay, design_sos
 from sjepa_deploy.spec import EncoderSpec, Preprocessing
 from sjepa_deploy.synthetic import eeg_windows
 
@@ -158,40 +160,52 @@ def test_features_of_another_number_of_tokens_are_not_compared(export, capsys):
 
 # ---------------------------------------------------------------- the age of a decision
 
-BAND = Preprocessing(l_freq=0.5, h_freq=40.0)
-bands = st.sampled_from([(0.5, 40.0), (1.0, None), (None, 30.0), (4.0, 12.0)])
+
+def delays(sfreq, source_sfreq, **preprocessing):
+    spec = small_spec(sfreq=sfreq, preprocessing=Preprocessing(**preprocessing))
+    return {part.name: part for part in filter_delays(spec, source_sfreq)}
 
 
-@given(band=bands, sfreq=st.sampled_from([100.0, 128.0, 500.0]), frequency=st.floats(1.5, 28))
-def test_group_delay_is_that_of_scipy(band, sfreq, frequency):
-    sos = butterworth(Preprocessing(l_freq=band[0], h_freq=band[1]), sfreq)
-    sections = [scipy.signal.group_delay((s[:3], s[3:]), w=[frequency], fs=sfreq)[1][0] for s in sos]
-    assert group_delay(sos, sfreq, frequency) == pytest.approx(sum(sections) / sfreq, rel=1e-6, abs=1e-9)
+@pytest.mark.parametrize(("sfreq", "source_sfreq"), [(128.0, 128.0), (100.0, 100.0), (100.0, 500.0), (128.0, 512.0)])
+def test_the_filters_delay_the_envelope_of_a_rhythm_by_as_much(sfreq, source_sfreq):
+    """The live filters at work on a burst of 10 Hz that rises and falls so slowly that it is narrow in frequency."""
+    parts = delays(sfreq, source_sfreq)
+    spec = small_spec(sfreq=sfreq)
+    time = np.arange(0, 120, 1 / source_sfreq)
+    burst = np.exp(-(((time - 60) / 8) ** 2)) * np.cos(2 * np.pi * 10 * time)
+    prepared, rows = [], []
+    preprocessor = Preprocessor(spec.replace(preprocessing=Preprocessing(reference="none")), source_sfreq, np.eye(8))
+    for start in range(0, len(time), 5000):
+        out, at = preprocessor(np.repeat(burst[start : start + 5000, None], 8, axis=1))
+        prepared.append(out[:, 0])
+        rows += [row + start for row in at]
+    power = np.abs(scipy.signal.hilbert(np.concatenate(prepared))) ** 2
+    delay = (time[rows] * power).sum() / power.sum() - 60
+    assert sum(part.seconds for part in parts.values()) == pytest.approx(delay, abs=1e-3)
+    assert delay > 0.003
+    assert set(parts) == ({"filters"} if sfreq == source_sfreq else {"filters", "decimator"})
+    assert {part.source for part in parts.values()} == {"group delay at 10 Hz"}
 
 
-@pytest.mark.parametrize(("frequency", "milliseconds"), [(2, 34), (4, 11), (10, 5)])
-def test_group_delay_is_that_of_the_envelope_of_a_burst(frequency, milliseconds):
-    """The causal filter of 0.5 to 40 Hz at 128 Hz, whose delays were measured."""
-    sos = butterworth(BAND, 128.0)
-    time = np.arange(0, 120, 1 / 128)
-    envelope = np.exp(-(((time - 60) / 8) ** 2))  # so slow that the burst is narrow in frequency
-    filtered = scipy.signal.sosfilt(sos, envelope * np.cos(2 * np.pi * frequency * time))
-    power = np.abs(scipy.signal.hilbert(filtered)) ** 2
-    delay = (time * power).sum() / power.sum() - 60
-    assert group_delay(sos, 128.0, frequency) == pytest.approx(delay, abs=2e-4)
-    assert delay * 1e3 == pytest.approx(milliseconds, abs=0.6)
+def test_the_filter_of_the_published_models_delays_slow_rhythms_more():
+    sos = design_sos(Preprocessing(), 128.0, 128.0)
+    for hertz, seconds in algorithmic_delay(sos, 128.0, Fraction(1)).at_hz:
+        sections = [scipy.signal.group_delay((s[:3], s[3:]), w=[hertz], fs=128)[1][0] for s in sos]
+        assert seconds == pytest.approx(sum(sections) / 128, rel=1e-4)
 
 
 def test_a_band_that_is_open_on_both_sides_delays_nothing():
-    spec = small_spec(preprocessing=Preprocessing(l_freq=None, h_freq=None))
-    age = decision_age(spec, bundle="b", backend="ort-cpu", precision="fp32", hop=0.1, inference=INFERENCE)
-    assert [part.name for part in age.parts] == ["window", "model", "hop", "transport", "inference"]
+    assert delays(100.0, 100.0, l_freq=None, h_freq=None) == {}
+    assert list(delays(100.0, 500.0, l_freq=None, h_freq=None)) == ["decimator"]
 
 
-@pytest.mark.parametrize("frequency", [0, 50, 64])
-def test_a_delay_at_no_frequency_of_the_signal_is_refused(frequency):
-    with pytest.raises(SpecError, match="is not between 0 and half of 100 Hz"):
-        group_delay(butterworth(BAND, 100.0), 100.0, frequency)
+def test_a_rate_that_does_not_hold_10_hz_is_stated_at_what_it_holds():
+    assert delays(12.0, 12.0, l_freq=0.5, h_freq=None)["filters"].source == "group delay at 4 Hz"
+
+
+def test_a_source_that_is_slower_than_the_model_is_refused():
+    with pytest.raises(StreamError, match="The stream has 50 Hz, the model 100 Hz"):
+        delays(100.0, 50.0)
 
 
 INFERENCE = AgePart(name="inference", seconds=0.005, source="measured")
@@ -202,7 +216,7 @@ def test_the_budget_of_the_default_window():
     parts = {part.name: part.seconds for part in age.parts}
     assert list(parts) == ["window", "model", "filters", "hop", "transport", "inference"]
     assert (parts["window"], parts["model"], parts["hop"], parts["inference"]) == (0.755, 0.48, 0.1, 0.005)
-    assert parts["filters"] == pytest.approx(group_delay(butterworth(BAND, 100.0), 100.0, 10.0))
+    assert parts["filters"] == delays(100.0, 100.0)["filters"].seconds
     assert age.total_s == pytest.approx(sum(parts.values()))
 
 
@@ -217,12 +231,3 @@ def test_the_low_latency_window_saves_the_tail_and_nothing_else():
         spec.replace(n_times=152), bundle=shorter.bundle, backend="ort-cpu", precision="fp32", hop=0.1, inference=INFERENCE
     )
     assert [(p.name, p.seconds) for p in again.parts] == [(p.name, p.seconds) for p in shorter.parts]
-
-
-def test_filters_and_decimator_of_a_live_path_take_the_place_of_the_band_pass():
-    sos = scipy.signal.butter(4, 40, fs=500, output="sos")
-    filters = (delay_part("filters", sos, 500.0), delay_part("decimator", sos, 500.0))
-    age = decision_age(small_spec(), bundle="b", backend="x", precision="fp32", hop=0.01, inference=INFERENCE, filters=filters)
-    assert [part.name for part in age.parts][2:4] == ["filters", "decimator"]
-    assert filters[0].source == "group delay at 10 Hz"
-    assert delay_part("filters", scipy.signal.butter(2, 3, fs=10, output="sos"), 10.0).source == "group delay at 1 Hz"
