@@ -196,7 +196,8 @@ def recommend(report: BenchReport) -> tuple[Recommendation, ...]:
     for fact in report.bundles:
         mine = [c for c in report.cells if c.key.bundle == fact.label and c.key.backend != HARNESS]
         wrong = dict.fromkeys(f"{c.key.backend} {c.key.precision}" for c in mine if c.struck_out)
-        field = _comparable([c for c in mine if c.parity and c.latency is not None])
+        careful = dict.fromkeys(f"{c.key.backend} {c.key.precision}" for c in mine if c.caution)
+        field = _comparable([c for c in mine if c.parity and c.caution is None and c.latency is not None])
         if not field:
             continue
         percent = 99.0 if all(_at(c, 99.0) is not None for c in field) else 50.0
@@ -213,7 +214,7 @@ def recommend(report: BenchReport) -> tuple[Recommendation, ...]:
                 bundle=fact.label,
                 backend=best.key.backend,
                 precision=best.key.precision,
-                why=_why(best, rest, len(equal), percent, list(wrong)),
+                why=_why(best, rest, len(equal), percent, list(wrong), list(careful)),
             )
         )
     return tuple(found)
@@ -245,7 +246,7 @@ def _preference(cell: Cell) -> tuple[int, int]:
     return RUN_PRECISIONS.index(cell.key.precision), 0 if cell.key.backend in BACKENDS else 1
 
 
-def _why(best: Cell, rest: list[Cell], n_equal: int, percent: float, wrong: list[str]) -> str:
+def _why(best: Cell, rest: list[Cell], n_equal: int, percent: float, wrong: list[str], careful: list[str]) -> str:
     key, figure = best.key, _figure(best, percent)
     where = f"at {key.rate:g} windows a second" if key.rate is not None else f"back to back at batch {key.batch}"
     span = "" if figure.low is None or figure.high is None else f" ({figure.low:.4g} to {figure.high:.4g})"
@@ -257,4 +258,6 @@ def _why(best: Cell, rest: list[Cell], n_equal: int, percent: float, wrong: list
         words.append(f"Next: {second.key.backend} {second.key.precision} with {_figure(second, percent).value:.4g} us.")
     if wrong:
         words.append(f"Struck out for wrong outputs: {', '.join(wrong)}.")
+    if careful:
+        words.append(f"Not considered, as outputs differ on windows with electrode offsets: {', '.join(careful)}.")
     return " ".join(words)

@@ -276,6 +276,7 @@ class Stream:
     def synchronize(self) -> None:
         """Wait whatever the mode, after work that `finish` did not end."""
         check(self._cu.cuStreamSynchronize(self.stream))
+        self._flag[0] = 0  # of a launch that nothing else waited for
 
     def capture(self, enqueue: Callable[[], None]) -> Graph:
         """Return the graph of what `enqueue` puts into this stream; nothing runs."""

@@ -25,6 +25,9 @@ MIN_BLOCKS = 5
 """Fewer blocks say nothing of how much blocks differ: there is no interval then."""
 
 N_RESAMPLES = 2000
+MAX_RESAMPLED = 20_000
+"""Larger pools are thinned for the bootstrap: of every block each m-th of its sorted samples, which is the same distribution."""
+
 TREND_LEVEL = 0.01
 
 
@@ -52,6 +55,7 @@ def bootstrap(values: Array, blocks: Blocks, percents: Sequence[float], rng: np.
     array, shape (N_RESAMPLES, len(percents))
         Of each pool.
     """
+    values, blocks = _thinned(values, blocks)
     names, block = np.unique(blocks, return_inverse=True)
     n_blocks = len(names)
     order = np.argsort(values)
@@ -65,6 +69,16 @@ def bootstrap(values: Array, blocks: Blocks, percents: Sequence[float], rng: np.
         wanted = np.ceil(fractions * cumulative[-1] - 1e-9)
         row[:] = ordered[np.minimum(np.searchsorted(cumulative, wanted), len(ordered) - 1)]
     return result
+
+
+def _thinned(values: Array, blocks: Blocks) -> tuple[Array, Blocks]:
+    step = -(-len(values) // MAX_RESAMPLED)
+    if step == 1:
+        return values, blocks
+    order = np.lexsort((values, blocks))
+    _, first = np.unique(blocks[order], return_index=True)
+    keep = np.concatenate([part[step // 2 :: step] for part in np.split(order, first[1:])])
+    return values[keep], blocks[keep]
 
 
 def interval(resampled: Array, n_blocks: int) -> tuple[float, float]:

@@ -34,6 +34,9 @@ GROUP_CALLS = 3
 STABLE_WITHIN = 0.05
 """The medians of the older and of the newer groups differ by at most this, relatively, once the warm-up is over."""
 
+MAX_CALLS = 5000
+"""Calls of a block at most: ten blocks of so many give a p99.9, and more would only fill the disk."""
+
 MAX_BACKLOG_S = 1.0
 """An open loop that is late by this and by `MAX_BACKLOG_WINDOWS` periods is given up: it does not hold its rate."""
 
@@ -70,12 +73,12 @@ def is_stable(groups: Array) -> bool:
 
 
 def closed_loop(call: Call, windows: Sequence[FloatArray], clock: Clock, seconds: float) -> Array:
-    """Call back to back for `seconds`, and at least once. Returns the latencies in seconds."""
+    """Call back to back for `seconds`, at least once and at most `MAX_CALLS` times. Returns the latencies in seconds."""
     now, feed = clock.now, itertools.cycle(windows)
     latencies: list[float] = []
     end = now() + seconds
     stop = 0.0
-    while stop < end:
+    while stop < end and len(latencies) < MAX_CALLS:
         window = next(feed)
         start = now()
         call(window)
@@ -201,7 +204,7 @@ def open_loop(
         batch=np.repeat(batch, batch),
         n_due=n,
         period=period,
-        spacing=(due[-1] - due[0]) / max(1, n - 1) if n > 1 else period,
+        spacing=float(due[-1] - due[0]) / (n - 1) if n > 1 else period,
     )
 
 

@@ -7,6 +7,7 @@ import ctypes
 import io
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import onnxruntime as ort
 from sjepa_deploy.bundle import ONNX_CONTRACT_KEY, Bundle, graph_contract
 from sjepa_deploy.errors import BackendError, BundleError
 from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
+from sjepa_deploy.runtime.bench_results import Split
 from sjepa_deploy.runtime.cuda import Device, DeviceBuffer, HostBuffer, Stream, address_on_gpu
+from sjepa_deploy.runtime.split import split_calls
 from sjepa_deploy.spec import RunPrecision
 
 logger = logging.getLogger(__name__)
@@ -191,6 +194,22 @@ class OrtCudaBackend:
             buffer = self.input_buffer(batch)
             for _ in range(n_runs):
                 self.run(buffer)
+
+    def split(self, eeg: FloatArray, n: int) -> Split:
+        """Return where the time of `n` calls on `eeg` goes."""
+        bound = self._bound.get(len(eeg)) or self._bind(len(eeg))
+        steps: dict[str, Callable[[], object]] = {
+            "compute": lambda: self._session.run_with_iobinding(bound.binding, bound.options)
+        }
+        how = "as measured, in mapped memory"
+        if bound.device_buffers:
+            steps = {
+                "h2d": lambda: self._stream.upload(bound.source, bound.input),
+                **steps,
+                "d2h": lambda: self._download(bound),
+            }
+            how = "as measured, with copies"
+        return split_calls(self._device, self._stream, lambda: np.copyto(bound.input.array, eeg), steps, n, how)
 
     def _run(self, bound: _Binding) -> None:
         if bound.device_buffers:

@@ -12,8 +12,10 @@ import numpy as np
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, EngineError, InputError
 from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
+from sjepa_deploy.runtime.bench_results import Split
 from sjepa_deploy.runtime.cuda import Device, DeviceBuffer, Gpu, Graph, HostBuffer, Stream, address_on_gpu, check
 from sjepa_deploy.runtime.engines import EngineStore, Machine
+from sjepa_deploy.runtime.split import split_calls
 from sjepa_deploy.runtime.tensorrt_api import TensorRT
 from sjepa_deploy.spec import ModelSpec, RunPrecision
 
@@ -132,6 +134,12 @@ class EngineRunner:
             for _ in range(n_runs):
                 self.run(buffer)
 
+    def split(self, eeg: FloatArray, n: int) -> Split:
+        """Return where the time of `n` calls on `eeg` goes."""
+        lane = self._lanes.get(len(eeg)) or self._open(len(eeg))
+        steps, how = lane.steps()
+        return split_calls(self._device, self._stream, lambda: np.copyto(lane.input, eeg), steps, n, how)
+
     def close(self) -> None:
         """Release everything on the GPU."""
         self._device.make_current()
@@ -243,6 +251,17 @@ class _Lane:
         self._stream.download(self._out, target.address)
         self._stream.finish()
 
+    def steps(self) -> tuple[dict[str, Callable[[], object]], str]:
+        """Return what a call enqueues, step by step, and in which mode."""
+        if not self._copies:
+            return {"compute": lambda: check(self.launch())}, "as measured, in mapped memory"
+        source, target = self._copies
+        return {
+            "h2d": lambda: self._stream.upload(source.address, self._in),
+            "compute": lambda: self._execute(source.address, target.address),
+            "d2h": lambda: self._stream.download(self._out, target.address),
+        }, "step by step, without a graph"
+
     def _execute(self, source: int, target: int) -> None:
         context, spec = self._context, self._spec
         done = context.set_tensor_address(spec.input_name, source) and context.set_tensor_address(spec.output_name, target)
@@ -300,6 +319,7 @@ class TensorRTBackend:
         self.run_on_gpu = self.runner.run_on_gpu
         self.input_buffer = self.runner.input_buffer
         self.warmup = self.runner.warmup
+        self.split = self.runner.split
 
     def close(self) -> None:
         """Release the engine and everything on the GPU."""

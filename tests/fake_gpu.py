@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import json
+import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +36,7 @@ class FakeDriver:
         CU_STREAM_NON_BLOCKING = 1
 
     class CUevent_flags(enum.IntEnum):
+        CU_EVENT_DEFAULT = 0
         CU_EVENT_BLOCKING_SYNC = 1
         CU_EVENT_DISABLE_TIMING = 2
 
@@ -58,6 +60,7 @@ class FakeDriver:
         self.queues: dict[int, list[Callable[[], None]] | None] = {}
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self.n_launched = 0
+        self.recorded: dict[int, float] = {}
         self.busy_polls = 2
         self._next = 1000
 
@@ -188,16 +191,23 @@ class FakeDriver:
         return (0,)
 
     def cuEventCreate(self, flags: int) -> tuple[int, int]:
-        assert flags == 3
+        assert flags in (0, 3)
         return 0, self._handle()
 
     def cuEventRecord(self, event: int, stream: int) -> tuple[int]:
+        assert self.queues[int(stream)] is None  # what ran before on this stream is done
+        self.recorded[event] = time.perf_counter()
         return (0,)
+
+    def cuEventElapsedTime(self, start: int, end: int) -> tuple[int, float]:
+        return 0, (self.recorded[end] - self.recorded[start]) * 1e3
 
     def cuEventSynchronize(self, event: int) -> tuple[int]:
         return (0,)
 
-    cuEventDestroy = cuEventSynchronize
+    def cuEventDestroy(self, event: int) -> tuple[int]:
+        self.recorded.pop(event, None)
+        return (0,)
 
 
 class Faults:

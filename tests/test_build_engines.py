@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -108,6 +109,33 @@ def test_every_way_to_run_gives_the_same_and_allocates_nothing(rig, bundle, memo
         np.testing.assert_array_equal(backend.run(buffer), outputs(bundle, "fp32", eeg(bundle, n)[::-1].copy()))
     assert rig.driver.n_allocated == allocated
     assert (rig.driver.n_launched - launched) == (10 if cuda_graph else 0)
+    backend.close()
+
+
+@pytest.mark.parametrize("memory", ["mapped", "copy"])
+@pytest.mark.parametrize("wait", ["spin", "flag"])
+def test_calls_are_split_with_events_and_go_on_afterwards(rig, bundle, memory, wait):
+    """The fake driver works while things are enqueued: its events then tell what the steps take, and wait for nothing."""
+    build_engine(bundle, "fp32")
+    backend = open_backend(bundle, "tensorrt", "fp32", BackendOptions(memory=memory, wait=wait))
+    windows = eeg(bundle, 3)
+    want = backend.run(windows).copy()
+    rig.faults.spoil = lambda out: (time.sleep(0.01), out)[1]
+    split = backend.split(windows, 5)
+    rig.faults.spoil = lambda out: out
+    assert split.n == 5
+    assert 10_000 <= split.compute_us < split.enqueue_us
+    if memory == "copy":
+        assert 0 < split.h2d_us < 10_000
+        assert 0 < split.d2h_us < 10_000
+    else:
+        assert (split.h2d_us, split.d2h_us) == (None, None)
+    assert split.host_us < 10_000
+    assert abs(split.overhead_us) < 10_000
+    assert not rig.driver.recorded, "the events were released"
+    np.testing.assert_array_equal(backend.run(windows), want)
+    backend.run(windows[::-1].copy())
+    np.testing.assert_array_equal(backend.run(windows), want)
     backend.close()
 
 

@@ -48,6 +48,16 @@ def test_resampled_percentiles_are_those_of_the_pooled_blocks(numbers, percent, 
         assert row[0] == np.quantile(pool, percent / 100, method="inverted_cdf")
 
 
+def test_large_pools_are_thinned_without_a_change_of_their_distribution(monkeypatch):
+    values, blocks = clustered(np.random.default_rng(3), n_blocks=8, n=4000)
+    shuffled = np.random.default_rng(0).permutation(len(values))
+    monkeypatch.setattr(estimates, "N_RESAMPLES", 200)
+    whole = bootstrap(values[shuffled], blocks[shuffled], [50.0, 99.0], np.random.default_rng(1))
+    monkeypatch.setattr(estimates, "MAX_RESAMPLED", len(values))
+    exact = bootstrap(values[shuffled], blocks[shuffled], [50.0, 99.0], np.random.default_rng(1))
+    assert np.abs(whole / exact - 1).max() < 0.002
+
+
 def coverage(blocks_of, n_runs=300):
     """Share of runs whose interval holds the true median, 100."""
     rng, hits = np.random.default_rng(1), 0

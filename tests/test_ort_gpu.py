@@ -54,6 +54,18 @@ def test_bound_buffers_decode_and_nothing_is_allocated_per_call(opened, memory):
     assert not opened["driver"].allocations
 
 
+@pytest.mark.parametrize("memory", ["mapped", "copy"])
+def test_calls_are_split_with_events(opened, memory):
+    bundle = small_bundle("prelocal")
+    windows = bundle.reference().inputs[:2]
+    backend = open_backend(bundle, "ort-cuda", "fp32", BackendOptions(memory=memory))
+    split = backend.split(windows, 20)
+    assert (split.h2d_us is None, split.d2h_us is None) == ((memory == "mapped"),) * 2
+    assert 0 < split.compute_us < split.enqueue_us
+    np.testing.assert_array_equal(backend.run(windows), open_backend(bundle, "ort-cpu", "fp32").run(windows))
+    backend.close()
+
+
 def test_arrays_on_the_gpu_are_bound_where_they_are(opened, monkeypatch):
     monkeypatch.setattr(ort_module, "address_on_gpu", lambda array, stream, window: (len(array), array.ctypes.data))
     bundle = small_bundle("prelocal")

@@ -177,33 +177,40 @@ def _command_line() -> str:
 # ---- for people ----------------------------------------------------------------------------------------------------------------
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("cell", "scenario", "backend") else "right", overflow="fold")
     return table
 
 
 def _print_report(report: BenchReport, screen: Console) -> None:
-    table = _table("cell", "p50 us", "95 %", "p99 us", "max us", "missed")
-    for cell in report.cells:
-        if cell.cold_start is None:
-            table.add_row(*_row(cell))
-    if table.rows:
-        screen.print(table)
+    for fact in report.bundles:
+        table = _table("scenario", "backend", "p50 us", "95 %", "p99 us", "missed", title=escape(fact.label))
+        for cell in report.cells:
+            if cell.key.bundle == fact.label and cell.cold_start is None:
+                table.add_row(*_row(cell))
+        if table.rows:
+            screen.print(table)
     for cell in report.cells:
         if cell.cold_start is not None:
             phases = ", ".join(f"{phase.name} {phase.seconds.value:.3g} s" for phase in cell.cold_start.phases)
-            screen.print(f"{cell.key.label}: {phases}", soft_wrap=True)
+            screen.print(f"cold start of {_who(cell)} ({escape(cell.key.bundle)}): {phases}", soft_wrap=True)
     for found in report.capacity:
         screen.print(
             f"{escape(found.bundle)} on {found.backend} {found.precision} holds [bold]{found.n_held}[/] streams of "
             f"{found.rate:g} windows a second, p99 within {found.deadline_s:g} s",
             soft_wrap=True,
         )
+    for what in dict.fromkeys((cell.key.bundle, _who(cell), cell.caution) for cell in report.cells if cell.caution):
+        screen.print(f"{escape(what[0])} on {what[1]}: {what[2]}", soft_wrap=True)
     for entry_ in report.left_out:
         screen.print(f"not measured: {escape(entry_.what)}. {escape(entry_.reason)}", soft_wrap=True)
     _print_recommendations(report, screen)
+
+
+def _who(cell: Cell) -> str:
+    return f"{cell.key.backend} {cell.key.precision}"
 
 
 def _print_recommendations(report: BenchReport, screen: Console) -> None:
@@ -218,14 +225,12 @@ def _print_recommendations(report: BenchReport, screen: Console) -> None:
 
 
 def _row(cell: Cell) -> tuple[str, ...]:
-    label = escape(cell.key.label)
-    if cell.struck_out:
-        label = f"[strike]{label}[/] [bold red]wrong outputs[/]"
+    who = f"[strike]{_who(cell)}[/] [bold red]wrong[/]" if cell.struck_out else _who(cell)
     missed = "" if cell.open_loop is None else f"{cell.open_loop.missed} of {cell.open_loop.n_due}"
     if cell.latency is None:
-        return label, "not held", "", "", "", missed
+        return cell.key.what, who, "not held", "", "", missed
     middle, tail = cell.latency.at(50.0), cell.latency.at(99.0)
-    return label, _number(middle), _span(middle), _number(tail), f"{cell.latency.max_us:.4g}", missed
+    return cell.key.what, who, _number(middle), _span(middle), _number(tail), missed
 
 
 def _number(figure: Estimate | None) -> str:

@@ -1,0 +1,111 @@
+"""Backends with planted faults, for benchmarks that must find them."""
+
+import itertools
+import os
+import signal
+import time
+
+from sjepa_deploy.runtime.backend import BackendEntry
+from sjepa_deploy.runtime.ort import OrtCpuBackend
+from sjepa_deploy.runtime.peers import ALL_BACKENDS
+
+
+def spin(seconds):
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+class Slow(OrtCpuBackend):
+    """ONNX Runtime, with calls that are longer by a share of what they take."""
+
+    share = 0.0
+
+    def run(self, eeg):
+        start = time.perf_counter()
+        out = super().run(eeg)
+        spin(self.share * (time.perf_counter() - start))
+        return out
+
+
+class Slow10(Slow):
+    name = "slow-10"
+    share = 0.1
+
+
+class Slow1(Slow):
+    name = "slow-1"
+    share = 0.01
+
+
+class Stalls(OrtCpuBackend):
+    """One call in a thousand takes 20 ms."""
+
+    name = "stalls"
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._number = itertools.count(1)
+
+    def run(self, eeg):
+        out = super().run(eeg)
+        if next(self._number) % 1000 == 0:
+            spin(0.02)
+        return out
+
+
+class Sleeps(OrtCpuBackend):
+    """Right, and 30 ms late."""
+
+    name = "sleeps"
+
+    def run(self, eeg):
+        time.sleep(0.03)
+        return super().run(eeg)
+
+
+class Wrong(OrtCpuBackend):
+    """Fast, and wrong."""
+
+    name = "wrong"
+
+    def run(self, eeg):
+        return super().run(eeg) + 0.1
+
+
+class Breaks(OrtCpuBackend):
+    """Works while it is judged, and fails later as a foreign library does."""
+
+    name = "breaks"
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._calls_left = 100
+
+    def run(self, eeg):
+        self._calls_left -= 1
+        if not self._calls_left:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+        return super().run(eeg)
+
+
+class Interrupts(OrtCpuBackend):
+    """Somebody presses Ctrl-C during the 3000th call."""
+
+    name = "interrupts"
+    calls_left = 3000
+
+    def run(self, eeg):
+        self.calls_left -= 1
+        if not self.calls_left:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().run(eeg)
+
+
+BACKENDS = {c.name: c for c in (Slow10, Slow1, Stalls, Sleeps, Wrong, Breaks, Interrupts)}
+
+
+def plant(setitem=dict.__setitem__) -> None:
+    """Let benchmarks find these backends by name; `setitem` may be that of monkeypatch."""
+    for name, cls in BACKENDS.items():
+        setitem(ALL_BACKENDS, name, BackendEntry(target=f"{__name__}:{cls.__name__}", package="onnxruntime", extra=""))

@@ -1,0 +1,531 @@
+"""Whole runs of the benchmark: small, on the real clock, judged by what must hold however slow the machine is."""
+
+import dataclasses
+import json
+import re
+import types
+from importlib import resources
+
+import jsonschema
+import numpy as np
+import planted
+import pytest
+from bundles import copy_bundle, flip_byte
+
+from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.cli import run_command
+from sjepa_deploy.cli.bench import Share, bench
+from sjepa_deploy.errors import BackendError, BenchmarkError
+from sjepa_deploy.runtime import environment, scenarios, subjects
+from sjepa_deploy.runtime.backend import BackendOptions
+from sjepa_deploy.runtime.bench import BenchConfig, run_bench
+from sjepa_deploy.runtime.bench_results import (
+    HARNESS,
+    SCENARIOS,
+    BenchReport,
+    load_report,
+    load_samples,
+    write_report,
+)
+from sjepa_deploy.runtime.keep_warm import Clock
+from sjepa_deploy.runtime.latency import Served
+from sjepa_deploy.runtime.peers import ALL_BACKENDS, PEERS
+from sjepa_deploy.serialize import json_schema
+
+SCHEMA = json.loads(resources.files("sjepa_deploy").joinpath("data", "benchmark.schema.json").read_text(encoding="utf-8"))
+QUICK = {"seconds": 0.1, "n_blocks": 5, "processes": 1, "rates": (100.0,), "backends": ("ort-cpu",)}
+
+
+@pytest.fixture(autouse=True)
+def planted_backends(monkeypatch):
+    planted.plant(monkeypatch.setitem)
+    monkeypatch.setattr(planted.Interrupts, "calls_left", 3000)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_machine():
+    """Warm up with two calls, and wait for nothing: these tests look at what is written, not at how steady it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sjepa_deploy.runtime.latency.warm_up", lambda call, windows, clock: [call(w) for w in windows] != [])
+        patch.setattr("sjepa_deploy.runtime.bench.SETTLE_S", 0.001)
+        patch.setattr("sjepa_deploy.runtime.estimates.N_RESAMPLES", 200)
+        yield
+
+
+@pytest.fixture
+def sjepa_bench(capsys):
+    def run(*arguments):
+        capsys.readouterr()
+        status = run_command(bench, "sjepa-bench", [str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def cells(report, **fields):
+    return [c for c in report.cells if all(getattr(c.key, name) == value for name, value in fields.items())]
+
+
+@pytest.fixture(scope="module")
+def whole(make_bundle, tmp_path_factory, quick_machine):
+    """A run of every scenario on two backends, written and read again, with its samples."""
+    config = BenchConfig(
+        **QUICK | {"backends": ("ort-cpu", "torch-eager"), "batches": (1, 3), "precisions": ("fp32",), "seed": 4}
+    )
+    bundles = (make_bundle("prelocal"), make_bundle("contextual"))
+    report, samples = run_bench(bundles, config, command="sjepa-bench a b")
+    path = tmp_path_factory.mktemp("bench") / "bench.json"
+    written = write_report(report, samples, path)
+    read = load_report(path)
+    assert read == written
+    return read, load_samples(read, path), path
+
+
+def test_the_shipped_schema_describes_the_dataclasses(whole):
+    assert json_schema(BenchReport) == SCHEMA
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    assert all(definition["description"] for definition in SCHEMA["$defs"].values())
+    jsonschema.Draft202012Validator(SCHEMA).validate(json.loads(whole[2].read_text()))
+
+
+def test_every_cell_is_there_once(whole):
+    report, samples, _ = whole
+    assert (report.partial, report.left_out, report.seed, report.command) == (None, (), 4, "sjepa-bench a b")
+    assert len({c.key for c in report.cells}) == len({c.id for c in report.cells}) == len(report.cells)
+    assert [fact.label for fact in report.bundles] == ["bundle", "bundle-2"]
+    assert [fact.variant for fact in report.bundles] == ["prelocal", "contextual"]
+    for label in ("bundle", "bundle-2"):
+        for backend in ("ort-cpu", "torch-eager"):
+            mine = cells(report, bundle=label, backend=backend)
+            count = {s: len([c for c in mine if c.key.scenario == s]) for s in SCENARIOS}
+            assert count.pop("streams") >= 1
+            assert count == {"back-to-back": 2, "paced": 2, "throughput": 2, "cold-start": 1}
+            assert all(c.parity is True for c in mine)
+    assert {name.partition(".")[0] for name in samples} == {c.id for c in report.cells if c.cold_start is None} | {"canary_us"}
+
+
+def test_figures_are_those_of_the_samples(whole):
+    """numpy finds the same in the raw samples."""
+    report, samples, _ = whole
+    checked = 0
+    for cell in report.cells:
+        if cell.cold_start is not None:
+            continue
+        values = samples[f"{cell.id}.latency_us"].astype(np.float64)
+        if cell.latency is not None:
+            assert cell.latency.n == len(values)
+            assert cell.latency.max_us == pytest.approx(values.max(), rel=1e-6)
+            for percentile in cell.latency.percentiles:
+                assert (percentile.value is None) == (len(values) < percentile.n_needed)
+                if percentile.value is not None:
+                    expected = np.quantile(values, percentile.percent / 100, method="inverted_cdf")
+                    assert percentile.value.value == pytest.approx(expected, rel=1e-6)
+                    checked += 1
+        if cell.open_loop is not None:
+            assert cell.open_loop.n_done == len(values)
+            late = values > cell.open_loop.deadline_s * 1e6
+            assert abs(int(late.sum()) - cell.open_loop.missed) <= 1
+            at, service = samples[f"{cell.id}.at_s"], samples[f"{cell.id}.service_us"]
+            assert len(at) == len(service) == len(values)
+            assert (service <= values * 1.0001 + 1).all()
+            assert (at >= 0).all()
+            assert at.max() <= report.seconds
+        if cell.key.scenario in ("back-to-back", "throughput"):
+            blocks = samples[f"{cell.id}.block"]
+            rates = [cell.key.batch * 1e6 / values[blocks == block].mean() for block in np.unique(blocks)]
+            assert cell.windows_per_s.value == pytest.approx(np.median(rates), rel=1e-3)
+    assert checked > 20
+
+
+def test_the_backend_that_does_nothing_is_in_every_report(whole):
+    report, _, _ = whole
+    closed, paced = cells(report, backend=HARNESS)
+    assert report.cells[0] is closed
+    assert closed.parity is None
+    assert closed.latency.at(50.0).value < 10
+    assert report.loop_us < 10
+    assert paced.key.rate == 100.0
+
+
+def test_cold_starts_have_their_phases_and_the_memory_of_the_process(whole):
+    report, _, _ = whole
+    for cell in cells(report, scenario="cold-start"):
+        phases = [phase.name for phase in cell.cold_start.phases]
+        assert phases == ["process", "import", "open bundle", "open backend", "first call", "steady call"]
+        assert all(phase.seconds.value > 0 for phase in cell.cold_start.phases)
+        assert cell.resources.host_bytes > 20e6
+        assert cell.cold_start.calls_to_steady >= 1
+    with_torch, without = (cells(report, scenario="cold-start", backend=b)[0] for b in ("torch-eager", "ort-cpu"))
+    assert with_torch.resources.host_bytes > without.resources.host_bytes + 50e6
+
+
+def test_environment_noise_and_recommendation_are_told(whole):
+    report, samples, _ = whole
+    assert report.environment.versions["numpy"] == np.__version__
+    assert report.environment.cores >= 1
+    assert report.noise.canary_us.value == pytest.approx(np.median(samples["canary_us"]))
+    assert {choice.bundle for choice in report.recommendations} <= {"bundle", "bundle-2"}
+    assert len(report.parity) == 4
+    assert all(judgement.result.backend in ("ort-cpu", "torch-eager") for judgement in report.parity)
+
+
+def test_streams_are_searched_for_until_one_more_is_refused(make_bundle):
+    """A backend that sleeps 30 ms holds three streams of ten a second at batch one: batches make it more, never less."""
+    config = BenchConfig(**QUICK | {"backends": ("sleeps",), "scenarios": ("streams",), "rates": (10.0,), "seconds": 2.0})
+    report, _ = run_bench((make_bundle("prelocal"),), config)
+    (found,) = report.capacity
+    assert (found.rate, found.deadline_s) == (10.0, 0.1)
+    tried = [c.key.n_streams for c in cells(report, scenario="streams")]
+    assert found.n_held in [0, *tried]
+    for cell in cells(report, scenario="streams"):
+        assert cell.open_loop.mean_batch >= 1
+        if cell.key.n_streams == found.n_held:
+            assert cell.open_loop.held
+
+
+def test_the_search_for_streams_ends_at_the_capacity(make_bundle):
+    """The policy alone, with an oracle in place of a machine: 37 streams are held, 38 are not."""
+    subject = subjects.harness(make_bundle("prelocal"), "b", seed=0)
+    clock = Clock()
+    for capacity, first in ((37, 30), (37, 300), (37, 1), (0, 5), (1, 1)):
+        search = scenarios.Streams(
+            scenarios.Bench(clock=clock, nvml=None, began=0.0, seconds=0.1, seed=0), subject, 100, rate=10.0, deadline=None
+        )
+        search._next = first
+        for _ in range(100):
+            if search.finished:
+                break
+            n = search._next
+            search._decide(n, n <= capacity, nearly=n <= capacity + 1)
+        assert search.n_held <= capacity < search.n_refused
+        assert search.n_refused <= max(search.n_held + 1, 1.05 * search.n_held)
+
+
+def test_a_disturbed_probe_is_no_refusal(make_bundle):
+    subject = subjects.harness(make_bundle("prelocal"), "b", seed=0)
+    common = scenarios.Bench(clock=Clock(), nvml=None, began=0.0, seconds=0.1, seed=0)
+    search = scenarios.Streams(common, subject, 10, rate=10.0, deadline=None)
+    search._next = 20
+    search._decide(20, held=False, nearly=True)
+    assert (search._next, search.n_refused) == (20, None)
+    search._decide(20, held=True, nearly=True)
+    assert (search.n_held, search.n_refused) == (20, None)
+
+
+def test_a_probe_is_held_by_its_p99_and_its_backlog():
+    due = np.arange(1000) / 100
+    fields = {"due": due, "start": due, "batch": np.ones(1000, int), "n_due": 1000, "period": 0.01, "spacing": 0.01}
+    late = np.where(np.arange(1000) % 100 == 0, 0.008, 0.002)
+    assert scenarios.holds(Served(finish=due + late, **fields), deadline=0.005)
+    assert not scenarios.holds(Served(finish=due + np.where(np.arange(1000) % 50 == 0, 0.008, 0.002), **fields), deadline=0.005)
+
+
+# ---------------------------------------------------------------- faults
+
+
+def test_stalls_show_in_paced_latencies_and_misses_also_behind_them(make_bundle):
+    """Real time: at 2000 windows a second a stall of 20 ms makes some forty windows late, the closed loop shows one call."""
+    config = BenchConfig(
+        **QUICK | {"backends": ("stalls",), "scenarios": ("back-to-back", "paced"), "rates": (2000.0,), "seconds": 4.0}
+    )
+    report, samples = run_bench((make_bundle("prelocal"),), config)
+    (closed,) = cells(report, backend="stalls", scenario="back-to-back")
+    paced, _ = cells(report, backend="stalls", scenario="paced")
+    calls = samples[f"{closed.id}.latency_us"]
+    stalled = calls > 20_000
+    assert stalled.sum() == pytest.approx(len(calls) / 1000, abs=2)
+    values, service = samples[f"{paced.id}.latency_us"], samples[f"{paced.id}.service_us"]
+    assert len(values) >= 5000 or not paced.open_loop.held
+    n_stalls = int((service > 20_000).sum())
+    assert n_stalls >= 3
+    behind = (values > 10_000) & (service < 5_000)
+    assert behind.sum() >= 5 * n_stalls, "windows that did not stall themselves, and waited for more than 10 ms"
+    assert paced.open_loop.missed >= 10 * n_stalls
+    assert paced.open_loop.longest_run >= 10
+    if paced.latency is not None:
+        assert paced.latency.at(99.9).value > 10_000
+
+
+def test_fast_and_wrong_is_struck_out(make_bundle, sjepa_bench, tmp_path):
+    options = ["--scenario", "back-to-back", "--duration", "0.05", "--backend", "wrong", "--backend", "ort-cpu"]
+    status, out, _ = sjepa_bench(make_bundle("prelocal").path, *options, "--out", tmp_path / "o")
+    assert status == 0
+    report = load_report(tmp_path / "o" / "bench.json")
+    assert [c.struck_out for c in report.cells if c.key.backend != HARNESS] == [True, False]
+    assert re.search(r"wrong fp32\s+wrong", out)
+    assert [choice.backend for choice in report.recommendations] == ["ort-cpu"]
+
+
+def test_pytorch_is_not_struck_out_for_electrode_offsets_but_said_to_lose_them(make_bundle):
+    bundle = make_bundle("postlocal", n_chans=8)
+    opened = list(
+        subjects.open_subjects(
+            (bundle,),
+            subjects.bundle_facts((bundle,)),
+            backends=("torch-eager", "ort-cpu", "wrong"),
+            precisions=("fp32",),
+            options=BackendOptions(),
+            seed=0,
+        )
+    )
+    judgements = [subject.judgement for subject in opened]
+    eager, ours, wrong = judgements
+    assert ours.result.passed
+    assert (ours.caution, ours.without_offsets) == (None, None)
+    assert (wrong.passed, wrong.caution) == (False, None)
+    assert eager.passed
+    if not eager.result.passed:
+        assert re.match(r"Outputs differ by \de-\d\d of their scale on windows with electrode offsets", eager.caution)
+        assert "offset" in eager.result.worst
+    for subject in opened:
+        subject.close()
+
+
+def test_windows_with_offsets_are_told_by_their_samples(make_bundle):
+    bundle = make_bundle("prelocal")
+    reference = bundle.reference()
+    rest = subjects.without_offsets(reference, bundle.spec)
+    dropped = set(reference.kinds) - set(rest.kinds)
+    assert {"eeg with 20 mV offsets", "channel flat at an offset"} <= dropped
+    assert {kind for kind in reference.kinds if re.fullmatch(r"eeg \d", kind)} <= set(rest.kinds)
+    only = dataclasses.replace(
+        reference, kinds=("x",), inputs=reference.inputs[:1] + np.float32(5000), outputs=reference.outputs[:1]
+    )
+    assert subjects.without_offsets(only, bundle.spec) is None
+
+
+def test_a_rate_that_is_not_held_is_not_called_slow(make_bundle, sjepa_bench, tmp_path):
+    options = ["--scenario", "paced", "--rate", "100", "--duration", "1", "--backend", "sleeps"]
+    status, out, _ = sjepa_bench(make_bundle("prelocal").path, *options, "--out", tmp_path / "o")
+    assert status == 0
+    for cell in cells(load_report(tmp_path / "o" / "bench.json"), backend="sleeps"):
+        assert cell.latency is None
+        assert not cell.open_loop.held
+        assert cell.open_loop.utilization > 2
+    assert out.count("not held") == 2
+
+
+def test_a_backend_that_breaks_ends_nothing_but_itself(make_bundle):
+    config = BenchConfig(**QUICK | {"backends": ("breaks", "ort-cpu"), "scenarios": ("back-to-back",)})
+    report, _ = run_bench((make_bundle("prelocal"),), config)
+    (entry,) = report.left_out
+    assert entry.what == "back-to-back: bundle on breaks fp32"
+    assert entry.reason == "CUDA error: an illegal memory access was encountered"
+    assert [c.key.backend for c in report.cells] == [HARNESS, "ort-cpu"]
+
+
+def test_ctrl_c_writes_what_there_is_and_says_so(make_bundle, sjepa_bench, tmp_path):
+    options = ["--scenario", "back-to-back", "--backend", "interrupts", "--backend", "ort-cpu", "--duration", "60", "--json"]
+    status, out, err = sjepa_bench(make_bundle("prelocal").path, *options, "--out", tmp_path / "o")
+    assert (status, err.strip().splitlines()[-1]) == (130, "sjepa-bench: interrupted")
+    report = load_report(tmp_path / "o" / "bench.json")
+    assert report.partial == json.loads(out)["partial"] == "It was interrupted."
+    assert load_samples(report, tmp_path / "o" / "bench.json").keys() >= {f"{c.id}.latency_us" for c in report.cells}
+
+
+def test_the_time_limit_ends_a_run_with_what_there_is(make_bundle):
+    config = BenchConfig(**QUICK | {"seconds": 60.0, "n_blocks": 200, "scenarios": ("back-to-back",), "time_limit": 2.0})
+    report, _ = run_bench((make_bundle("prelocal"),), config)
+    assert re.match(r"The time limit of 2 s passed after \d+ of 400 blocks.", report.partial)
+    assert not report.interrupted
+    assert len({c.latency.n_blocks for c in report.cells}) <= 2, "rounds: all have as many blocks, or one more"
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--scenario gallop", "'gallop' is not one of 'back-to-back', 'paced', 'streams', 'throughput', 'cold-start'"),
+        ("--backend none-such", "'none-such' is not a backend. Use one of ort-cpu, torch, "),
+        ("--backend ort-cuda", "No backend can be measured here: ort-cuda: This onnxruntime .* Name another --backend"),
+        ("--backend ort-cpu --precision bf16", "No backend can be measured here: .* no bf16 "),
+        ("--rate -1", "A rate of -1 cannot be run. Use a positive number"),
+        ("--rate nan", "A rate of nan cannot be run"),
+        ("--duration 0", "A duration of 0 cannot be run"),
+        ("--batch 0", "A batch of 0 cannot be run"),
+        ("--fail-above 10%", "--fail-above needs --compare"),
+        ("--compare a.json b.json", "--compare takes two reports, and no bundle"),
+    ],
+)
+def test_bad_input(make_bundle, sjepa_bench, tmp_path, arguments, message):
+    status, out, err = sjepa_bench(make_bundle("prelocal").path, *arguments.split(), "--out", tmp_path / "o")
+    assert status == 2
+    assert out == ""
+    assert re.search(message, err)
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "o" / "bench.json").exists()
+
+
+def test_a_bundle_that_fails_its_hash_is_not_measured(make_bundle, sjepa_bench, tmp_path):
+    path = copy_bundle(make_bundle("prelocal"), tmp_path / "b")
+    flip_byte(next(path.glob("*.onnx")))
+    status, _, err = sjepa_bench(path, "--out", tmp_path / "o")
+    assert status == 2
+    assert "its hash differs" in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_no_bundle_no_run(sjepa_bench):
+    assert sjepa_bench()[0] == 2
+    with pytest.raises(BenchmarkError, match="not a scenario"):
+        BenchConfig(scenarios=("gallop",))
+
+
+def test_a_recommendation_and_the_command_that_repeats_it(make_bundle, sjepa_bench, tmp_path):
+    path = make_bundle("prelocal").path
+    options = ("--recommend", "--backend", "ort-cpu", "--duration", "0.2", "--rate", "50", "--out", tmp_path / "a b")
+    status, out, _ = sjepa_bench(path, *options)
+    assert status == 0
+    report = load_report(tmp_path / "a b" / "bench.json")
+    assert {c.key.scenario for c in report.cells} == {"back-to-back", "paced"}
+    assert "bundle: use ort-cpu in fp32. p" in out
+    assert report.command == (
+        f"sjepa-bench {path} --backend ort-cpu --rate 50.0 --duration 0.2 --out '{tmp_path / 'a b'}' --recommend"
+    )
+
+
+def test_two_reports_are_compared(make_bundle, sjepa_bench, tmp_path, monkeypatch):
+    """A backend whose calls are three times as long: found on any machine; compared with itself, nothing is."""
+    options = ["--scenario", "back-to-back", "--duration", "0.5", "--backend", "slow-10"]
+    monkeypatch.setattr(planted.Slow10, "share", 0.0)
+    assert sjepa_bench(make_bundle("prelocal").path, *options, "--out", tmp_path / "a")[0] == 0
+    monkeypatch.setattr(planted.Slow10, "share", 3.0)
+    assert sjepa_bench(make_bundle("prelocal").path, *options, "--out", tmp_path / "b")[0] == 0
+    a, b = tmp_path / "a" / "bench.json", tmp_path / "b" / "bench.json"
+    status, out, _ = sjepa_bench("--compare", a, a, "--fail-above", "0%")
+    assert (status, "no change shown" in out) == (0, True)
+    status, out, err = sjepa_bench("--compare", a, b, "--fail-above", "50%", "--json")
+    assert status == 1
+    assert "back-to-back batch 1: bundle slow-10 fp32 (slower)" in err
+    (change,) = json.loads(out)["changes"]
+    assert (change["verdict"], change["change"]["low"] > 0.5) == ("slower", True)
+    assert sjepa_bench("--compare", a, b)[0] == 0, "no limit was set"
+    assert sjepa_bench("--compare", b, a, "--fail-above", "0.1")[0] == 0, "faster is no failure"
+
+
+def test_reports_that_cannot_be_compared(make_bundle, sjepa_bench, tmp_path, whole):
+    bad = tmp_path / "bad.json"
+    bad.write_text('{"schema_version": 1}')
+    newer = tmp_path / "newer.json"
+    newer.write_text('{"schema_version": 99}')
+    lonely = tmp_path / "lonely.json"
+    lonely.write_text(whole[2].read_text())
+    for path, message in (
+        (bad, "is no benchmark report: the top level lacks the key"),
+        (newer, "has schema version 99; this release reads up to 1"),
+        (tmp_path / "none.json", "cannot be read"),
+        (lonely, r"The samples of .* cannot be read .* Keep bench.npz beside it"),
+        (whole[2].with_suffix(".npz"), "is not JSON"),
+    ):
+        status, _, err = sjepa_bench("--compare", whole[2], path)
+        assert status == 2
+        assert re.search(message, err), err
+
+
+@pytest.mark.parametrize(("text", "share"), [("10%", 0.1), ("0.1", 0.1), (" 5 %".replace(" %", "%"), 0.05), ("0", 0.0)])
+def test_shares(text, share):
+    assert Share().convert(text, None, None) == pytest.approx(share)
+
+
+def test_a_share_must_be_one(sjepa_bench):
+    for text in ("ten", "-1%", "nan"):
+        status, _, err = sjepa_bench("--compare", "a", "b", "--fail-above", text)
+        assert (status, "is no share" in err) == (2, True)
+
+
+# ---------------------------------------------------------------- peers and machine
+
+
+@pytest.mark.parametrize("variant", ["prelocal", "postlocal", "contextual", "base"])
+@pytest.mark.parametrize("name", ["torch-eager", "braindecode"])
+def test_peers_give_the_reference_outputs(make_bundle, variant, name):
+    bundle = make_bundle(variant)
+    (subject,) = subjects.open_subjects(
+        (bundle,), subjects.bundle_facts((bundle,)), backends=(name,), precisions=("fp32",), options=BackendOptions(), seed=0
+    )
+    assert subject.judgement.passed, subject.judgement
+    subject.close()
+
+
+def test_torch_compile_gives_the_reference_outputs(make_bundle):
+    """Once: it takes seconds."""
+    bundle = make_bundle("prelocal")
+    (subject,) = subjects.open_subjects(
+        (bundle,),
+        subjects.bundle_facts((bundle,)),
+        backends=("torch-compile",),
+        precisions=("fp32",),
+        options=BackendOptions(),
+        seed=0,
+    )
+    assert subject.judgement.passed, subject.judgement
+    subject.close()
+
+
+def test_what_cannot_be_measured_is_left_out_with_its_reason(make_bundle):
+    bundle = make_bundle("prelocal")
+    found = list(
+        subjects.open_subjects(
+            (bundle,), subjects.bundle_facts((bundle,)), backends=(), precisions=("tf32",), options=BackendOptions(), seed=0
+        )
+    )
+    reasons = {entry.what: entry.reason for entry in subjects.grouped(found)}
+    everything = ", ".join(reasons)
+    assert all(name in everything for name in ALL_BACKENDS if name not in planted.BACKENDS)
+    assert "The float64 reference is slow by design" in reasons["torch"]
+    peers = ", ".join(f"bundle on {name} tf32" for name in ("torch-eager", "torch-compile", "braindecode"))
+    assert "fp32 on the CPU, not in tf32" in reasons[peers]
+    with pytest.raises(BackendError, match="is not a backend"):
+        list(subjects.open_subjects((), (), backends=("x",), precisions=(), options=BackendOptions(), seed=0))
+
+
+def test_peers_name_what_installs_them():
+    assert set(PEERS) & {"ort-cpu", "tensorrt"} == set()
+    for entry in PEERS.values():
+        assert entry.package in ("torch", "braindecode")
+
+
+def test_nvml_is_asked_by_the_bus_and_answers_none_where_it_fails(monkeypatch):
+    """NVML's functions as ctypes sees them; power is not supported here."""
+
+    def figure(values):
+        def answer(device, *arguments):
+            arguments[-1]._obj.value = values[arguments[:-1]]
+            return 0
+
+        return answer
+
+    library = types.SimpleNamespace(
+        nvmlInit_v2=lambda: 0,
+        nvmlDeviceGetHandleByPciBusId_v2=lambda bus, device: 0 if bus == b"0000:4B:00.0" else 6,
+        nvmlDeviceGetPowerUsage=lambda device, target: 3,
+        nvmlDeviceGetClockInfo=figure({(1,): 1980, (2,): 3201}),
+        nvmlDeviceGetTemperature=figure({(0,): 41}),
+        nvmlDeviceGetTotalEnergyConsumption=figure({(): 5_000}),
+    )
+    monkeypatch.setattr(environment.ctypes, "CDLL", {"libnvidia-ml.so.1": library}.__getitem__)
+    nvml = environment.Nvml("0000:4B:00.0")
+    state = nvml.state()
+    assert nvml.joules() == 5.0
+    assert (state.gpu_mhz, state.gpu_memory_mhz, state.gpu_celsius, state.gpu_watts) == (1980.0, 3201.0, 41.0, None)
+    assert environment.Nvml("0000:00:00.0").joules() is None
+
+
+def test_others_on_the_processor_are_counted():
+    before = environment.CpuTimes(at=0.0, own=1.0, busy=10.0, stolen=0.5)
+    after = environment.CpuTimes(at=2.0, own=2.0, busy=14.0, stolen=0.7)
+    assert after.others_since(before) == pytest.approx(1.5)
+    assert after.stolen_since(before) == pytest.approx(0.1)
+    blind = dataclasses.replace(before, busy=None, stolen=None)
+    assert (after.others_since(blind), after.stolen_since(blind)) == (None, None)
+
+
+def test_a_bundle_of_one_batch_is_measured_at_that_batch(make_bundle):
+    bundle = make_bundle("prelocal", static_batch=2)
+    config = BenchConfig(**QUICK | {"scenarios": ("back-to-back", "paced", "streams")})
+    report, _ = run_bench((Bundle.open(bundle.path),), config)
+    (cell,) = cells(report, backend="ort-cpu")
+    assert (cell.key.scenario, cell.key.batch) == ("back-to-back", 2)
+    assert {entry.what for entry in report.left_out} == {"paced: bundle on ort-cpu fp32, streams: bundle on ort-cpu fp32"}
