@@ -12,7 +12,7 @@ from pathlib import Path
 from sjepa_deploy.errors import BenchmarkError, MissingDependencyError
 from sjepa_deploy.runtime import report_plots as plots
 from sjepa_deploy.runtime import report_tables as tables
-from sjepa_deploy.runtime.bench_results import HARNESS, BenchReport, Cell, Samples, Scenario
+from sjepa_deploy.runtime.bench_results import HARNESS, BenchReport, Cell, Judgement, Samples, Scenario
 from sjepa_deploy.runtime.compare import Comparison
 from sjepa_deploy.runtime.report_plots import Plot
 from sjepa_deploy.runtime.report_tables import Table, markdown_code, markdown_text
@@ -216,9 +216,9 @@ def warnings(report: BenchReport) -> tuple[str, ...]:
     found = [] if report.partial is None else [f"Partial: {report.partial}"]
     if report.noise is not None and report.noise.noisy:
         found.append(f"The machine was not quiet: {' '.join(report.noise.reasons)}")
-    wrong = sorted({f"{j.bundle} on {j.result.backend} {j.result.precision}" for j in report.parity if not j.result.passed})
-    if wrong:
+    if wrong := sorted(_judged(judgement) for judgement in report.parity if not judgement.passed):
         found.append(f"Outputs are wrong, and struck out: {', '.join(wrong)}.")
+    found += [f"{_judged(judgement)}: {judgement.caution}" for judgement in report.parity if judgement.caution is not None]
     cells = [cell for cell in report.cells if cell.latency is not None]
     if drifting := [cell.key.label for cell in cells if cell.latency is not None and cell.latency.drifting]:
         found.append(f"Latencies rose or fell over the run: {', '.join(drifting)}.")
@@ -227,6 +227,10 @@ def warnings(report: BenchReport) -> tuple[str, ...]:
     if random := [b.label for b in report.bundles if b.weights == "random"]:
         found.append(f"Random weights, whose predictions mean nothing: {', '.join(random)}.")
     return tuple(found)
+
+
+def _judged(judgement: Judgement) -> str:
+    return f"{judgement.bundle} on {judgement.result.backend} {judgement.result.precision}"
 
 
 def comparison_warnings(comparison: Comparison) -> tuple[str, ...]:
@@ -247,7 +251,7 @@ def _headline(report: BenchReport) -> str:
 
 def _verdicts(report: BenchReport) -> tuple[str, ...]:
     judged = len(report.parity)
-    facts = [f"{len(report.cells)} cells", f"{sum(j.result.passed for j in report.parity)} of {judged} pass parity"]
+    facts = [f"{len(report.cells)} cells", f"{sum(judgement.passed for judgement in report.parity)} of {judged} pass parity"]
     if report.noise is not None:
         facts.append("noisy machine" if report.noise.noisy else "quiet machine")
     return tuple(facts)

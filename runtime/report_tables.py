@@ -15,11 +15,13 @@ from sjepa_deploy.runtime.bench_results import (
     Cell,
     CellKey,
     Estimate,
+    Judgement,
     MachineState,
     Percentile,
     Scenario,
 )
 from sjepa_deploy.runtime.compare import Comparison
+from sjepa_deploy.runtime.parity import ParityResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,20 +175,28 @@ def _missed(cell: Cell) -> Entry:
 
 
 def _parity(report: BenchReport) -> _Field:
-    errors = {(j.bundle, j.result.backend, j.result.precision): j.result for j in report.parity}
+    judgements = {(j.bundle, j.result.backend, j.result.precision): j for j in report.parity}
 
     def entry(cell: Cell) -> Entry:
         if cell.key.backend == HARNESS:
             return Entry(text="decodes nothing", absent=True)
-        found = errors.get((cell.key.bundle, cell.key.backend, cell.key.precision))
+        found = judgements.get((cell.key.bundle, cell.key.backend, cell.key.precision))
         if found is None:
-            verdict = {True: "passed", False: "WRONG", None: "not judged"}[cell.parity]
-            return Entry(text=verdict, absent=cell.parity is None)
-        small = f"{found.max_error:.1e} of {found.tolerance:g}" if found.nan_agrees else "NaN elsewhere"
-        return Entry(text="WRONG" if cell.struck_out else "passed", small=small, sort=found.max_error)
+            return Entry(text="not judged", absent=True)
+        return Entry(text=_verdict(found), small=_error(found.result), sort=found.result.max_error)
 
     column = Column(name="parity", meaning="largest error over the outputs' scale, and what is allowed")
     return _Field(column=column, entry=entry)
+
+
+def _verdict(judgement: Judgement) -> str:
+    if not judgement.passed:
+        return "WRONG"
+    return "passed" if judgement.caution is None else "not with offsets"
+
+
+def _error(result: ParityResult) -> str:
+    return f"{result.max_error:.1e} of {result.tolerance:g}" if result.nan_agrees else "NaN elsewhere"
 
 
 def _open_loop(name: str, read: Callable[[Cell], Entry], meaning: str) -> _Field:
@@ -304,20 +314,25 @@ def bundle_table(report: BenchReport) -> Table:
 def parity_table(report: BenchReport) -> Table:
     """Return how every backend compares with the float64 reference."""
     rows = []
-    for judgement in sorted(report.parity, key=lambda j: (not j.result.passed, j.bundle, j.result.max_error)):
-        r = judgement.result
+    for judgement in sorted(report.parity, key=lambda j: (not j.passed, j.bundle, j.result.max_error)):
+        r, without = judgement.result, judgement.without_offsets
         entries = (
-            *_texts(judgement.bundle, r.backend, r.precision),
+            Entry(text=judgement.bundle),
+            Entry(text=r.backend, small=r.precision),
+            Entry(text=_verdict(judgement), small="" if r.nan_agrees else "NaN elsewhere"),
             Entry(text=f"{r.max_error:.1e}", sort=r.max_error),
+            NOTHING if without is None else Entry(text=f"{without.max_error:.1e}", sort=without.max_error),
             Entry(text=f"{r.tolerance:g}", sort=r.tolerance),
             Entry(text=f"{r.max_abs:.1e}", sort=r.max_abs),
             NOTHING if r.decision_flips is None else Entry(text=str(r.decision_flips), sort=r.decision_flips),
-            Entry(text="passed" if r.passed else "WRONG", small="" if r.nan_agrees else "NaN elsewhere"),
             Entry(text=r.worst),
         )
-        rows.append(Row(entries=entries, struck=not r.passed))
-    columns = _columns("bundle", "backend", "precision", "error / scale#", "allowed#", "error#", "flips#", "verdict", "worst at")
-    return Table(caption="Outputs against the PyTorch model in float64", columns=columns, rows=tuple(rows))
+        rows.append(Row(entries=entries, struck=not judgement.passed))
+    columns = _columns(
+        *("bundle", "backend", "verdict", "error / scale#", "without offsets#", "allowed#", "error#", "flips#", "worst at")
+    )
+    table = Table(caption="Outputs against the PyTorch model in float64", columns=columns, rows=tuple(rows))
+    return without_empty_columns(table)
 
 
 def capacity_table(report: BenchReport) -> Table:

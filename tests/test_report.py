@@ -134,6 +134,8 @@ def test_markdown_has_every_figure_and_strikes_out_what_is_wrong(made):
     assert "- prelocal: **ort-cpu fp32**. Lowest paced p99" in text
     assert re.search(r"\| ~~torch-compile \(fp32\)~~ \| ~~WRONG \(3.1e-01 of 1e-05\)~~ \|", text)
     assert "| ort-cpu (fp32) | passed (2.1e-07 of 1e-05) |" in text
+    assert "| braindecode (fp32) | not with offsets (3.1e-01 of 1e-05) |" in text
+    assert "| prelocal | braindecode (fp32) | not with offsets | 3.1e-01 | 2.1e-07 | 1e-05 |" in text
     for cell in report.cells:
         if cell.latency is not None:
             assert report_tables.number(cell.latency.at(50.0).value) in text
@@ -162,6 +164,8 @@ def test_what_a_reader_must_know_first_comes_first(made):
         "Partial: It was interrupted.",
         "The machine was not quiet: Other processes kept 1.2 cores busy.",
         "Outputs are wrong, and struck out: contextual on torch-compile fp32.",
+        "prelocal on braindecode fp32: Outputs differ by 3e-01 of their scale on windows with electrode offsets of millivolts "
+        "(1e-05 is allowed).",
         f"Latencies rose or fell over the run: {label}.",
         f"The warm-up did not become stable: {label}.",
         "Random weights, whose predictions mean nothing: prelocal.",

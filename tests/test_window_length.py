@@ -2,6 +2,7 @@
 
 import re
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.checkpoint import write_checkpoint
 from sjepa_deploy.cli import _command, run_command
+from sjepa_deploy.cli.export import _length_note
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.export.window_length import compare_window_lengths
 from sjepa_deploy.models import build_model, reference_mode
@@ -112,12 +114,11 @@ def test_a_model_whose_outputs_never_vary_has_no_change():
 def export(tmp_path_factory):
     """Return a function that exports a checkpoint of 200 samples and returns the bundle and what was printed."""
     folder = tmp_path_factory.mktemp("lengths")
-    for variant in ("postlocal", "base"):
-        write_checkpoint(build_model(small_spec(variant), seed=7), folder / variant)
+    write_checkpoint(build_model(small_spec("postlocal"), seed=7), folder / "trained")
 
-    def run(variant, capsys, *flags):
+    def run(capsys, *flags):
         out = folder / "out"
-        flags = ("--checkpoint", folder / variant, "--precision", "fp32", "--max-batch", 4, "--out", out, "--force", *flags)
+        flags = ("--checkpoint", folder / "trained", "--precision", "fp32", "--max-batch", 4, "--out", out, "--force", *flags)
         assert run_command(_command("export"), "sjepa-export", list(map(str, flags))) == 0
         return Bundle.open(out), capsys.readouterr().out
 
@@ -125,12 +126,12 @@ def export(tmp_path_factory):
 
 
 def test_the_export_offers_the_shorter_window(export, capsys):
-    _, printed = export("postlocal", capsys)
+    _, printed = export(capsys)
     assert "The newest 48 samples of a window enter no token: decisions are 0.48 s old. --n-times 152 takes" in printed
 
 
 def test_the_export_of_the_shorter_window_says_what_it_changes_on_the_recording(export, capsys):
-    bundle, printed = export("postlocal", capsys, "--n-times", 152, "--parity-data", eeg_file("eeglab_data.set"))
+    bundle, printed = export(capsys, "--n-times", 152, "--parity-data", eeg_file("eeglab_data.set"))
     (note,) = bundle.manifest.weights.notes
     assert re.match(
         r"made for windows of 200 samples, exported for 152: decisions are 0\.48 s younger; where the tokens hold the same EEG "
@@ -144,18 +145,29 @@ def test_the_export_of_the_shorter_window_says_what_it_changes_on_the_recording(
     assert all(result.passed for result in bundle.manifest.parity)
 
 
-def test_without_a_recording_the_change_is_measured_on_synthetic_eeg(export, capsys, tmp_path):
-    bundle, _ = export("postlocal", capsys, "--n-times", 152)
-    assert bundle.manifest.weights.notes[0].endswith("on 128 windows of synthetic EEG")
-    np.save(tmp_path / "long.npy", eeg_windows(5, 8, 256, 100.0, np.random.default_rng(0)))
-    bundle, _ = export("postlocal", capsys, "--n-times", 256, "--parity-data", tmp_path / "long.npy")
-    assert "decisions are 0.56 s older" in bundle.manifest.weights.notes[0]
-    assert bundle.manifest.weights.notes[0].endswith("on 5 windows of long.npy")
+def length_note(variant, n_times, eeg=None, path=None):
+    """Return what the export notes about windows of `n_times` samples on weights that were trained on 200."""
+    model = build_model(small_spec(variant, n_times=n_times), seed=7)
+    return _length_note({"n_times": 200}, model, eeg, path, 0)
 
 
-def test_features_of_another_number_of_tokens_are_not_compared(export, capsys):
-    bundle, _ = export("base", capsys, "--n-times", 280)
-    assert bundle.manifest.weights.notes == ("made for windows of 200 samples, exported for 280",)
+def test_without_long_windows_the_change_is_measured_on_synthetic_eeg():
+    (note,) = length_note("postlocal", 152)
+    assert note.endswith("on 128 windows of synthetic EEG")
+    short = eeg_windows(5, 8, 152, 100.0, np.random.default_rng(0))
+    assert length_note("postlocal", 152, short, Path("short.npy")) == (note,)
+    long = eeg_windows(5, 8, 256, 100.0, np.random.default_rng(0))
+    (note,) = length_note("postlocal", 256, long, Path("long.npy"))
+    assert "decisions are 0.56 s older" in note
+    assert note.endswith("on 5 windows of long.npy")
+
+
+def test_the_trained_length_needs_no_note():
+    assert length_note("postlocal", 200) == ()
+
+
+def test_features_of_another_number_of_tokens_are_not_compared():
+    assert length_note("base", 280) == ("made for windows of 200 samples, exported for 280",)
 
 
 # ---------------------------------------------------------------- the age of a decision
