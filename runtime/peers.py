@@ -132,13 +132,22 @@ class TorchCompile(TorchEager):
     def _prepare(self) -> Callable[[Tensor], Tensor]:
         import torch
 
-        forward = torch.compile(super()._prepare(), mode=self.mode)
+        with warnings.catch_warnings():  # torch's own modules warn about each other
+            warnings.simplefilter("ignore")
+            forward = torch.compile(super()._prepare(), mode=self.mode)
+        known: set[int] = set()
 
         def compiled(eeg: Tensor) -> Tensor:
-            try:
+            if len(eeg) in known:
                 return forward(eeg)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    out = forward(eeg)
             except Exception as e:  # what is raised without a compiler, or by an unsupported model, differs between versions
                 raise BackendError(f"torch.compile failed: {str(e).splitlines()[0]}", "Install a C++ compiler.") from e
+            known.add(len(eeg))
+            return out
 
         return compiled
 

@@ -339,16 +339,18 @@ class ColdStarts(Measurement):
 
     scenario = "cold-start"
 
-    def __init__(self, bench: Bench, subject: Subject, n_blocks: int, cache: Path) -> None:
+    def __init__(self, bench: Bench, subject: Subject, n_blocks: int, cache: Path, n_threads: int | None) -> None:
         self._compiles = "compile" in subject.backend.name  # its first process compiles, the others find what it compiled
         super().__init__(bench, subject, n_blocks + self._compiles)
-        self._cache = cache / f"{subject.bundle}-{subject.backend.name}"
+        self._cache = cache / f"{subject.bundle}-{subject.backend.name}-{subject.backend.precision}"
+        self._n_threads = n_threads
         self.started: list[cold_start.Started] = []
 
     def run(self) -> None:
         """Start one process."""
-        backend = self.subject.backend
-        self.started.append(cold_start.measure(self.subject.path, backend.name, backend.precision, cache=self._cache))
+        backend, path = self.subject.backend, self.subject.path
+        threads, cache = self._n_threads, self._cache
+        self.started.append(cold_start.measure(path, backend.name, backend.precision, n_threads=threads, cache=cache))
 
     def cells(self) -> list[tuple[Cell, Samples]]:
         """Return one cell."""

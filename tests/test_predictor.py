@@ -231,7 +231,7 @@ import numpy as np
 import sjepa_deploy
 with sjepa_deploy.load(sys.argv[1]) as predict:
     print(*predict(np.ones((2, *predict.spec.input_shape), np.float32)).shape)
-import sjepa_deploy.cli.verify, sjepa_deploy.cli.doctor, sjepa_deploy.cli.run
+import sjepa_deploy.cli.verify, sjepa_deploy.cli.doctor, sjepa_deploy.cli.run, sjepa_deploy.cli.bench
 heavy = ["torch", "onnx", "onnxscript", "safetensors", "mne", "scipy", "braindecode"]
 print(*[name for name in heavy if name in sys.modules])
 """

@@ -132,7 +132,7 @@ def bench(
     folder = out or Path(f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     _make(folder)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=screen, transient=True) as bar:
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task("opening", total=None)
         report, samples = run_bench(
             opened,
@@ -259,14 +259,17 @@ def _compare(paths: tuple[Path, Path], fail_above: float | None, screen: Console
 
 
 def _print_comparison(comparison: Comparison, screen: Console) -> None:
-    table = _table("cell", "before us", "after us", "change", "95 %", "p99", "")
-    for change in comparison.changes:
-        colour = {"slower": "bold red", "wrong now": "bold red", "not held any more": "bold red", "faster": "green"}
-        figures = [_percent(change.change), _percent_span(change.change), _percent(change.change_p99)]
-        medians = ["" if us is None else f"{us:.4g}" for us in (change.before_us, change.after_us)]
-        style = colour.get(change.verdict, "dim")
-        table.add_row(escape(change.key.label), *medians, *figures, f"[{style}]{change.verdict}[/]")
-    screen.print(table)
+    colours = {"slower": "bold red", "wrong now": "bold red", "not held any more": "bold red", "faster": "green"}
+    for bundle in dict.fromkeys(change.key.bundle for change in comparison.changes):
+        table = _table("scenario", "backend", "p50 us", "change", "95 %", "p99", "", title=escape(bundle))
+        for change in comparison.changes:
+            key, colour = change.key, colours.get(change.verdict, "dim")
+            if key.bundle == bundle:
+                who = f"{key.backend} {key.precision}"
+                medians = "" if change.before_us is None else f"{change.before_us:.4g} -> {change.after_us:.4g}"
+                figures = (_percent(change.change), _percent_span(change.change), _percent(change.change_p99))
+                table.add_row(key.what, who, medians, *figures, f"[{colour}]{change.verdict}[/]")
+        screen.print(table)
     screen.print(f"Changes within {comparison.smallest_claim:.0%} are not claimed: two runs of the same thing differ by as much.")
     if comparison.machine is not None:
         screen.print(f"The machine itself (fixed work): {_percent(comparison.machine)} ({_percent_span(comparison.machine)}).")

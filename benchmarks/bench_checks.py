@@ -1,0 +1,191 @@
+"""Does the benchmark tell what is there? Runs of `sjepa-bench` on faults that were planted, and on nothing.
+
+    python benchmarks/bench_checks.py BUNDLES agreement|slowdown|stalls --out benchmarks/results/bench_checks_MACHINE_DATE
+
+- agreement: the same benchmark twice, in processes of their own. How many cells agree within their own intervals?
+- slowdown: a backend in one run and the same with calls 10 % and 1 % longer in another. What does --compare claim?
+- stalls: one call in a thousand takes 20 ms. What do closed loop and open loop show?
+
+Each part adds itself to OUT.json; the table is written anew. BUNDLES is the folder that `pack_bundles.py` makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import planted
+from machine import describe_machine, write_result
+
+from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.runtime.bench import BenchConfig, run_bench
+from sjepa_deploy.runtime.bench_results import HARNESS, BenchReport, CellKey, Samples, load_report, load_samples
+from sjepa_deploy.runtime.compare import compare
+
+CELLS = BenchConfig(
+    backends=("ort-cpu", "torch-eager"), precisions=("fp32",), scenarios=("back-to-back", "paced"), rates=(100.0,), seconds=3.0
+)
+"""Eighteen cells of 3 s: three variants, two backends, back to back and paced with and without the keep-warm policy."""
+
+
+COMMAND = "from sjepa_deploy.cli.bench import main; main()"
+
+
+def bundles(folder: Path) -> tuple[Bundle, ...]:
+    return tuple(Bundle.open(folder / variant) for variant in ("prelocal", "postlocal", "contextual"))
+
+
+def agreement(folder: Path) -> dict[str, Any]:
+    """Two runs in new processes, cell by cell: do the intervals of the medians overlap, and what is claimed?"""
+    runs = []
+    with tempfile.TemporaryDirectory() as name:
+        for i in range(2):
+            out = Path(name) / str(i)
+            options = [f"--{k}" if v is None else f"--{k}={v}" for k, v in OPTIONS]
+            command = [sys.executable, "-c", COMMAND, *map(str, (b.path for b in bundles(folder)))]
+            subprocess.run([*command, *options, f"--seed={i}", f"--out={out}"], check=True, stdout=subprocess.DEVNULL)
+            report = load_report(out / "bench.json")
+            runs.append((report, load_samples(report, out / "bench.json")))
+    rows = []
+    for change in compare(*runs).changes:
+        if change.change is None:
+            continue
+        spans = [report.cell(change.key).latency.at(50.0) for report, _ in runs]  # type: ignore[union-attr]
+        rows.append(
+            {
+                "cell": change.key.label,
+                "p50_us": [span.value for span in spans],
+                "intervals_us": [[span.low, span.high] for span in spans],
+                "overlap": spans[0].low <= spans[1].high and spans[1].low <= spans[0].high,
+                "change": [change.change.low, change.change.value, change.change.high],
+                "verdict": change.verdict,
+            }
+        )
+    return {"cells": rows, "overlap": sum(r["overlap"] for r in rows), "noise": [noise(report) for report, _ in runs]}
+
+
+OPTIONS = (
+    *(("backend", b) for b in CELLS.backends),
+    *(("scenario", s) for s in CELLS.scenarios),
+    *(("precision", p) for p in CELLS.precisions),
+    ("rate", CELLS.rates[0]),
+    ("duration", CELLS.seconds),
+)
+
+
+def noise(report: BenchReport) -> dict[str, Any]:
+    assert report.noise is not None
+    return {"noisy": report.noise.noisy, "reasons": report.noise.reasons, "canary_spread": report.noise.canary_spread}
+
+
+def slowdown(folder: Path) -> dict[str, Any]:
+    """ONNX Runtime in one run, the slowed one under its name in another."""
+    planted.plant()
+    plan = replace(CELLS, scenarios=("back-to-back",), seconds=6.0, n_blocks=20)
+    found = {}
+    plain = run_bench(bundles(folder), replace(plan, backends=("ort-cpu",)))
+    for name in ("slow-10", "slow-1"):
+        slow = renamed(run_bench(bundles(folder), replace(plan, backends=(name,), seed=1)), name, "ort-cpu")
+        found[name] = [
+            {
+                "cell": change.key.label,
+                "verdict": change.verdict,
+                "change": change.change and [change.change.low, change.change.value, change.change.high],
+            }
+            for change in compare(plain, slow).changes
+        ]
+        found[name].append({"noise": noise(slow[0])})
+    return found
+
+
+def renamed(run: tuple[BenchReport, Samples], old: str, new: str) -> tuple[BenchReport, Samples]:
+    report, samples = run
+    cells = tuple(replace(c, key=replace(c.key, backend=new)) if c.key.backend == old else c for c in report.cells)
+    return replace(report, cells=cells), samples
+
+
+def stalls(folder: Path) -> dict[str, Any]:
+    """PreLocal at 400 windows a second: 20 ms are eight windows."""
+    planted.plant()
+    plan = replace(CELLS, backends=("ort-cpu", "stalls"), rates=(400.0,), seconds=30.0)
+    report, _ = run_bench(bundles(folder)[:1], plan)
+    rows = []
+    for cell in report.cells:
+        latency, loop = cell.latency, cell.open_loop
+        if cell.key.backend != HARNESS and latency is not None:
+            tail = {f"p{p.percent:g}_us": p.value and p.value.value for p in latency.percentiles}
+            more = {} if loop is None else {"due": loop.n_due, "missed": loop.missed, "longest_run": loop.longest_run}
+            rows.append({"cell": cell.key.label, "n": latency.n, **tail, "max_us": latency.max_us, **more})
+    nothing = report.cell(
+        CellKey(scenario="back-to-back", bundle=report.bundles[0].label, backend=HARNESS, precision="fp32", batch=1)
+    )
+    assert nothing is not None
+    assert nothing.latency is not None
+    cost = {"empty_call_us": nothing.latency.at(50.0).value, "turn_of_the_loop_us": report.loop_us}  # type: ignore[union-attr]
+    return {"cells": rows, "cost_of_measuring": cost, "noise": noise(report)}
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = []
+    if found := result.get("agreement"):
+        lines += [
+            f"Two runs: the intervals of the medians overlap in {found['overlap']} of {len(found['cells'])} cells; "
+            f"changes claimed by `--compare`: {sum(r['verdict'] != 'no change shown' for r in found['cells'])}. "
+            f"Noisy: {[n['noisy'] for n in found['noise']]}.",
+            "",
+            "| cell | run 1 p50 us (95 %) | run 2 p50 us (95 %) | change | claimed |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for row in found["cells"]:
+            runs = [f"{p:.1f} ({a:.1f} to {b:.1f})" for p, (a, b) in zip(row["p50_us"], row["intervals_us"], strict=True)]
+            low, value, high = row["change"]
+            lines.append(f"| {row['cell']} | {' | '.join(runs)} | {value:+.1%} ({low:+.1%} to {high:+.1%}) | {row['verdict']} |")
+    if found := result.get("slowdown"):
+        lines += ["", "| planted | cell | change (95 %) | claimed |", "| --- | --- | --- | --- |"]
+        for name, rows in found.items():
+            for row in rows:
+                if row.get("change"):
+                    low, value, high = row["change"]
+                    span = f"{value:+.1%} ({low:+.1%} to {high:+.1%})"
+                    lines.append(f"| {name.removeprefix('slow-')} % | {row['cell']} | {span} | {row['verdict']} |")
+    if found := result.get("stalls"):
+        lines += [
+            "",
+            "One call in a thousand takes 20 ms:",
+            "",
+            "| cell | n | p50 us | p99 us | p99.9 us | max us | missed | longest run |",
+        ]
+        lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+        for row in found["cells"]:
+            figures = [row["p50_us"], row["p99_us"], row["p99.9_us"], row["max_us"]]
+            shown = ["" if f is None else f"{f:.0f}" for f in figures]
+            missed = [f"{row['missed']} of {row['due']}", str(row["longest_run"])] if "missed" in row else ["", ""]
+            lines.append(f"| {row['cell']} | {row['n']} | {' | '.join([*shown, *missed])} |")
+        cost = found["cost_of_measuring"]
+        lines += ["", f"Measuring costs {cost['turn_of_the_loop_us']:.2f} us a call, of which an empty call shows "]
+        lines[-1] += f"{cost['empty_call_us']:.2f} us."
+    return "\n".join(lines).strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundles", type=Path)
+    parser.add_argument("part", choices=("agreement", "slowdown", "stalls"))
+    parser.add_argument("--out", type=Path, required=True, help="path without suffix; .json and .md are written")
+    args = parser.parse_args()
+    file = args.out.with_suffix(".json")
+    result: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    result["machine"] = describe_machine()
+    result[args.part] = {"agreement": agreement, "slowdown": slowdown, "stalls": stalls}[args.part](args.bundles)
+    write_result(args.out, result, table(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""One report from several: what needs another Python (TensorRT 8.6, PyTorch) is measured in a run of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from sjepa_deploy.errors import BenchmarkError
+from sjepa_deploy.runtime.bench_results import HARNESS, BenchReport, Environment, LeftOut, Noise, Samples
+from sjepa_deploy.runtime.compare import recommend
+from sjepa_deploy.runtime.estimates import of_blocks
+
+
+def merge(runs: Sequence[tuple[BenchReport, Samples]]) -> tuple[BenchReport, Samples]:
+    """Put runs of the same bundles on one machine together. Their blocks were not interleaved with each other's.
+
+    Raises
+    ------
+    BenchmarkError
+        If the runs are of other bundles or another machine, or measured the same cell.
+    """
+    (first, first_samples), *others = runs
+    cells, samples = list(first.cells), dict(first_samples)
+    for run, arrays in others:
+        if run.bundles != first.bundles or _hardware(run) != _hardware(first):
+            raise BenchmarkError("The reports are of other bundles or of another machine.", "Merge runs of one machine only.")
+        for cell in run.cells:
+            if first.cell(cell.key) is not None and cell.key.backend == HARNESS:
+                continue
+            if any(cell.key == known.key for known in cells):
+                raise BenchmarkError(f"Two reports have the cell {cell.key.label}.", "Leave one of them out.")
+            name = f"c{len(cells):03}"
+            cells.append(replace(cell, id=name))
+            prefix = f"{cell.id}."
+            samples |= {name + key[len(prefix) - 1 :]: array for key, array in arrays.items() if key.startswith(prefix)}
+        if "canary_us" in arrays:
+            samples["canary_us"] = np.concatenate([samples.get("canary_us", np.empty(0)), arrays["canary_us"]])
+    reports = [run for run, _ in runs]
+    partial = [f"{i}: {run.partial}" for i, run in enumerate(reports, 1) if run.partial]
+    merged = replace(
+        first,
+        seconds=sum(run.seconds for run in reports),
+        command=" && ".join(run.command for run in reports),
+        partial=f"Run {'; run '.join(partial)}" if partial else None,
+        environment=_environment(reports),
+        noise=_noise(reports, samples),
+        cells=tuple(cells),
+        parity=tuple({(j.bundle, j.result.backend, j.result.precision): j for run in reports for j in run.parity}.values()),
+        capacity=tuple(c for run in reports for c in run.capacity),
+        decision_age=tuple(age for run in reports for age in run.decision_age),
+        left_out=_left_out(reports),
+        samples_file=None,
+    )
+    return replace(merged, recommendations=recommend(merged)), samples
+
+
+def _hardware(report: BenchReport) -> tuple[str, int, str | None]:
+    return report.environment.processor, report.environment.cores, report.environment.gpu
+
+
+def _environment(reports: list[BenchReport]) -> Environment:
+    """Return that of the first, with the versions of all Pythons."""
+    found: dict[str, list[str]] = {}
+    for report in reports:
+        for name, version in report.environment.versions.items():
+            found.setdefault(name, []).append(version)
+    pythons = dict.fromkeys(report.environment.python for report in reports)
+    return replace(
+        reports[0].environment,
+        python=" and ".join(pythons),
+        versions={name: " and ".join(dict.fromkeys(versions)) for name, versions in found.items()},
+    )
+
+
+def _noise(reports: list[BenchReport], samples: Samples) -> Noise | None:
+    known = [(report, report.noise) for report in reports if report.noise is not None]
+    if not known:
+        return None
+    seconds = sum(report.seconds for report, _ in known)
+
+    def average(values: list[float | None]) -> float | None:
+        pairs = [(v, report.seconds) for v, (report, _) in zip(values, known, strict=True) if v is not None]
+        return sum(v * s for v, s in pairs) / seconds if pairs else None
+
+    canary = samples["canary_us"]
+    low, middle, high = np.quantile(canary, [0.25, 0.5, 0.75])
+    return Noise(
+        noisy=any(noise.noisy for _, noise in known),
+        reasons=tuple(f"Run {i}: {reason}" for i, (_, noise) in enumerate(known, 1) for reason in noise.reasons),
+        canary_us=of_blocks(canary),
+        canary_spread=float((high - low) / middle),
+        others_cpu=average([noise.others_cpu for _, noise in known]),
+        stolen_cpu=average([noise.stolen_cpu for _, noise in known]),
+    )
+
+
+def _left_out(reports: list[BenchReport]) -> tuple[LeftOut, ...]:
+    """Return what no run could measure."""
+    measured = {cell.key.backend for report in reports for cell in report.cells}
+    found: dict[LeftOut, None] = {}
+    for report in reports:
+        for entry in report.left_out:
+            what = [name for name in entry.what.split(", ") if name not in measured]
+            if what:
+                found[replace(entry, what=", ".join(what))] = None
+    return tuple(found)
