@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 from sjepa_deploy import montage
@@ -112,6 +111,4 @@ def _shown(value: object) -> str:
 
 
 def _n_times_for(spec: ModelSpec, n_tokens: int) -> str:
-    stride = math.prod(layer[2] for layer in spec.encoder.conv_layers)
-    first = spec.encoder.min_n_times + (n_tokens - 1) * stride
-    return f"{first} to {first + stride - 1}"
+    return f"{spec.encoder.span(n_tokens)} to {spec.encoder.span(n_tokens + 1) - 1}"

@@ -94,15 +94,19 @@ class EncoderSpec:
     @property
     def min_n_times(self) -> int:
         """Samples that the first time token needs."""
-        n_times = 1
-        for _, kernel, stride in reversed(self.conv_layers):
-            n_times = (n_times - 1) * stride + kernel
-        return n_times
+        return self.span(1)
 
     @property
     def max_n_tokens(self) -> int:
         """Time tokens in the 600 s that scale the temporal position encoding."""
         return int(600 * self.sfreq_features)
+
+    def span(self, n_tokens: int) -> int:
+        """Return how many samples `n_tokens` successive time tokens are made of."""
+        n_times = n_tokens
+        for _, kernel, stride in reversed(self.conv_layers):
+            n_times = (n_times - 1) * stride + kernel
+        return n_times
 
     def n_outputs_of_layers(self, n_times: int) -> tuple[int, ...]:
         """Return the number of time steps after each convolution for a window of `n_times` samples."""
@@ -234,6 +238,19 @@ class ModelSpec:
     def n_tokens_per_channel(self) -> int:
         """Time tokens of one channel."""
         return self.encoder.n_outputs_of_layers(self.n_times)[-1]
+
+    @property
+    def shortest_n_times(self) -> int:
+        """Length of the shortest window with the same time tokens: the samples that they are made of, from the first one."""
+        return self.encoder.span(self.n_tokens_per_channel)
+
+    @property
+    def tail(self) -> float:
+        """Seconds at the end of a window that enter no token: a decision is older than its newest sample by as much.
+
+        These samples act through the statistics of the group normalisation only.
+        """
+        return (self.n_times - self.shortest_n_times) / self.sfreq
 
     @property
     def max_n_tokens(self) -> int:

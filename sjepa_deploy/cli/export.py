@@ -18,6 +18,7 @@ from sjepa_deploy.spec import PRECISIONS, UNITS_IN_VOLTS, VARIANTS, ModelSpec, P
 
 if TYPE_CHECKING:
     from sjepa_deploy.bundle import Bundle
+    from sjepa_deploy.models import SignalJEPAModule
     from sjepa_deploy.runtime.backend import FloatArray
 
 
@@ -117,6 +118,7 @@ def _export_one(
     asked, montage = _asked(variant, **flags)
     spec, assumed = resolve_spec(asked, read, asked_montage=montage)
     out = out or Path(f"sjepa-{spec.variant}")
+    eeg = None if parity_data is None else _parity_eeg(parity_data, spec)
     if read is None:
         model = build_model(spec, seed=seed)
         weights = Provenance(source="random", format="initialisation", seed=seed, notes=assumed)
@@ -126,9 +128,8 @@ def _export_one(
             source=read.file_name,
             format=read.file_format,
             sha256=read.sha256,
-            notes=read.notes + _length_note(read.known, spec) + assumed,
+            notes=read.notes + _length_note(read.known, model, eeg, parity_data, seed) + assumed,
         )
-    windows = None if parity_data is None else _parity_windows(parity_data, spec)
     try:
         with screen.status("exporting") as status:
             bundle = to_bundle(
@@ -139,7 +140,7 @@ def _export_one(
                 opset=opset,
                 max_batch=max_batch,
                 static_batch=static_batch,
-                parity_windows=windows,
+                parity_windows=None if eeg is None else _stretches(eeg, spec.n_times, spec.n_times),
                 seed=seed,
                 force=force,
                 progress=lambda text: status.update(f"{spec.variant}: {text}"),
@@ -213,14 +214,34 @@ def _asked(
     return asked, None
 
 
-def _length_note(known: dict[str, Any], spec: ModelSpec) -> tuple[str, ...]:
-    trained = known.get("n_times", spec.n_times)
-    return () if trained == spec.n_times else (f"made for windows of {trained} samples, exported for {spec.n_times}",)
+def _length_note(
+    known: dict[str, Any], model: SignalJEPAModule, eeg: FloatArray | None, parity_data: Path | None, seed: int
+) -> tuple[str, ...]:
+    """Say what another length than the trained one changes, measured on the parity data where they are long enough."""
+    from sjepa_deploy.export.window_length import MAX_WINDOWS, compare_window_lengths
+    from sjepa_deploy.synthetic import eeg_windows
+
+    spec = model.spec
+    trained: int = known.get("n_times", spec.n_times)
+    if trained == spec.n_times:
+        return ()
+    note = f"made for windows of {trained} samples, exported for {spec.n_times}"
+    if spec.replace(n_times=trained).n_tokens_per_channel != spec.n_tokens_per_channel:
+        return (note,)  # the base model: its features are others
+    longest = max(trained, spec.n_times)
+    if eeg is not None and eeg.shape[-1] >= longest and (eeg.ndim == 3 or eeg.shape[-1] >= 2 * longest):
+        assert parity_data is not None, "it is what was read"
+        stretches, what = _stretches(eeg, longest, longest // 4), parity_data.name
+    else:
+        microvolts = eeg_windows(MAX_WINDOWS, spec.n_chans, longest, spec.sfreq, np.random.default_rng(seed))
+        stretches, what = microvolts * np.float32(UNITS_IN_VOLTS["uV"] / UNITS_IN_VOLTS[spec.unit]), "synthetic EEG"
+    change = compare_window_lengths(model, trained, stretches, what)
+    return (note if change is None else f"{note}: {change}",)
 
 
-def _parity_windows(path: Path, spec: ModelSpec) -> FloatArray:
-    """Return windows in the unit of the spec: those of an array, or cut from a recording without overlap."""
-    from sjepa_deploy.recording import fit_recording, read_recording, windows
+def _parity_eeg(path: Path, spec: ModelSpec) -> FloatArray:
+    """Return EEG in the unit of the spec: windows (n, n_chans, n_times) of an array, or a recording (n_chans, n_samples)."""
+    from sjepa_deploy.recording import fit_recording, read_recording
 
     if path.suffix == ".npy":
         try:
@@ -232,8 +253,14 @@ def _parity_windows(path: Path, spec: ModelSpec) -> FloatArray:
                 f"{path} has shape {array.shape}, not (n, {spec.n_chans}, {spec.n_times}).", f"Give windows in {spec.unit}."
             )
         return np.ascontiguousarray(array, dtype=np.float32)
-    fitted = fit_recording(read_recording(path), spec, interpolate=True)  # parity asks for real EEG, not for the right place
-    return windows(fitted.data, spec.n_times, spec.n_times)
+    return fit_recording(read_recording(path), spec, interpolate=True).data  # parity asks for real EEG, not for the right place
+
+
+def _stretches(eeg: FloatArray, n_times: int, hop: int) -> FloatArray:
+    """Cut a recording; windows stay as they are."""
+    from sjepa_deploy.recording import windows
+
+    return windows(eeg, n_times, hop) if eeg.ndim == 2 else eeg
 
 
 def _report(screen: Any, bundle: Bundle, random: bool) -> None:
@@ -247,6 +274,13 @@ def _report(screen: Any, bundle: Bundle, random: bool) -> None:
     shape = f"{spec.n_chans} channels x {spec.n_times} samples at {spec.sfreq:g} Hz in {spec.unit}"
     path = escape(str(bundle.path))
     screen.print(f"[bold]{path}[/]: {spec.variant}, {shape}, {', '.join(bundle.precisions)}, {size:.1f} MB", soft_wrap=True)
+    if spec.tail > 0:
+        screen.print(
+            f"The newest {spec.n_times - spec.shortest_n_times} samples of a window enter no token: decisions are "
+            f"{spec.tail:.3g} s old. --n-times {spec.shortest_n_times} takes the same weights without this, and measures what it "
+            f"changes.",
+            soft_wrap=True,
+        )
     screen.print(f"Next: sjepa-verify {path}", soft_wrap=True)
 
 

@@ -1,0 +1,63 @@
+"""The index of benchmark results is what the results say."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("benchmarks_index", FOLDER / "index.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_committed_index_is_up_to_date(script):
+    readme = (FOLDER / "README.md").read_text()
+    assert readme == script.with_index(readme, script.index()), "run: python benchmarks/index.py"
+
+
+def test_every_result_is_indexed_and_every_file_of_the_index_is_there():
+    readme = (FOLDER / "README.md").read_text()
+    results = [file for file in (FOLDER / "results").iterdir() if file.name != ".gitignore"]
+    assert len(results) > 10
+    for file in results:
+        assert f"](results/{file.name})" in readme
+
+
+def write(folder, name, **content):
+    (folder / name).write_text(json.dumps(content))
+
+
+def test_a_row_comes_from_the_name_and_the_content(script, tmp_path):
+    write(tmp_path, "a_b_2-core-cpu_2026-01-02.json", machine={"commit": "abc with changes", "command": "python x.py --y z"})
+    write(
+        tmp_path, "a_b_2-core-cpu_2026-03-04.json", runs=[{"commit": "d", "command": "x.py"}, {"commit": "e", "command": "x.py"}]
+    )
+    write(tmp_path, "bench_H100_2026-01-02.json", environment={"commit": "f"}, command="sjepa-bench a --out b")
+    (tmp_path / "bench_H100_2026-01-02.html").touch()
+    assert script.index(tmp_path).splitlines()[2:] == [
+        "| a_b | `x.py` | 2-core-cpu | 2026-03-04 | d, e | [json](results/a_b_2-core-cpu_2026-03-04.json) |",
+        "| a_b | `x.py` | 2-core-cpu | 2026-01-02 | abc | [json](results/a_b_2-core-cpu_2026-01-02.json) |",
+        "| bench | `sjepa-bench` | H100 | 2026-01-02 | f | [html](results/bench_H100_2026-01-02.html), "
+        "[json](results/bench_H100_2026-01-02.json) |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.json", {"commit": "a", "command": "x.py"}), ("a_b_2026-01-02.json", {"command": "x.py"})]
+)
+def test_a_result_that_does_not_say_where_it_is_from_is_refused(script, tmp_path, name, content):
+    write(tmp_path, name, **content)
+    with pytest.raises(SystemExit, match="is not named NAME_HARDWARE_DATE|does not say from which commit"):
+        script.index(tmp_path)
+
+
+def test_a_readme_without_marks_is_refused(script):
+    with pytest.raises(SystemExit, match="has no marks"):
+        script.with_index("# Benchmarks\n", "| a |\n")
