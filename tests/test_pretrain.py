@@ -16,7 +16,7 @@ from sjepa_deploy.finetune import FinetuneConfig, finetune
 from sjepa_deploy.loading import load_windows
 from sjepa_deploy.masking import Masking, MaskSampler
 from sjepa_deploy.models import build_model, reference_mode
-from sjepa_deploy.pretrain import JEPA, PretrainModule, pretrain, spread_of
+from sjepa_deploy.pretrain import JEPA, PretrainConfig, PretrainModule, pretrain, spread_of
 
 
 def make_jepa(target_layers=1, seed=0):
@@ -101,6 +101,15 @@ def test_the_momentum_rises_linearly_to_its_end(monkeypatch):
         monkeypatch.setattr(type(module), "global_step", property(lambda self, step=step: step))
         module.on_train_batch_end(None, None, 0)
     np.testing.assert_allclose(seen, [0.999, 0.99945, 0.9999, 0.9999])
+
+
+def test_the_optimiser_is_adamw_on_everything_but_the_teacher():
+    module = PretrainModule(dataclasses.replace(PRETRAIN, engine=PretrainConfig().engine), make_spec())
+    optimiser = module.configure_optimizers()
+    (group,) = optimiser.param_groups
+    assert isinstance(optimiser, torch.optim.AdamW)
+    assert (group["lr"], group["weight_decay"]) == (1e-3, 0.01)
+    assert {id(p) for p in group["params"]} == {id(p) for p in module.jepa.base.parameters()}
 
 
 def test_spread_and_distance_from_the_mean_are_numpys():
