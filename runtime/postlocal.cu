@@ -1,0 +1,47 @@
+// PostLocal in one launch: a block takes one channel of one window through the encoder and the head, which is one linear map of
+// all tokens. The block that is the last of its window adds the channels' shares in their order.
+struct Arguments {
+  const float* input;    // (batch, N_CHANS, N_TIMES)
+  float* output;         // (batch, N_OUTPUTS)
+  const float* weights;
+  float* shares;         // (batch, N_CHANS, N_OUTPUTS)
+  Counters* counters;
+  Report* report;
+  unsigned batch;
+};
+
+constexpr int FEATURES = N_TOKENS * EMB;
+
+struct Shared {
+  EncoderMemory<1> encoder;
+  unsigned ticket;
+};
+EXPORTED unsigned shared_bytes = sizeof(Shared);
+
+KERNEL postlocal(const Arguments a) {
+  SHARED_MEMORY;
+  Shared& s = *reinterpret_cast<Shared*>(shared_memory);
+  fetch_encoder(s.encoder, a.weights);
+  for (int item = blockIdx.x; item < (int)a.batch * N_CHANS; item += gridDim.x) {
+    const int window = item / N_CHANS, channel = item % N_CHANS;
+    load_signals(s.encoder.signal, a.input + item * N_TIMES, 1);
+    copies_arrived();
+    __syncthreads();
+    const float* tokens = encode(s.encoder, a.weights);
+    for (int o = warp(); o < N_OUTPUTS; o += WARPS) {
+      const float* weight = a.weights + AT_HEAD + (o * N_CHANS + channel) * FEATURES;
+      float sum = 0;
+      for (int i = lane(); i < FEATURES; i += 32) sum = fmaf(tokens[i], weight[i], sum);
+      sum = warp_sum(sum);
+      if (lane() == 0) a.shares[item * N_OUTPUTS + o] = sum;
+    }
+    if (!last_to_arrive(&a.counters->arrived[window], N_CHANS, &s.ticket)) continue;
+    for (int o = warp(); o < N_OUTPUTS; o += WARPS) {
+      float sum = 0;
+      for (int c = lane(); c < N_CHANS; c += 32) sum += load_fresh(a.shares + (window * N_CHANS + c) * N_OUTPUTS + o);
+      sum = warp_sum(sum);
+      if (lane() == 0) a.output[window * N_OUTPUTS + o] = a.weights[AT_BIAS + o] + sum;
+    }
+    finish_window(a.counters, a.report, a.batch);
+  }
+}
