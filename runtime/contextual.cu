@@ -18,6 +18,9 @@ struct Arguments {
   float* key_value;       // 2 layers in turn, (batch, HEADS, key and value in PIECES, LENGTH, VECTOR): see `key_value_at`
   float* shares;          // (SLICES, batch, LENGTH, EMB)
   float* head_shares;     // (batch, LENGTH, N_OUTPUTS)
+#if PROFILE
+  long long* profile;    // MARKS for each block
+#endif
   unsigned* ready;        // counters: see `encoded`, `attended_of`, `fed`
   Counters* counters;
   Report* report;
@@ -246,6 +249,7 @@ DEVICE void attend_phase(const Arguments& a, Shared& s, int layer, unsigned laun
   for (int token = blockIdx.x; token < (int)a.batch * LENGTH; token += gridDim.x) {
     const int window = token / LENGTH;
     wait(a, s, encoded(a, layer, window), launch * (layer == 0 ? N_CHANS : LENGTH));
+    MARK(6 * layer + 2);
     attention(a, s, layer, token);
     copies_arrived();
     __syncthreads();
@@ -320,6 +324,7 @@ DEVICE void feed_phase(const Arguments& a, Shared& s, int layer, unsigned launch
   for (int group = blockIdx.x / SLICES; group < group_count(a); group += teams) {
     const int first = group * GROUP, count = n_tokens - first < GROUP ? n_tokens - first : GROUP;
     wait(a, s, attended_of(a, layer, group), launch * count);
+    MARK(6 * layer + 4);
     for (int i = thread(); i < 8 * COLUMNS * EMB / 4; i += THREADS) {
       const int token = 4 * i / EMB, e = 4 * i % EMB;
       float4 x = {0, 0, 0, 0};
@@ -377,6 +382,7 @@ DEVICE void combine_phase(const Arguments& a, Shared& s, int layer, unsigned lau
   const int n_tokens = a.batch * LENGTH;
   for (int token = blockIdx.x; token < n_tokens; token += gridDim.x) {
     wait(a, s, fed(a, layer, token / GROUP), launch * SLICES);
+    MARK(6 * layer + 6);
     if (const int e = thread() % EMB, part = thread() / EMB; part < PARTS) {
       float share[TERMS], sum = 0;
 #pragma unroll
@@ -442,10 +448,15 @@ KERNEL contextual(const Arguments a) {
   if (thread() == 0) s.failed = 0;
   const unsigned launch = a.counters->launches + 1;
   __syncthreads();
+  MARK(0);
   encode_phase(a, s);
+  MARK(1);
   for (int layer = 0; layer < LAYERS; ++layer) {
     attend_phase(a, s, layer, launch);
+    MARK(6 * layer + 3);
     feed_phase(a, s, layer, launch);
+    MARK(6 * layer + 5);
     combine_phase(a, s, layer, launch);
+    MARK(6 * layer + 7);
   }
 }

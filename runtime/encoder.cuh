@@ -7,6 +7,14 @@ constexpr int CONV_KERNEL[] = {CONV_KERNELS};  // its taps
 constexpr int STEPS[] = {CONV_STEPS};          // its time steps that reach a token
 constexpr float EPS = 1e-5f;                   // of PyTorch's normalisations
 
+// Where a block's time goes: cycle counts at numbered places, for benchmarks/gpu_fused.py alone.
+#if PROFILE
+#define MARK(i) \
+  if (threadIdx.x == 0) a.profile[blockIdx.x * MARKS + (i)] = now()
+#else
+#define MARK(i)
+#endif
+
 DEVICE int thread() { return (int)threadIdx.x; }
 DEVICE int warp() { return (int)threadIdx.x / 32; }
 DEVICE int lane() { return (int)threadIdx.x % 32; }

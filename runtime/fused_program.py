@@ -37,6 +37,8 @@ class Layout:
         PreLocal: whether these blocks exchange sums in their shared memory (compute capability 9.0 and later) and not in L2.
     encoder_in_shared, qkv_in_shared : bool
         Whether these weights are fetched into shared memory before they are needed.
+    profile : bool
+        Whether each block writes down when it came where (benchmarks/gpu_fused.py).
     """
 
     n_multiprocessors: int
@@ -45,6 +47,7 @@ class Layout:
     cluster: bool = True
     encoder_in_shared: bool = True
     qkv_in_shared: bool = True
+    profile: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,7 @@ class Program:
     name : str
         Of the kernel.
     source : str
-        CUDA C++ without the part that is the GPU's own (runtime/device.cuh), and the macros that it needs.
+        CUDA C++: sizes as macros, runtime/device.cuh, runtime/encoder.cuh, the kernel.
     weights : array of float32
         One buffer.
     buffers : tuple of (str, int)
@@ -68,9 +71,11 @@ class Program:
     cluster : int
         Blocks of a cluster.
     blocks : int or None
-        Blocks for each window; None: as many as the GPU holds, at most `items` for each window.
+        Blocks for each window; None: as many as the GPU holds at once.
     items : int
-        What there is to do for one window.
+        Channels or tokens of a window: more blocks have nothing to do.
+    least_blocks : int
+        How many blocks must be resident at once.
     """
 
     name: str
@@ -82,12 +87,13 @@ class Program:
     cluster: int
     blocks: int | None
     items: int
+    least_blocks: int
 
-    @property
-    def device_source(self) -> str:
-        """The whole source for NVRTC."""
-        macros, _, code = self.source.partition("\n\n")
-        return f"{macros}\n\n{(HERE / 'device.cuh').read_text()}\n{code}"
+    def grid(self, batch: int, blocks_at_once: int) -> int:
+        """Return how many blocks run `batch` windows on a GPU that holds `blocks_at_once`."""
+        if self.blocks is not None:
+            return self.blocks * batch
+        return max(min(blocks_at_once, self.items * batch), self.least_blocks)
 
     def arguments(self) -> type[ctypes.Structure]:
         """Return the type of the kernel's argument."""
@@ -140,6 +146,7 @@ def make_program(spec: ModelSpec, weights: Weights, precision: RunPrecision, max
     cluster = layout.blocks if layout.cluster and spec.variant == "prelocal" else 1
     macros: dict[str, object] = {
         "THREADS": layout.threads,
+        "PROFILE": int(layout.profile),
         "CLUSTER": cluster,
         "BLOCKS": layout.blocks,
         "N_CHANS": spec.n_chans,
@@ -188,9 +195,12 @@ def make_program(spec: ModelSpec, weights: Weights, precision: RunPrecision, max
         buffers.append(("head_shares", n_tokens * window))
         n_ready = encoder.n_layers * (1 + 2 * (-(-n_tokens // group)))
         items = n_tokens
+    if layout.profile:
+        macros["MARKS"] = 6 if not spec.needs_positions else 2 + 6 * encoder.n_layers
+        buffers.append(("profile", 2 * int(str(macros["MARKS"])) * max(layout.n_multiprocessors, items, layout.blocks)))
     name = "contextual" if spec.needs_positions else spec.variant
     code = [f"#define {key} {value}" for key, value in macros.items()]
-    code += ["", (HERE / "encoder.cuh").read_text(), (HERE / f"{name}.cu").read_text()]
+    code += [(HERE / file).read_text() for file in ("device.cuh", "encoder.cuh", f"{name}.cu")]
     return Program(
         name=name,
         source="\n".join(code),
@@ -201,6 +211,7 @@ def make_program(spec: ModelSpec, weights: Weights, precision: RunPrecision, max
         cluster=cluster,
         blocks=blocks,
         items=items,
+        least_blocks=slices if spec.needs_positions else 1,
     )
 
 

@@ -5,6 +5,9 @@ struct Arguments {
   float* output;         // (batch, N_OUTPUTS)
   const float* weights;
   float* shares;         // (batch, N_CHANS, N_OUTPUTS)
+#if PROFILE
+  long long* profile;    // MARKS for each block
+#endif
   Counters* counters;
   Report* report;
   unsigned batch;
@@ -21,13 +24,16 @@ EXPORTED unsigned shared_bytes = sizeof(Shared);
 KERNEL postlocal(const Arguments a) {
   SHARED_MEMORY;
   Shared& s = *reinterpret_cast<Shared*>(shared_memory);
+  MARK(0);
   fetch_encoder(s.encoder, a.weights);
   for (int item = blockIdx.x; item < (int)a.batch * N_CHANS; item += gridDim.x) {
     const int window = item / N_CHANS, channel = item % N_CHANS;
     load_signals(s.encoder.signal, a.input + item * N_TIMES, 1);
     copies_arrived();
     __syncthreads();
+    MARK(1);
     const float* tokens = encode(s.encoder, a.weights);
+    MARK(2);
     for (int o = warp(); o < N_OUTPUTS; o += WARPS) {
       const float* weight = a.weights + AT_HEAD + (o * N_CHANS + channel) * FEATURES;
       float sum = 0;
@@ -35,7 +41,9 @@ KERNEL postlocal(const Arguments a) {
       sum = warp_sum(sum);
       if (lane() == 0) a.shares[item * N_OUTPUTS + o] = sum;
     }
+    MARK(3);
     if (!last_to_arrive(&a.counters->arrived[window], N_CHANS, &s.ticket)) continue;
+    MARK(4);
     for (int o = warp(); o < N_OUTPUTS; o += WARPS) {
       float sum = 0;
       for (int c = lane(); c < N_CHANS; c += 32) sum += load_fresh(a.shares + (window * N_CHANS + c) * N_OUTPUTS + o);
@@ -43,5 +51,6 @@ KERNEL postlocal(const Arguments a) {
       if (lane() == 0) a.output[window * N_OUTPUTS + o] = a.weights[AT_BIAS + o] + sum;
     }
     finish_window(a.counters, a.report, a.batch);
+    MARK(5);
   }
 }

@@ -7,6 +7,9 @@ struct Arguments {
   float* output;         // (batch, N_OUTPUTS)
   const float* weights;
   float* sums;           // (batch, BLOCKS, FILTERS, N_TIMES), unused with clusters
+#if PROFILE
+  long long* profile;    // MARKS for each block
+#endif
   Counters* counters;
   Report* report;
   unsigned batch;
@@ -44,9 +47,11 @@ CLUSTER_KERNEL prelocal(const Arguments a) {
   Shared& s = *reinterpret_cast<Shared*>(shared_memory);
   const int rank = blockIdx.x % BLOCKS, window = blockIdx.x / BLOCKS;
   const int first = rank * SHARE, count = larger(0, N_CHANS - first < SHARE ? N_CHANS - first : SHARE);
+  MARK(0);
   fetch_encoder(s.encoder, a.weights);
   for (int i = thread(); i < count * FILTERS; i += THREADS) s.filters[i] = a.weights[AT_FILTERS + first * FILTERS + i];
   load_signals(s.input, a.input + (window * N_CHANS + first) * N_TIMES, count);
+  MARK(1);
 
   for (int t = thread(); t < N_TIMES; t += THREADS) {
     float sum[FILTERS] = {};
@@ -58,8 +63,10 @@ CLUSTER_KERNEL prelocal(const Arguments a) {
     }
   }
   copies_arrived();
+  MARK(2);
   if constexpr (CLUSTER > 1) {
     cluster_sync();
+    MARK(3);
     for (int v = rank; v < FILTERS; v += BLOCKS) {
       for (int t = thread(); t < N_TIMES; t += THREADS) {
         float part[BLOCKS], sum = 0;
@@ -71,10 +78,12 @@ CLUSTER_KERNEL prelocal(const Arguments a) {
       head(a, encode(s.encoder, a.weights), v, s.outputs, 0);
       __syncthreads();
     }
+    MARK(4);
     cluster_sync();
     if (rank != 0) return;
   } else {
     if (!last_to_arrive(&a.counters->arrived[window], BLOCKS, &s.ticket)) return;
+    MARK(3);
     for (int i = thread(); i < FILTERS * N_TIMES; i += THREADS) {
       float part[BLOCKS], sum = 0;
       for (int block = 0; block < BLOCKS; ++block)
@@ -86,6 +95,7 @@ CLUSTER_KERNEL prelocal(const Arguments a) {
     const float* tokens = encode(s.encoder, a.weights);
     for (int v = 0; v < FILTERS; ++v) head(a, tokens + v * FEATURES, v, s.outputs, 0);
     __syncthreads();
+    MARK(4);
   }
   for (int o = thread(); o < N_OUTPUTS; o += THREADS) {
     float sum = a.weights[AT_BIAS + o];
@@ -93,4 +103,5 @@ CLUSTER_KERNEL prelocal(const Arguments a) {
     a.output[window * N_OUTPUTS + o] = sum;
   }
   finish_window(a.counters, a.report, a.batch);
+  MARK(5);
 }

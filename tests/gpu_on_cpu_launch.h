@@ -52,7 +52,7 @@ static bool run_blocks(unsigned first, unsigned count, unsigned threads, unsigne
       Fiber& fiber = fibers[b * threads + t];
       fiber.thread.x = t;
       fiber.block = &block;
-      fiber.stack = std::make_unique<char[]>(STACK);
+      fiber.stack.reset(new char[STACK]);
       getcontext(&fiber.start);
       fiber.start.uc_stack.ss_sp = fiber.stack.get();
       fiber.start.uc_stack.ss_size = STACK;
@@ -80,14 +80,16 @@ static bool run_blocks(unsigned first, unsigned count, unsigned threads, unsigne
 
 }  // namespace gpu
 
-extern "C" int launch(gpu::Kernel kernel, unsigned grid, unsigned threads, unsigned cluster,
-                                                              unsigned shared_bytes, int resident, int descending, void** params) {
+unsigned argument_bytes = sizeof(Arguments);
+
+extern "C" int launch(gpu::Kernel kernel, unsigned grid, unsigned threads, unsigned shared_bytes, int resident, int descending,
+                      const Arguments* arguments) {
   gpu::kernel = kernel;
-  gpu::arguments = static_cast<const Arguments*>(params[0]);
+  gpu::arguments = arguments;
   gpu::grid_size.x = grid;
   gpu::idle = 0;
-  const unsigned together = resident ? grid : cluster, groups = grid / together;
+  const unsigned together = resident ? grid : CLUSTER, groups = grid / together;
   for (unsigned i = 0; i < groups; ++i)
-    if (!gpu::run_blocks((descending ? groups - 1 - i : i) * together, together, threads, cluster, shared_bytes, descending)) return 1;
+    if (!gpu::run_blocks((descending ? groups - 1 - i : i) * together, together, threads, CLUSTER, shared_bytes, descending)) return 1;
   return 0;
 }
