@@ -108,6 +108,14 @@ def profile(bundle: Bundle, precision: Any, layout: Layout) -> dict[str, Any]:
     return {"median block": np.median(stamps, axis=0).tolist(), "slowest block": stamps.max(axis=0).tolist()}
 
 
+def quick_case(bundle: Bundle, precision: Any, reference: Any) -> dict[str, Any]:
+    """Every window once, for compute-sanitizer, under which a launch takes seconds."""
+    backend = FusedBackend(bundle, precision, BackendOptions())
+    judged = check_parity(backend.run, reference, backend="cuda", precision=precision, sizes=(1,))
+    backend.close()
+    return {"parity": encode(judged)}
+
+
 def fused_case(bundle: Bundle, precision: Any, reference: Any) -> dict[str, Any]:
     """Everything about one variant in one precision."""
     result: dict[str, Any] = {}
@@ -188,12 +196,13 @@ def step(result: dict[str, Any], name: str, work: Callable[[], Any]) -> None:
 
 
 def run_case(bundles: Path, case: str) -> None:
-    """Do one case and print it as JSON: VARIANT:PRECISION:BACKEND."""
+    """Do one case and print it as JSON: VARIANT:PRECISION:BACKEND, or VARIANT:PRECISION:quick."""
     variant, precision, name = case.split(":")
     try:
         bundle = Bundle.open(bundles / variant)
         reference = bundle.reference()
-        answer = fused_case(bundle, precision, reference) if name == "cuda" else peer_case(bundle, precision, reference, name)
+        run = {"cuda": fused_case, "quick": quick_case}.get(name, lambda *case: peer_case(*case, name))
+        answer = run(bundle, precision, reference)
     except Exception as e:
         answer = {"failed": f"{type(e).__name__}: {e}", "traceback": traceback.format_exc()}
     print(json.dumps(answer), flush=True)
@@ -206,7 +215,7 @@ def main() -> None:
     parser.add_argument("--only", help="VARIANT:PRECISION, separated by commas, in this order")
     parser.add_argument("--peers", default="", help="other backends to time, separated by commas")
     parser.add_argument("--deadline", type=float, default=100, help="seconds after which no case starts")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--case", help="one case in this process: VARIANT:PRECISION:BACKEND, or VARIANT:PRECISION:quick")
     arguments = parser.parse_args()
     if arguments.case:
         run_case(arguments.bundles, arguments.case)

@@ -48,6 +48,7 @@ class Bench:
         self.host = HostBuffer(self.device, (1024,))
         self.host_words = memoryview(self.host.array.view(np.uint32))
         check(self.cu.cuMemcpyHtoD(self.cu.CUdeviceptr(self.words.address), np.zeros(1 << 18, np.uint32).ctypes.data, 1 << 20))
+        self.device.synchronize()
 
     def kernel(self, name: str) -> Any:
         return check(self.cu.cuModuleGetFunction(self.module, name.encode()))

@@ -33,6 +33,7 @@ constexpr int HIDDEN = FEED_FORWARD / SLICES;
 constexpr int VECTOR = HEAD % 4 == 0 ? 4 : 1;         // numbers of a key or value that lie side by side
 constexpr int PIECES = 2 * HEAD / VECTOR;             // neighbouring lanes read neighbouring keys, each a piece of VECTOR numbers
 constexpr int LANE_VALUES = (EMB + 31) / 32;
+constexpr int QKV_FLOATS = 3 * EMB * EMB + EMB;       // and the query's bias
 constexpr long long PATIENCE = 1ll << 31;   // cycles, about a second
 
 // ---- the feed-forward product on the matrix units: 16 x 8 results of 16 weight rows and 8 tokens ----
@@ -60,14 +61,14 @@ struct Shared {
       Element hidden[8 * COLUMNS * HIDDEN_STRIDE];
     } feed;
   };
-  float qkv[QKV_IN_SHARED ? 3 * EMB * EMB : 4];  // of the layer whose query, key and value come next
+  float qkv[QKV_IN_SHARED ? QKV_FLOATS : 4];     // of the layer whose query, key and value come next
   float out[EMB * EMB];                          // output projection of this layer
   float row[(N_TOKENS * EMB + 3) / 4 * 4];
   float partial[THREADS];
   unsigned ticket;
   unsigned failed;
 };
-EXPORTED unsigned shared_bytes = sizeof(Shared);
+TELL_SIZE(Shared)
 
 DEVICE const float* layer_weights(const Arguments& a, int layer) { return a.weights + AT_LAYERS + layer * LAYER_FLOATS; }
 
@@ -111,8 +112,12 @@ DEVICE float* key_value_at(const Arguments& a, int layer, int window, int head) 
 
 // ---- rows of EMB values in a warp ----
 
-template <bool AFFINE>
-DEVICE void normalise(float (&v)[LANE_VALUES], const float* scale, const float* shift) {
+DEVICE void load_row(float (&v)[LANE_VALUES], const float* row) {
+#pragma unroll
+  for (int i = 0; i < LANE_VALUES; ++i) v[i] = lane() + 32 * i < EMB ? row[lane() + 32 * i] : 0.0f;
+}
+
+DEVICE void normalise(float (&v)[LANE_VALUES], const float (&scale)[LANE_VALUES], const float (&shift)[LANE_VALUES]) {
   float sum = 0, squares = 0;
 #pragma unroll
   for (int i = 0; i < LANE_VALUES; ++i) sum += lane() + 32 * i < EMB ? v[i] : 0.0f;
@@ -124,26 +129,18 @@ DEVICE void normalise(float (&v)[LANE_VALUES], const float* scale, const float* 
   }
   const float factor = 1.0f / sqrtf(warp_sum(squares) / EMB + EPS);
 #pragma unroll
-  for (int i = 0; i < LANE_VALUES; ++i) {
-    const int e = lane() + 32 * i;
-    v[i] *= factor;
-    if (AFFINE && e < EMB) v[i] = fmaf(v[i], scale[e], shift[e]);
-  }
-}
-
-DEVICE void fetch(float* shared, const float* weights, int n) {
-  for (int i = 4 * thread(); i < n; i += 4 * THREADS) copy16(shared + i, weights + i);
+  for (int i = 0; i < LANE_VALUES; ++i) v[i] = fmaf(v[i] * factor, scale[i], shift[i]);
 }
 
 DEVICE void fetch_qkv(const Arguments& a, Shared& s, int layer) {
-  if constexpr (QKV_IN_SHARED) fetch(s.qkv, layer_weights(a, layer) + AT_QKV, 3 * EMB * EMB);
+  if constexpr (QKV_IN_SHARED) fetch(s.qkv, layer_weights(a, layer) + AT_QKV, QKV_FLOATS);
 }
 
 // Query, key and value of ROWS tokens in s.row, the first of which is `token` (over all windows).
 template <int ROWS>
 DEVICE void project(const Arguments& a, Shared& s, int layer, int token) {
   const float* weight = QKV_IN_SHARED ? s.qkv : layer_weights(a, layer) + AT_QKV;
-  const float* bias = layer_weights(a, layer) + AT_QUERY_BIAS;
+  const float* bias = weight + 3 * EMB * EMB;
   const int window = token / LENGTH, first = token % LENGTH;
   product<ROWS, EMB, 3 * EMB>(s.row, weight, s.partial, [&](int row, int m, float v) {
     const int e = m % EMB, which = m / EMB;
@@ -165,8 +162,7 @@ DEVICE void encode_phase(const Arguments& a, Shared& s) {
   for (int item = blockIdx.x; item < (int)a.batch * N_CHANS; item += gridDim.x) {
     const int window = item / N_CHANS, channel = item % N_CHANS;
     load_signals(s.encoder.signal, a.input + item * N_TIMES, 1);
-    copies_arrived();
-    __syncthreads();
+    remove_offset(s.encoder.signal);
     const float* features = encode(s.encoder, a.weights);
     const float* position = a.weights + AT_POSITIONS + channel * N_TOKENS * EMB;
     for (int i = thread(); i < N_TOKENS * EMB; i += THREADS) {
@@ -189,9 +185,9 @@ DEVICE void load_piece(float* to, const float* from) {
   }
 }
 
-// Softmax over the keys of a window: a lane takes every 32nd key, CHUNK keys at a time, and the lanes' sums are merged.
+// Softmax over the keys of a window: a lane takes every 32nd key, CHUNK at a time, and the lanes' sums are merged.
 DEVICE void attention(const Arguments& a, Shared& s, int layer, int token) {
-  constexpr int NEEDED = (LENGTH + 31) / 32, CHUNK = NEEDED < 5 ? NEEDED : 5;
+  constexpr int NEEDED = (LENGTH + 31) / 32, CHUNK = NEEDED * HEAD < 40 ? NEEDED : larger(1, 40 / HEAD);  // keys at a time
   const int window = token / LENGTH;
   for (int head = warp(); head < HEADS; head += WARPS) {
     const float* key_value = key_value_at(a, layer, window, head);
@@ -199,24 +195,22 @@ DEVICE void attention(const Arguments& a, Shared& s, int layer, int token) {
 #pragma unroll
     for (int d = 0; d < HEAD; ++d) query[d] = load_fresh(a.query + token * EMB + head * HEAD + d);
     for (int first = lane(); first < LENGTH; first += 32 * CHUNK) {
-      float value[CHUNK][HEAD], score[CHUNK], peak = most;
+      float key[CHUNK][HEAD], value[CHUNK][HEAD], score[CHUNK], peak = most;
 #pragma unroll
       for (int i = 0; i < CHUNK; ++i) {
-        score[i] = -INFINITY;
-        if (const int key = first + 32 * i; key < LENGTH) {
-          float k[HEAD], sum = 0;
+        const int at = first + 32 * i < LENGTH ? first + 32 * i : first;
 #pragma unroll
-          for (int d = 0; d < HEAD; d += VECTOR) {
-            load_piece(k + d, key_value + (d / VECTOR * LENGTH + key) * VECTOR);
-            load_piece(value[i] + d, key_value + ((HEAD + d) / VECTOR * LENGTH + key) * VECTOR);
-          }
-#pragma unroll
-          for (int d = 0; d < HEAD; ++d) sum = fmaf(query[d], k[d], sum);
-          score[i] = sum;
-        } else {
-#pragma unroll
-          for (int d = 0; d < HEAD; ++d) value[i][d] = 0;
+        for (int d = 0; d < HEAD; d += VECTOR) {
+          load_piece(key[i] + d, key_value + (d / VECTOR * LENGTH + at) * VECTOR);
+          load_piece(value[i] + d, key_value + ((HEAD + d) / VECTOR * LENGTH + at) * VECTOR);
         }
+      }
+#pragma unroll
+      for (int i = 0; i < CHUNK; ++i) {
+        float sum = 0;
+#pragma unroll
+        for (int d = 0; d < HEAD; ++d) sum = fmaf(query[d], key[i][d], sum);
+        score[i] = first + 32 * i < LENGTH ? sum : -INFINITY;
         peak = fmaxf(peak, score[i]);
       }
       const float fade = expf(most - peak);  // of what was summed under a lower peak
@@ -246,22 +240,26 @@ DEVICE void attention(const Arguments& a, Shared& s, int layer, int token) {
 DEVICE void attend_phase(const Arguments& a, Shared& s, int layer, unsigned launch) {
   const float* w = layer_weights(a, layer);
   if (layer + 1 < LAYERS) fetch_qkv(a, s, layer + 1);
+  float bias[LANE_VALUES], scale[LANE_VALUES], shift[LANE_VALUES];  // early, as all that does not depend on other blocks
+  load_row(bias, w + AT_OUT_BIAS);
+  load_row(scale, w + AT_NORM1);
+  load_row(shift, w + AT_NORM1 + EMB);
   for (int token = blockIdx.x; token < (int)a.batch * LENGTH; token += gridDim.x) {
     const int window = token / LENGTH;
     wait(a, s, encoded(a, layer, window), launch * (layer == 0 ? N_CHANS : LENGTH));
     MARK(6 * layer + 2);
+    float v[LANE_VALUES];
+    for (int i = 0; i < LANE_VALUES; ++i)
+      if (const int e = lane() + 32 * i; warp() == 0 && e < EMB) v[i] = load_fresh(a.tokens + token * EMB + e) + bias[i];
     attention(a, s, layer, token);
     copies_arrived();
     __syncthreads();
     float* projected = s.partial;  // EMB results, over the parts that they were summed from
     product<1, EMB, EMB>(s.row, s.out, s.partial, [&](int, int m, float v) { projected[m] = v; });
     if (warp() == 0) {
-      float v[LANE_VALUES];
-      for (int i = 0; i < LANE_VALUES; ++i) {
-        const int e = lane() + 32 * i;
-        v[i] = e < EMB ? load_fresh(a.tokens + token * EMB + e) + projected[e] + w[AT_OUT_BIAS + e] : 0.0f;
-      }
-      normalise<true>(v, w + AT_NORM1, w + AT_NORM1 + EMB);
+      for (int i = 0; i < LANE_VALUES; ++i)
+        if (const int e = lane() + 32 * i; e < EMB) v[i] += projected[e];
+      normalise(v, scale, shift);
       for (int i = 0; i < LANE_VALUES; ++i)
         if (const int e = lane() + 32 * i; e < EMB) a.attended[token * EMB + e] = v[i];
     }
@@ -325,15 +323,22 @@ DEVICE void feed_phase(const Arguments& a, Shared& s, int layer, unsigned launch
     const int first = group * GROUP, count = n_tokens - first < GROUP ? n_tokens - first : GROUP;
     wait(a, s, attended_of(a, layer, group), launch * count);
     MARK(6 * layer + 4);
-    for (int i = thread(); i < 8 * COLUMNS * EMB / 4; i += THREADS) {
-      const int token = 4 * i / EMB, e = 4 * i % EMB;
-      float4 x = {0, 0, 0, 0};
-      if (token < count) x = load_fresh4(reinterpret_cast<const float4*>(a.attended + (first + token) * EMB + e));
+    float4 x[(8 * COLUMNS * EMB / 4 + THREADS - 1) / THREADS];
+#pragma unroll
+    for (int i = 0; i < (int)(sizeof x / 16); ++i) {
+      const int at = 4 * (thread() + i * THREADS);
+      x[i] = float4{0, 0, 0, 0};
+      if (at < count * EMB) x[i] = load_fresh4(reinterpret_cast<const float4*>(a.attended + first * EMB + at));
+    }
+#pragma unroll
+    for (int i = 0; i < (int)(sizeof x / 16); ++i) {
+      const int at = 4 * (thread() + i * THREADS), token = at / EMB, e = at % EMB;
+      if (token >= 8 * COLUMNS) continue;
 #if HALF
-      s.feed.in[token * IN_STRIDE + e / 2] = to_half2(x.x, x.y);
-      s.feed.in[token * IN_STRIDE + e / 2 + 1] = to_half2(x.z, x.w);
+      s.feed.in[token * IN_STRIDE + e / 2] = to_half2(x[i].x, x[i].y);
+      s.feed.in[token * IN_STRIDE + e / 2 + 1] = to_half2(x[i].z, x[i].w);
 #else
-      *reinterpret_cast<float4*>(s.feed.in + token * IN_STRIDE + e) = x;
+      *reinterpret_cast<float4*>(s.feed.in + token * IN_STRIDE + e) = x[i];
 #endif
     }
     __syncthreads();
@@ -380,9 +385,18 @@ DEVICE void combine_phase(const Arguments& a, Shared& s, int layer, unsigned lau
   constexpr int PARTS = split_of(EMB, SLICES), TERMS = SLICES / PARTS;
   const float* w = layer_weights(a, layer);
   const int n_tokens = a.batch * LENGTH;
+  float bias[LANE_VALUES], scale[LANE_VALUES], shift[LANE_VALUES], last_scale[LANE_VALUES], last_shift[LANE_VALUES];
+  load_row(bias, w + AT_LINEAR2_BIAS);
+  load_row(scale, w + AT_NORM2);
+  load_row(shift, w + AT_NORM2 + EMB);
+  load_row(last_scale, a.weights + AT_NORM);  // ones and zeros where the head has them
+  load_row(last_shift, a.weights + AT_NORM + EMB);
   for (int token = blockIdx.x; token < n_tokens; token += gridDim.x) {
     wait(a, s, fed(a, layer, token / GROUP), launch * SLICES);
     MARK(6 * layer + 6);
+    float v[LANE_VALUES];
+    for (int i = 0; i < LANE_VALUES; ++i)
+      if (const int e = lane() + 32 * i; warp() == 0 && e < EMB) v[i] = load_fresh(a.attended + token * EMB + e) + bias[i];
     if (const int e = thread() % EMB, part = thread() / EMB; part < PARTS) {
       float share[TERMS], sum = 0;
 #pragma unroll
@@ -393,16 +407,11 @@ DEVICE void combine_phase(const Arguments& a, Shared& s, int layer, unsigned lau
     }
     __syncthreads();
     if (warp() == 0) {
-      float v[LANE_VALUES];
-      for (int i = 0; i < LANE_VALUES; ++i) {
-        const int e = lane() + 32 * i;
-        v[i] = 0;
-        if (e >= EMB) continue;
-        v[i] = load_fresh(a.attended + token * EMB + e) + w[AT_LINEAR2_BIAS + e];
-        for (int part = 0; part < PARTS; ++part) v[i] += s.partial[part * EMB + e];
-      }
-      normalise<true>(v, w + AT_NORM2, w + AT_NORM2 + EMB);
-      if (layer == LAYERS - 1) normalise<BASE>(v, a.weights + AT_NORM, a.weights + AT_NORM + EMB);
+      for (int i = 0; i < LANE_VALUES; ++i)
+        if (const int e = lane() + 32 * i; e < EMB)
+          for (int part = 0; part < PARTS; ++part) v[i] += s.partial[part * EMB + e];
+      normalise(v, scale, shift);
+      if (layer == LAYERS - 1) normalise(v, last_scale, last_shift);
       for (int i = 0; i < LANE_VALUES; ++i) {
         const int e = lane() + 32 * i;
         if (e >= EMB) continue;

@@ -8,7 +8,9 @@
 #else
 #define CLUSTER_KERNEL KERNEL
 #endif
-#define EXPORTED __device__
+// How the host learns the size of a block's shared memory: a kernel of its own, as compilers differ in which variables they show.
+#define TELL_SIZE(type) \
+  extern "C" __global__ void shared_bytes(unsigned* size) { *size = sizeof(type); }
 #define INFINITY __int_as_float(0x7f800000)
 
 // Weights: nothing writes them while a kernel runs. Volatile, so that a load stays before the wait that it is meant to overlap.

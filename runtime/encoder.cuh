@@ -83,6 +83,11 @@ DEVICE void product(const float* rows, const float* weight, float* partial, Use 
   __syncthreads();
 }
 
+// `n` floats, a multiple of 4, from global to shared memory; `copies_arrived` and a barrier later they are there.
+DEVICE void fetch(float* shared, const float* weights, int n) {
+  for (int i = 4 * thread(); i < n; i += 4 * THREADS) copy16(shared + i, weights + i);
+}
+
 // ---- feature encoder ----
 
 constexpr int activations(int signals) {
@@ -102,8 +107,7 @@ struct EncoderMemory {
 
 template <int SIGNALS>
 DEVICE void fetch_encoder(EncoderMemory<SIGNALS>& s, const float* weights) {
-  if constexpr (ENCODER_IN_SHARED)
-    for (int i = 4 * thread(); i < ENCODER_FLOATS; i += 4 * THREADS) copy16(s.weights + i, weights + AT_ENCODER + i);
+  if constexpr (ENCODER_IN_SHARED) fetch(s.weights, weights + AT_ENCODER, ENCODER_FLOATS);
 }
 
 template <int I, int SIGNALS>
@@ -152,21 +156,43 @@ DEVICE const float* encode(EncoderMemory<SIGNALS>& s, const float* global_weight
   return encoder_layers<1, SIGNALS>(s.other, s.one, weights + (TAPS + 2) * D, s.partial);
 }
 
-// `count` signals of N_TIMES samples from the input to shared memory, each less its first sample. Ends with a barrier.
+// `count` signals of N_TIMES samples from the input to shared memory. All loads of a thread are under way before the first is
+// stored, as each takes a microsecond or two over PCIe. Ends with a barrier, after which this block's `copy16` have arrived too.
 DEVICE void load_signals(float* shared, const float* input, int count) {
+  constexpr int AT_ONCE = 8;
   if constexpr (N_TIMES % 4 == 0) {
-    for (int i = thread(); i < count * N_TIMES / 4; i += THREADS)
-      reinterpret_cast<float4*>(shared)[i] = load_input4(reinterpret_cast<const float4*>(input) + i);
+    const int n = count * N_TIMES / 4;
+    for (int first = thread(); first < n; first += AT_ONCE * THREADS) {
+      float4 v[AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i)
+        if (first + i * THREADS < n) v[i] = load_input4(reinterpret_cast<const float4*>(input) + first + i * THREADS);
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i)
+        if (first + i * THREADS < n) reinterpret_cast<float4*>(shared)[first + i * THREADS] = v[i];
+    }
   } else {
-    for (int i = thread(); i < count * N_TIMES; i += THREADS) shared[i] = load_input(input + i);
+    const int n = count * N_TIMES;
+    for (int first = thread(); first < n; first += AT_ONCE * THREADS) {
+      float v[AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i)
+        if (first + i * THREADS < n) v[i] = load_input(input + first + i * THREADS);
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i)
+        if (first + i * THREADS < n) shared[first + i * THREADS] = v[i];
+    }
   }
+  copies_arrived();
   __syncthreads();
-  for (int signal = warp(); signal < count; signal += WARPS) {
-    float* x = shared + signal * N_TIMES;
-    const float first = x[0];
-    __syncwarp();
-    for (int t = lane(); t < N_TIMES; t += 32) x[t] -= first;
-  }
+}
+
+// Subtract the first sample of a signal from all: the normalisation removes any offset, but float32 would lose digits to it.
+// Ends with a barrier.
+DEVICE void remove_offset(float* signal) {
+  const float offset = signal[0];
+  __syncthreads();
+  for (int t = thread(); t < N_TIMES; t += THREADS) signal[t] -= offset;
   __syncthreads();
 }
 

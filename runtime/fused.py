@@ -90,10 +90,7 @@ class Module:
             )
         self._module = result[1]
         self.function = check(cu.cuModuleGetFunction(self._module, program.name.encode()))
-        address, size = check(cu.cuModuleGetGlobal(self._module, b"shared_bytes"))
-        word = np.zeros(1, np.uint32)
-        check(cu.cuMemcpyDtoH(word.ctypes.data, address, size))
-        self.shared_bytes = int(word[0])
+        self.shared_bytes = self._ask_size(device)
         most = device.attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
         if self.shared_bytes > most:
             self.close()
@@ -102,6 +99,17 @@ class Module:
         check(cu.cuFuncSetAttribute(self.function, limit, self.shared_bytes))
         each = check(cu.cuOccupancyMaxActiveBlocksPerMultiprocessor(self.function, threads, self.shared_bytes))
         self.blocks_at_once = each * device.attribute("MULTIPROCESSOR_COUNT")
+
+    def _ask_size(self, device: Device) -> int:
+        answer = HostBuffer(device, (1,))
+        address = ctypes.c_void_p(answer.address)
+        params = (ctypes.c_void_p * 1)(ctypes.addressof(address))
+        function = check(self._cu.cuModuleGetFunction(self._module, b"shared_bytes"))
+        check(self._cu.cuLaunchKernel(function, 1, 1, 1, 1, 1, 1, 0, 0, ctypes.addressof(params), 0))
+        device.synchronize()
+        size = int(answer.array.view(np.uint32)[0])
+        answer.close()
+        return size
 
     def close(self) -> None:
         """Unload it."""
@@ -250,6 +258,7 @@ class FusedBackend:
 
     def _put(self, buffer: DeviceBuffer, array: NDArray[Any]) -> None:
         check(self._device.cu.cuMemcpyHtoD(self._device.cu.CUdeviceptr(buffer.address), array.ctypes.data, array.nbytes))
+        self._device.synchronize()  # it may return before, and our stream does not wait for the default one
 
 
 class _Lane:

@@ -98,7 +98,8 @@ def pack(spec: ModelSpec, weights: Weights, *, half: bool, slices: int) -> tuple
     packed = Packed()
     packed.add("ENCODER", *_encoder(spec.encoder, weights))
     if spec.variant == "prelocal":
-        packed.add("FILTERS", weights["spatial_conv.1.weight"].reshape(spec.n_spat_filters, spec.n_chans).T)
+        filters = weights["spatial_conv.1.weight"].reshape(spec.n_spat_filters, spec.n_chans).T
+        packed.add("FILTERS", np.pad(filters, ((0, 0), (0, -spec.n_spat_filters % 4))))
         packed.add("HEAD", weights["final_layer.1.weight"])
         packed.add("BIAS", weights["final_layer.1.bias"])
         return packed, None
@@ -109,7 +110,9 @@ def pack(spec: ModelSpec, weights: Weights, *, half: bool, slices: int) -> tuple
                   for i in range(spec.encoder.n_layers)]  # fmt: skip
         layer = layers[0]
         packed.add("LAYERS", *(one.words() for one in layers))
-        packed.add("NORM", weights["transformer.encoder.norm.weight"], weights["transformer.encoder.norm.bias"])
+        scale, shift = weights["transformer.encoder.norm.weight"], weights["transformer.encoder.norm.bias"]
+        folded = spec.variant != "base"  # into the head
+        packed.add("NORM", np.ones_like(scale) if folded else scale, np.zeros_like(shift) if folded else shift)
     if spec.variant != "base":
         head, bias = _head(spec, weights)
         packed.add("HEAD", head)

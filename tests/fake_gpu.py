@@ -90,6 +90,9 @@ class FakeDriver:
     def cuCtxSetCurrent(self, context: int) -> tuple[int]:
         return (0,)
 
+    def cuCtxSynchronize(self) -> tuple[int]:
+        return (0,)
+
     def cuDeviceGetAttribute(self, attribute: int, device: int) -> tuple[int, int]:
         return 0, {75: self.capability[0], 76: self.capability[1], 16: self.multiprocessors, 97: self.shared}[int(attribute)]
 

@@ -16,7 +16,7 @@
 #include <memory>
 #include <vector>
 
-struct float4 { float x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct Index { unsigned x = 0, y = 0, z = 0; };
 
@@ -85,7 +85,7 @@ static unsigned bits_of(float v) { unsigned bits; std::memcpy(&bits, &v, 4); ret
 #define SHARED_MEMORY unsigned char* shared_memory = gpu::self->block->shared
 #define KERNEL extern "C" void
 #define CLUSTER_KERNEL KERNEL
-#define EXPORTED
+#define TELL_SIZE(type) unsigned shared_bytes = sizeof(type);
 
 DEVICE void __syncthreads() { gpu::arrive(gpu::self->block->barrier); }
 DEVICE void __syncwarp() { gpu::arrive(gpu::my_warp().barrier); }

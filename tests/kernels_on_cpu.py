@@ -62,9 +62,6 @@ class KernelDriver(FakeDriver):
         self.functions[handle] = self.modules[module], name.decode()
         return 0, handle
 
-    def cuModuleGetGlobal(self, module: int, name: bytes) -> tuple[int, int, int]:
-        return 0, ctypes.addressof(ctypes.c_uint.in_dll(self.modules[module], name.decode())), 4
-
     def cuMemcpyHtoD(self, target: int, source: int, size: int) -> tuple[int]:
         ctypes.memmove(target, source, size)
         return (0,)
@@ -82,6 +79,12 @@ class KernelDriver(FakeDriver):
 
     def cuLaunchKernel(self, function, x, y, z, threads, ty, tz, shared_bytes, stream, params, extra) -> tuple[int]:
         assert (y, z, ty, tz, extra) == (1, 1, 1, 1, 0)
+        library, name = self.functions[function]
+        if name == "shared_bytes":
+            size = ctypes.c_uint.in_dll(library, name)
+            target = ctypes.cast(params, ctypes.POINTER(ctypes.POINTER(ctypes.c_void_p)))[0][0]
+            ctypes.memmove(target, ctypes.byref(size), 4)
+            return (0,)
         return self._launch(function, x, threads, shared_bytes, stream, params, resident=False)
 
     def cuLaunchCooperativeKernel(self, function, x, y, z, threads, ty, tz, shared_bytes, stream, params) -> tuple[int]:
