@@ -1,8 +1,8 @@
 """The fused kernels on one NVIDIA GPU: parity, determinism, latency beside the other GPU backends, where the time goes.
 
-    python benchmarks/gpu_fused.py BUNDLES OUT.json [--only contextual:fp16,...] [--peers tensorrt,ort-cuda,torch] [--deadline 100]
+    python benchmarks/gpu_fused.py BUNDLES OUT.json [--only contextual:fp16,...] [--peers tensorrt,torch] [--deadline 100]
 
-BUNDLES holds one bundle a folder (`benchmarks/pack_bundles.py` makes them on any machine). Every case runs in a process of its own
+BUNDLES holds one bundle a folder (`benchmarks/pack_bundles.py` makes them on any machine). Every case runs in its own process
 with 30 s to live, and the result is written after each: a kernel that fails or hangs loses its own case only. What would start
 after the deadline is left out and listed. Latencies are host wall times of `run` in us, both transfers included.
 """
@@ -123,9 +123,7 @@ def fused_case(bundle: Bundle, precision: Any, reference: Any) -> dict[str, Any]
     backend = FusedBackend(bundle, precision, BackendOptions())
     result["load_s"] = time.perf_counter() - began
     result["blocks"], result["shared_bytes"] = backend.module.blocks_at_once, backend.module.shared_bytes
-    result["parity"] = encode(
-        check_parity(backend.run, reference, backend="cuda", precision=precision, sizes=SIZES)
-    )
+    result["parity"] = encode(check_parity(backend.run, reference, backend="cuda", precision=precision, sizes=SIZES))
     step(result, "latency", lambda: latencies(backend, reference))
     step(result, "repeat", lambda: repeat(backend, reference, 4.0))
     usual = backend.layout
@@ -167,8 +165,8 @@ def peer_case(bundle: Bundle, precision: Any, reference: Any, name: str) -> dict
     """The same latencies of another backend; of PyTorch, with a CUDA graph and pinned copies inside."""
     if name == "torch":
         import torch
-
         from gpu_engines import _graphed
+
         from sjepa_deploy.checkpoint import load_model, read_checkpoint
 
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"

@@ -270,7 +270,9 @@ def start(bench: Bench) -> dict[str, float]:
         value[0] = 1
         graph = bench.stream.capture(lambda grid=grid: check(launches(grid, False)()))
         result |= {f"graph of {grid} blocks, word in host memory, {k}": v for k, v in times(graph.launch, spin, clear).items()}
-        result |= {f"graph of {grid} blocks, stream query, {k}": v for k, v in times(graph.launch, bench.stream.wait, clear).items()}
+        result |= {
+            f"graph of {grid} blocks, stream query, {k}": v for k, v in times(graph.launch, bench.stream.wait, clear).items()
+        }
     return result
 
 

@@ -1,7 +1,7 @@
 """The fused backend: one kernel launch from the window in pinned memory to the prediction in pinned memory.
 
-The kernels (runtime/*.cu) are compiled for the GPU and the model at hand when the backend is opened, and cached. A call writes the
-window where the GPU reads it, launches, and watches a word in host memory that the kernel writes last.
+The kernels (runtime/*.cu) are compiled for the GPU and the model at hand when the backend is opened, and cached. A call writes
+the window where the GPU reads it, launches, and watches a word in host memory that the kernel writes last.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sjepa_deploy.runtime import nvrtc
 from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
 from sjepa_deploy.runtime.cuda import Device, DeviceBuffer, Graph, HostBuffer, Stream, address_on_gpu, check
 from sjepa_deploy.runtime.fused_program import Layout, Program, make_program, refuse_spec
-from sjepa_deploy.runtime.fused_weights import WEIGHTS_FILE, read_safetensors
+from sjepa_deploy.runtime.fused_weights import WEIGHTS_FILE, Weights, read_safetensors
 from sjepa_deploy.spec import RunPrecision
 
 OLDEST_CAPABILITY = 80
@@ -76,7 +76,7 @@ class Module:
     shared_bytes : int
         Shared memory of a block.
     blocks_at_once : int
-        Blocks that the whole GPU holds.
+        Blocks that the whole GPU holds; none if they need more shared memory than it gives.
     """
 
     def __init__(self, device: Device, program: Program, threads: int, architecture: int) -> None:
@@ -91,14 +91,12 @@ class Module:
         self._module = result[1]
         self.function = check(cu.cuModuleGetFunction(self._module, program.name.encode()))
         self.shared_bytes = self._ask_size(device)
-        most = device.attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
-        if self.shared_bytes > most:
-            self.close()
-            raise SharedMemoryError(self.shared_bytes, most)
-        limit = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        check(cu.cuFuncSetAttribute(self.function, limit, self.shared_bytes))
-        each = check(cu.cuOccupancyMaxActiveBlocksPerMultiprocessor(self.function, threads, self.shared_bytes))
-        self.blocks_at_once = each * device.attribute("MULTIPROCESSOR_COUNT")
+        self.blocks_at_once = 0
+        if self.shared_bytes <= device.attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"):
+            limit = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            check(cu.cuFuncSetAttribute(self.function, limit, self.shared_bytes))
+            each = check(cu.cuOccupancyMaxActiveBlocksPerMultiprocessor(self.function, threads, self.shared_bytes))
+            self.blocks_at_once = each * device.attribute("MULTIPROCESSOR_COUNT")
 
     def _ask_size(self, device: Device) -> int:
         answer = HostBuffer(device, (1,))
@@ -116,16 +114,6 @@ class Module:
         check(self._cu.cuModuleUnload(self._module))
 
 
-class SharedMemoryError(BackendError):
-    """A program that needs more shared memory than a block may have."""
-
-    def __init__(self, needed: int, most: int) -> None:
-        super().__init__(
-            f"The fused kernels need {needed / 1024:.0f} KiB of shared memory for this model, and the GPU gives {most / 1024:.0f}.",
-            "Use another backend, or shorter windows.",
-        )
-
-
 class FusedBackend:
     """A bundle on the fused kernels.
 
@@ -137,8 +125,8 @@ class FusedBackend:
     bundle : Bundle
         Whose checkpoint is run.
     precision : {"fp32", "tf32", "fp16"}
-        PreLocal and PostLocal are in float32. tf32 and fp16 are the types of the feed-forward products of the transformer. In fp32
-        these are three products of TensorFloat-32 parts, whose sum is as exact as float32.
+        PreLocal and PostLocal are in float32. tf32 and fp16 are the types of the feed-forward products of the transformer. In
+        fp32 these are three products of TensorFloat-32 parts, whose sum is as exact as float32.
     options : BackendOptions
         GPU, memory, graph, wait.
     layout : Layout or None
@@ -154,37 +142,48 @@ class FusedBackend:
 
     name = "cuda"
 
-    def __init__(
-        self, bundle: Bundle, precision: RunPrecision, options: BackendOptions, layout: Layout | None = None
-    ) -> None:
+    def __init__(self, bundle: Bundle, precision: RunPrecision, options: BackendOptions, layout: Layout | None = None) -> None:
         refuse_spec(bundle.spec, precision)
         self.precision = precision
         self._spec, self._options = bundle.spec, options
         self._max_batch = bundle.graph(precision).max_batch
-        self._device = device = Device(options.device)
-        architecture = architecture_of(device)
-        layout = layout or Layout(
-            n_multiprocessors=device.attribute("MULTIPROCESSOR_COUNT"), cluster=architecture >= CLUSTER_CAPABILITY
-        )
         weights = read_safetensors(bundle.checkpoint / WEIGHTS_FILE)
-        for smaller in ({}, {"qkv_in_shared": False}, {"qkv_in_shared": False, "encoder_in_shared": False}):
-            self.layout = dataclasses.replace(layout, **smaller)
-            self.program = make_program(bundle.spec, weights, precision, self._max_batch, self.layout)
-            try:
-                self.module = Module(device, self.program, layout.threads, architecture)
-                break
-            except SharedMemoryError as e:
-                too_large = e
-        else:
-            raise too_large
-        if self.program.cooperative and self.module.blocks_at_once < self.program.least_blocks:
-            raise BackendError("The GPU does not hold the fused kernels' blocks at once.", "Use another backend.")
-        self._stream = Stream(device, "block" if options.wait == "block" else "spin")
-        self._weights = DeviceBuffer(device, self.program.weights.nbytes)
+        self._device = Device(options.device)
+        try:
+            self._load(weights, layout)
+        except BaseException:
+            self._device.close()
+            raise
+        self._stream = Stream(self._device, "block" if options.wait == "block" else "spin")
+        self._weights = DeviceBuffer(self._device, self.program.weights.nbytes)
         self._put(self._weights, self.program.weights)
         self._lanes: dict[int, _Lane] = {}
         self._busy = threading.Lock()
         self._thread = threading.get_ident()
+
+    def _load(self, weights: Weights, layout: Layout | None) -> None:
+        """Compile and load the program, with less of the weights in shared memory if the GPU has too little of it."""
+        architecture = architecture_of(self._device)
+        layout = layout or Layout(
+            n_multiprocessors=self._device.attribute("MULTIPROCESSOR_COUNT"), cluster=architecture >= CLUSTER_CAPABILITY
+        )
+        most = self._device.attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
+        for smaller in ({}, {"qkv_in_shared": False}, {"qkv_in_shared": False, "encoder_in_shared": False}):
+            self.layout = dataclasses.replace(layout, **smaller)
+            self.program = make_program(self._spec, weights, self.precision, self._max_batch, self.layout)
+            self.module = Module(self._device, self.program, layout.threads, architecture)
+            if self.module.blocks_at_once:
+                break
+            self.module.close()
+        else:
+            raise BackendError(
+                f"The fused kernels need {self.module.shared_bytes / 1024:.0f} KiB of shared memory for this model, and a block "
+                f"has {most / 1024:.0f} on this GPU.",
+                "Use another backend, or shorter windows.",
+            )
+        if self.program.cooperative and self.module.blocks_at_once < self.program.least_blocks:
+            self.module.close()
+            raise BackendError("The GPU does not hold the fused kernels' blocks at once.", "Use another backend.")
 
     def run(self, eeg: FloatArray) -> FloatArray:
         """Run the model on `eeg`, shape (batch, n_chans, n_times). The result is overwritten by the next call.
@@ -253,7 +252,13 @@ class FusedBackend:
         largest = max(max(size for _, size in self.program.buffers), self._spec.n_chans * self._spec.n_times)
         if batch * largest >= MAX_ELEMENTS:
             raise InputError(f"A batch of {batch} windows of this length is too large for the fused kernels.", "Split it.")
-        lane = self._lanes[batch] = _Lane(self, batch)
+        lane = _Lane(self, batch)
+        try:
+            lane.run()  # the first launch loads the code
+        except BaseException:
+            lane.close()
+            raise
+        self._lanes[batch] = lane
         return lane
 
     def _put(self, buffer: DeviceBuffer, array: NDArray[Any]) -> None:
@@ -295,9 +300,8 @@ class _Lane:
         self._launch: Callable[[], Any] = self._enqueue
         self._finish = self._watch if backend._options.wait != "block" else self._block
         if backend._options.cuda_graph and self._upload:  # a kernel alone starts sooner without a graph
-            self._graph = self._stream.capture(self._enqueue)
+            self._graph = self._stream.capture(lambda: check(self._enqueue()))
             self._launch = self._graph.launch
-        self.run()  # the first launch loads the code
 
     def run(self) -> None:
         """Run on what is in `input`."""

@@ -169,8 +169,8 @@ def _layer(weights: Weights, prefix: str, n_heads: int, half: bool, slices: int)
 def _tiles(weight: Array, half: bool) -> NDArray[np.floating]:
     """Return `weight` (M, K) in the order in which the lanes of a warp hold tiles of it.
 
-    Tiles are 16 rows by 8 float32 or 16 halves, those of the same rows one behind the other. In one, lane 4 g + t holds rows g and
-    g + 8, and in float32 columns t and t + 4, in float16 the pairs 2 t and 2 t + 8: fragment A of mma.m16n8k8 and mma.m16n8k16 in
+    Tiles are 16 rows by 8 float32 or 16 halves, those of the same rows one behind the other. In one, lane 4 g + t holds rows g
+    and g + 8, and in float32 columns t and t + 4, in float16 the pairs 2 t and 2 t + 8: fragment A of mma.m16n8k8 and mma.m16n8k16 in
     the manual of PTX.
     """
     pair = 2 if half else 1

@@ -49,9 +49,11 @@ class KernelDriver(FakeDriver):
         self.load_error = 0
 
     def cuModuleLoadData(self, code: bytes) -> tuple[int, int]:
+        if self.load_error:
+            return self.CUresult(self.load_error), 0
         handle = self._handle()
         self.modules[handle] = ctypes.CDLL(code.decode())
-        return self.CUresult(self.load_error), handle
+        return 0, handle
 
     def cuModuleUnload(self, module: int) -> tuple[int]:
         del self.modules[module]

@@ -1,4 +1,4 @@
-"""The fused backend: its real kernels on a fake GPU, thread by thread on the CPU (kernels_on_cpu.py), and through the real NVRTC."""
+"""The fused backend: its real kernels on a fake GPU, thread by thread (kernels_on_cpu.py), and through the real NVRTC."""
 
 import ctypes
 import dataclasses
@@ -25,11 +25,12 @@ from sjepa_deploy.runtime.reference import run_reference
 from sjepa_deploy.spec import EncoderSpec
 from sjepa_deploy.synthetic import hard_windows
 
-SMALL = EncoderSpec(
-    conv_layers=((8, 32, 8), (12, 2, 2), (16, 3, 3), (32, 2, 2)), spat_dim=6, time_dim=10, n_layers=2, n_heads=4
-)
-BLOCKS = {"prelocal": 4, "postlocal": 3, "contextual": 33, "base": 17}
+SMALL = EncoderSpec(conv_layers=((8, 32, 8), (12, 2, 2), (16, 3, 3), (32, 2, 2)), spat_dim=6, time_dim=10, n_layers=2, n_heads=4)
+BLOCKS = {"prelocal": 4, "postlocal": 3, "contextual": 17, "base": 33}
 """Multiprocessors of the fake GPU: enough for the transformer's slices, and for none to have the same work as another."""
+
+KINDS = ("eeg 0", "eeg with 20 mV offsets", "flat channel", "saturated channel", "zeros", "one NaN")
+"""Windows for the transformer's kernel, of which a launch takes half a second here."""
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def make_model(tmp_path_factory):
             model = randomise(build_model(spec, seed=0), seed=1)
             write_checkpoint(model, folder)
             windows = hard_windows(*spec.input_shape, spec.sfreq, np.random.default_rng(0))
-            kinds = [kind for kind in windows if kind not in {f"eeg {i}" for i in range(1, 6)}]
+            kinds = [kind for kind in windows if kind in KINDS or not spec.needs_positions]
             inputs = np.stack([windows[kind] for kind in kinds])
             outputs = np.concatenate([run_reference(model.double(), window[None]) for window in inputs])
             bundle = SimpleNamespace(spec=spec, checkpoint=folder, graph=lambda precision: SimpleNamespace(max_batch=4))
@@ -89,7 +90,7 @@ SPECS = {
 def test_parity(gpu, make_model, name):
     bundle, reference, _ = make_model(SPECS[name])
     backend = backend_for(gpu, bundle)
-    sizes = (1, 3) if name.startswith(("pre", "post")) else (2,)
+    sizes = (3,) if bundle.spec.needs_positions else (1, 3)
     result = check_parity(backend.run, reference, backend="cuda", precision="fp32", sizes=sizes)
     backend.close()
     assert result.passed, result
@@ -99,7 +100,7 @@ def test_parity(gpu, make_model, name):
 def test_parity_of_other_precisions(gpu, make_model, precision):
     bundle, reference, _ = make_model(SPECS["contextual"])
     backend = backend_for(gpu, bundle, precision)
-    result = check_parity(backend.run, reference, backend="cuda", precision=precision, sizes=(2,))
+    result = check_parity(backend.run, reference, backend="cuda", precision=precision, sizes=(3,))
     backend.close()
     assert result.passed, result
     assert result.max_error > 1e-5, "the products were not rounded"
@@ -123,8 +124,9 @@ def test_parity_of_other_layouts(gpu, make_model, name, layout):
     assert result.passed, result
 
 
-@pytest.mark.parametrize("name", ["prelocal", "postlocal", "contextual"])
-@pytest.mark.parametrize("layout", [{}, {"cluster": False}])
+@pytest.mark.parametrize(
+    ("name", "layout"), [("prelocal", {}), ("prelocal", {"cluster": False}), ("postlocal", {}), ("contextual", {})]
+)
 def test_the_order_of_threads_changes_no_bit(gpu, make_model, name, layout):
     bundle, reference, _ = make_model(SPECS[name])
     backend = backend_for(gpu, bundle, **layout)
@@ -193,19 +195,20 @@ def test_the_input_buffer_is_read_in_place(gpu, make_model):
     backend.close()
 
 
-def test_windows_on_the_gpu(gpu, make_model):
+def test_windows_on_the_gpu(gpu, make_model, monkeypatch):
     bundle, reference, _ = make_model(SPECS["prelocal"])
     backend = backend_for(gpu, bundle)
     want = backend.run(reference.inputs[:1]).copy()
     memory = cuda.HostBuffer(backend._device, reference.inputs[:1].shape)
     memory.array[...] = reference.inputs[:1]
-    interface = {"shape": memory.array.shape, "typestr": "<f4", "strides": None, "version": 3, "stream": None}
-    windows = SimpleNamespace(__cuda_array_interface__=interface | {"data": (memory.address, False)})
-    np.testing.assert_array_equal(backend.run_on_gpu(windows), want)
-    np.testing.assert_array_equal(backend.run(reference.inputs[:1]), want)
-    moved = SimpleNamespace(__cuda_array_interface__=interface | {"data": (memory.address + 4, False)})
+    # cuda.core asks the real driver
+    monkeypatch.setattr(fused, "address_on_gpu", lambda offset, stream, window: (1, memory.address + offset))
+    np.testing.assert_array_equal(backend.run_on_gpu(0), want)
+    other = backend.run(reference.inputs[1:2]).copy()
+    np.testing.assert_array_equal(backend.run_on_gpu(0), want)
+    np.testing.assert_array_equal(backend.run(reference.inputs[1:2]), other)
     with pytest.raises(InputError, match="multiple of 16"):
-        backend.run_on_gpu(moved)
+        backend.run_on_gpu(4)
     memory.close()
     backend.close()
 
@@ -246,9 +249,10 @@ def test_the_count_of_launches_survives_an_interrupted_wait(gpu, make_model, mon
     def interrupted():
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(lane, "_finish", interrupted)
-        backend.run(reference.inputs[:1])
+        with pytest.raises(KeyboardInterrupt):
+            backend.run(reference.inputs[:1])
     np.testing.assert_array_equal(backend.run(reference.inputs[1:2]), want[1])
     backend.close()
 
@@ -286,7 +290,11 @@ def test_a_kernel_that_fails_is_an_error(gpu, make_model, monkeypatch):
         (small_spec("postlocal", encoder=dataclasses.replace(SMALL, conv_layers=((8, 32, 8), (16, 3, 2)))), "fp32", "stride"),
         (small_spec("contextual", encoder=dataclasses.replace(SMALL, conv_layers=((8, 32, 8), (24, 2, 2)))), "fp32", "of 24"),
         (small_spec("base", encoder=dataclasses.replace(SMALL, conv_layers=((8, 32, 8), (144, 2, 2)))), "fp32", "of 144"),
-        (small_spec("base", encoder=dataclasses.replace(SMALL, conv_layers=((8, 32, 8), (80, 2, 2)), n_heads=1)), "fp32", "heads"),
+        (
+            small_spec("base", encoder=dataclasses.replace(SMALL, conv_layers=((8, 32, 8), (80, 2, 2)), n_heads=1)),
+            "fp32",
+            "heads",
+        ),
     ],
 )
 def test_what_the_kernels_cannot_compute_is_refused(spec, precision, match):
@@ -317,7 +325,6 @@ def test_a_gpu_with_too_few_multiprocessors_is_refused(gpu, make_model):
     gpu.multiprocessors = 8
     with pytest.raises(BackendError, match="blocks at once"):
         fused.FusedBackend(bundle, "fp32", BackendOptions())
-    gpu.modules.clear()
 
 
 @pytest.mark.parametrize(
@@ -327,9 +334,9 @@ def test_a_gpu_with_too_few_multiprocessors_is_refused(gpu, make_model):
 def test_old_gpus_and_drivers_are_refused(gpu, change, match):
     for name, value in change.items():
         setattr(gpu, name, value)
-    assert match.split()[0] in str(BACKENDS["cuda"].why_not())
     with pytest.raises(BackendError, match=match):
         fused.probe()
+    assert BACKENDS["cuda"].why_not() is not None
 
 
 def test_a_driver_that_refuses_the_code(gpu, make_model):
@@ -337,7 +344,6 @@ def test_a_driver_that_refuses_the_code(gpu, make_model):
     bundle, _, _ = make_model(SPECS["prelocal"])
     with pytest.raises(BackendError, match="refuses the compiled kernels"):
         backend_for(gpu, bundle)
-    gpu.modules.clear()
 
 
 def test_without_nvrtc_other_backends_are_unaffected(monkeypatch, make_bundle):
@@ -472,4 +478,3 @@ def test_the_argument_has_the_layout_of_the_kernel(make_model):
         fields = [field for field, _ in program.arguments()._fields_]
         places = [declared.index(f" {field};") for field in fields]
         assert places == sorted(places)
-
