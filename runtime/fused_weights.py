@@ -170,8 +170,8 @@ def _tiles(weight: Array, half: bool) -> NDArray[np.floating]:
     """Return `weight` (M, K) in the order in which the lanes of a warp hold tiles of it.
 
     Tiles are 16 rows by 8 float32 or 16 halves, those of the same rows one behind the other. In one, lane 4 g + t holds rows g
-    and g + 8, and in float32 columns t and t + 4, in float16 the pairs 2 t and 2 t + 8: fragment A of mma.m16n8k8 and mma.m16n8k16 in
-    the manual of PTX.
+    and g + 8, and in float32 columns t and t + 4, in float16 the pairs 2 t and 2 t + 8: fragment A of mma.m16n8k8 and
+    mma.m16n8k16 in the manual of PTX.
     """
     pair = 2 if half else 1
     tiles = weight.reshape(len(weight) // 16, 2, 8, -1, 2, 4, pair)  # (row tile, g high, g, column tile, t high, t, pair)
