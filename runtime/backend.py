@@ -135,6 +135,12 @@ BACKENDS: dict[str, BackendEntry] = {
         extra="rtx",
         probe="sjepa_deploy.runtime.trt:probe_rtx",
     ),
+    "cuda": BackendEntry(
+        target="sjepa_deploy.runtime.fused:FusedBackend",
+        package="cuda",
+        extra="gpu",
+        probe="sjepa_deploy.runtime.fused:probe",
+    ),
 }
 """Every backend by name."""
 

@@ -125,9 +125,7 @@ class Device:
     def gpu(self) -> Gpu:
         """What it is."""
         cu = self.cu
-        attribute = cu.CUdevice_attribute
-        major = check(cu.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, self._device))
-        minor = check(cu.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, self._device))
+        major, minor = self.attribute("COMPUTE_CAPABILITY_MAJOR"), self.attribute("COMPUTE_CAPABILITY_MINOR")
         cuda = check(cu.cuDriverGetVersion())
         version = f"{cuda // 1000}.{cuda % 1000 // 10}"
         name = check(cu.cuDeviceGetName(128, self._device)).split(b"\0")[0].decode()
@@ -144,6 +142,11 @@ class Device:
         """Its PCI bus, e.g. "0000:4B:00.0"."""
         text: bytes = check(self.cu.cuDeviceGetPCIBusId(32, self._device))
         return text.split(b"\0")[0].decode()
+
+    def attribute(self, name: str) -> int:
+        """Return an attribute by its name in the driver API, without ``CU_DEVICE_ATTRIBUTE_``."""
+        key = getattr(self.cu.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return int(check(self.cu.cuDeviceGetAttribute(key, self._device)))
 
     def make_current(self) -> None:
         """Make this GPU's context that of the calling thread."""

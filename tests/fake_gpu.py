@@ -31,6 +31,8 @@ class FakeDriver:
     class CUdevice_attribute(enum.IntEnum):
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76
+        CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16
+        CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97
 
     class CUstream_flags(enum.IntEnum):
         CU_STREAM_NON_BLOCKING = 1
@@ -55,6 +57,7 @@ class FakeDriver:
 
     def __init__(self, *, name: str = "NVIDIA Fake 9000", capability: tuple[int, int] = (9, 0), memory: int = 1 << 32) -> None:
         self.name, self.capability, self.free = name, capability, memory
+        self.multiprocessors, self.shared, self.cuda = 4, 227 * 1024, 13000
         self.allocations: dict[int, Any] = {}
         self.n_allocated = 0
         self.queues: dict[int, list[Callable[[], None]] | None] = {}
@@ -90,11 +93,14 @@ class FakeDriver:
     def cuCtxSetCurrent(self, context: int) -> tuple[int]:
         return (0,)
 
+    def cuCtxSynchronize(self) -> tuple[int]:
+        return (0,)
+
     def cuDeviceGetAttribute(self, attribute: int, device: int) -> tuple[int, int]:
-        return 0, self.capability[int(attribute) - 75]
+        return 0, {75: self.capability[0], 76: self.capability[1], 16: self.multiprocessors, 97: self.shared}[int(attribute)]
 
     def cuDriverGetVersion(self) -> tuple[int, int]:
-        return 0, 13000
+        return 0, self.cuda
 
     def cuDeviceGetName(self, size: int, device: int) -> tuple[int, bytes]:
         return 0, self.name.encode().ljust(size, b"\0")

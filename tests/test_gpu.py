@@ -15,7 +15,7 @@ from sjepa_deploy.runtime.cuda import Device, DeviceBuffer, HostBuffer, Stream
 from sjepa_deploy.runtime.parity import batch_sizes, check_parity
 
 pytestmark = pytest.mark.gpu
-GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda")
+GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda", "cuda")
 VARIANTS = ("prelocal", "postlocal", "contextual")
 
 

@@ -1,0 +1,129 @@
+// What the kernels need of the GPU beyond CUDA C++. Everything that is not plain C++ stands here, so that tests/gpu_on_cpu.h can
+// stand in for this file and run the kernels on a CPU.
+#define DEVICE static __device__ __forceinline__
+#define SHARED_MEMORY extern __shared__ __align__(16) unsigned char shared_memory[]
+#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, 1)
+#if CLUSTER > 1
+#define CLUSTER_KERNEL extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
+#else
+#define CLUSTER_KERNEL KERNEL
+#endif
+// How the host learns the size of a block's shared memory: a kernel of its own, as compilers differ in which variables they show.
+#define TELL_SIZE(type) \
+  extern "C" __global__ void shared_bytes(unsigned* size) { *size = sizeof(type); }
+#define INFINITY __int_as_float(0x7f800000)
+
+// Weights: nothing writes them while a kernel runs. Volatile, so that a load stays before the wait that it is meant to overlap.
+DEVICE uint4 load_weight4(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+
+// What another block wrote in this launch: from L2, never from a line that this multiprocessor has kept.
+DEVICE float load_fresh(const float* p) {
+  float v;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
+  return v;
+}
+
+DEVICE float4 load_fresh4(const float4* p) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
+  return v;
+}
+
+// The input, which lies in pinned host memory or in device memory and changes between launches.
+DEVICE float load_input(const float* p) {
+  float v;
+  asm volatile("ld.volatile.global.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
+  return v;
+}
+
+DEVICE float4 load_input4(const float4* p) {
+  float4 v;
+  asm volatile("ld.volatile.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
+  return v;
+}
+
+// 16 bytes from global to shared memory without passing through registers; `copies_arrived` waits for this thread's.
+DEVICE void copy16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global) : "memory");
+}
+
+DEVICE void copies_arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+DEVICE unsigned load_acquire(const unsigned* p) {
+  unsigned v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+
+DEVICE void store_release_system(unsigned* p, unsigned v) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
+DEVICE long long now() { return clock64(); }
+
+DEVICE void pause() {}
+
+DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+
+// ---- clusters (compute capability 9.0) ----
+
+DEVICE void cluster_sync() {
+#if CLUSTER > 1
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+DEVICE unsigned remote_address(const void* shared, unsigned rank) {
+  unsigned address = 0;
+#if CLUSTER > 1
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"((unsigned)__cvta_generic_to_shared(shared)), "r"(rank));
+#endif
+  return address;
+}
+
+// The value at the same place in the shared memory of block `rank` of this cluster.
+DEVICE float load_remote(const float* shared, unsigned rank) {
+  float v = 0;
+#if CLUSTER > 1
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(remote_address(shared, rank)) : "memory");
+#endif
+  return v;
+}
+
+DEVICE void store_remote(float* shared, unsigned rank, float v) {
+#if CLUSTER > 1
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote_address(shared, rank)), "f"(v) : "memory");
+#endif
+}
+
+// ---- matrix units: sum(16 x 8) += a(16 x K) b(K x 8), one warp ----
+
+DEVICE unsigned to_tf32(float v) {
+  unsigned bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+  return bits;
+}
+
+DEVICE unsigned to_half2(float low, float high) {
+  unsigned bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+DEVICE void mma_tf32(float (&sum)[4], const uint4& a, unsigned b0, unsigned b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+DEVICE void mma_half(float (&sum)[4], const uint4& a, unsigned b0, unsigned b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}

@@ -1,0 +1,238 @@
+// What the kernels of all variants share: sums, products, the feature encoder of one block, and how a launch ends.
+//
+// Sizes are macros that runtime/fused.py defines for each model. A block has THREADS threads. Names that end in 4 move 16 bytes.
+constexpr int WARPS = THREADS / 32;
+constexpr int CONV_DIM[] = {CONV_DIMS};        // outputs of each convolution
+constexpr int CONV_KERNEL[] = {CONV_KERNELS};  // its taps
+constexpr int STEPS[] = {CONV_STEPS};          // its time steps that reach a token
+constexpr float EPS = 1e-5f;                   // of PyTorch's normalisations
+
+// Where a block's time goes: cycle counts at numbered places, for benchmarks/gpu_fused.py alone.
+#if PROFILE
+#define MARK(i) \
+  if (threadIdx.x == 0) a.profile[blockIdx.x * MARKS + (i)] = now()
+#else
+#define MARK(i)
+#endif
+
+DEVICE int thread() { return (int)threadIdx.x; }
+DEVICE int warp() { return (int)threadIdx.x / 32; }
+DEVICE int lane() { return (int)threadIdx.x % 32; }
+
+DEVICE float warp_sum(float v) {
+  for (int mask = 16; mask; mask /= 2) v += shuffle_xor(v, mask);
+  return v;
+}
+
+DEVICE float warp_max(float v) {
+  for (int mask = 16; mask; mask /= 2) v = fmaxf(v, shuffle_xor(v, mask));
+  return v;
+}
+
+DEVICE float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
+
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+// Into how many parts the sums of `outputs` products over k terms are split, so that every thread has work.
+constexpr int split_of(int outputs, int k) {
+  int split = 1;
+  while (2 * split * outputs <= THREADS && k % (2 * split) == 0) split *= 2;
+  return split;
+}
+
+template <int TERMS, int M>
+DEVICE float dot(const float* row, const float* column) {
+  if constexpr (TERMS % 4 == 0) {
+    float sum[4] = {0, 0, 0, 0};
+#pragma unroll 8
+    for (int k = 0; k < TERMS; k += 4) {
+      const float4 x = *reinterpret_cast<const float4*>(row + k);
+      sum[0] = fmaf(x.x, column[k * M], sum[0]);
+      sum[1] = fmaf(x.y, column[(k + 1) * M], sum[1]);
+      sum[2] = fmaf(x.z, column[(k + 2) * M], sum[2]);
+      sum[3] = fmaf(x.w, column[(k + 3) * M], sum[3]);
+    }
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  } else {
+    float sum = 0;
+    for (int k = 0; k < TERMS; ++k) sum = fmaf(row[k], column[k * M], sum);
+    return sum;
+  }
+}
+
+// rows (ROWS x K, shared) times weight (K x M); `use(row, m, value)` takes each result. `partial` holds THREADS floats.
+// Begins with shared memory that is ready to be read, and ends with a barrier.
+template <int ROWS, int K, int M, class Use>
+DEVICE void product(const float* rows, const float* weight, float* partial, Use use) {
+  constexpr int OUTPUTS = ROWS * M, SPLIT = split_of(OUTPUTS, K), TERMS = K / SPLIT;
+  if constexpr (SPLIT == 1) {
+    for (int i = thread(); i < OUTPUTS; i += THREADS) use(i / M, i % M, dot<K, M>(rows + i / M * K, weight + i % M));
+  } else {
+    const int i = thread() % OUTPUTS, part = thread() / OUTPUTS;
+    if (part < SPLIT) {
+      const int k = part * TERMS;
+      partial[thread()] = dot<TERMS, M>(rows + i / M * K + k, weight + k * M + i % M);
+    }
+    __syncthreads();
+    if (part == 0) {
+      float sum = 0;
+      for (int p = 0; p < SPLIT; ++p) sum += partial[p * OUTPUTS + i];
+      use(i / M, i % M, sum);
+    }
+  }
+  __syncthreads();
+}
+
+// `n` floats, a multiple of 4, from global to shared memory; `copies_arrived` and a barrier later they are there.
+DEVICE void fetch(float* shared, const float* weights, int n) {
+  for (int i = 4 * thread(); i < n; i += 4 * THREADS) copy16(shared + i, weights + i);
+}
+
+// ---- feature encoder ----
+
+constexpr int activations(int signals) {
+  int most = FIRST_STEPS * CONV_DIM[0];
+  for (int i = 0; i < N_CONVS; ++i) most = larger(most, STEPS[i] * CONV_DIM[i]);
+  return (signals * most + 3) / 4 * 4;
+}
+
+// The buffers of `SIGNALS` signals. All sizes are multiples of 16 bytes.
+template <int SIGNALS>
+struct EncoderMemory {
+  float weights[ENCODER_IN_SHARED ? ENCODER_FLOATS : 4];
+  float signal[(SIGNALS * N_TIMES + 3) / 4 * 4];
+  float one[activations(SIGNALS)], other[activations(SIGNALS)];
+  float partial[THREADS];
+};
+
+template <int SIGNALS>
+DEVICE void fetch_encoder(EncoderMemory<SIGNALS>& s, const float* weights) {
+  if constexpr (ENCODER_IN_SHARED) fetch(s.weights, weights + AT_ENCODER, ENCODER_FLOATS);
+}
+
+template <int I, int SIGNALS>
+DEVICE const float* encoder_layers(float* in, float* out, const float* weight, float* partial) {
+  if constexpr (I == N_CONVS) {
+    return in;
+  } else {
+    constexpr int K = CONV_DIM[I - 1] * CONV_KERNEL[I], M = CONV_DIM[I];
+    product<SIGNALS * STEPS[I], K, M>(in, weight, partial, [&](int row, int m, float v) { out[row * M + m] = gelu(v); });
+    return encoder_layers<I + 1, SIGNALS>(out, in, weight + K * M, partial);
+  }
+}
+
+// s.signal (SIGNALS x N_TIMES, without offset) to tokens (SIGNALS x N_TOKENS x EMB), which are returned. Begins with a barrier
+// behind it and ends with one. Weights: first convolution (taps x dim), scale, shift, then each product (K x M).
+template <int SIGNALS>
+DEVICE const float* encode(EncoderMemory<SIGNALS>& s, const float* global_weights) {
+  constexpr int D = CONV_DIM[0], TAPS = CONV_KERNEL[0];
+  const float* weights = ENCODER_IN_SHARED ? s.weights : global_weights + AT_ENCODER;
+  for (int i = thread(); i < SIGNALS * FIRST_STEPS * D; i += THREADS) {
+    const int d = i % D, step = i / D % FIRST_STEPS, signal = i / (D * FIRST_STEPS);
+    const float* x = s.signal + signal * N_TIMES + step * FIRST_STRIDE;
+    float sum[2] = {0, 0};
+#pragma unroll 16
+    for (int k = 0; k < TAPS; ++k) sum[k % 2] = fmaf(x[k], weights[k * D + d], sum[k % 2]);
+    s.one[i] = sum[0] + sum[1];
+  }
+  __syncthreads();
+  // Two passes over the values, as a sum of squares would lose the digits that a large signal leaves.
+  const float *scale = weights + TAPS * D, *shift = scale + D;
+  for (int task = warp(); task < SIGNALS * D; task += WARPS) {
+    const int d = task % D, signal = task / D;
+    const float* x = s.one + signal * FIRST_STEPS * D + d;
+    float sum = 0, squares = 0;
+    for (int step = lane(); step < FIRST_STEPS; step += 32) sum += x[step * D];
+    const float mean = warp_sum(sum) / FIRST_STEPS;
+    for (int step = lane(); step < FIRST_STEPS; step += 32) {
+      const float difference = x[step * D] - mean;
+      squares = fmaf(difference, difference, squares);
+    }
+    const float factor = scale[d] / sqrtf(warp_sum(squares) / FIRST_STEPS + EPS);
+    for (int step = lane(); step < STEPS[0]; step += 32)
+      s.other[(signal * STEPS[0] + step) * D + d] = gelu(fmaf(x[step * D] - mean, factor, shift[d]));
+  }
+  __syncthreads();
+  return encoder_layers<1, SIGNALS>(s.other, s.one, weights + (TAPS + 2) * D, s.partial);
+}
+
+// `count` signals of N_TIMES samples from the input to shared memory. All loads of a thread are under way before the first is
+// stored, as each takes a microsecond or two over PCIe. Ends with a barrier, after which this block's `copy16` have arrived too.
+DEVICE void load_signals(float* shared, const float* input, int count) {
+  constexpr int AT_ONCE = 8;
+  if constexpr (N_TIMES % 4 == 0) {
+    const int n = count * N_TIMES / 4;
+    for (int first = thread(); first < n; first += AT_ONCE * THREADS) {
+      float4 v[AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i)
+        if (first + i * THREADS < n) v[i] = load_input4(reinterpret_cast<const float4*>(input) + first + i * THREADS);
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i)
+        if (first + i * THREADS < n) reinterpret_cast<float4*>(shared)[first + i * THREADS] = v[i];
+    }
+  } else {
+    const int n = count * N_TIMES;
+    for (int first = thread(); first < n; first += AT_ONCE * THREADS) {
+      float v[AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i)
+        if (first + i * THREADS < n) v[i] = load_input(input + first + i * THREADS);
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i)
+        if (first + i * THREADS < n) shared[first + i * THREADS] = v[i];
+    }
+  }
+  copies_arrived();
+  __syncthreads();
+}
+
+// Subtract the first sample of a signal from all: the normalisation removes any offset, but float32 would lose digits to it.
+// Ends with a barrier.
+DEVICE void remove_offset(float* signal) {
+  const float offset = signal[0];
+  __syncthreads();
+  for (int t = thread(); t < N_TIMES; t += THREADS) signal[t] -= offset;
+  __syncthreads();
+}
+
+// ---- the end of a launch ----
+
+// Words in device memory that are zero before the first launch.
+struct Counters {
+  unsigned launches;             // that ended
+  unsigned finished;             // windows of this launch
+  unsigned arrived[MAX_BATCH];   // blocks or tokens of each window
+};
+
+// Words in host memory.
+struct Report {
+  unsigned launches;  // that ended, written last
+  unsigned failed;    // whether a wait inside the kernel ran out of time
+};
+
+// Whether this block is the last of `n` that arrive here for `window`; then it sees what the others wrote before.
+DEVICE bool last_to_arrive(unsigned* arrived, unsigned n, unsigned* ticket) {
+  __syncthreads();
+  if (thread() == 0) {
+    __threadfence();
+    *ticket = atomicAdd(arrived, 1u);
+    if (*ticket == n - 1) *arrived = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  return *ticket == n - 1;
+}
+
+// One block reports that the outputs of a window are in host memory; the last window's tells the host.
+DEVICE void finish_window(Counters* counters, Report* report, unsigned batch) {
+  __syncthreads();
+  if (thread() == 0) {
+    __threadfence_system();
+    if (atomicAdd(&counters->finished, 1u) == batch - 1) {
+      counters->finished = 0;
+      __threadfence_system();
+      store_release_system(&report->launches, ++counters->launches);
+    }
+  }
+}

@@ -1,0 +1,193 @@
+"""The weights of the fused kernels: read from a bundle's checkpoint with NumPy alone, rewritten exactly, packed for the GPU.
+
+The rewrites are those of `sjepa_deploy.export.rewrite`, in float64, rounded once to float32.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sjepa_deploy.errors import BundleError
+from sjepa_deploy.spec import EncoderSpec, ModelSpec
+
+Array = NDArray[np.float64]
+Weights = dict[str, Array]
+
+WEIGHTS_FILE = "model.safetensors"
+KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+
+
+def read_safetensors(path: Path) -> Weights:
+    """Return the arrays of a safetensors file in float64, by name: the length of a JSON header, the header, the data.
+
+    Raises
+    ------
+    BundleError
+        If the file is no safetensors file of floating-point numbers.
+    """
+    content = path.read_bytes()
+    try:
+        start = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:start])
+        arrays = {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                first, last = entry["data_offsets"]
+                flat = np.frombuffer(content[start + first : start + last], KINDS[entry["dtype"]])
+                arrays[name] = flat.reshape(entry["shape"]).astype(np.float64)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise BundleError(f"{path} holds no weights that can be read ({e}).", "Export the bundle again.") from e
+    return arrays
+
+
+class Packed:
+    """Arrays one behind the other in one buffer, each at a multiple of 16 bytes.
+
+    Attributes
+    ----------
+    offsets, sizes : dict of str to int
+        Where each array begins and how long it is, in units of 4 bytes.
+    size : int
+        Length, in units of 4 bytes.
+    """
+
+    def __init__(self) -> None:
+        self.offsets: dict[str, int] = {}
+        self.sizes: dict[str, int] = {}
+        self.size = 0
+        self._parts: list[NDArray[np.float32]] = []
+
+    def add(self, name: str, *arrays: NDArray[np.floating]) -> None:
+        """Append `arrays` as float32, halves as they are, under `name`."""
+        flat = np.concatenate([self._words(array) for array in arrays])
+        flat = np.pad(flat, (0, -len(flat) % 4))
+        self.offsets[name], self.sizes[name] = self.size, len(flat)
+        self.size += len(flat)
+        self._parts.append(flat)
+
+    @staticmethod
+    def _words(array: NDArray[np.floating]) -> NDArray[np.float32]:
+        if array.dtype == np.float16:
+            return np.ascontiguousarray(array).ravel().view(np.float32)
+        return array.astype(np.float32).ravel()
+
+    def words(self) -> NDArray[np.float32]:
+        """Return the buffer."""
+        return np.concatenate(self._parts)
+
+
+def pack(spec: ModelSpec, weights: Weights, *, half: bool, slices: int) -> tuple[Packed, Packed | None]:
+    """Return all weights of a model as its kernel reads them, and those of the first transformer layer, for its offsets.
+
+    Parameters
+    ----------
+    spec : ModelSpec
+        The model.
+    weights : dict of str to array
+        Its checkpoint.
+    half : bool
+        Whether the feed-forward weights are float16.
+    slices : int
+        Into how many parts the feed-forward units are cut.
+    """
+    packed = Packed()
+    packed.add("ENCODER", *_encoder(spec.encoder, weights))
+    if spec.variant == "prelocal":
+        filters = weights["spatial_conv.1.weight"].reshape(spec.n_spat_filters, spec.n_chans).T
+        packed.add("FILTERS", np.pad(filters, ((0, 0), (0, -spec.n_spat_filters % 4))))
+        packed.add("HEAD", weights["final_layer.1.weight"])
+        packed.add("BIAS", weights["final_layer.1.bias"])
+        return packed, None
+    layer = None
+    if spec.needs_positions:
+        packed.add("POSITIONS", _positions(spec, weights))
+        layers = [_layer(weights, f"transformer.encoder.layers.{i}.", spec.encoder.n_heads, half, slices)
+                  for i in range(spec.encoder.n_layers)]  # fmt: skip
+        layer = layers[0]
+        packed.add("LAYERS", *(one.words() for one in layers))
+        scale, shift = weights["transformer.encoder.norm.weight"], weights["transformer.encoder.norm.bias"]
+        folded = spec.variant != "base"  # into the head
+        packed.add("NORM", np.ones_like(scale) if folded else scale, np.zeros_like(shift) if folded else shift)
+    if spec.variant != "base":
+        head, bias = _head(spec, weights)
+        packed.add("HEAD", head)
+        packed.add("BIAS", bias)
+    return packed, layer
+
+
+def _encoder(encoder: EncoderSpec, weights: Weights) -> list[Array]:
+    """Return the first convolution (taps, dim), scale, shift, and each product (kernel * dim, next dim)."""
+    arrays = [weights["feature_encoder.1.0.weight"][:, 0].T]
+    arrays += [weights["feature_encoder.1.2.weight"], weights["feature_encoder.1.2.bias"]]
+    for i in range(2, len(encoder.conv_layers) + 1):
+        weight = weights[f"feature_encoder.{i}.0.weight"]  # (next dim, dim, kernel)
+        arrays.append(weight.transpose(2, 1, 0))
+    return arrays
+
+
+def _positions(spec: ModelSpec, weights: Weights) -> Array:
+    """Return the position encoding of all tokens, shape (n_chans, n_tokens, emb_dim), as `sjepa_deploy.models` computes it."""
+    spatial, time_dim, n_tokens = weights["pos_encoder.pos_encoder_spat.weight"], spec.encoder.time_dim, spec.n_tokens_per_channel
+    step = np.float32(-math.log(spec.encoder.max_n_tokens) / max(time_dim, 1))
+    frequency = np.exp(np.arange(0, time_dim, 2).astype(np.float32) * step)
+    phase = np.arange(n_tokens).astype(np.float32)[:, None] * frequency
+    temporal = np.stack([np.sin(phase), np.cos(phase)], axis=-1).reshape(n_tokens, -1)
+    encoding = np.zeros((spec.n_chans, n_tokens, spec.encoder.emb_dim))
+    encoding[..., : spatial.shape[1]] = spatial[:, None]
+    encoding[..., spatial.shape[1] : spatial.shape[1] + time_dim] = temporal
+    return encoding
+
+
+def _layer(weights: Weights, prefix: str, n_heads: int, half: bool, slices: int) -> Packed:
+    """Pack one encoder layer; see `sjepa_deploy.export.rewrite.EncoderLayer` for what goes where."""
+    w = {name.removeprefix(prefix): array for name, array in weights.items() if name.startswith(prefix)}
+    query, key, value = np.split(w["self_attn.in_proj_weight"], 3)
+    query_bias, _, value_bias = np.split(w["self_attn.in_proj_bias"], 3)
+    scale = 1 / math.sqrt(len(query) // n_heads)
+    out = w["self_attn.out_proj.weight"]
+    in_slices = np.split(w["linear1.weight"], slices)  # (hidden, emb)
+    out_slices = np.split(w["linear2.weight"], slices, axis=1)  # (emb, hidden)
+    layer = Packed()
+    layer.add("QKV", np.concatenate([query * scale, key, value]).T)
+    layer.add("QUERY_BIAS", query_bias * scale)
+    layer.add("OUT", out.T)
+    layer.add("OUT_BIAS", w["self_attn.out_proj.bias"] + out @ value_bias)
+    layer.add("NORM1", w["norm1.weight"], w["norm1.bias"])
+    layer.add("LINEAR1", *(_tiles(part, half) for part in in_slices))
+    layer.add("LINEAR1_BIAS", w["linear1.bias"])
+    layer.add("LINEAR2", *(_tiles(part, half) for part in out_slices))
+    layer.add("LINEAR2_BIAS", w["linear2.bias"])
+    layer.add("NORM2", w["norm2.weight"], w["norm2.bias"])
+    return layer
+
+
+def _tiles(weight: Array, half: bool) -> NDArray[np.floating]:
+    """Return `weight` (M, K) in the order in which the lanes of a warp hold tiles of it.
+
+    Tiles are 16 rows by 8 float32 or 16 halves, those of the same rows one behind the other. In one, lane 4 g + t holds rows g
+    and g + 8, and in float32 columns t and t + 4, in float16 the pairs 2 t and 2 t + 8: fragment A of mma.m16n8k8 and
+    mma.m16n8k16 in the manual of PTX.
+    """
+    pair = 2 if half else 1
+    tiles = weight.reshape(len(weight) // 16, 2, 8, -1, 2, 4, pair)  # (row tile, g high, g, column tile, t high, t, pair)
+    ordered = tiles.transpose(0, 3, 2, 5, 4, 1, 6)
+    return ordered.astype(np.float16 if half else np.float32)
+
+
+def _head(spec: ModelSpec, weights: Weights) -> tuple[Array, Array]:
+    """Return one linear map of all tokens, shape (n_outputs, n_chans, n_tokens, emb_dim), and its bias."""
+    filters = weights["final_layer.spat_conv.weight"].reshape(spec.n_spat_filters, spec.n_chans)
+    linear = weights["final_layer.linear.weight"].reshape(
+        spec.n_outputs, spec.n_spat_filters, spec.n_tokens_per_channel, spec.encoder.emb_dim
+    )
+    head = np.einsum("vc,ovne->ocne", filters, linear)
+    bias = weights["final_layer.linear.bias"] + np.einsum("v,ovne->o", weights["final_layer.spat_conv.bias"], linear)
+    if spec.needs_positions:  # the last normalisation's scale and shift
+        bias = bias + (head * weights["transformer.encoder.norm.bias"]).sum((1, 2, 3))
+        head = head * weights["transformer.encoder.norm.weight"]
+    return head, bias

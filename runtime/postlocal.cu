@@ -1,0 +1,61 @@
+// PostLocal in one launch: a block takes one channel of one window through the encoder and the head, which is one linear map of
+// all tokens. The block that is the last of its window adds the channels' shares in their order.
+struct Arguments {
+  const float* input;    // (batch, N_CHANS, N_TIMES)
+  float* output;         // (batch, N_OUTPUTS)
+  const float* weights;
+  float* shares;         // (batch, N_CHANS, N_OUTPUTS)
+#if PROFILE
+  long long* profile;    // MARKS for each block
+#endif
+  Counters* counters;
+  Report* report;
+  unsigned batch;
+};
+
+constexpr int FEATURES = N_TOKENS * EMB;
+constexpr bool HEAD_IN_SHARED = N_OUTPUTS * FEATURES <= 4096 && FEATURES % 4 == 0;
+
+struct Shared {
+  EncoderMemory<1> encoder;
+  float head[HEAD_IN_SHARED ? N_OUTPUTS * FEATURES : 4];  // of the channel at hand
+  unsigned ticket;
+};
+TELL_SIZE(Shared)
+
+KERNEL postlocal(const Arguments a) {
+  SHARED_MEMORY;
+  Shared& s = *reinterpret_cast<Shared*>(shared_memory);
+  MARK(0);
+  fetch_encoder(s.encoder, a.weights);
+  const float bias = a.weights[AT_BIAS + (warp() < N_OUTPUTS ? warp() : 0)];  // early: what comes last is on the critical path
+  for (int item = blockIdx.x; item < (int)a.batch * N_CHANS; item += gridDim.x) {
+    const int window = item / N_CHANS, channel = item % N_CHANS;
+    if constexpr (HEAD_IN_SHARED)
+      for (int o = 0; o < N_OUTPUTS; ++o)
+        fetch(s.head + o * FEATURES, a.weights + AT_HEAD + (o * N_CHANS + channel) * FEATURES, FEATURES);
+    load_signals(s.encoder.signal, a.input + item * N_TIMES, 1);
+    remove_offset(s.encoder.signal);
+    MARK(1);
+    const float* tokens = encode(s.encoder, a.weights);
+    MARK(2);
+    for (int o = warp(); o < N_OUTPUTS; o += WARPS) {
+      const float* weight = HEAD_IN_SHARED ? s.head + o * FEATURES : a.weights + AT_HEAD + (o * N_CHANS + channel) * FEATURES;
+      float sum = 0;
+      for (int i = lane(); i < FEATURES; i += 32) sum = fmaf(tokens[i], weight[i], sum);
+      sum = warp_sum(sum);
+      if (lane() == 0) a.shares[item * N_OUTPUTS + o] = sum;
+    }
+    MARK(3);
+    if (!last_to_arrive(&a.counters->arrived[window], N_CHANS, &s.ticket)) continue;
+    MARK(4);
+    for (int o = warp(); o < N_OUTPUTS; o += WARPS) {
+      float sum = 0;
+      for (int c = lane(); c < N_CHANS; c += 32) sum += load_fresh(a.shares + (window * N_CHANS + c) * N_OUTPUTS + o);
+      sum = warp_sum(sum);
+      if (lane() == 0) a.output[window * N_OUTPUTS + o] = (o < WARPS ? bias : a.weights[AT_BIAS + o]) + sum;
+    }
+    finish_window(a.counters, a.report, a.batch);
+    MARK(5);
+  }
+}

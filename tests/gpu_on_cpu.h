@@ -1,0 +1,177 @@
+// Stands in for runtime/device.cuh: kernels compiled with g++, each thread of a block a fiber.
+//
+// A fiber runs until it meets a barrier, a warp's exchange or a wait. A barrier that not all threads of the block reach, or a wait
+// for what never comes, ends the launch with an error. Threads run in ascending or in descending order between barriers: results
+// that differ tell of a race. Shared memory starts as NaN and ends at a page that may not be touched.
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct Index { unsigned x = 0, y = 0, z = 0; };
+
+namespace gpu {
+
+struct Barrier {
+  unsigned size = 0, arrived = 0, generation = 0;
+};
+struct Warp {
+  Barrier barrier;
+  float value[32];
+  unsigned a[32][4], b[32][2];
+};
+struct Block {
+  Index index;
+  unsigned char* shared = nullptr;
+  Barrier barrier;
+  std::vector<Warp> warps;
+  std::vector<Block*> cluster;
+  Barrier* cluster_barrier = nullptr;
+};
+struct Fiber {
+  Index thread;
+  Block* block = nullptr;
+  jmp_buf where;
+  ucontext_t start;
+  std::unique_ptr<char[]> stack;
+  bool started = false, ended = false;
+  const unsigned* waits_at = nullptr;  // sleeps while this generation lasts
+  unsigned generation = 0;
+};
+
+constexpr size_t STACK = 32768;
+static thread_local Fiber* self;
+static thread_local jmp_buf scheduler;
+static thread_local Index grid_size, block_size;
+static thread_local unsigned long idle;
+
+static void yield() {
+  if (!_setjmp(self->where)) _longjmp(scheduler, 1);
+}
+
+static void arrive(Barrier& barrier) {
+  const unsigned generation = barrier.generation;
+  if (++barrier.arrived == barrier.size) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  self->waits_at = &barrier.generation;
+  self->generation = generation;
+  yield();
+}
+
+static Warp& my_warp() { return self->block->warps[self->thread.x / 32]; }
+static unsigned my_lane() { return self->thread.x % 32; }
+static float of_bits(unsigned bits) { float v; std::memcpy(&v, &bits, 4); return v; }
+static unsigned bits_of(float v) { unsigned bits; std::memcpy(&bits, &v, 4); return bits; }
+
+}  // namespace gpu
+
+#define threadIdx (gpu::self->thread)
+#define blockIdx (gpu::self->block->index)
+#define gridDim (gpu::grid_size)
+#define DEVICE [[maybe_unused]] static inline
+#define SHARED_MEMORY unsigned char* shared_memory = gpu::self->block->shared
+#define KERNEL extern "C" void
+#define CLUSTER_KERNEL KERNEL
+#define TELL_SIZE(type) unsigned shared_bytes = sizeof(type);
+
+DEVICE void __syncthreads() { gpu::arrive(gpu::self->block->barrier); }
+DEVICE void __syncwarp() { gpu::arrive(gpu::my_warp().barrier); }
+DEVICE void __threadfence() {}
+DEVICE void __threadfence_system() {}
+DEVICE unsigned atomicAdd(unsigned* p, unsigned v) { const unsigned old = *p; *p += v; gpu::idle = 0; return old; }
+DEVICE float __uint_as_float(unsigned bits) { return gpu::of_bits(bits); }
+
+DEVICE uint4 load_weight4(const uint4* p) { return *p; }
+DEVICE float load_fresh(const float* p) { return *p; }
+DEVICE float4 load_fresh4(const float4* p) { return *p; }
+DEVICE float load_input(const float* p) { return *p; }
+DEVICE float4 load_input4(const float4* p) { return *p; }
+DEVICE void copy16(void* shared, const void* global) { std::memcpy(shared, global, 16); }
+DEVICE void copies_arrived() {}
+DEVICE unsigned load_acquire(const unsigned* p) { return *p; }
+DEVICE void store_release_system(unsigned* p, unsigned v) { *p = v; }
+DEVICE long long now() { return gpu::idle > 10000000 ? 1ll << 40 : 0; }
+DEVICE void pause() { ++gpu::idle; gpu::yield(); }
+
+DEVICE float shuffle_xor(float v, int mask) {
+  gpu::Warp& warp = gpu::my_warp();
+  warp.value[gpu::my_lane()] = v;
+  gpu::arrive(warp.barrier);
+  const float other = warp.value[gpu::my_lane() ^ mask];
+  gpu::arrive(warp.barrier);
+  return other;
+}
+
+DEVICE void cluster_sync() { if (CLUSTER > 1) gpu::arrive(*gpu::self->block->cluster_barrier); }
+template <class T>
+static T* remote(T* shared, unsigned rank) {
+  gpu::Block* there = gpu::self->block->cluster[rank];
+  return reinterpret_cast<T*>(there->shared + (reinterpret_cast<const unsigned char*>(shared) - gpu::self->block->shared));
+}
+DEVICE float load_remote(const float* shared, unsigned rank) { return *remote(shared, rank); }
+DEVICE void store_remote(float* shared, unsigned rank, float v) { *remote(shared, rank) = v; }
+
+// Round to nearest, ties away from zero, at 10 bits of mantissa; NaN and infinity stay.
+DEVICE unsigned to_tf32(float v) {
+  const unsigned bits = gpu::bits_of(v);
+  return std::isfinite(v) ? (bits + 0x1000u) & ~0x1fffu : bits & ~0x1fffu;
+}
+
+DEVICE unsigned to_half2(float low, float high) {
+  const _Float16 halves[2] = {(_Float16)low, (_Float16)high};
+  unsigned bits;
+  std::memcpy(&bits, halves, 4);
+  return bits;
+}
+
+namespace gpu {
+
+// The fragments of PTX's mma.m16n8kK, K = 8 numbers in 32 bits or 16 halves: see "Matrix fragments for mma.m16n8k8" in PTX's manual.
+template <int K, class Get>
+static void mma(float (&sum)[4], const uint4& a, unsigned b0, unsigned b1, Get get) {
+  Warp& warp = my_warp();
+  const unsigned lane = my_lane();
+  const unsigned regs[4] = {a.x, a.y, a.z, a.w};
+  std::copy(regs, regs + 4, warp.a[lane]);
+  warp.b[lane][0] = b0, warp.b[lane][1] = b1;
+  arrive(warp.barrier);
+  for (int i = 0; i < 4; ++i) {
+    const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    float total = 0;
+    for (int k = 0; k < K; ++k) {
+      const int quarter = K / 2;  // numbers of the first register of each operand's four lanes
+      const unsigned in_quad = k % quarter, part = in_quad % (quarter / 4), quad = in_quad / (quarter / 4);
+      const unsigned a_register = row / 8 + k / quarter * 2, b_register = k / quarter;
+      total += get(warp.a[row % 8 * 4 + quad][a_register], part) * get(warp.b[column * 4 + quad][b_register], part);
+    }
+    sum[i] += total;
+  }
+  arrive(warp.barrier);
+}
+
+}  // namespace gpu
+
+DEVICE void mma_tf32(float (&sum)[4], const uint4& a, unsigned b0, unsigned b1) {
+  gpu::mma<8>(sum, a, b0, b1, [](unsigned bits, unsigned) { return gpu::of_bits(bits & ~0x1fffu); });
+}
+
+DEVICE void mma_half(float (&sum)[4], const uint4& a, unsigned b0, unsigned b1) {
+  gpu::mma<16>(sum, a, b0, b1, [](unsigned bits, unsigned part) {
+    _Float16 halves[2];
+    std::memcpy(halves, &bits, 4);
+    return (float)halves[part];
+  });
+}

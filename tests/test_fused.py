@@ -1,0 +1,480 @@
+"""The fused backend: its real kernels on a fake GPU, thread by thread (kernels_on_cpu.py), and through the real NVRTC."""
+
+import ctypes
+import dataclasses
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from bundles import small_spec
+from kernels_on_cpu import KernelDriver, compiled_for_cpu
+from oracle import randomise
+from safetensors.numpy import load_file
+
+from sjepa_deploy.checkpoint import write_checkpoint
+from sjepa_deploy.errors import BackendError, InputError, MissingDependencyError
+from sjepa_deploy.export.rewrite import rewrite
+from sjepa_deploy.models import build_model
+from sjepa_deploy.runtime import cuda, fused, nvrtc
+from sjepa_deploy.runtime.backend import BACKENDS, BackendOptions, open_backend
+from sjepa_deploy.runtime.fused_program import Layout, make_program
+from sjepa_deploy.runtime.fused_weights import _tiles, pack, read_safetensors
+from sjepa_deploy.runtime.parity import Reference, check_parity
+from sjepa_deploy.runtime.reference import run_reference
+from sjepa_deploy.spec import EncoderSpec
+from sjepa_deploy.synthetic import hard_windows
+
+SMALL = EncoderSpec(conv_layers=((8, 32, 8), (12, 2, 2), (16, 3, 3), (32, 2, 2)), spat_dim=6, time_dim=10, n_layers=2, n_heads=4)
+BLOCKS = {"prelocal": 4, "postlocal": 3, "contextual": 17, "base": 33}
+"""Multiprocessors of the fake GPU: enough for the transformer's slices, and for none to have the same work as another."""
+
+KINDS = ("eeg 0", "eeg with 20 mV offsets", "flat channel", "saturated channel", "zeros", "one NaN")
+"""Windows for the transformer's kernel, of which a launch takes half a second here."""
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A fake GPU that runs kernels compiled by g++."""
+    driver = KernelDriver()
+    monkeypatch.setattr(cuda, "driver", lambda: driver)
+    monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
+    monkeypatch.setattr(nvrtc, "compiled", compiled_for_cpu)
+    yield driver
+    assert not driver.allocations
+    assert not driver.modules
+
+
+@pytest.fixture(scope="module")
+def make_model(tmp_path_factory):
+    """Return a function that gives what the backend needs of a bundle, and the float64 reference: make_model(spec)."""
+    made = {}
+
+    def make(spec):
+        if spec not in made:
+            folder = tmp_path_factory.mktemp("model")
+            model = randomise(build_model(spec, seed=0), seed=1)
+            write_checkpoint(model, folder)
+            windows = hard_windows(*spec.input_shape, spec.sfreq, np.random.default_rng(0))
+            kinds = [kind for kind in windows if kind in KINDS or not spec.needs_positions]
+            inputs = np.stack([windows[kind] for kind in kinds])
+            outputs = np.concatenate([run_reference(model.double(), window[None]) for window in inputs])
+            bundle = SimpleNamespace(spec=spec, checkpoint=folder, graph=lambda precision: SimpleNamespace(max_batch=4))
+            made[spec] = bundle, Reference(kinds=tuple(kinds), inputs=inputs, outputs=outputs), model
+        return made[spec]
+
+    return make
+
+
+def backend_for(gpu, bundle, precision="fp32", options=None, **layout):
+    gpu.multiprocessors = BLOCKS[bundle.spec.variant]
+    chosen = Layout(n_multiprocessors=gpu.multiprocessors, **layout) if layout else None
+    return fused.FusedBackend(bundle, precision, options or BackendOptions(), chosen)
+
+
+SPECS = {
+    "prelocal": small_spec("prelocal"),
+    "prelocal, odd sizes": small_spec("prelocal", n_chans=5, n_times=155, n_outputs=1, n_spat_filters=3, ch_names=None,
+                                      positions=None),
+    "prelocal, two tokens, another encoder": small_spec("prelocal", n_times=282, n_spat_filters=5, encoder=SMALL),
+    "prelocal, one channel": small_spec("prelocal", n_chans=1, ch_names=None, positions=None),
+    "postlocal": small_spec("postlocal"),
+    "postlocal, odd sizes": small_spec("postlocal", n_chans=3, n_times=281, n_outputs=11, ch_names=None, positions=None),
+    "contextual": small_spec("contextual"),
+    "contextual, two tokens, another encoder": small_spec("contextual", n_times=282, n_outputs=1, encoder=SMALL),
+    "base": small_spec("base"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_parity(gpu, make_model, name):
+    bundle, reference, _ = make_model(SPECS[name])
+    backend = backend_for(gpu, bundle)
+    sizes = (3,) if bundle.spec.needs_positions else (1, 3)
+    result = check_parity(backend.run, reference, backend="cuda", precision="fp32", sizes=sizes)
+    backend.close()
+    assert result.passed, result
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp16"])
+def test_parity_of_other_precisions(gpu, make_model, precision):
+    bundle, reference, _ = make_model(SPECS["contextual"])
+    backend = backend_for(gpu, bundle, precision)
+    result = check_parity(backend.run, reference, backend="cuda", precision=precision, sizes=(3,))
+    backend.close()
+    assert result.passed, result
+    assert result.max_error > 1e-5, "the products were not rounded"
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("prelocal", {"cluster": False}),
+        ("prelocal", {"cluster": False, "blocks": 3, "threads": 128}),
+        ("prelocal", {"blocks": 2, "threads": 512, "encoder_in_shared": False}),
+        ("postlocal", {"threads": 512, "encoder_in_shared": False}),
+        ("contextual", {"threads": 512, "qkv_in_shared": False}),
+    ],
+)
+def test_parity_of_other_layouts(gpu, make_model, name, layout):
+    bundle, reference, _ = make_model(SPECS[name])
+    backend = backend_for(gpu, bundle, **layout)
+    result = check_parity(backend.run, reference, backend="cuda", precision="fp32", sizes=(1,))
+    backend.close()
+    assert result.passed, result
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [("prelocal", {}), ("prelocal", {"cluster": False}), ("postlocal", {}), ("contextual", {})]
+)
+def test_the_order_of_threads_changes_no_bit(gpu, make_model, name, layout):
+    bundle, reference, _ = make_model(SPECS[name])
+    backend = backend_for(gpu, bundle, **layout)
+    ascending = backend.run(reference.inputs[:2]).copy()
+    gpu.descending = True
+    descending = backend.run(reference.inputs[:2]).copy()
+    backend.close()
+    np.testing.assert_array_equal(ascending, descending)
+
+
+def test_a_missing_barrier_is_found(gpu, make_model, monkeypatch):
+    """The comparison of the two orders can fail: without the barrier behind the first convolution it does."""
+    convolution = "s.one[i] = sum[0] + sum[1];\n  }\n  __syncthreads();"
+
+    def without(source, architecture):
+        assert source.count(convolution) == 1
+        return compiled_for_cpu(source.replace(convolution, convolution.replace("  __syncthreads();", "")), architecture)
+
+    monkeypatch.setattr(nvrtc, "compiled", without)
+    bundle, reference, _ = make_model(SPECS["postlocal"])
+    backend = backend_for(gpu, bundle)
+    ascending = backend.run(reference.inputs[:1]).copy()
+    gpu.descending = True
+    descending = backend.run(reference.inputs[:1]).copy()
+    backend.close()
+    assert not np.array_equal(ascending, descending)
+
+
+def test_a_wait_that_never_ends_is_given_up(gpu, make_model, monkeypatch):
+    signal = "    atomicAdd(counter, 1u);"
+
+    def without(source, architecture):
+        assert source.count(signal) == 1
+        return compiled_for_cpu(source.replace(signal, ""), architecture)
+
+    monkeypatch.setattr(nvrtc, "compiled", without)
+    bundle, reference, _ = make_model(SPECS["contextual"])
+    backend = backend_for(gpu, bundle)
+    with pytest.raises(BackendError, match="waited for each other"):
+        backend.run(reference.inputs[:1])
+    backend.close()
+
+
+# ---- calls ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [BackendOptions(memory="copy"), BackendOptions(memory="copy", cuda_graph=False), BackendOptions(wait="block")]
+)
+def test_options_change_no_bit(gpu, make_model, options):
+    bundle, reference, _ = make_model(SPECS["prelocal"])
+    usual, other = backend_for(gpu, bundle), backend_for(gpu, bundle, options=options)
+    for window in reference.inputs[:3]:
+        np.testing.assert_array_equal(usual.run(window[None]), other.run(window[None]))
+    usual.close()
+    other.close()
+
+
+def test_the_input_buffer_is_read_in_place(gpu, make_model):
+    bundle, reference, _ = make_model(SPECS["prelocal"])
+    backend = backend_for(gpu, bundle)
+    want = backend.run(reference.inputs[:2]).copy()
+    buffer = backend.input_buffer(2)
+    buffer[...] = reference.inputs[:2][::-1]
+    np.testing.assert_array_equal(backend.run(buffer), want[::-1])
+    backend.close()
+
+
+def test_windows_on_the_gpu(gpu, make_model, monkeypatch):
+    bundle, reference, _ = make_model(SPECS["prelocal"])
+    backend = backend_for(gpu, bundle)
+    want = backend.run(reference.inputs[:1]).copy()
+    memory = cuda.HostBuffer(backend._device, reference.inputs[:1].shape)
+    memory.array[...] = reference.inputs[:1]
+    # cuda.core asks the real driver
+    monkeypatch.setattr(fused, "address_on_gpu", lambda offset, stream, window: (1, memory.address + offset))
+    np.testing.assert_array_equal(backend.run_on_gpu(0), want)
+    other = backend.run(reference.inputs[1:2]).copy()
+    np.testing.assert_array_equal(backend.run_on_gpu(0), want)
+    np.testing.assert_array_equal(backend.run(reference.inputs[1:2]), other)
+    with pytest.raises(InputError, match="multiple of 16"):
+        backend.run_on_gpu(4)
+    memory.close()
+    backend.close()
+
+
+def test_a_call_allocates_nothing(gpu, make_model):
+    bundle, reference, _ = make_model(SPECS["prelocal"])
+    backend = backend_for(gpu, bundle)
+    backend.warmup((1, 2), n_runs=1)
+    before = gpu.n_allocated
+    for size in (1, 2, 1):
+        backend.run(reference.inputs[:size])
+    assert gpu.n_allocated == before
+    backend.close()
+
+
+def test_a_second_thread_is_refused_while_the_first_is_inside(gpu, make_model):
+    bundle, reference, _ = make_model(SPECS["prelocal"])
+    backend = backend_for(gpu, bundle)
+    backend._busy.acquire()
+    with pytest.raises(BackendError, match="Two threads"):
+        backend.run(reference.inputs[:1])
+    backend._busy.release()
+    found = []
+    thread = threading.Thread(target=lambda: found.append(backend.run(reference.inputs[:1]).copy()))
+    thread.start()
+    thread.join()
+    np.testing.assert_array_equal(found[0], backend.run(reference.inputs[:1]))
+    backend.close()
+
+
+def test_the_count_of_launches_survives_an_interrupted_wait(gpu, make_model, monkeypatch):
+    """A late answer to an interrupted call is not taken for that of the next."""
+    bundle, reference, _ = make_model(SPECS["prelocal"])
+    backend = backend_for(gpu, bundle)
+    want = [backend.run(window[None]).copy() for window in reference.inputs[:2]]
+    lane = backend._lanes[1]
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lane, "_finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            backend.run(reference.inputs[:1])
+    np.testing.assert_array_equal(backend.run(reference.inputs[1:2]), want[1])
+    backend.close()
+
+
+def test_batches_beyond_the_bundles_are_refused(gpu, make_model):
+    bundle, reference, _ = make_model(SPECS["prelocal"])
+    backend = backend_for(gpu, bundle)
+    with pytest.raises(InputError, match="1 to 4"):
+        backend.run(np.repeat(reference.inputs[:1], 5, axis=0))
+    backend.close()
+
+
+def test_a_kernel_that_fails_is_an_error(gpu, make_model, monkeypatch):
+    bundle, reference, _ = make_model(SPECS["prelocal"])
+    backend = backend_for(gpu, bundle)
+    backend.run(reference.inputs[:1])
+    monkeypatch.setattr(gpu, "cuLaunchKernel", lambda *args: (0,))
+    with pytest.raises(BackendError, match="ended without its result"):
+        backend.run(reference.inputs[:1])
+    gpu.failed = True
+    with pytest.raises(BackendError, match="LAUNCH_FAILED"):
+        backend.run(reference.inputs[:1])
+    gpu.failed = False
+    backend.close()
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "precision", "match"),
+    [
+        (small_spec("prelocal"), "fp16", "feed-forward alone"),
+        (small_spec("contextual"), "bf16", "no bf16"),
+        (small_spec("postlocal", encoder=dataclasses.replace(SMALL, conv_layers=((8, 32, 8), (16, 3, 2)))), "fp32", "stride"),
+        (small_spec("contextual", encoder=dataclasses.replace(SMALL, conv_layers=((8, 32, 8), (24, 2, 2)))), "fp32", "of 24"),
+        (small_spec("base", encoder=dataclasses.replace(SMALL, conv_layers=((8, 32, 8), (144, 2, 2)))), "fp32", "of 144"),
+        (
+            small_spec("base", encoder=dataclasses.replace(SMALL, conv_layers=((8, 32, 8), (80, 2, 2)), n_heads=1)),
+            "fp32",
+            "heads",
+        ),
+    ],
+)
+def test_what_the_kernels_cannot_compute_is_refused(spec, precision, match):
+    bundle = SimpleNamespace(spec=spec)
+    with pytest.raises(BackendError, match=match):
+        fused.FusedBackend(bundle, precision, BackendOptions())
+
+
+def test_a_window_too_long_for_shared_memory_is_refused(gpu, make_model):
+    bundle, _, _ = make_model(small_spec("prelocal", n_times=20_000))
+    with pytest.raises(BackendError, match="KiB of shared memory"):
+        backend_for(gpu, bundle)
+
+
+def test_little_shared_memory_is_made_do_with(gpu, make_model):
+    """A GPU of compute capability 8.6 gives a block 99 KiB."""
+    gpu.shared, gpu.capability = 99 * 1024, (8, 6)
+    bundle, reference, _ = make_model(SPECS["contextual"])
+    backend = backend_for(gpu, bundle)
+    assert not backend.layout.qkv_in_shared
+    assert not backend.layout.cluster
+    assert check_parity(backend.run, reference, backend="cuda", precision="fp32", sizes=(3,)).passed
+    backend.close()
+
+
+def test_a_gpu_with_too_few_multiprocessors_is_refused(gpu, make_model):
+    bundle, _, _ = make_model(SPECS["contextual"])
+    gpu.multiprocessors = 8
+    with pytest.raises(BackendError, match="blocks at once"):
+        fused.FusedBackend(bundle, "fp32", BackendOptions())
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [({"capability": (7, 5)}, "compute capability 8.0"), ({"cuda": 12080}, "driver .* is for CUDA 12.8")],
+)
+def test_old_gpus_and_drivers_are_refused(gpu, change, match):
+    for name, value in change.items():
+        setattr(gpu, name, value)
+    with pytest.raises(BackendError, match=match):
+        fused.probe()
+    assert BACKENDS["cuda"].why_not() is not None
+
+
+def test_a_driver_that_refuses_the_code(gpu, make_model):
+    gpu.load_error = 209
+    bundle, _, _ = make_model(SPECS["prelocal"])
+    with pytest.raises(BackendError, match="refuses the compiled kernels"):
+        backend_for(gpu, bundle)
+
+
+def test_without_nvrtc_other_backends_are_unaffected(monkeypatch, make_bundle):
+    def missing():
+        raise RuntimeError("Failed to dlopen libnvrtc")
+
+    monkeypatch.setattr("cuda.bindings.nvrtc.nvrtcVersion", missing)
+    bundle = make_bundle("prelocal")
+    with pytest.raises(MissingDependencyError, match="nvidia-cuda-nvrtc"):
+        open_backend(bundle, "cuda", "fp32")
+    open_backend(bundle, "ort-cpu", "fp32").close()
+
+
+# ---- the real compiler ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("prelocal", "fp32"), ("postlocal", "fp32"), ("contextual", "fp32"), ("contextual", "tf32"), ("contextual", "fp16"),
+     ("base", "fp32")],
+)  # fmt: skip
+def test_nvrtc_compiles_without_spills(make_model, name, precision, architecture):
+    bundle, _, _ = make_model(SPECS[name])
+    weights = read_safetensors(bundle.checkpoint / "model.safetensors")
+    layout = Layout(n_multiprocessors=132, cluster=architecture >= 90)
+    program = make_program(bundle.spec, weights, precision, 64, layout)
+    code, log = nvrtc.compile_source(
+        program.source, (f"--gpu-architecture=sm_{architecture}", *nvrtc.OPTIONS, "--ptxas-options=-v")
+    )
+    assert code[:4] == b"\x7fELF"
+    assert "0 bytes spill stores" in log
+    assert log.count("bytes spill stores") == log.count(" 0 bytes spill stores")
+    assert "warning" not in log
+
+
+def test_source_that_does_not_compile_is_shown_with_its_error():
+    with pytest.raises(BackendError, match="nonsense"):
+        nvrtc.compile_source("nonsense", nvrtc.OPTIONS)
+
+
+KERNEL = 'extern "C" __global__ void nothing() {}'
+
+
+def test_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code = nvrtc.compiled(KERNEL, 90)
+    (file,) = nvrtc.cache_folder().iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(nvrtc, "compile_source", lambda *args: pytest.fail("compiled again"))
+        assert nvrtc.compiled(KERNEL, 90) == code
+    assert nvrtc.compiled(KERNEL, 80) != code
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    assert nvrtc.compiled(KERNEL, 90) == code
+    assert bytes(content) != file.read_bytes()
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(BackendError, match="XDG_CACHE_HOME"):
+        nvrtc.compiled(KERNEL, 90)
+
+
+def test_a_gpu_newer_than_nvrtc(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(BackendError, match=r"compute capability 99\.0"):
+        nvrtc.compiled(KERNEL, 990)
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------------
+
+
+def test_safetensors_are_read_as_their_library_reads_them(make_model):
+    bundle, _, _ = make_model(SPECS["contextual"])
+    file = bundle.checkpoint / "model.safetensors"
+    ours, theirs = read_safetensors(file), load_file(file)
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(ours[name], array)
+
+
+def test_rewrites_are_those_of_the_exporter(make_model):
+    bundle, _, model = make_model(SPECS["contextual"])
+    want = dict(rewrite(model.float()).named_parameters())
+    packed, layer = pack(bundle.spec, read_safetensors(bundle.checkpoint / "model.safetensors"), half=False, slices=16)
+
+    def ours(pack, name, shape):
+        return pack.words()[pack.offsets[name] :][: np.prod(shape)].reshape(shape)
+
+    first = "transformer.encoder.layers.0."
+    for pack_, name, theirs in [
+        (packed, "POSITIONS", want["pos_encoder.encoding"]),
+        (packed, "HEAD", want["final_layer.weight"]),
+        (packed, "BIAS", want["final_layer.bias"]),
+        (layer, "QKV", want[first + "qkv.weight"].T),
+        (layer, "QUERY_BIAS", want[first + "qkv.bias"][:64]),
+        (layer, "OUT", want[first + "out.weight"].T),
+        (layer, "OUT_BIAS", want[first + "out.bias"]),
+    ]:
+        theirs = theirs.detach().numpy()
+        np.testing.assert_allclose(ours(pack_, name, theirs.shape), theirs, rtol=2e-7, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize(("half", "k"), [(False, 8), (True, 16)])
+def test_tiles_lie_as_the_manual_of_ptx_says(half, k):
+    """Fragment A of mma.m16n8k8 and mma.m16n8k16: lane, register (and half) to row and column."""
+    weight = np.arange(32 * 2 * k).reshape(32, 2 * k).astype(np.float64)
+    tiles = _tiles(weight, half).reshape(2, 2, 32, 4, -1)
+    for row_tile in range(2):
+        for column_tile in range(2):
+            for lane in range(32):
+                for register in range(4):
+                    for part in range(tiles.shape[-1]):
+                        row = lane // 4 + 8 * (register % 2)
+                        column = (lane % 4 * 2 + part if half else lane % 4) + (k // 2) * (register // 2)
+                        want = weight[16 * row_tile + row, k * column_tile + column]
+                        assert tiles[row_tile, column_tile, lane, register, part] == want
+
+
+def test_the_argument_has_the_layout_of_the_kernel(make_model):
+    """g++ and ctypes agree on its size, field by field in the same order: a pointer a buffer, then the batch."""
+    for name in ("prelocal", "postlocal", "contextual"):
+        bundle, _, _ = make_model(SPECS[name])
+        weights = read_safetensors(bundle.checkpoint / "model.safetensors")
+        program = make_program(bundle.spec, weights, "fp32", 4, Layout(n_multiprocessors=33))
+        library = ctypes.CDLL(compiled_for_cpu(program.source, 90).decode())
+        assert ctypes.c_uint.in_dll(library, "argument_bytes").value == ctypes.sizeof(program.arguments())
+        declared = program.source.split("struct Arguments {")[1].split("};")[0]
+        fields = [field for field, _ in program.arguments()._fields_]
+        places = [declared.index(f" {field};") for field in fields]
+        assert places == sorted(places)
