@@ -18,7 +18,7 @@ from sjepa_deploy.runtime.cuda import Device, driver_version
 
 PACKAGES = (
     *("sjepa-deploy", "numpy", "onnxruntime", "onnxruntime-gpu", "torch", "onnx", "onnxscript", "safetensors", "mne", "pyxdf"),
-    *("lightning", "tensorrt", "tensorrt-rtx", "cuda-core", "cuda-bindings"),
+    *("lightning", "tensorrt", "tensorrt-rtx", "cuda-core", "cuda-bindings", "tritonclient", "nvidia-pytriton"),
 )
 
 
