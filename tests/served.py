@@ -35,7 +35,9 @@ def executions(server: Server, model: str) -> int:
     """Return how many requests the server has carried out for `model` since it was loaded, without warm-up."""
     with server._client() as (client, _):
         statistics = client.get_inference_statistics(model).model_stats
-    return sum(each.inference_stats.success.count for each in statistics)
+        warmup = client.get_model_config(model).config.model_warmup
+    done = sum(each.inference_stats.success.count for each in statistics)
+    return done - sum(each.count * each.batch_size for each in warmup)
 
 
 class Subject:
