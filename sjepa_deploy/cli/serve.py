@@ -158,12 +158,10 @@ def _interrupts() -> Iterator[threading.Event]:
 
 def _report(screen: Console, model: ServedModel) -> None:
     plan = model.batching
-    screen.print(
-        f"[bold]{model.name}[/] version {model.version} in {escape(str(model.repository))}: {model.instances} at work, batches "
-        f"of up to {plan.max_batch}, {plan.queue_delay * 1e3:.1f} ms of waiting for others, {plan.max_queue_size} requests in the "
-        f"queue for up to {plan.queue_timeout * 1e3:.0f} ms",
-        soft_wrap=True,
-    )
+    queue = f"{plan.max_queue_size} requests in the queue for up to {plan.queue_timeout * 1e3:.0f} ms"
+    batches = f"batches of up to {plan.max_batch}, {plan.queue_delay * 1e3:.1f} ms of waiting for others"
+    what = f"[bold]{model.name}[/] version {model.version} in {escape(str(model.repository))}"
+    screen.print(f"{what}: {model.instances} at work, {batches}, {queue}", soft_wrap=True)
 
 
 def _summary(model: ServedModel) -> dict[str, Any]:
