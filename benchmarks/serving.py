@@ -1,8 +1,8 @@
 """How many subjects at 10 windows a second does one Triton server on this machine decode within 50 ms?
 
 Streams with random phases send open loop, one window each 100 ms, over gRPC on loopback; latency counts from the time a window
-was due. The generator shares the processor with the server and goes first. N grows until p99 passes the deadline or a request is refused; then
-2N is sent for a while, and N/2 after it. Queue and compute time are the server's own statistics.
+was due. The generator shares the processor with the server, and goes first. N grows until p99 passes the deadline or a request is
+refused; then 2N is sent for a while, and N/2 after it. Queue and compute time are the server's own statistics.
 
     python benchmarks/serving.py --out benchmarks/results/serving_MACHINE_DATE [--only prelocal,contextual]
 """

@@ -517,16 +517,17 @@ def fuzz_http(server, n):
 # ---------------------------------------------------------------- the life of a server
 
 
-def test_metrics_tell_queue_and_compute_time(server, client):
-    served = client("postlocal")
-    served(windows_of(served.spec, 0, 1))
+def test_the_server_has_the_metrics_that_the_autoscaler_needs(server, client):
+    served = client("slow", timeout=0.2)
+    with pytest.raises(UnansweredError):
+        served(windows_of(served.spec, 0, 1))
     text = urlopen(server.endpoints["metrics"], timeout=20).read().decode()
-    for metric in (
-        "nv_inference_queue_duration_us",
-        "nv_inference_compute_infer_duration_us",
-        "nv_inference_pending_request_count",
-    ):
-        assert re.search(rf'{metric}{{[^}}]*model="postlocal"', text), metric
+    query = (Path(__file__).parents[1] / "deploy" / "prometheus-adapter.yaml").read_text()
+    wanted = set(re.findall(r"nv_\w+", query)) | {"nv_inference_compute_infer_duration_us", "nv_inference_pending_request_count"}
+    assert {"nv_inference_queue_duration_us", "nv_inference_request_failure"} <= wanted
+    for metric in wanted:
+        assert re.search(rf'{metric}{{[^}}]*model="slow"', text), metric
+    assert re.search(r'nv_inference_request_failure{[^}]*reason="REJECTED"', text)
 
 
 def test_a_repository_that_does_not_load_is_an_error_that_says_why(server, make_bundle, tmp_path):
