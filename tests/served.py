@@ -1,6 +1,7 @@
 """A real `tritonserver` for tests, and what they do to it."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ def provide_tritonserver(folder: Path) -> None:
         pip = [sys.executable, "-m", *INSTALL.split(), "--quiet", "--target", str(folder)]
         subprocess.run(pip, check=True, timeout=240)
     sys.path.append(str(folder))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(folder)]))  # of commands
 
 
 def windows_of(spec, subject: int, n: int) -> np.ndarray:

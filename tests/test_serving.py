@@ -30,6 +30,8 @@ from sjepa_deploy.serving import Answer, Client, Server
 
 VARIANTS = ("prelocal", "postlocal", "contextual")
 
+NO_ANSWER = (UnansweredError, RefusedError)
+
 # In place of our model: it takes its time, so that what happens to requests in work and in the queue does not depend on speed.
 SLOW = """
 import time
@@ -286,19 +288,21 @@ def test_a_killed_server_comes_back(server, client, make_bundle, shared_memory):
         subject.wait_for(20)
     for subject in subjects:
         subject.stop()
-    answered = 0
+    answered, open_ended = 0, 0
     for subject, n_before in zip(subjects, before, strict=True):
         expected = local_outputs(make_bundle("contextual"), subject.windows)
         lost = [outcome for outcome in subject.outcomes if not isinstance(outcome, Answer)]
         assert lost
-        assert all(isinstance(error, (UnansweredError, RefusedError)) for error in lost), lost
+        assert all(isinstance(error, NO_ANSWER) for error in lost), lost
         for i, outcome in enumerate(subject.outcomes):
             if isinstance(outcome, Answer):
                 assert_same(outcome.output[0], expected[i % len(expected)])
         answered += sum(isinstance(outcome, Answer) for outcome in subject.outcomes[n_before:])
-        assert isinstance(subject.outcomes[-1], Answer)
-    # The new server carried out what it answered and nothing else; a request may have been answered by the old one meanwhile.
-    assert answered - len(subjects) <= executions(server, "contextual") <= answered
+        open_ended += sum(isinstance(outcome, UnansweredError) for outcome in subject.outcomes[n_before:])
+    assert answered > len(subjects)
+    # The new server carried out what it answered, or was reported as open, and nothing twice. One request of each subject may
+    # have been answered by the old server after they were counted.
+    assert answered - len(subjects) <= executions(server, "contextual") <= answered + open_ended
 
 
 # ---------------------------------------------------------------- deadlines and queues
@@ -311,7 +315,7 @@ def test_a_late_answer_is_reported_and_never_taken_for_another(client, make_bund
     for shared_memory in (False, True):
         served = client("slow", shared_memory=shared_memory)
         served.infer(windows[:1])
-        with pytest.raises(UnansweredError, match="may have decoded it"):
+        with pytest.raises(NO_ANSWER, match="may have decoded it|refused a request"):
             served.infer(windows[:1], timeout=0.2)
         np.testing.assert_array_equal(served.infer(windows[1:]).output, expected[1:])
 
@@ -519,7 +523,7 @@ def fuzz_http(server, n):
 
 def test_the_server_has_the_metrics_that_the_autoscaler_needs(server, client):
     served = client("slow", timeout=0.2)
-    with pytest.raises(UnansweredError):
+    with pytest.raises(NO_ANSWER):
         served(windows_of(served.spec, 0, 1))
     text = urlopen(server.endpoints["metrics"], timeout=20).read().decode()
     query = (Path(__file__).parents[1] / "deploy" / "prometheus-adapter.yaml").read_text()

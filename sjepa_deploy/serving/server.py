@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -313,9 +314,16 @@ def _first_line(text: str) -> str:
 
 
 def _free_ports(host: str, n: int) -> list[int]:
-    """Return ports that nothing listens on now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
-        for each in sockets:
-            each.bind((host, 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Return ports that nothing listens on now, outside of the range that the kernel gives to outgoing connections.
+
+    A client that tries to reach a server that is being started again would otherwise take its port, by connecting to itself.
+    """
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    found: list[int] = []
+    for port in random.sample(range(10_000, low if low > 12_000 else 60_000), 1000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            found.append(port)
+        if len(found) == n:
+            return found
+    raise ServingError(f"There are no free ports on {host}.", "Check the address, or name the ports.")
