@@ -10,6 +10,7 @@ RECORDING ?= $(wildcard ../shared/eeg/eeglab_data.set)
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps nvidia-pytriton
 	touch $@
 
 demo: $(VENV)/installed

@@ -147,6 +147,15 @@ BACKENDS: dict[str, BackendEntry] = {
 DEFAULT_BACKEND = "ort-cpu"
 
 
+SERVER_SCHEMES = ("triton", "triton-shm")
+"""Backends that are a server, named SCHEME:HOST:PORT/MODEL: windows go over the wire, or through shared memory of one host."""
+
+
+def is_server(name: str) -> bool:
+    """Whether `name` is the address of a server."""
+    return name.partition(":")[0] in SERVER_SCHEMES
+
+
 def open_backend(
     bundle: Bundle,
     name: str,
@@ -154,7 +163,7 @@ def open_backend(
     options: BackendOptions | None = None,
     among: dict[str, BackendEntry] = BACKENDS,
 ) -> Backend:
-    """Load the backend `name` for the graph of `precision`.
+    """Load the backend `name` for the graph of `precision`; triton:HOST:PORT/MODEL is a server that has loaded this bundle.
 
     Parameters
     ----------
@@ -174,8 +183,11 @@ def open_backend(
     MissingDependencyError
         If what it needs is not installed.
     """
+    if is_server(name):
+        served: Backend = _find("sjepa_deploy.serving.client:connect")(bundle, name, precision)
+        return served
     if name not in among:
-        raise BackendError(f"{name!r} is not a backend.", f"Use one of {', '.join(among)}.")
+        raise BackendError(f"{name!r} is not a backend.", f"Use one of {', '.join(among)}, or triton:HOST:PORT/MODEL.")
     if missing := among[name].why_not():
         raise missing
     backend: Backend = _find(among[name].target)(bundle, precision, options or BackendOptions())

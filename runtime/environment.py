@@ -18,7 +18,7 @@ from sjepa_deploy.runtime.cuda import Device, driver_version
 PACKAGES = (
     *("sjepa-deploy", "numpy", "onnxruntime", "onnxruntime-gpu", "torch", "onnx", "onnxscript", "safetensors", "mne", "pyxdf"),
     *("lightning", "tensorrt", "tensorrt-rtx", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "pylsl", "scipy"),
-    *("starlette", "uvicorn", "prometheus-client", "braindecode"),
+    *("starlette", "uvicorn", "prometheus-client", "tritonclient", "nvidia-pytriton", "braindecode"),
 )
 
 

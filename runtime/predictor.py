@@ -78,6 +78,10 @@ class Predictor:
         """
         if not isinstance(eeg, np.ndarray):
             return self._run_on_gpu(eeg)
+        return self.backend.run(self.check(eeg))
+
+    def check(self, eeg: FloatArray) -> FloatArray:
+        """Return `eeg` C-contiguous, or raise what a call would raise for it."""
         if eeg.dtype != np.float32:
             self._refuse_type(eeg)
         if eeg.ndim != 3 or eeg.shape[1:] != self._window or len(eeg) not in self._batches:
@@ -89,7 +93,7 @@ class Predictor:
             energy = np.vdot(row, row)  # unlike dot, it overflows to infinity without a warning
             if not self._energy_from <= energy <= self._energy_to:
                 self._judge(row)
-        return self.backend.run(eeg)
+        return eeg
 
     def _run_on_gpu(self, eeg: object) -> FloatArray:
         run = getattr(self.backend, "run_on_gpu", None)

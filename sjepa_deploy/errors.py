@@ -61,6 +61,18 @@ class EngineError(BackendError):
     """An engine that is missing, made for something else, corrupt, or could not be built."""
 
 
+class ServingError(BackendError):
+    """A server that cannot be started or reached, or does not serve what was asked for."""
+
+
+class RefusedError(ServingError):
+    """A request that was refused or never left: nothing was computed, and it may be sent again."""
+
+
+class UnansweredError(ServingError):
+    """A request whose answer did not come, and that the server may have executed."""
+
+
 class InputError(SjepaError, ValueError):
     """EEG windows that break the model's input contract."""
 

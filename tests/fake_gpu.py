@@ -111,9 +111,6 @@ class FakeDriver:
     def cuMemGetInfo(self) -> tuple[int, int, int]:
         return 0, self.free, 1 << 32
 
-    def cuCtxSynchronize(self) -> tuple[int]:
-        return (0,)
-
     def cuDeviceTotalMem(self, device: int) -> tuple[int, int]:
         return 0, 1 << 32
 

@@ -20,7 +20,7 @@ from sjepa_deploy.errors import SjepaError
 from sjepa_deploy.runtime.parity import ParityResult
 from sjepa_deploy.serialize import encode
 
-COMMANDS = ("pretrain", "finetune", "export", "build", "verify", "run", "stream", "bench", "doctor")
+COMMANDS = ("pretrain", "finetune", "export", "build", "verify", "run", "stream", "bench", "serve", "doctor")
 """Each is a module of this package with a click command of the same name."""
 
 
@@ -92,7 +92,8 @@ def parity_table(results: tuple[ParityResult, ...], title: str) -> Table:
         verdict = "[green]passed[/]" if r.passed else "[bold red]FAILED[/]"
         numbers = [f"{x:.1e}" for x in (r.max_abs, r.max_error, r.tolerance, r.max_relative_to_spread, max(0.0, 1 - r.cosine))]
         flips = "" if r.decision_flips is None else str(r.decision_flips)
-        table.add_row(r.precision, r.backend, *numbers, flips, verdict)
+        backend = r.backend.partition(":")[0]  # of a server, without its address
+        table.add_row(r.precision, backend, *numbers, flips, verdict)
     return table
 
 

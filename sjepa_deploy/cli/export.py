@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from sjepa_deploy.models import SignalJEPAModule
     from sjepa_deploy.runtime.backend import FloatArray
 
+TRITON_PLATFORMS = ("python", "onnxruntime", "tensorrt")
+
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option(
@@ -56,6 +58,8 @@ if TYPE_CHECKING:
     help="TensorRT engines to build for this machine: none, or a list of fp32, tf32, fp16, bf16. auto builds one for every graph "
     "where TensorRT and a GPU are there.",
 )
+@click.option("--triton", type=click.Path(path_type=Path), help="Triton model repository to add the bundle to.")
+@click.option("--triton-platform", type=click.Choice(TRITON_PLATFORMS), default="python", help="What runs the graph in Triton.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @click.option("--json", "json_output", is_flag=True, help="Print the result as JSON.")
 def export(
@@ -96,6 +100,8 @@ def _export_one(
     seed: int,
     parity_data: Path | None,
     engines: str,
+    triton: Path | None,
+    triton_platform: str,
     force: bool,
     **flags: Any,
 ) -> Bundle:
@@ -150,7 +156,16 @@ def _export_one(
         raise
     _report(screen, bundle, read is None)
     _build_engines(screen, bundle, engines)
+    if triton is not None:
+        _add_to_triton(screen, bundle, triton, triton_platform)
     return bundle
+
+
+def _add_to_triton(screen: Any, bundle: Bundle, repository: Path, platform: Any) -> None:
+    from sjepa_deploy.export.to_triton import to_triton
+
+    model = to_triton(bundle, repository, platform=platform)
+    screen.print(f"{model.name}: version {model.version} for {platform} in {escape(str(repository))}", soft_wrap=True)
 
 
 def _build_engines(screen: Any, bundle: Bundle, asked: str) -> None:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, parity_table, print_json
 from sjepa_deploy.errors import BackendError, ParityError
-from sjepa_deploy.runtime.backend import BACKENDS, open_backend, why_not
+from sjepa_deploy.runtime.backend import BACKENDS, is_server, open_backend, why_not
 from sjepa_deploy.runtime.parity import ParityResult, batch_sizes, check_parity
 from sjepa_deploy.spec import RUN_PRECISIONS, RunPrecision
 
@@ -39,7 +39,8 @@ def verify(bundle: Path, backends: tuple[str, ...], precisions: tuple[RunPrecisi
     for precision in sorted(set(precisions or opened.precisions), key=RUN_PRECISIONS.index):
         graph = opened.graph(precision)
         for name in backends or BACKENDS:
-            asked = name not in BACKENDS or (backends and precisions)  # then it loads or this fails
+            known = name in BACKENDS or is_server(name)
+            asked = not known or (backends and precisions)  # then it loads or this fails
             reason = None if asked else why_not(opened, name, precision)
             if reason is not None:
                 left_out[f"{precision} on {name}"] = reason

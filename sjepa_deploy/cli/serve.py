@@ -1,0 +1,171 @@
+"""``sjepa-serve``: bundles on a Triton Inference Server."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+
+from sjepa_deploy.bundle import MANIFEST_FILE, Bundle
+from sjepa_deploy.cli import console, entry, print_json
+from sjepa_deploy.errors import ServingError, SjepaError
+from sjepa_deploy.export.to_triton import DEFAULT_DEADLINE, PLATFORMS, ServedModel, to_triton
+from sjepa_deploy.runtime.backend import DEFAULT_BACKEND
+from sjepa_deploy.serving.server import Server
+from sjepa_deploy.spec import PRECISIONS, UNITS_IN_VOLTS
+
+POLL = 0.5
+"""Seconds between looks at the bundles and at the server."""
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.argument("bundles", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--name", help="Name of the model, for a single bundle.  [default: sjepa-VARIANT]")
+@click.option("--platform", type=click.Choice(PLATFORMS), default="python", help="What runs the graph inside the server.")
+@click.option("--backend", default=DEFAULT_BACKEND, help="What runs the model where the platform is python.")
+@click.option("--precision", type=click.Choice(PRECISIONS), help="Graph to run.  [default: the bundle's first]")
+@click.option("--deadline", type=float, default=DEFAULT_DEADLINE, help="Seconds to an answer; batches and queues follow.")
+@click.option("--no-batching", is_flag=True, help="Run every request alone.")
+@click.option("--instances", type=click.IntRange(min=1), help="Copies of the model at work.  [default: one on each core]")
+@click.option("--gpu", is_flag=True, help="Put the copies on the GPUs.")
+@click.option(
+    "--from-unit", type=click.Choice(list(UNITS_IN_VOLTS)), help="Take windows in this unit and any reference (an ensemble)."
+)
+@click.option("--repository", type=click.Path(path_type=Path), help="Model repository to add to.  [default: a temporary one]")
+@click.option("--no-start", is_flag=True, help="Write the repository, and start nothing.")
+@click.option("--host", default="127.0.0.1", help="Address to listen on.")
+@click.option("--port", type=int, help="Port for gRPC.  [default: a free one]")
+@click.option("--http-port", type=int, help="Port for HTTP.  [default: a free one]")
+@click.option("--metrics-port", type=int, help="Port for Prometheus.  [default: a free one]")
+@click.option("--tritonserver", type=click.Path(path_type=Path), help="Server to run.  [default: found]")
+@click.option("--json", "json_output", is_flag=True, help="Print what is served as JSON, when it is ready.")
+def serve(
+    bundles: tuple[Path, ...],
+    name: str | None,
+    repository: Path | None,
+    no_start: bool,
+    host: str,
+    port: int | None,
+    http_port: int | None,
+    metrics_port: int | None,
+    tritonserver: Path | None,
+    json_output: bool,
+    no_batching: bool,
+    **options: Any,
+) -> None:
+    """Serve BUNDLES with Triton Inference Server until interrupted.
+
+    A bundle that is exported again to the same place is loaded as the next version, without losing a request.
+    """
+    if name is not None and len(bundles) > 1:
+        raise click.UsageError("--name is for one bundle.")
+    if no_start and repository is None:
+        raise click.UsageError("--no-start needs --repository.")
+    screen = console(json_output)
+    options |= {"name": name, "batched": not no_batching}
+    with _folder(repository) as folder:
+        watched = [_Watched(path, folder, options) for path in bundles]
+        models = [each.add() for each in watched]
+        for model in models:
+            _report(screen, model)
+        if no_start:
+            if json_output:
+                print_json({"repository": str(folder), "models": [_summary(model) for model in models]})
+            return
+        server = Server(folder, host=host, grpc_port=port, http_port=http_port, metrics_port=metrics_port, program=tritonserver)
+        with _interrupts() as interrupted, screen.status("starting tritonserver") as status, server:
+            status.stop()
+            for what, where in server.endpoints.items():
+                screen.print(f"{what}: [bold]{escape(where)}[/]")
+            for model in models:
+                screen.print(f"Use it with: --backend triton:{escape(server.endpoints['grpc'])}/{model.name}")
+            if json_output:
+                print_json({"endpoints": server.endpoints, "models": [_summary(model) for model in models]})
+            while not interrupted.wait(POLL):
+                if server.process is None or server.process.poll() is not None:
+                    raise ServingError("tritonserver ended.", "Start it again, and look for the reason with --tritonserver.")
+                for each in watched:
+                    _reload(screen, server, each)
+            screen.print("stopping: requests that are in work are answered")
+
+
+class _Watched:
+    """A bundle's folder, and whether it was replaced since it was added to the repository."""
+
+    def __init__(self, path: Path, repository: Path, options: dict[str, Any]) -> None:
+        self._path, self._repository, self._options = path, repository, options
+        self._seen: tuple[int, int] | None = None
+
+    def changed(self) -> bool:
+        """Whether there is another manifest than the one that was looked at last. A bundle is moved to its place as a whole."""
+        return self._state() not in (None, self._seen)
+
+    def add(self) -> ServedModel:
+        """Add the bundle to the repository."""
+        self._seen = self._state()
+        return to_triton(Bundle.open(self._path), self._repository, **self._options)
+
+    def _state(self) -> tuple[int, int] | None:
+        try:
+            stat = (self._path / MANIFEST_FILE).stat()
+        except FileNotFoundError:  # between the two moves of a replacement
+            return None
+        return stat.st_ino, stat.st_mtime_ns
+
+
+def _reload(screen: Console, server: Server, watched: _Watched) -> None:
+    """Load a bundle that was replaced. What is wrong with it is said, and the one before goes on."""
+    if not watched.changed():
+        return
+    try:
+        model = watched.add()
+        server.load(model.name)
+    except SjepaError as e:
+        screen.print(f"[bold yellow]not loaded:[/] {escape(str(e))}", soft_wrap=True)
+    else:
+        screen.print(f"{model.name}: version {model.version} is loaded")
+
+
+@contextlib.contextmanager
+def _folder(repository: Path | None) -> Iterator[Path]:
+    if repository is not None:
+        yield repository
+        return
+    with tempfile.TemporaryDirectory(prefix="sjepa-repository-") as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Give an event that SIGINT and SIGTERM set."""
+    event = threading.Event()
+    before = {each: signal.signal(each, lambda *_: event.set()) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _report(screen: Console, model: ServedModel) -> None:
+    plan = model.batching
+    queue = f"{plan.max_queue_size} requests in the queue for up to {plan.queue_timeout * 1e3:.0f} ms"
+    batches = f"batches of up to {plan.max_batch}, {plan.queue_delay * 1e3:.1f} ms of waiting for others"
+    what = f"[bold]{model.name}[/] version {model.version} in {escape(str(model.repository))}"
+    screen.print(f"{what}: {model.instances} at work, {batches}, {queue}", soft_wrap=True)
+
+
+def _summary(model: ServedModel) -> dict[str, Any]:
+    return dataclasses.asdict(model) | {"repository": str(model.repository)}
+
+
+main = entry("serve")

@@ -1,0 +1,83 @@
+"""What a served model says of itself, so that a client can check the montage before it sends a window."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from sjepa_deploy.bundle import Manifest
+from sjepa_deploy.errors import ServingError
+from sjepa_deploy.serialize import DecodeError, decode, encode
+from sjepa_deploy.spec import ModelSpec, Precision, Unit
+
+CONTRACT_KEY = "sjepa_deploy"
+"""Parameter of a model's config.pbtxt that holds a `Contract` as JSON."""
+
+CONTRACT_PARAMETER = "sjepa_contract"
+"""Parameter of a request: `contract_id` of the model that the client means. The server refuses it for another model."""
+
+BUNDLE_PARAMETER = "sjepa_bundle"
+"""Parameter of a request: digest of the only bundle that may answer it."""
+
+CHECKED_PARAMETER = "sjepa_checked"
+"""Parameter of a request whose windows the client has checked, or sends as they are on purpose."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contract:
+    """What a model in a Triton repository says of itself.
+
+    Attributes
+    ----------
+    unit : {"uV", "mV", "V"}
+        Unit of the windows that it takes.
+    precision : {"fp32", "fp16", "bf16"}
+        Graph that it runs.
+    backend : str
+        What runs the graph: a backend of ours, or Triton's onnxruntime or tensorrt.
+    n_threads : int
+        CPU threads of one instance.
+    deadline : float
+        Seconds that batching was planned for.
+    manifests : dict of str to Manifest
+        Manifest of the bundle behind each version.
+    """
+
+    unit: Unit
+    precision: Precision
+    backend: str
+    n_threads: int
+    deadline: float
+    manifests: dict[str, Manifest]
+
+    def dumps(self) -> str:
+        """Return the contract as JSON."""
+        return json.dumps(encode(self), separators=(",", ":"), allow_nan=False)
+
+    @classmethod
+    def loads(cls, text: str, model: str) -> Contract:
+        """Read what `dumps` wrote into the configuration of `model`.
+
+        Raises
+        ------
+        ServingError
+            If it is missing, of another release, or a manifest was changed.
+        """
+        mend = "Make its repository with sjepa-export --triton of this release."
+        if not text:
+            raise ServingError(f"The model {model} does not say what it expects.", mend)
+        try:
+            contract = decode(cls, json.loads(text))
+        except (ValueError, RecursionError) as e:
+            what = str(e) if isinstance(e, DecodeError) else "no contract"
+            raise ServingError(f"What the model {model} says of itself cannot be read ({what}).", mend) from e
+        if changed := [version for version, manifest in contract.manifests.items() if not manifest.intact]:
+            raise ServingError(f"The manifest of version {changed[0]} of {model} was changed after it was written.", mend)
+        return contract
+
+
+def contract_id(spec: ModelSpec, unit: Unit) -> str:
+    """Return what identifies the meaning of a window and of its output: a hash of the spec and of the unit that is sent."""
+    text = json.dumps([encode(spec), unit], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

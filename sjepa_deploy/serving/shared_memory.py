@@ -1,0 +1,93 @@
+"""Windows and outputs in memory that client and server of one host share."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import os
+import uuid
+from typing import Any
+
+import numpy as np
+
+from sjepa_deploy.errors import ServingError
+from sjepa_deploy.runtime.backend import FloatArray
+
+
+class Region:
+    """Shared memory of one batch size: the windows, then the outputs.
+
+    Attributes
+    ----------
+    name : str
+        Name under which the server knows it.
+    input_bytes, output_bytes : int
+        Sizes of the two.
+    """
+
+    def __init__(self, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> None:
+        self._shm = importlib.import_module("tritonclient.utils.shared_memory")
+        self.name = f"sjepa-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        self.input_bytes, self.output_bytes = (4 * math.prod(shape) for shape in (input_shape, output_shape))
+        self._output_shape = output_shape
+        try:
+            self._handle = self._shm.create_shared_memory_region(
+                self.name, self.name, self.input_bytes + self.output_bytes, create_only=True
+            )
+        except self._shm.SharedMemoryException as e:
+            raise ServingError("There is no shared memory for the windows.", "Free some of /dev/shm, or use triton:.") from e
+
+    def register(self, server: Any) -> None:
+        """Tell the server of it."""
+        server.register_system_shared_memory(self.name, self.name, self.input_bytes + self.output_bytes)
+
+    def write(self, eeg: FloatArray) -> None:
+        """Put windows into it."""
+        self._shm.set_shared_memory_region(self._handle, [eeg])
+
+    def read(self) -> FloatArray:
+        """Return a copy of the outputs in it."""
+        output: FloatArray = self._shm.get_contents_as_numpy(self._handle, np.float32, self._output_shape, self.input_bytes)
+        return output.copy()
+
+    def remove(self) -> None:
+        """Let go of it; the server keeps its mapping until it is told."""
+        self._shm.destroy_shared_memory_region(self._handle)
+
+
+class SharedWindows:
+    """The regions of one client, made when a batch size is first met.
+
+    After a request without an answer the server may still write into its region. Such a region is never used again: an output
+    that arrives late must not be taken for that of a later window.
+    """
+
+    def __init__(self) -> None:
+        self._regions: dict[int, Region] = {}
+        self._known: list[str] = []
+
+    def place(self, server: Any, eeg: FloatArray, output_shape: tuple[int, ...]) -> Region:
+        """Return a region that holds `eeg` and has room for its outputs, known to the server."""
+        region = self._regions.get(len(eeg))
+        if region is None:
+            region = Region(eeg.shape, output_shape)
+            self._regions[len(eeg)] = region
+            self._known.append(region.name)
+            region.register(server)
+        region.write(eeg)
+        return region
+
+    def forget(self) -> None:
+        """Use none of the regions again: the server is another one, or may still write into one."""
+        for region in self._regions.values():
+            region.remove()
+        self._regions.clear()
+
+    def close(self, server: Any) -> None:
+        """Let go of everything, and tell the server where it can be told."""
+        self.forget()
+        for name in self._known:
+            with contextlib.suppress(importlib.import_module("tritonclient.utils").InferenceServerException):
+                server.unregister_system_shared_memory(name, client_timeout=1.0)
+        self._known.clear()

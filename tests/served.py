@@ -1,0 +1,80 @@
+"""A real `tritonserver` for tests, and what they do to it."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from sjepa_deploy.errors import SjepaError
+from sjepa_deploy.serving.server import INSTALL, Server
+from sjepa_deploy.synthetic import eeg_windows
+
+ROOT = Path(__file__).parents[1]
+
+
+def provide_tritonserver(folder: Path) -> None:
+    """Install the server into `folder` where the environment has none: no extra can name it (see `INSTALL`)."""
+    if importlib.util.find_spec("pytriton") is not None:
+        return
+    if not (folder / "pytriton").is_dir():
+        pip = [sys.executable, "-m", *INSTALL.split(), "--quiet", "--target", str(folder)]
+        subprocess.run(pip, check=True, timeout=240)
+    sys.path.append(str(folder))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(folder)]))  # of commands
+
+
+def windows_of(spec, subject: int, n: int) -> np.ndarray:
+    """Return windows in microvolts, shape (n, n_chans, n_times), that only this subject has."""
+    return eeg_windows(n, *spec.input_shape, spec.sfreq, np.random.default_rng(1000 + subject)).astype(np.float32)
+
+
+def executions(server: Server, model: str) -> int:
+    """Return how many requests the server has carried out for `model` since it was loaded, without warm-up."""
+    with server._client() as (client, _):
+        statistics = client.get_inference_statistics(model).model_stats
+        warmup = client.get_model_config(model).config.model_warmup
+    done = sum(each.inference_stats.success.count for each in statistics)
+    return done - sum(each.count * each.batch_size for each in warmup)
+
+
+class Subject:
+    """One subject whose windows are decoded one after another in a thread, with the outcome of each."""
+
+    def __init__(self, client, number: int, n_windows: int = 64) -> None:
+        self.client, self.number = client, number
+        self.windows = windows_of(client.spec, number, n_windows)
+        self.outcomes: list[object] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._decode, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+
+    def window(self, i: int) -> np.ndarray:
+        i %= len(self.windows)
+        return self.windows[i : i + 1]
+
+    def _decode(self) -> None:
+        while not self._stop.is_set():
+            try:
+                outcome = self.client.infer(self.window(len(self.outcomes)))
+            except SjepaError as e:
+                outcome = e
+            self.outcomes.append(outcome)
+
+    def wait_for(self, n: int, seconds: float = 60) -> None:
+        """Wait until `n` more windows have an outcome."""
+        until, ends = len(self.outcomes) + n, time.monotonic() + seconds
+        while len(self.outcomes) < until:
+            assert time.monotonic() < ends, f"subject {self.number} does not get on"
+            time.sleep(0.01)
