@@ -3,7 +3,7 @@
     python benchmarks/bench_checks.py BUNDLES agreement|slowdown|stalls --out benchmarks/results/bench_checks_MACHINE_DATE
 
 - agreement: the same benchmark twice, in processes of their own. How many cells agree within their own intervals?
-- slowdown: a backend in one run and the same with calls 10 % and 1 % longer in another. What does --compare claim?
+- slowdown: ONNX Runtime in one run and the same with calls 10 % and 1 % longer in another. What does --compare claim?
 - stalls: one call in a thousand takes 20 ms. What do closed loop and open loop show?
 
 Each part adds itself to OUT.json; the table is written anew. BUNDLES is the folder that `pack_bundles.py` makes.
@@ -86,13 +86,13 @@ def noise(report: BenchReport) -> dict[str, Any]:
 
 
 def slowdown(folder: Path) -> dict[str, Any]:
-    """ONNX Runtime in one run, the slowed one under its name in another."""
+    """A backend in one run, and one that is slower by what was planted under its name in another."""
     planted.plant()
     plan = replace(CELLS, scenarios=("back-to-back",), seconds=6.0, n_blocks=20)
     found = {}
-    plain = run_bench(bundles(folder), replace(plan, backends=("ort-cpu",)))
+    plain = run_bench(bundles(folder), replace(plan, backends=("slow-0",)))
     for name in ("slow-10", "slow-1"):
-        slow = renamed(run_bench(bundles(folder), replace(plan, backends=(name,), seed=1)), name, "ort-cpu")
+        slow = renamed(run_bench(bundles(folder), replace(plan, backends=(name,), seed=1)), name, "slow-0")
         found[name] = [
             {
                 "cell": change.key.label,

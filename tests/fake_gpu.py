@@ -102,6 +102,12 @@ class FakeDriver:
     def cuDeviceGetPCIBusId(self, size: int, device: int) -> tuple[int, bytes]:
         return 0, b"0000:4B:00.0".ljust(size, b"\0")
 
+    def cuMemGetInfo(self) -> tuple[int, int, int]:
+        return 0, self.free, 1 << 32
+
+    def cuCtxSynchronize(self) -> tuple[int]:
+        return (0,)
+
     def cuDeviceTotalMem(self, device: int) -> tuple[int, int]:
         return 0, 1 << 32
 

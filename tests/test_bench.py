@@ -242,13 +242,14 @@ def test_stalls_show_in_paced_latencies_and_misses_also_behind_them(make_bundle)
     paced, _ = cells(report, backend="stalls", scenario="paced")
     calls = samples[f"{closed.id}.latency_us"]
     stalled = calls > 20_000
-    assert stalled.sum() == pytest.approx(len(calls) / 1000, abs=2)
+    assert stalled.sum() >= len(calls) // 1000 - 1  # and some more where the machine itself stalls
+    assert np.quantile(calls, 0.5) < 10_000
     values, service = samples[f"{paced.id}.latency_us"], samples[f"{paced.id}.service_us"]
     assert len(values) >= 5000 or not paced.open_loop.held
     n_stalls = int((service > 20_000).sum())
     assert n_stalls >= 3
     behind = (values > 10_000) & (service < 5_000)
-    assert behind.sum() >= 5 * n_stalls, "windows that did not stall themselves, and waited for more than 10 ms"
+    assert behind.sum() >= 3 * n_stalls, "windows that did not stall themselves, and waited for more than 10 ms"
     assert paced.open_loop.missed >= 10 * n_stalls
     assert paced.open_loop.longest_run >= 10
     if paced.latency is not None:

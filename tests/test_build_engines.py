@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 import threading
@@ -21,7 +22,9 @@ from sjepa_deploy.errors import BackendError, EngineError, InputError
 from sjepa_deploy.export.to_tensorrt import EngineParityError, build_engine
 from sjepa_deploy.runtime import cuda, tensorrt_api
 from sjepa_deploy.runtime.backend import BACKENDS, BackendOptions, open_backend
+from sjepa_deploy.runtime.bench import BenchConfig, run_bench
 from sjepa_deploy.runtime.engines import BuildSettings, EngineStore, timing_cache_file
+from sjepa_deploy.runtime.peers import ALL_BACKENDS
 
 VERSIONS = ("8.6.0", "10.9.0", "11.4.0")
 
@@ -137,6 +140,37 @@ def test_calls_are_split_with_events_and_go_on_afterwards(rig, bundle, memory, w
     backend.run(windows[::-1].copy())
     np.testing.assert_array_equal(backend.run(windows), want)
     backend.close()
+
+
+@pytest.mark.parametrize("memory", ["mapped", "copy"])
+def test_the_benchmark_measures_engines(rig, bundle, monkeypatch, memory):
+    """Everything but the hardware: device memory, the split, energy and clocks from NVML."""
+    build_engine(bundle, "fp32")
+    monkeypatch.setitem(ALL_BACKENDS, "tensorrt", BACKENDS["tensorrt"])
+    monkeypatch.setattr("sjepa_deploy.runtime.environment.Nvml._ask", lambda nvml, function, *which: next(ticks) * 1000)
+    ticks = itertools.count()
+    config = BenchConfig(
+        backends=("tensorrt",),
+        precisions=("fp32", "fp16"),
+        scenarios=("back-to-back", "paced"),
+        rates=(200.0,),
+        seconds=0.1,
+        n_blocks=5,
+        options=BackendOptions(memory=memory),
+    )
+    report, _ = run_bench((bundle,), config)
+    assert [c.key.backend for c in report.cells] == ["nothing", "nothing", "tensorrt", "tensorrt", "tensorrt"]
+    closed = report.cells[2]
+    assert closed.split.compute_us > 0
+    assert (closed.split.h2d_us is None) == (memory == "mapped")
+    assert closed.resources.device_bytes > 0
+    assert closed.resources.joules_per_window > 0
+    assert closed.after.gpu_mhz > closed.before.gpu_mhz
+    assert "NVIDIA Fake 9000" in report.environment.gpu
+    (entry,) = report.left_out
+    assert entry.what == "b on tensorrt fp16"
+    assert "engine" in entry.reason
+    assert not rig.driver.allocations
 
 
 class OnGpu:
