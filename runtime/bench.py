@@ -29,6 +29,7 @@ from sjepa_deploy.runtime.bench_results import (
     Samples,
     Scenario,
 )
+from sjepa_deploy.runtime.budget import with_budgets
 from sjepa_deploy.runtime.compare import recommend
 from sjepa_deploy.runtime.cuda import Device
 from sjepa_deploy.runtime.environment import CpuTimes, Nvml, environment
@@ -304,7 +305,8 @@ class Run:
             capacity=tuple(capacity),
             left_out=grouped(self.left_out),
         )
-        return replace(report, recommendations=recommend(report)), samples
+        specs = {fact.label: bundle.spec for fact, bundle in zip(self.facts, self.bundles, strict=True)}
+        return with_budgets(replace(report, recommendations=recommend(report)), specs), samples
 
     def _noise(self) -> Noise | None:
         if self.cpu_before is None or not self.canary.us:

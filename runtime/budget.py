@@ -11,7 +11,8 @@ import math
 from collections.abc import Mapping
 from fractions import Fraction
 
-from sjepa_deploy.runtime.bench_results import AgePart, BenchReport, DecisionAge, Recommendation
+from sjepa_deploy.errors import MissingDependencyError
+from sjepa_deploy.runtime.bench_results import AgePart, BenchReport, DecisionAge, LeftOut, Recommendation
 from sjepa_deploy.runtime.filters import algorithmic_delay, design_sos, ratio_of_rates
 from sjepa_deploy.spec import ModelSpec, RunPrecision
 
@@ -25,6 +26,19 @@ LSL_LOOPBACK = AgePart(name="transport", seconds=0.82e-3, source="p99 of LSL on 
 """Measured with 129 channels at 100 Hz between two processes on two cores. An amplifier that sends blocks adds their length."""
 
 
+LEFT_OUT = "ages of decisions"
+"""What `BenchReport.left_out` calls the budgets."""
+
+
+def with_budgets(report: BenchReport, specs: Mapping[str, ModelSpec]) -> BenchReport:
+    """Return `report` with its `budgets`, or where SciPy is missing with the reason why it has none."""
+    others = tuple(left for left in report.left_out if left.what != LEFT_OUT)
+    try:
+        return dataclasses.replace(report, decision_age=budgets(report, specs), left_out=others)
+    except MissingDependencyError as e:
+        return dataclasses.replace(report, left_out=(*others, LeftOut(what=LEFT_OUT, reason=str(e))))
+
+
 def budgets(report: BenchReport, specs: Mapping[str, ModelSpec]) -> tuple[DecisionAge, ...]:
     """Return the budgets of the recommended backends, as their bundles are and with the shortest window on the same weights.
 
@@ -36,7 +50,7 @@ def budgets(report: BenchReport, specs: Mapping[str, ModelSpec]) -> tuple[Decisi
     report : BenchReport
         With recommendations.
     specs : mapping of str to ModelSpec
-        The spec of each bundle by its label.
+        Specs by the labels of the bundles; those without one are left out.
 
     Raises
     ------
@@ -45,10 +59,10 @@ def budgets(report: BenchReport, specs: Mapping[str, ModelSpec]) -> tuple[Decisi
     """
     found: list[DecisionAge] = []
     for choice in report.recommendations:
-        if (measured := _inference(report, choice)) is None:
+        spec, measured = specs.get(choice.bundle), _inference(report, choice)
+        if spec is None or measured is None:
             continue
         inference, hop = measured
-        spec = specs[choice.bundle]
         age = decision_age(
             spec, bundle=choice.bundle, backend=choice.backend, precision=choice.precision, hop=hop, inference=inference
         )

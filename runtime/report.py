@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -156,6 +157,17 @@ def to_markdown(report: BenchReport) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def write_markdown(report: BenchReport, path: Path) -> None:
+    """Write `report` as Markdown, whole or not at all.
+
+    Raises
+    ------
+    BenchmarkError
+        If it cannot be written.
+    """
+    _write_text(path, to_markdown(report))
+
+
 def comparison_to_markdown(comparison: Comparison) -> str:
     """Return `comparison` as Markdown."""
     parts = ["# sjepa-bench --compare", *(f"> {markdown_text(text)}" for text in comparison_warnings(comparison))]
@@ -177,7 +189,7 @@ def write_html(report: BenchReport, samples: Samples, path: Path) -> None:
         (section, [[plot for draw in together if (plot := draw()) is not None] for together in section.draw])
         for section in sections(report, samples)
     ]
-    _write(
+    _write_page(
         path,
         title=_headline(report),
         warnings=warnings(report),
@@ -188,20 +200,21 @@ def write_html(report: BenchReport, samples: Samples, path: Path) -> None:
     )
 
 
-def write_comparison_html(comparison: Comparison, path: Path) -> None:
-    """Write `comparison` to one HTML file, whole or not at all.
+def write_comparison(comparison: Comparison, path: Path) -> None:
+    """Write `comparison` to `path`.md and `path`.html, each whole or not at all.
 
     Raises
     ------
     BenchmarkError
-        If it cannot be written.
+        If they cannot be written.
     MissingDependencyError
         If Jinja2 is not installed.
     """
+    _write_text(path.with_name(f"{path.name}.md"), comparison_to_markdown(comparison))
     table = tables.change_table(comparison)
     section = Section(name="changes", title="Changes", lead="", tables=(table,))
-    _write(
-        path,
+    _write_page(
+        path.with_name(f"{path.name}.html"),
         title=f"{comparison.before} against {comparison.after}",
         warnings=comparison_warnings(comparison),
         recommendations=(),
@@ -257,7 +270,7 @@ def _verdicts(report: BenchReport) -> tuple[str, ...]:
     return tuple(facts)
 
 
-def _write(path: Path, **content: object) -> None:
+def _write_page(path: Path, **content: object) -> None:
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError as e:
@@ -267,9 +280,15 @@ def _write(path: Path, **content: object) -> None:
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(source).render(script_hash=allowed, **content)
-    partial = path.with_name(f".{path.name}.partial")
+    _write_text(path, page)
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as e:
         raise BenchmarkError(f"{path} cannot be written ({e.strerror}).", "Choose another --out.") from e
+    finally:
+        partial.unlink(missing_ok=True)

@@ -11,17 +11,21 @@ import numpy as np
 import pytest
 from bench_reports import MEDIANS, WRONG, make_report
 
+from sjepa_deploy.cli import _command, run_command
 from sjepa_deploy.errors import BenchmarkError, MissingDependencyError
 from sjepa_deploy.runtime import report_plots, report_tables
 from sjepa_deploy.runtime.bench_results import (
     CellKey,
     Estimate,
+    LeftOut,
     Noise,
     Percentile,
+    load_report,
+    write_report,
 )
-from sjepa_deploy.runtime.budget import budgets
+from sjepa_deploy.runtime.budget import LEFT_OUT, budgets, with_budgets
 from sjepa_deploy.runtime.compare import Change, Comparison
-from sjepa_deploy.runtime.report import comparison_to_markdown, to_markdown, warnings, write_comparison_html, write_html
+from sjepa_deploy.runtime.report import comparison_to_markdown, to_markdown, warnings, write_comparison, write_html
 from sjepa_deploy.spec import ModelSpec
 
 EVIL = """<img src=x onerror="document.title='run'">|`x`*b*</script>&amp;"""
@@ -522,10 +526,85 @@ def test_a_comparison_shows_the_worst_first_with_its_interval():
 
 
 def test_the_page_of_a_comparison(browser, tmp_path):
-    write_comparison_html(comparison(), tmp_path / "c.html")
+    write_comparison(comparison(), tmp_path / "c")
+    assert (tmp_path / "c.md").read_text() == comparison_to_markdown(comparison())
     browser.open((tmp_path / "c.html").as_uri(), width=390)
     browser.look()
     assert (browser.errors, len(browser.requests)) == ([], 1)
     assert browser.text("h1") == "a<b>.json against b.json"
     assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
     assert browser.run("return document.querySelectorAll('tbody tr').length") == 3
+
+
+# ---------------------------------------------------------------- the command
+
+
+def render(capsys, *arguments):
+    status = run_command(_command("bench"), "sjepa-bench", ["--render", *map(str, arguments)])
+    return status, capsys.readouterr()
+
+
+@pytest.fixture
+def written(tmp_path, make_bundle):
+    """Return the path of a report as a machine without SciPy and matplotlib leaves it, and the bundle that it is of."""
+    bundle = make_bundle("prelocal")
+    report, samples = make_report(n=600)
+    (fact, _) = report.bundles
+    left_out = (*report.left_out, LeftOut(what=LEFT_OUT, reason="This needs SciPy, which is not installed."))
+    report = dataclasses.replace(
+        report,
+        bundles=(dataclasses.replace(fact, digest=bundle.manifest.digest),),
+        cells=tuple(cell for cell in report.cells if cell.key.bundle == "prelocal" and cell.key.scenario == "back-to-back"),
+        decision_age=(),
+        recommendations=report.recommendations[:1],
+        left_out=left_out,
+    )
+    write_report(report, samples, tmp_path / "bench.json")
+    return tmp_path / "bench.json", bundle
+
+
+def test_pages_are_written_anew_and_with_the_bundle_the_ages_of_decisions(capsys, written):
+    path, bundle = written
+    status, _ = render(capsys, path)
+    assert status == 0
+    pages = [path.with_suffix(suffix).read_text() for suffix in (".md", ".html")]
+    assert all("ages of decisions" in page and "Age of a decision" not in page for page in pages)
+    status, _ = render(capsys, path, bundle.path)
+    assert status == 0
+    pages = [path.with_suffix(suffix).read_text() for suffix in (".md", ".html")]
+    assert all("Age of a decision" in page and "ages of decisions" not in page for page in pages)
+    assert [age.bundle for age in load_report(path).decision_age] == ["prelocal", "prelocal, --n-times 152"]
+
+
+def test_another_bundle_is_refused(capsys, written):
+    path, bundle = written
+    path.write_text(path.read_text().replace(bundle.manifest.digest, "0" * 64))
+    status, said = render(capsys, path, bundle.path)
+    assert (status, said.out) == (2, "")
+    assert "bench.json is of other bundles too: prelocal. Name all that were measured, or none." in said.err
+
+
+def test_without_matplotlib_there_are_tables_and_the_command_that_adds_the_page(capsys, monkeypatch, written):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, said = render(capsys, written[0])
+    assert status == 0
+    assert "Without a page of plots: This needs" in said.out
+    assert f"Then: sjepa-bench --render {written[0]}" in said.out
+    assert written[0].with_suffix(".md").is_file()
+    assert not written[0].with_suffix(".html").exists()
+
+
+def test_without_scipy_a_report_says_why_it_has_no_ages(monkeypatch, made):
+    report = dataclasses.replace(made[0], decision_age=())
+    spec = ModelSpec(variant="prelocal", n_chans=129, n_times=200, sfreq=100.0)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.signal", None)
+    without = with_budgets(report, dict.fromkeys(MEDIANS, spec))
+    assert without.decision_age == ()
+    assert without.left_out[-1].what == LEFT_OUT
+    assert "SciPy" in without.left_out[-1].reason
+    monkeypatch.undo()
+    again = with_budgets(without, dict.fromkeys(MEDIANS, spec))
+    assert len(again.decision_age) == 4
+    assert again.left_out == report.left_out

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, print_json
-from sjepa_deploy.errors import BenchmarkError, RegressionError
+from sjepa_deploy.errors import BenchmarkError, MissingDependencyError, RegressionError, listed
 from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.bench import BenchConfig, run_bench
 from sjepa_deploy.runtime.bench_results import (
@@ -24,12 +24,15 @@ from sjepa_deploy.runtime.bench_results import (
     BenchReport,
     Cell,
     Estimate,
+    Samples,
     Scenario,
     load_report,
     load_samples,
     write_report,
 )
+from sjepa_deploy.runtime.budget import with_budgets
 from sjepa_deploy.runtime.compare import Comparison, compare, regressions
+from sjepa_deploy.runtime.report import write_comparison, write_html, write_markdown
 from sjepa_deploy.spec import RUN_PRECISIONS, RunPrecision
 
 QUICK_S = 2.0
@@ -75,9 +78,12 @@ class Share(click.ParamType[float]):
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of a call.  [default: the backend's]")
 @click.option("--device", type=click.IntRange(min=0), default=0, help="Which GPU.")
 @click.option("--seed", type=int, default=0, help="Of the order of blocks, the windows and the phases of streams.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the report.  [default: bench-DATE-TIME]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for the report, or the comparison.  [default: bench-DATE-TIME]"
+)
 @click.option("--recommend", is_flag=True, help="Measure only what tells which backend to use, and say which.")
 @click.option("--compare", "compared", type=click.Path(path_type=Path), nargs=2, help="Compare two reports (.json).")
+@click.option("--render", "rendered", type=click.Path(path_type=Path), help="Write the pages of a report (.json) anew.")
 @click.option("--fail-above", type=Share(), help="With --compare: exit status 1 for a slowdown above this, e.g. 10%.")
 @click.option("--json", "json_output", is_flag=True, help="Print the report, or the comparison, as JSON.")
 def bench(
@@ -97,6 +103,7 @@ def bench(
     out: Path | None,
     recommend: bool,
     compared: tuple[Path, Path] | None,
+    rendered: Path | None,
     fail_above: float | None,
     json_output: bool,
 ) -> None:
@@ -108,7 +115,10 @@ def bench(
     if compared is not None:
         if bundles:
             raise click.UsageError("--compare takes two reports, and no bundle.")
-        _compare(compared, fail_above, screen, json_output)
+        _compare(compared, fail_above, out, screen, json_output)
+        return
+    if rendered is not None:
+        _render(rendered, bundles, screen)
         return
     if fail_above is not None:
         raise click.UsageError("--fail-above needs --compare.")
@@ -141,6 +151,7 @@ def bench(
             progress=lambda text, done, total: bar.update(task, description=text, completed=done, total=total or None),
         )
     report = write_report(report, samples, folder / "bench.json")
+    _write_pages(report, samples, folder / "bench.json", screen)
     if recommend:
         _print_recommendations(report, screen)
     else:
@@ -150,6 +161,28 @@ def bench(
         print_json(report)
     if report.interrupted:
         raise KeyboardInterrupt
+
+
+def _write_pages(report: BenchReport, samples: Samples, path: Path, screen: Console) -> None:
+    """Write the report for people beside the one for machines."""
+    write_markdown(report, path.with_suffix(".md"))
+    try:
+        write_html(report, samples, path.with_suffix(".html"))
+    except MissingDependencyError as e:
+        screen.print(f"Without a page of plots: {e} Then: sjepa-bench --render {escape(str(path))}", soft_wrap=True)
+
+
+def _render(path: Path, bundles: tuple[Path, ...], screen: Console) -> None:
+    """Write the pages of a report anew; bundles tell what its ages of decisions need."""
+    report = load_report(path)
+    samples = load_samples(report, path)
+    if bundles:
+        specs = {opened.manifest.digest: opened.spec for opened in map(Bundle.open, bundles)}
+        if strange := [fact.label for fact in report.bundles if fact.digest not in specs]:
+            raise BenchmarkError(f"{path} is of other bundles too: {listed(strange)}.", "Name all that were measured, or none.")
+        report = with_budgets(report, {fact.label: specs[fact.digest] for fact in report.bundles})
+        report = write_report(report, samples, path)
+    _write_pages(report, samples, path, screen)
 
 
 def _make(folder: Path) -> None:
@@ -241,7 +274,7 @@ def _span(figure: Estimate | None) -> str:
     return "" if figure is None or figure.low is None else f"{figure.low:.4g} to {figure.high:.4g}"
 
 
-def _compare(paths: tuple[Path, Path], fail_above: float | None, screen: Console, json_output: bool) -> None:
+def _compare(paths: tuple[Path, Path], fail_above: float | None, out: Path | None, screen: Console, json_output: bool) -> None:
     reports = [load_report(path) for path in paths]
     loaded = [(report, load_samples(report, path)) for report, path in zip(reports, paths, strict=True)]
     comparison = compare(loaded[0], loaded[1], (str(paths[0]), str(paths[1])))
@@ -250,6 +283,9 @@ def _compare(paths: tuple[Path, Path], fail_above: float | None, screen: Console
             f"{paths[0]} and {paths[1]} have no cell in common.", "Measure the same bundles on the same backends."
         )
     _print_comparison(comparison, screen)
+    if out is not None:
+        _make(out)
+        write_comparison(comparison, out / "compare")
     if json_output:
         print_json(comparison)
     worse = regressions(comparison, fail_above) if fail_above is not None else ()
