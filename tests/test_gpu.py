@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.runtime.backend import BACKENDS, BackendOptions, open_backend
+from sjepa_deploy.runtime.backend import BACKENDS, BackendOptions, open_backend, why_not
 from sjepa_deploy.runtime.cuda import Device, DeviceBuffer, HostBuffer, Stream
 from sjepa_deploy.runtime.parity import batch_sizes, check_parity
 
@@ -52,6 +52,8 @@ def ready(request, bundle, backend):
         assert all(result.passed for result in record.parity)
         if record.computes_in != request.param:
             pytest.skip(record.evidence)
+    elif reason := why_not(bundle, backend, request.param):
+        pytest.skip(reason)
     return bundle, backend, request.param
 
 
