@@ -544,7 +544,7 @@ def test_a_precision_that_does_not_load_when_both_are_named(refuses, make_bundle
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--precision fp8", "'fp8' is not one of 'fp32', 'fp16', 'bf16'. See sjepa-run --help"),
+        ("--precision fp8", "'fp8' is not one of 'fp32', 'tf32', 'fp16', 'bf16'. See sjepa-run --help"),
         ("--precision fp16", "has no fp16 graph. Use fp32, or export with --precision fp16"),
         ("--backend cuda", "'cuda' is not a backend. Use one of ort-cpu, torch"),
         ("--hop 0", "--hop is 0 s, a sample of this model 0.01 s: use 0.01 or more"),

@@ -59,6 +59,9 @@ def test_reaction_times_equal_a_search_by_hand_through_the_events(eeglab):
                 break
     expected = [(onset, rt) for onset, rt in expected if rt <= 2.5]
     np.testing.assert_allclose(reaction_times(raw, REACTION), expected, atol=1.5 / 128)
+    fast = reaction_times(raw, dataclasses.replace(REACTION, max_reaction_time=0.4))
+    assert fast == [(onset, seconds) for onset, seconds in reaction_times(raw, REACTION) if seconds <= 0.4]
+    assert 0 < len(fast) < len(expected)
     windows = load_windows(eeglab)
     spec = ModelSpec(variant="postlocal", n_chans=32, n_times=200, sfreq=100.0, ch_names=windows.ch_names)
     fitted = fit_recording(raw, spec)
