@@ -221,7 +221,7 @@ def _print_report(report: BenchReport, screen: Console) -> None:
     for fact in report.bundles:
         table = _table("scenario", "backend", "p50 us", "95 %", "p99 us", "missed", title=escape(fact.label))
         for cell in report.cells:
-            if cell.key.bundle == fact.label and cell.cold_start is None:
+            if cell.key.bundle == fact.label and cell.key.scenario not in ("streams", "cold-start"):
                 table.add_row(*_row(cell))
         if table.rows:
             screen.print(table)
