@@ -332,8 +332,9 @@ def age_table(report: BenchReport) -> Table:
     for age in ages:
         parts = {part.name: part.seconds for part in age.parts}
         figures = (plain(1e3 * parts[name]) if name in parts else NOTHING for name in names)
-        rows.append(Row(entries=(*_texts(age.bundle, age.backend, age.precision), *figures, plain(1e3 * age.total_s))))
-    columns = _columns("decodes", "backend", "precision", *(f"{name}#" for name in names), "sum#")
+        who = (Entry(text=age.bundle), Entry(text=age.backend, small=age.precision))
+        rows.append(Row(entries=(*who, *figures, plain(1e3 * age.total_s))))
+    columns = _columns("decodes", "backend", *(f"{name}#" for name in names), "sum#")
     return Table(caption="Milliseconds", columns=columns, rows=tuple(rows), sorted_by=len(columns) - 1)
 
 
