@@ -12,11 +12,11 @@ from pathlib import Path
 
 from sjepa_deploy.errors import BenchmarkError, MissingDependencyError
 from sjepa_deploy.runtime import report_plots as plots
-from sjepa_deploy.runtime import report_tables as tables
+from sjepa_deploy.runtime import report_tables
 from sjepa_deploy.runtime.bench_results import HARNESS, BenchReport, Cell, Judgement, Samples, Scenario
 from sjepa_deploy.runtime.compare import Comparison
 from sjepa_deploy.runtime.report_plots import Plot
-from sjepa_deploy.runtime.report_tables import Table, markdown_code, markdown_text
+from sjepa_deploy.runtime.tables import Table, all_markdown, markdown_code, markdown_text
 
 Draw = Callable[[], Plot | None]
 
@@ -82,19 +82,18 @@ def sections(report: BenchReport, samples: Samples) -> tuple[Section, ...]:
             lead="An upper bound on how old the EEG behind a decision is: the whole hop, the 99th percentiles of what is "
             "measured. The window is half of the newest token's span. The model part is the end of the window that enters no "
             "token; a shorter window on the same weights (sjepa-export --n-times) is without it, and its outputs differ.",
-            tables=(tables.age_table(report), tables.age_sources(report)),
+            tables=(report_tables.age_table(report), report_tables.age_sources(report)),
             draw=((lambda: plots.age_plot(report.decision_age),),),
         )
     ]
     for scenario, (title, lead) in _LEADS.items():
         cells = [cell for cell in report.cells if cell.key.scenario == scenario]
         if scenario == "cold-start":
-            shown: tuple[Table, ...] = (tables.cold_start_table(report),)
-            draw: tuple[tuple[Draw, ...], ...] = ((lambda: plots.cold_starts(report),),)
+            shown: tuple[Table, ...] = (report_tables.cold_start_table(report),)
         else:
-            shown = tables.cell_tables(report, scenario)
-            shown += (tables.capacity_table(report),) if scenario == "streams" else ()
-            draw = tuple(_drawers(scenario, bundle, cells, samples) for bundle in _bundles(cells))
+            shown = report_tables.cell_tables(report, scenario)
+            shown += (report_tables.capacity_table(report),) if scenario == "streams" else ()
+        draw = tuple(_drawers(scenario, bundle, cells, samples) for bundle in _bundles(cells))
         found.append(Section(name=scenario, title=title, lead=lead, tables=shown, draw=draw))
     found += [
         Section(
@@ -102,27 +101,27 @@ def sections(report: BenchReport, samples: Samples) -> tuple[Section, ...]:
             title="Parity",
             lead="Every backend was compared with the PyTorch model in float64 in this run. One that differs by more than is "
             "allowed is struck out everywhere: fast and wrong is wrong.",
-            tables=(tables.parity_table(report),),
+            tables=(report_tables.parity_table(report),),
         ),
         Section(
             name="split",
             title="Where the time goes",
             lead="Calls on a GPU split with CUDA events.",
-            tables=(tables.split_table(report),),
+            tables=(report_tables.split_table(report),),
         ),
         Section(
             name="resources",
             title="Memory, energy, clocks",
             lead="Memory is what opening and warming up a backend added. States are before and after a cell.",
-            tables=(tables.resource_table(report),),
+            tables=(report_tables.resource_table(report),),
         ),
-        Section(name="left-out", title="Not measured", lead="", tables=(tables.left_out_table(report),)),
+        Section(name="left-out", title="Not measured", lead="", tables=(report_tables.left_out_table(report),)),
         Section(
             name="environment",
             title="Environment",
             lead="Percentiles are of all samples of a cell, never of percentiles; intervals (95 %) come from resampled blocks, "
             "which were run in random order. A percentile without enough samples says how many it needs.",
-            tables=(tables.bundle_table(report), tables.environment_table(report)),
+            tables=(report_tables.bundle_table(report), report_tables.environment_table(report)),
         ),
     ]
     return tuple(section for section in found if not section.empty)
@@ -134,6 +133,8 @@ def _bundles(cells: Sequence[Cell]) -> tuple[str, ...]:
 
 def _drawers(scenario: Scenario, bundle: str, cells: Sequence[Cell], samples: Samples) -> tuple[Draw, ...]:
     own = [cell for cell in cells if cell.key.bundle == bundle and cell.key.backend != HARNESS]
+    if scenario == "cold-start":
+        return (lambda: plots.cold_starts(own, f"{bundle}: from nothing to decoding"),)
     if scenario == "throughput":
         return (lambda: plots.throughput(own, f"{bundle}: windows a second over the batch size"),)
     spread = (lambda: plots.histograms(own, samples, f"{bundle}: distribution of latencies, counts on a log axis"),)
@@ -153,7 +154,7 @@ def to_markdown(report: BenchReport) -> str:
     ]
     parts.append(markdown_code(report.command))
     for section in sections(report, {}):
-        parts += [f"## {section.title}", section.lead, tables.all_markdown(section.tables)]
+        parts += [f"## {section.title}", section.lead, all_markdown(section.tables)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -171,7 +172,7 @@ def write_markdown(report: BenchReport, path: Path) -> None:
 def comparison_to_markdown(comparison: Comparison) -> str:
     """Return `comparison` as Markdown."""
     parts = ["# sjepa-bench --compare", *(f"> {markdown_text(text)}" for text in comparison_warnings(comparison))]
-    parts.append(tables.to_markdown(tables.change_table(comparison)))
+    parts.append(all_markdown([report_tables.change_table(comparison)]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -211,7 +212,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
         If Jinja2 is not installed.
     """
     _write_text(path.with_name(f"{path.name}.md"), comparison_to_markdown(comparison))
-    table = tables.change_table(comparison)
+    table = report_tables.change_table(comparison)
     section = Section(name="changes", title="Changes", lead="", tables=(table,))
     _write_page(
         path.with_name(f"{path.name}.html"),

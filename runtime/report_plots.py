@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.errors import MissingDependencyError
-from sjepa_deploy.runtime.bench_results import HARNESS, BenchReport, Cell, DecisionAge, Samples
-from sjepa_deploy.runtime.report_tables import duration, number
+from sjepa_deploy.runtime.bench_results import HARNESS, Cell, DecisionAge, Samples
+from sjepa_deploy.runtime.tables import duration, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -142,17 +142,16 @@ def age_plot(ages: Sequence[DecisionAge]) -> Plot | None:
     return _stacked(bars, title, "seconds before the decision", pale=("window",), towards_zero=True)
 
 
-def cold_starts(report: BenchReport) -> Plot | None:
+def cold_starts(cells: Sequence[Cell], title: str) -> Plot | None:
     """Draw one stacked bar a cold start, the quickest first."""
     bars = {}
-    for cell in report.cells:
+    for cell in cells:
         if (cold := cell.cold_start) is not None and not cell.struck_out:
             phases = {phase.name: phase.seconds.value for phase in cold.phases}
             engine = f", engine {cold.engine}" if cold.engine else ""
-            who = _who(cell.key.bundle, cell.key.backend, cell.key.precision)
-            bars[f"{who}{engine}: {duration(sum(phases.values()))}"] = phases
+            bars[f"{_of(cell)}{engine}: {duration(sum(phases.values()))}"] = phases
     quickest = dict(sorted(bars.items(), key=lambda bar: sum(bar[1].values())))
-    return _stacked(quickest, "From nothing to decoding", "seconds from the start of the process")
+    return _stacked(quickest, title, "seconds from the start of the process")
 
 
 def _stacked(

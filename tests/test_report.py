@@ -13,7 +13,7 @@ from bench_reports import MEDIANS, WRONG, make_report
 
 from sjepa_deploy.cli import _command, run_command
 from sjepa_deploy.errors import BenchmarkError, MissingDependencyError
-from sjepa_deploy.runtime import report_plots, report_tables
+from sjepa_deploy.runtime import report_plots, report_tables, tables
 from sjepa_deploy.runtime.bench_results import (
     CellKey,
     Estimate,
@@ -62,7 +62,7 @@ def page(made, tmp_path_factory):
     ],
 )
 def test_numbers_have_the_digits_that_people_read(value, text):
-    assert report_tables.number(value) == text
+    assert tables.number(value) == text
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_numbers_have_the_digits_that_people_read(value, text):
     [(0, "0 s"), (2.5e-8, "25 ns"), (50e-6, "50 us"), (8.2e-4, "820 us"), (5.1e-3, "5.10 ms"), (0.48, "480 ms"), (612, "612 s")],
 )
 def test_times_have_the_unit_that_people_read(seconds, text):
-    assert report_tables.duration(seconds) == text
+    assert tables.duration(seconds) == text
 
 
 def column(table, name):
@@ -80,16 +80,16 @@ def column(table, name):
 
 @pytest.mark.parametrize("scenario", ["back-to-back", "paced", "streams"])
 def test_tables_of_latencies_are_sorted_by_the_median_with_what_is_wrong_at_the_end(made, scenario):
-    tables = report_tables.cell_tables(made[0], scenario)
-    assert [table.caption for table in tables] == ["prelocal, microseconds", "contextual, microseconds"]
-    for table in tables:
+    found = report_tables.cell_tables(made[0], scenario)
+    assert [table.caption for table in found] == ["prelocal, microseconds", "contextual, microseconds"]
+    for table in found:
         assert table.columns[table.sorted_by].name == "p50"
         right = [entry.sort for entry, row in zip(column(table, "p50"), table.rows, strict=True) if not row.struck]
         known = [value for value in right if value is not None]
         assert known == sorted(known)
         assert right[: len(known)] == known  # those that were not held come after all others
         assert [row.struck for row in table.rows] == sorted(row.struck for row in table.rows)
-    struck = {row.entries[0].text for table in tables for row in table.rows if row.struck}
+    struck = {row.entries[0].text for table in found for row in table.rows if row.struck}
     assert struck == {WRONG[1]}
 
 
@@ -104,9 +104,9 @@ def test_a_percentile_without_enough_samples_says_how_many_it_needs(made):
     table = report_tables.cell_tables(made[0], "back-to-back")[0]
     assert {entry.text for entry in column(table, "p99.9")} == {"needs 5,000"}
     assert all(entry.absent for entry in column(table, "p99.9"))
-    assert report_tables.percentile(
-        Percentile(percent=99.0, value=Estimate(value=24.14, low=23.9, high=24.31), n_needed=500)
-    ) == (report_tables.Entry(text="24.1", small="23.9 to 24.3", sort=24.14))
+    assert tables.percentile(Percentile(percent=99.0, value=Estimate(value=24.14, low=23.9, high=24.31), n_needed=500)) == (
+        tables.Entry(text="24.1", small="23.9 to 24.3", sort=24.14)
+    )
 
 
 def test_a_rate_that_was_not_held_is_said_to_be_so_and_has_no_latency(made):
@@ -131,9 +131,9 @@ def markdown_tables(text):
 def test_markdown_has_every_figure_and_strikes_out_what_is_wrong(made):
     report, _ = made
     text = to_markdown(report)
-    tables = markdown_tables(text)
-    assert len(tables) > 10
-    assert all(len({len(row) for row in table}) == 1 for table in tables)
+    read = markdown_tables(text)
+    assert len(read) > 10
+    assert all(len({len(row) for row in table}) == 1 for table in read)
     assert "    sjepa-bench prelocal contextual --scenario all --out report\n" in text
     assert "- prelocal: **ort-cpu fp32**. Lowest paced p99" in text
     assert re.search(r"\| ~~torch-compile \(fp32\)~~ \| ~~WRONG \(3.1e-01 of 1e-05\)~~ \|", text)
@@ -142,7 +142,7 @@ def test_markdown_has_every_figure_and_strikes_out_what_is_wrong(made):
     assert "| prelocal | braindecode (fp32) | not with offsets | 3.1e-01 | 2.1e-07 | 1e-05 |" in text
     for cell in report.cells:
         if cell.latency is not None:
-            assert report_tables.number(cell.latency.at(50.0).value) in text
+            assert tables.number(cell.latency.at(50.0).value) in text
 
 
 def test_markdown_shows_names_as_they_are():
@@ -251,6 +251,7 @@ def test_the_page_is_whole_small_and_refers_to_nothing(page):
 
 def test_the_page_is_the_same_every_time(page, tmp_path):
     report, samples = make_report(n=300)
+    report = dataclasses.replace(report, cells=report.cells[:8])
     for name in ("a.html", "b.html"):
         write_html(report, samples, tmp_path / name)
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
@@ -262,7 +263,7 @@ def test_every_cell_with_samples_is_drawn_with_what_it_shows_in_words(made):
     plot = report_plots.histograms(cells, samples, "A title")
     for cell in cells:
         p50, p99 = np.percentile(samples[f"{cell.id}.latency_us"], (50, 99)) / 1e6
-        words = f"{cell.key.backend} fp32: median {report_tables.duration(p50)}, 99 % within {report_tables.duration(p99)}, max "
+        words = f"{cell.key.backend} fp32: median {tables.duration(p50)}, 99 % within {tables.duration(p99)}, max "
         assert words in plot.description
         assert f"{cell.key.backend} fp32" in plot.svg
     assert "WRONG: torch-compile fp32<" in plot.svg  # without a figure
