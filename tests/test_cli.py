@@ -526,7 +526,7 @@ def test_a_graph_that_onnx_runtime_cannot_load(refuses, bundle, array):
     ("flags", "message"),
     [
         ("--precision fp8", "'fp8' is not one of 'fp32', 'tf32', 'fp16', 'bf16'. See sjepa-verify --help"),
-        ("--backend cuda", "'cuda' is not a backend. Use one of ort-cpu, torch"),
+        ("--backend tpu", "'tpu' is not a backend. Use one of ort-cpu, torch"),
         ("--precision fp16", "has no fp16 graph. Use fp32, or export with --precision fp16"),
         ("--precision tf32", "could be judged: tf32 on ort-cpu: .* Name another --backend or --precision"),
     ],
@@ -546,7 +546,7 @@ def test_a_precision_that_does_not_load_when_both_are_named(refuses, make_bundle
     [
         ("--precision fp8", "'fp8' is not one of 'fp32', 'tf32', 'fp16', 'bf16'. See sjepa-run --help"),
         ("--precision fp16", "has no fp16 graph. Use fp32, or export with --precision fp16"),
-        ("--backend cuda", "'cuda' is not a backend. Use one of ort-cpu, torch"),
+        ("--backend tpu", "'tpu' is not a backend. Use one of ort-cpu, torch"),
         ("--hop 0", "--hop is 0 s, a sample of this model 0.01 s: use 0.01 or more"),
         ("--hop 0.004", "--hop is 0.004 s, a sample of this model 0.01 s: use 0.01 or more"),
         ("--hop -1", "--hop is -1 s"),

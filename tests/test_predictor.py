@@ -190,8 +190,8 @@ def test_the_end_of_a_static_batch_is_checked_too(make_bundle):
 
 def test_what_cannot_be_loaded(make_bundle, tmp_path):
     bundle = make_bundle("prelocal")
-    with pytest.raises(BackendError, match=r"'cuda' is not a backend\. Use one of ort-cpu, torch"):
-        sjepa_deploy.load(bundle, backend="cuda")
+    with pytest.raises(BackendError, match=r"'tpu' is not a backend\. Use one of ort-cpu, torch"):
+        sjepa_deploy.load(bundle, backend="tpu")
     with pytest.raises(BundleError, match="has no fp16 graph"):
         sjepa_deploy.load(bundle, precision="fp16")
     with pytest.raises(BundleError, match="There is no bundle at"):
