@@ -1,8 +1,9 @@
 """How many subjects at 10 windows a second does one Triton server on this machine decode within 50 ms?
 
 Streams with random phases send open loop, one window each 100 ms, over gRPC on loopback; latency counts from the time a window
-was due. The generator shares the processor with the server, and goes first. N grows until p99 passes the deadline or a request is
-refused; then 2N is sent for a while, and N/2 after it. Queue and compute time are the server's own statistics.
+was due, except where it says from sent. The generator shares the processor with the server, and goes first. N grows until p99
+passes the deadline or a request is refused; then 2N is sent for a while, and N/2 after it. Queue and compute time are the
+server's own statistics.
 
     python benchmarks/serving.py --out benchmarks/results/serving_MACHINE_DATE [--only prelocal,contextual]
 """
@@ -116,6 +117,7 @@ def summary(ran: dict[str, Any], begin: float = 0.0, end: float = np.inf) -> dic
     chosen = (ran["due"] >= begin) & (ran["due"] < end)
     answered = chosen & ~ran["refused"]
     latency = (ran["done"] - ran["due"])[answered] * 1e3
+    from_sent = (ran["done"] - ran["sent"])[answered] * 1e3
     late = (ran["sent"] - ran["due"])[chosen] * 1e3
     known = len(latency) > 0
     return {
@@ -124,6 +126,7 @@ def summary(ran: dict[str, Any], begin: float = 0.0, end: float = np.inf) -> dic
         "p50_ms": float(np.percentile(latency, 50)) if known else None,
         "p99_ms": float(np.percentile(latency, 99)) if known else None,
         "max_ms": float(latency.max()) if known else None,
+        "p99_from_sent_ms": float(np.percentile(from_sent, 99)) if known else None,
         "sent_late_p99_ms": float(np.percentile(late, 99)),
         **{name: ran[name] for name in ("queue_ms", "compute_ms", "mean_batch")},
     }
@@ -134,7 +137,7 @@ def largest(load: Load, seconds: float, trials: list[dict[str, Any]]) -> tuple[i
     good, bad, best = 0, None, {}
     n = 16
     while bad is None or bad - good > max(1, good // 10):
-        for _ in range(2):  # a trial that fails is repeated once: this is no real-time system
+        for _ in range(3):  # a trial that fails is repeated: this is no real-time system, and the machine not ours alone
             row = {"streams": n, **summary(load.run([(n, seconds)]), begin=0.5)}
             trials.append(row)
             print(json.dumps(row), flush=True)
@@ -155,7 +158,7 @@ def overload(load: Load, n: int) -> dict[str, Any]:
     """Send 2N streams for 4 s, then N/2 for 3 s."""
     ran = load.run([(2 * n, 4.0), (max(1, n // 2), 3.0)], seed=1)
     after = ran["due"] >= 4.0
-    latency = ran["done"] - ran["due"]
+    latency = ran["done"] - ran["sent"]
     bad = after & (ran["refused"] | (latency > DEADLINE))
     return {
         "streams": 2 * n,
@@ -217,12 +220,15 @@ def measure(variant: str, seconds: float) -> dict[str, Any]:
 
 
 def table(rows: dict[str, Any]) -> str:
+    head = (
+        *("variant", "batches up to", "streams with p99 < 50 ms", "p50 ms", "p99 ms", "queue ms", "compute ms", "mean batch"),
+        *("2x: refused", "2x: p99 of the rest from sent ms", "2x: p99 of the generator's lateness ms", "recovered after s"),
+    )
     lines = [
         "Two copies of the model, one thread each, on the two cores that the generator uses too. 129 channels x 200 samples.",
         "",
-        "| variant | batches up to | streams with p99 < 50 ms | p50 ms | p99 ms | queue ms | compute ms | mean batch | "
-        "2x load: refused | p99 of the rest ms | recovered after s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| " + " | ".join(head) + " |",
+        "| " + " | ".join(["---"] * len(head)) + " |",
     ]
     for variant, kinds in rows.items():
         for row in kinds.values():
@@ -234,7 +240,8 @@ def table(rows: dict[str, Any]) -> str:
             largest_n = [f"{row['batching']['max_batch']}", f"{row['largest']}"]
             at_largest = [f"{best[name]:.1f}" for name in ("p50_ms", "p99_ms", "queue_ms", "compute_ms", "mean_batch")]
             refused = f"{during['refused'] / during['windows']:.0%}"
-            at_twice = [refused, f"{during['p99_ms']:.0f}", f"{over['recovered_after_s']:.2f}"]
+            at_twice = [refused, f"{during['p99_from_sent_ms']:.0f}", f"{during['sent_late_p99_ms']:.0f}"]
+            at_twice.append(f"{over['recovered_after_s']:.2f}")
             lines.append("| " + " | ".join([variant, *largest_n, *at_largest, *at_twice]) + " |")
     lines += [
         "",
