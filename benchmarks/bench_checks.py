@@ -29,28 +29,30 @@ from sjepa_deploy.runtime.bench import BenchConfig, run_bench
 from sjepa_deploy.runtime.bench_results import HARNESS, BenchReport, CellKey, Samples, load_report, load_samples
 from sjepa_deploy.runtime.compare import compare
 
+VARIANTS = ("prelocal", "postlocal", "contextual")
+
 CELLS = BenchConfig(
-    backends=("ort-cpu", "torch-eager"), precisions=("fp32",), scenarios=("back-to-back", "paced"), rates=(100.0,), seconds=3.0
+    backends=("ort-cpu", "torch-eager"), precisions=("fp32",), scenarios=("back-to-back", "paced"), rates=(100.0,)
 )
-"""Eighteen cells of 3 s: three variants, two backends, back to back and paced with and without the keep-warm policy."""
+"""With three variants eighteen cells: two backends, back to back and paced with and without the keep-warm policy."""
 
 
 COMMAND = "from sjepa_deploy.cli.bench import main; main()"
 
 
-def bundles(folder: Path) -> tuple[Bundle, ...]:
-    return tuple(Bundle.open(folder / variant) for variant in ("prelocal", "postlocal", "contextual"))
-
-
-def agreement(folder: Path) -> dict[str, Any]:
+def agreement(bundles: tuple[Bundle, ...], seconds: float) -> dict[str, Any]:
     """Two runs in new processes, cell by cell: do the intervals of the medians overlap, and what is claimed?"""
     runs = []
     with tempfile.TemporaryDirectory() as name:
         for i in range(2):
             out = Path(name) / str(i)
             options = [f"--{k}" if v is None else f"--{k}={v}" for k, v in OPTIONS]
-            command = [sys.executable, "-c", COMMAND, *map(str, (b.path for b in bundles(folder)))]
-            subprocess.run([*command, *options, f"--seed={i}", f"--out={out}"], check=True, stdout=subprocess.DEVNULL)
+            command = [sys.executable, "-c", COMMAND, *map(str, (b.path for b in bundles))]
+            subprocess.run(
+                [*command, *options, f"--duration={seconds}", f"--seed={i}", f"--out={out}"],
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
             report = load_report(out / "bench.json")
             runs.append((report, load_samples(report, out / "bench.json")))
     rows = []
@@ -76,7 +78,6 @@ OPTIONS = (
     *(("scenario", s) for s in CELLS.scenarios),
     *(("precision", p) for p in CELLS.precisions),
     ("rate", CELLS.rates[0]),
-    ("duration", CELLS.seconds),
 )
 
 
@@ -85,14 +86,14 @@ def noise(report: BenchReport) -> dict[str, Any]:
     return {"noisy": report.noise.noisy, "reasons": report.noise.reasons, "canary_spread": report.noise.canary_spread}
 
 
-def slowdown(folder: Path) -> dict[str, Any]:
+def slowdown(bundles: tuple[Bundle, ...], seconds: float) -> dict[str, Any]:
     """A backend in one run, and one that is slower by what was planted under its name in another."""
     planted.plant()
-    plan = replace(CELLS, scenarios=("back-to-back",), seconds=6.0, n_blocks=20)
+    plan = replace(CELLS, scenarios=("back-to-back",), seconds=2 * seconds, n_blocks=20)
     found = {}
-    plain = run_bench(bundles(folder), replace(plan, backends=("slow-0",)))
+    plain = run_bench(bundles, replace(plan, backends=("slow-0",)))
     for name in ("slow-10", "slow-1"):
-        slow = renamed(run_bench(bundles(folder), replace(plan, backends=(name,), seed=1)), name, "slow-0")
+        slow = renamed(run_bench(bundles, replace(plan, backends=(name,), seed=1)), name, "slow-0")
         found[name] = [
             {
                 "cell": change.key.label,
@@ -111,11 +112,11 @@ def renamed(run: tuple[BenchReport, Samples], old: str, new: str) -> tuple[Bench
     return replace(report, cells=cells), samples
 
 
-def stalls(folder: Path) -> dict[str, Any]:
+def stalls(bundles: tuple[Bundle, ...], seconds: float) -> dict[str, Any]:
     """PreLocal at 400 windows a second: 20 ms are eight windows."""
     planted.plant()
-    plan = replace(CELLS, backends=("ort-cpu", "stalls"), rates=(400.0,), seconds=30.0)
-    report, _ = run_bench(bundles(folder)[:1], plan)
+    plan = replace(CELLS, backends=("ort-cpu", "stalls"), rates=(400.0,), seconds=10 * seconds)
+    report, _ = run_bench(bundles[:1], plan)
     rows = []
     for cell in report.cells:
         latency, loop = cell.latency, cell.open_loop
@@ -178,12 +179,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", type=Path)
     parser.add_argument("part", choices=("agreement", "slowdown", "stalls"))
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="may be repeated; all by default")
+    parser.add_argument("--seconds", type=float, default=3.0, help="in a cell; twice as long for slowdown, ten times for stalls")
     parser.add_argument("--out", type=Path, required=True, help="path without suffix; .json and .md are written")
     args = parser.parse_args()
     file = args.out.with_suffix(".json")
     result: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     result["machine"] = describe_machine()
-    result[args.part] = {"agreement": agreement, "slowdown": slowdown, "stalls": stalls}[args.part](args.bundles)
+    bundles = tuple(Bundle.open(args.bundles / variant) for variant in args.variant or VARIANTS)
+    result[args.part] = {"agreement": agreement, "slowdown": slowdown, "stalls": stalls}[args.part](bundles, args.seconds)
     write_result(args.out, result, table(result))
 
 
