@@ -178,7 +178,7 @@ def test_live_path_equals_the_offline_model_on_recordings(name, tmp_path):
     spec = small_spec("postlocal", n_chans=len(raw.ch_names), ch_names=tuple(raw.ch_names), positions=None, **RECORDINGS[name])
     bundle = export_small(tmp_path / "bundle", spec)
     with sjepa_deploy.load(bundle, check_unit=False) as predict:
-        result = check_streaming(predict, eeg_file(name), StreamConfig(hop=1.0), **unit)
+        result = check_streaming(predict, eeg_file(name), StreamConfig(hop=0.5), **unit)
     assert result.identical
     assert result.passed
     assert result.max_error <= 1e-5
