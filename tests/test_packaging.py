@@ -1,11 +1,15 @@
 """The package list in pyproject.toml is written by hand; these tests keep it true."""
 
 import importlib
+import sys
 from pathlib import Path
 
-import tomllib
-
 import sjepa_deploy
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
