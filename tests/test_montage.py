@@ -8,6 +8,7 @@ from pathlib import Path
 import mne
 import numpy as np
 import pytest
+from eeg_files import mne_template
 
 from sjepa_deploy.errors import MissingDependencyError, MontageError
 from sjepa_deploy.montage import Montage, read_montage
@@ -28,7 +29,7 @@ def test_shipped_pretraining_montage_is_the_10_05_system_in_the_checkpoints_orde
     assert len(montage.ch_names) == 62
     assert montage.ch_names[:3] == ("Fp1", "Fp2", "F7")
     assert montage.ch_names[-1] == "PO4"
-    ch_pos = mne.channels.make_standard_montage("colin27_1005").get_positions()["ch_pos"]
+    ch_pos = mne_template("colin27_1005").get_positions()["ch_pos"]
     np.testing.assert_allclose(montage.positions, [ch_pos[name] for name in montage.ch_names], rtol=0, atol=1e-9)
 
 
@@ -66,7 +67,7 @@ def test_other_montages_say_that_they_need_mne(monkeypatch):
     [("BioSemi64", "biosemi64"), ("standard_1005", "colin27_1005"), ("colin27_1020", "colin27_1020")],
 )
 def test_standard_montages_are_mnes(name, mnes):
-    assert_equals_mne(read_montage(name), mne.channels.make_standard_montage(mnes))
+    assert_equals_mne(read_montage(name), mne_template(mnes))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.signal
-from eeg_files import eeg_file
+from eeg_files import eeg_file, mne_template
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -349,7 +349,7 @@ def test_a_smooth_field_survives_interpolation_in_any_frame(frame):
     known, wanted = read_montage("sjepa-62"), read_montage("GSN-HydroCel-129")
     time_courses = np.random.default_rng(2).normal(0, 1e-5, (3, 300))
     raw = make_raw(smooth_field(directions_of(known)).T @ time_courses, known.ch_names)
-    template = mne.channels.make_standard_montage("colin27_1005")  # knows its fiducials: MNE moves it by 5 cm
+    template = mne_template("colin27_1005")  # knows its fiducials: MNE moves it by 5 cm
     as_is = mne.channels.make_dig_montage(dict(zip(known.ch_names, known.positions, strict=True)), coord_frame="head")
     raw.set_montage(template if frame == "head" else as_is)
     spec = make_spec(wanted.ch_names, positions=wanted.positions)
@@ -368,7 +368,7 @@ def test_measured_channels_are_kept_and_bad_ones_replaced():
     broken = field.copy()
     broken[13] = 1.0
     raw = make_raw(broken, montage.ch_names)
-    raw.set_montage("colin27_1005")
+    raw.set_montage(mne_template("colin27_1005"))
     raw.info["bads"] = ["Cz"]
     fitted = fit_recording(raw, make_spec(montage.ch_names, positions=montage.positions), interpolate=True)
     others = np.arange(62) != 13
@@ -382,7 +382,7 @@ def test_a_recording_without_positions_is_placed_by_name():
     raw = read_recording(eeg_file("biosig16.edf"))
     fitted = fit_recording(raw, make_spec(montage.ch_names, positions=montage.positions), interpolate=True)
     assert fitted.steps[:1] == ("placed 16 channels by their names in the 10-05 system",)
-    ch_pos = mne.channels.make_standard_montage("colin27_1005").get_positions()["ch_pos"]
+    ch_pos = mne_template("colin27_1005").get_positions()["ch_pos"]
     placed = raw.copy().set_montage(mne.channels.make_dig_montage(ch_pos, coord_frame="head"))
     again = fit_recording(placed, make_spec(montage.ch_names, positions=montage.positions), interpolate=True)
     np.testing.assert_allclose(again.data, fitted.data, atol=1e-3)
