@@ -290,7 +290,7 @@ def python(code, *args, prefix=()):
     """Run `code` after PRELUDE in another process."""
     code = textwrap.dedent(PRELUDE) + textwrap.dedent(code)
     command = [*prefix, sys.executable, "-W", "error", "-c", code, *map(str, args), str(Path(__file__).parent)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_a_killed_export_leaves_nothing_that_opens(path):

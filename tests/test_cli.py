@@ -62,7 +62,7 @@ def in_a_process(script, *arguments, **kwargs):
     (found,) = importlib.metadata.entry_points(group="console_scripts", name=script)
     code = f"import sys, {found.module}; sys.argv[0] = {script!r}; {found.module}.{found.attr}()"
     command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+    return subprocess.run(command, capture_output=True, text=True, **kwargs)
 
 
 def test_all_variants_are_exported_and_say_that_they_are_random(sjepa, tmp_path, monkeypatch):
@@ -397,7 +397,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(bundle, array):
     os.close(read)
     code = "import sys, sjepa_deploy.cli.run as m; sys.argv[0] = 'sjepa-run'; m.main()"
     command = [sys.executable, "-c", code, str(bundle), *map(str, array)]
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
 
@@ -595,6 +595,6 @@ def test_ctrl_c_in_a_process_of_its_own(bundle, array, tmp_path):
     )
     command = [sys.executable, "-c", code, str(bundle), *map(str, array), "--out", str(tmp_path / "out.tsv")]
     before = listing(tmp_path)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nsjepa-run: interrupted\n")
     assert listing(tmp_path) == before

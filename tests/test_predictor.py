@@ -236,7 +236,7 @@ heavy = ["torch", "onnx", "onnxscript", "safetensors", "mne", "scipy", "braindec
 print(*[name for name in heavy if name in sys.modules])
 """
     command = [sys.executable, "-W", "error", "-c", code, str(make_bundle("prelocal").path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("2 3\n\n", "")
 
 
