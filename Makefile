@@ -1,11 +1,12 @@
 # The two commands of the README, and what CI runs. Everything is installed into .venv from pyproject.toml and constraints.txt.
 PYTHON ?= python3
+PYTHON310 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) python3.10)
 VENV := .venv
 BIN := $(VENV)/bin
 # A recording to decode in the demonstration; without one, synthetic EEG is decoded.
 RECORDING ?= $(wildcard ../shared/eeg/eeglab_data.set)
 
-.PHONY: demo test test-gpu gpu-pack lint types package runtime310 clean
+.PHONY: demo test test-gpu gpu-pack lint types package runtime310 test-3.10 clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +29,18 @@ endif
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
+# The same on another Python, in an environment of its own: make test-3.13
+test-3.%:
+	$(MAKE) test VENV=.venv-3.$* PYTHON=$(firstword $(wildcard $(HOME)/.pyenv/versions/3.$*.*/bin/python) python3.$*)
+
+# braindecode, the oracle of the networks, asks for Python 3.11 but runs on 3.10: first what it imports, then itself.
+test-3.10:
+	$(MAKE) .venv-3.10/installed VENV=.venv-3.10 PYTHON=$(PYTHON310)
+	.venv-3.10/bin/python -m pip install --quiet --constraint constraints.txt \
+		docstring-inheritance h5py linear-attention-transformer pydantic skorch torchaudio torchinfo wfdb
+	.venv-3.10/bin/python -m pip install --quiet --constraint constraints.txt --no-deps --ignore-requires-python braindecode
+	$(MAKE) test VENV=.venv-3.10
+
 # The smoke test of every GPU backend that runs here.
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest tests/test_gpu.py -m gpu
@@ -49,7 +62,6 @@ package: $(VENV)/installed
 	$(BIN)/python tests/check_wheel.py dist
 
 # The runtime half on the oldest Python, without PyTorch: it verifies and runs a bundle from the wheel.
-PYTHON310 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) python3.10)
 runtime310: package
 	rm -rf build/runtime310 && mkdir -p build/runtime310
 	$(PYTHON310) -m venv build/runtime310/venv
@@ -58,4 +70,4 @@ runtime310: package
 	cd build/runtime310 && venv/bin/sjepa-verify bundle && venv/bin/sjepa-doctor
 
 clean:
-	rm -rf $(VENV) build dist demo
+	rm -rf $(VENV) .venv-3.* build dist demo
