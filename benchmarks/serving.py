@@ -132,25 +132,24 @@ def summary(ran: dict[str, Any], begin: float = 0.0, end: float = np.inf) -> dic
     }
 
 
-def largest(load: Load, seconds: float, trials: list[dict[str, Any]]) -> tuple[int, dict[str, Any]]:
-    """Return the largest number of streams that keeps the deadline, and its figures: by doubling, then by halving."""
-    good, bad, best = 0, None, {}
-    n = 16
-    while bad is None or bad - good > max(1, good // 10):
-        for _ in range(3):  # a trial that fails is repeated: this is no real-time system, and the machine not ours alone
+def largest(load: Load, start: int, seconds: float, trials: list[dict[str, Any]]) -> tuple[int, dict[str, Any]]:
+    """Return the largest number of streams that keeps the deadline, and its figures.
+
+    A size has three tries, and the search ends after two sizes that fail: the machine may not be ours alone.
+    """
+    good, best, n, failed = 0, {}, start, 0
+    while failed < 2:
+        for _ in range(3):
             row = {"streams": n, **summary(load.run([(n, seconds)]), begin=0.5)}
             trials.append(row)
             print(json.dumps(row), flush=True)
             time.sleep(0.3)
             kept = row["refused"] == 0 and row["p99_ms"] < DEADLINE * 1e3
             if kept:
-                good, best = n, row
+                good, best, failed = n, row, 0
                 break
-        if not kept:
-            bad = n
-        n = good * 2 if bad is None else (good + bad) // 2
-        if n == 0:
-            break
+        failed += not kept
+        n += max(1, n // 4)
     return good, best
 
 
@@ -205,14 +204,16 @@ def measure(variant: str, seconds: float) -> dict[str, Any]:
                 load = Load(server, variant, spec)
                 load.run([(4, 1.0)])
                 trials: list[dict[str, Any]] = []
-                n, best = largest(load, seconds, trials)
+                one = one_client(bundle, server, variant)
+                start = max(2, int(0.25 * model.instances / (one["triton"]["p50_ms"] / 1e3) / RATE))
+                n, best = largest(load, start, seconds, trials)
                 rows["batched" if batched else "alone"] = {
                     "batching": vars(model.batching),
                     "instances": model.instances,
                     "largest": n,
                     "at_largest": best,
                     "overload": overload(load, n) if n else None,
-                    "one_client": one_client(bundle, server, variant),
+                    "one_client": one,
                     "trials": trials,
                 }
                 load.close()
@@ -260,7 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="path without suffix; .json and .md are written")
     parser.add_argument("--only", help="variants, separated by commas; those in --out stay")
-    parser.add_argument("--seconds", type=float, default=4.0, help="length of a trial")
+    parser.add_argument("--seconds", type=float, default=3.5, help="length of a trial")
     args = parser.parse_args()
     file = args.out.with_suffix(".json")
     rows = json.loads(file.read_text())["rows"] if args.only and file.is_file() else {}
