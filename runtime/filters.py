@@ -213,6 +213,11 @@ class Preprocessor:
         Rate of the stream in Hz.
     matrix : ndarray, shape (n_chans of the model, n_chans of the stream)
         Channels of the model from those of the stream, see `sjepa_deploy.runtime.interpolation`.
+
+    Raises
+    ------
+    StreamError
+        If one channel is to be referenced to the average of one.
     """
 
     def __init__(self, spec: ModelSpec, sfreq: float, matrix: FloatArray) -> None:
@@ -223,6 +228,11 @@ class Preprocessor:
         self._filter = CausalFilter(self.sos, n_in)
         self._reducer = RateReducer(self.ratio, n_in)
         self._average = spec.preprocessing.reference == "average"
+        if self._average and spec.n_chans == 1:
+            raise StreamError(
+                "Nothing is left of one channel that is referenced to the average of one.",
+                "Export the model with --reference none.",
+            )
         self.set_matrix(matrix)
 
     def set_matrix(self, matrix: FloatArray) -> None:

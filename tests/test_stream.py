@@ -148,6 +148,12 @@ def test_channels_of_another_net_are_interpolated_by_their_names():
     assert np.abs(got - wanted).max() < 1e-3 * wanted.std()
 
 
+def test_one_channel_is_not_referenced_to_itself():
+    spec = small_spec("prelocal", n_chans=1, ch_names=("Cz",), positions=None, preprocessing=Preprocessing(reference="average"))
+    with pytest.raises(StreamError, match="Nothing is left of one channel"):
+        Preprocessor(spec, spec.sfreq, np.ones((1, 1)))
+
+
 def test_interpolation_needs_positions_and_four_channels(predict):
     spec = predict.spec.replace(positions=None)
     with pytest.raises(StreamError, match="no positions"):
