@@ -76,6 +76,7 @@ class Share(click.ParamType[float]):
 @click.option("--device", type=click.IntRange(min=0), default=0, help="Which GPU.")
 @click.option("--seed", type=int, default=0, help="Of the order of blocks, the windows and the phases of streams.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the report.  [default: bench-DATE-TIME]")
+@click.option("--name", default="bench", help="Of the files in it.")
 @click.option("--recommend", is_flag=True, help="Measure only what tells which backend to use, and say which.")
 @click.option("--compare", "compared", type=click.Path(path_type=Path), nargs=2, help="Compare two reports (.json).")
 @click.option("--fail-above", type=Share(), help="With --compare: exit status 1 for a slowdown above this, e.g. 10%.")
@@ -95,6 +96,7 @@ def bench(
     device: int,
     seed: int,
     out: Path | None,
+    name: str,
     recommend: bool,
     compared: tuple[Path, Path] | None,
     fail_above: float | None,
@@ -140,7 +142,7 @@ def bench(
             command=_command_line(),
             progress=lambda text, done, total: bar.update(task, description=text, completed=done, total=total or None),
         )
-    report = write_report(report, samples, folder / "bench.json")
+    report = write_report(report, samples, folder / f"{name}.json")
     if recommend:
         _print_recommendations(report, screen)
     else:
