@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sjepa_deploy.runtime.backend import BACKENDS
 from sjepa_deploy.runtime.bench_results import HARNESS, BenchReport, Cell, CellKey, Estimate, Recommendation, Samples
@@ -80,8 +81,9 @@ def compare(
 ) -> Comparison:
     """Compare two reports cell by cell, from their raw samples.
 
-    Whole blocks of both are resampled, so that the interval of a change holds what blocks of each run differ by. Where the canary
-    shows that the machine itself became slower or faster, a backend has to differ by more than that.
+    Whole blocks of both are resampled, so that the interval of a change holds what blocks of each run differ by. A backend has to
+    differ by more than what the machine itself may have become slower or faster by, which the interval of the canary's change
+    tells.
 
     Parameters
     ----------
@@ -93,14 +95,12 @@ def compare(
     (old, old_samples), (new, new_samples) = before, after
     machine = None
     if "canary_us" in old_samples and "canary_us" in new_samples:
-        canaries = [(s["canary_us"], np.arange(len(s["canary_us"]))) for s in (old_samples, new_samples)]
-        machine = ratio(canaries[0], canaries[1], 50.0)
-    shift = 0.0 if machine is None or not _claimed(machine, 0.0) else machine.value
+        machine = ratio(_canary(old_samples), _canary(new_samples), 50.0)
     changes = []
     for cell in old.cells:
         twin = new.cell(cell.key)
         if twin is not None and cell.cold_start is None and cell.key.backend != HARNESS:
-            changes.append(_change(cell, twin, old_samples, new_samples, shift))
+            changes.append(_change(cell, twin, old_samples, new_samples, machine))
     return Comparison(
         before=names[0],
         after=names[1],
@@ -113,14 +113,23 @@ def compare(
     )
 
 
-def _claimed(change: Estimate, shift: float) -> bool:
-    """Return whether all of the interval lies beyond the smallest claim, and beyond what the machine changed by."""
+def _canary(samples: Samples) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the canary's times in ten blocks: those in a row are not independent."""
+    times = samples["canary_us"]
+    return times, np.arange(len(times)) * 10 // len(times)
+
+
+def _claimed(change: Estimate, machine: Estimate | None) -> bool:
+    """Return whether all of the interval lies beyond the smallest claim, and beyond what the machine may have changed by."""
     if change.low is None or change.high is None:
         return False
-    return change.low > SMALLEST_CLAIM + max(0.0, shift) or change.high < -SMALLEST_CLAIM + min(0.0, shift)
+    slower = faster = 0.0
+    if machine is not None and machine.low is not None and machine.high is not None:
+        slower, faster = max(0.0, machine.high), min(0.0, machine.low)
+    return change.low > SMALLEST_CLAIM + slower or change.high < -SMALLEST_CLAIM + faster
 
 
-def _change(old: Cell, new: Cell, old_samples: Samples, new_samples: Samples, shift: float) -> Change:
+def _change(old: Cell, new: Cell, old_samples: Samples, new_samples: Samples, machine: Estimate | None) -> Change:
     if old.parity and new.struck_out:
         return Change(key=old.key, verdict="wrong now")
     if old.latency is None or new.latency is None:
@@ -136,7 +145,7 @@ def _change(old: Cell, new: Cell, old_samples: Samples, new_samples: Samples, sh
     verdict = "no change shown"
     if change.low is None:
         verdict = "too few blocks"
-    elif _claimed(change, shift):
+    elif _claimed(change, machine):
         verdict = "slower" if change.value > 0 else "faster"
     both_p99 = old.latency.at(99.0) is not None and new.latency.at(99.0) is not None
     return Change(

@@ -385,14 +385,27 @@ def test_no_bundle_no_run(sjepa_bench):
 
 def test_a_recommendation_and_the_command_that_repeats_it(make_bundle, sjepa_bench, tmp_path):
     path = make_bundle("prelocal").path
-    options = ("--recommend", "--backend", "ort-cpu", "--duration", "0.2", "--rate", "50", "--out", tmp_path / "a b")
+    options = (
+        "--recommend",
+        "--backend",
+        "ort-cpu",
+        "--duration",
+        "0.2",
+        "--rate",
+        "50",
+        "--name",
+        "x",
+        "--out",
+        tmp_path / "a b",
+    )
     status, out, _ = sjepa_bench(path, *options)
     assert status == 0
-    report = load_report(tmp_path / "a b" / "bench.json")
+    report = load_report(tmp_path / "a b" / "x.json")
+    assert report.samples_file == "x.npz"
     assert {c.key.scenario for c in report.cells} == {"back-to-back", "paced"}
     assert "bundle: use ort-cpu in fp32. p" in out
     assert report.command == (
-        f"sjepa-bench {path} --backend ort-cpu --rate 50.0 --duration 0.2 --out '{tmp_path / 'a b'}' --recommend"
+        f"sjepa-bench {path} --backend ort-cpu --rate 50.0 --duration 0.2 --out '{tmp_path / 'a b'}' --name x --recommend"
     )
 
 

@@ -104,6 +104,21 @@ def test_what_the_machine_became_slower_by_is_not_blamed_on_a_backend():
     assert comparison.changes[1].change.value == pytest.approx(0.4, abs=0.04)
 
 
+def test_a_neighbour_that_came_and_went_is_not_blamed_on_a_backend():
+    """In the second run, somebody kept the other core busy most of the time: everything took 45 % longer then."""
+    rng = np.random.default_rng(11)
+    busy = np.array([0, 1, 1, 1, 1, 0, 1, 1, 1, 1])
+    quiet, disturbed = simulate(rng, 500), simulate(rng, 500)
+    disturbed = (disturbed[0] * (1 + 0.45 * busy[disturbed[1]]), disturbed[1])
+    canaries = [100 * np.exp(rng.normal(0, 0.01, 60)) for _ in range(2)]
+    canaries[1] *= 1 + 0.45 * np.repeat(busy, 6)
+    blind = compare(report({key(): quiet}), report({key(): disturbed}))
+    seeing = compare(report({key(): quiet}, canary=canaries[0]), report({key(): disturbed}, canary=canaries[1]))
+    assert seeing.changes[0].verdict == "no change shown"
+    assert seeing.changes[0].change == blind.changes[0].change
+    assert seeing.changes[0].change.value > 0.4
+
+
 def test_few_blocks_claim_nothing():
     rng = np.random.default_rng(2)
     pair = [report({key(): simulate(rng, level, n_blocks=3)}) for level in (100, 300)]

@@ -81,6 +81,7 @@ class Share(click.ParamType[float]):
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder for the report, or the comparison.  [default: bench-DATE-TIME]"
 )
+@click.option("--name", default="bench", help="Of the files in it.")
 @click.option("--recommend", is_flag=True, help="Measure only what tells which backend to use, and say which.")
 @click.option("--compare", "compared", type=click.Path(path_type=Path), nargs=2, help="Compare two reports (.json).")
 @click.option("--render", "rendered", type=click.Path(path_type=Path), help="Write the pages of a report (.json) anew.")
@@ -101,6 +102,7 @@ def bench(
     device: int,
     seed: int,
     out: Path | None,
+    name: str,
     recommend: bool,
     compared: tuple[Path, Path] | None,
     rendered: Path | None,
@@ -150,8 +152,8 @@ def bench(
             command=_command_line(),
             progress=lambda text, done, total: bar.update(task, description=text, completed=done, total=total or None),
         )
-    report = write_report(report, samples, folder / "bench.json")
-    _write_pages(report, samples, folder / "bench.json", screen)
+    report = write_report(report, samples, folder / f"{name}.json")
+    _write_pages(report, samples, folder / f"{name}.json", screen)
     if recommend:
         _print_recommendations(report, screen)
     else:
