@@ -1,7 +1,7 @@
 """How many subjects at 10 windows a second does one Triton server on this machine decode within 50 ms?
 
 Streams with random phases send open loop, one window each 100 ms, over gRPC on loopback; latency counts from the time a window
-was due, except where it says from sent. The generator shares the processor with the server, and goes first. N grows until p99
+was due. The generator shares the processor with the server, and goes first. N grows until p99
 passes the deadline or a request is refused; then 2N is sent for a while, and N/2 after it. Queue and compute time are the
 server's own statistics.
 
@@ -95,6 +95,7 @@ class Load:
             "requests": s.success.count,
             "windows": stats.inference_count,
             "runs": stats.execution_count,
+            "server_ns": s.success.ns,
             "queue_ns": s.queue.ns,
             "compute_ns": s.compute_input.ns + s.compute_infer.ns + s.compute_output.ns,
         }
@@ -103,6 +104,7 @@ class Load:
         d = {name: value - before[name] for name, value in self._statistics().items()}
         n = max(1, d["requests"])
         return {
+            "server_ms": d["server_ns"] / n / 1e6,
             "queue_ms": d["queue_ns"] / n / 1e6,
             "compute_ms": d["compute_ns"] / n / 1e6,
             "mean_batch": d["windows"] / max(1, d["runs"]),
@@ -128,7 +130,7 @@ def summary(ran: dict[str, Any], begin: float = 0.0, end: float = np.inf) -> dic
         "max_ms": float(latency.max()) if known else None,
         "p99_from_sent_ms": float(np.percentile(from_sent, 99)) if known else None,
         "sent_late_p99_ms": float(np.percentile(late, 99)),
-        **{name: ran[name] for name in ("queue_ms", "compute_ms", "mean_batch")},
+        **{name: ran[name] for name in ("server_ms", "queue_ms", "compute_ms", "mean_batch")},
     }
 
 
@@ -154,16 +156,16 @@ def largest(load: Load, start: int, seconds: float, trials: list[dict[str, Any]]
 
 
 def overload(load: Load, n: int) -> dict[str, Any]:
-    """Send 2N streams for 4 s, then N/2 for 3 s."""
+    """Send 2N streams for 4 s, then N/2 for 3 s. The load ends with the last window of the first phase that is really sent."""
     ran = load.run([(2 * n, 4.0), (max(1, n // 2), 3.0)], seed=1)
-    after = ran["due"] >= 4.0
-    latency = ran["done"] - ran["sent"]
-    bad = after & (ran["refused"] | (latency > DEADLINE))
+    first = ran["due"] < 4.0
+    end = max(4.0, float(ran["sent"][first].max()))
+    bad = (ran["sent"] > end) & (ran["refused"] | (ran["done"] - ran["sent"] > DEADLINE))
     return {
         "streams": 2 * n,
         "during": summary(ran, begin=0.5, end=4.0),
-        "after": summary(ran, begin=4.0),
-        "recovered_after_s": float((ran["due"][bad] - 4.0).max()) if bad.any() else 0.0,
+        "after": summary(ran, begin=end),
+        "recovered_after_s": float((ran["done"][bad] - end).max()) if bad.any() else 0.0,
         "errors": ran["errors"],
     }
 
@@ -223,7 +225,7 @@ def measure(variant: str, seconds: float) -> dict[str, Any]:
 def table(rows: dict[str, Any]) -> str:
     head = (
         *("variant", "batches up to", "streams with p99 < 50 ms", "p50 ms", "p99 ms", "queue ms", "compute ms", "mean batch"),
-        *("2x: refused", "2x: p99 of the rest from sent ms", "2x: p99 of the generator's lateness ms", "recovered after s"),
+        *("2x: refused", "2x: the rest, mean in the server ms", "2x: generator late, p99 ms", "recovered after s"),
     )
     lines = [
         "Two copies of the model, one thread each, on the two cores that the generator uses too. 129 channels x 200 samples.",
@@ -241,7 +243,7 @@ def table(rows: dict[str, Any]) -> str:
             largest_n = [f"{row['batching']['max_batch']}", f"{row['largest']}"]
             at_largest = [f"{best[name]:.1f}" for name in ("p50_ms", "p99_ms", "queue_ms", "compute_ms", "mean_batch")]
             refused = f"{during['refused'] / during['windows']:.0%}"
-            at_twice = [refused, f"{during['p99_from_sent_ms']:.0f}", f"{during['sent_late_p99_ms']:.0f}"]
+            at_twice = [refused, f"{during['server_ms']:.1f}", f"{during['sent_late_p99_ms']:.0f}"]
             at_twice.append(f"{over['recovered_after_s']:.2f}")
             lines.append("| " + " | ".join([variant, *largest_n, *at_largest, *at_twice]) + " |")
     lines += [
