@@ -30,6 +30,7 @@ import numpy as np
 from machine import describe_machine, write_result
 
 from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.runtime.environment import CpuTimes
 from sjepa_deploy.runtime.sources import synthetic_source
 
 RESULTS = Path(__file__).parent / "results"
@@ -98,6 +99,7 @@ def live(bundle: Path, sfreq: float, hop: float, minutes: float, priority: int |
         arguments = ["--source", f"lsl:{name}", "--hop", str(hop), "--out", lines, "--json", "--quiet", *rights, *extra]
         memory: list[tuple[float, float]] = []
         stop = threading.Event()
+        before = CpuTimes.now()
         try:
             time.sleep(4)  # the outlet is there
             decoder = subprocess.Popen(
@@ -112,6 +114,7 @@ def live(bundle: Path, sfreq: float, hop: float, minutes: float, priority: int |
             stop.set()
             sender.kill()
             sender.wait()
+        after = CpuTimes.now()
         rows = [json.loads(line) for line in lines.read_text().splitlines()]
     summary = json.loads(printed)
     decisions = [row for row in rows if "index" in row]
@@ -137,6 +140,8 @@ def live(bundle: Path, sfreq: float, hop: float, minutes: float, priority: int |
         "memory_mib": memory,
         "events": [row for row in rows if "event" in row][:200],
         "accounted": accounted(summary["counters"]),
+        "others_cores": after.others_since(before),
+        "stolen_cores": after.stolen_since(before),
     }
 
 
@@ -183,14 +188,20 @@ def growth(memory: list[tuple[float, float]]) -> str:
     return f"{memory[len(memory) // 10 + 1][1]:.1f} -> {memory[-1][1]:.1f}"
 
 
+def cores(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
 def table(runs: list[dict[str, Any]]) -> str:
     rows = []
     if any("age_ms" in run for run in runs):
         rows += [
-            "Sample to decision in ms; memory in MiB after a tenth of the run and at its end.",
+            "Sample to decision in ms; memory in MiB after a tenth of the run and at its end; cores that others kept busy, and that the",
+            "hypervisor took, on average.",
             "",
-            "| variant | Hz | hop | min | decisions | p50 | p99 | p99.9 | max | over 5 ms | misses | skipped | memory | sum |",
-            "| --- " * 14 + "|",
+            "| variant | Hz | hop | min | decisions | p50 | p99 | p99.9 | max | over 5 ms | misses | skipped | memory | sum | others | "
+            "stolen |",
+            "| --- " * 16 + "|",
         ]
     for run in runs:
         counters = run["counters"]
@@ -201,7 +212,7 @@ def table(runs: list[dict[str, Any]]) -> str:
             rows.append(
                 f"| {run['variant']} | {run['sfreq']:g} | {run['hop'] or 'sample'} | {run['minutes']:g} | {run['n_decisions']} | "
                 f"{figures} | {run['ages_over_5_ms']} | {counters['misses']} | {skipped} | {growth(run['memory_mib'])} | "
-                f"{run['accounted']} |"
+                f"{run['accounted']} | {cores(run['others_cores'])} | {cores(run['stolen_cores'])} |"
             )
         else:
             rows.append(
