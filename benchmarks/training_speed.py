@@ -230,8 +230,10 @@ class Cell:
         if cell["devices"] > 1:
             command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cell["devices"])]
         command += [__file__, *sys.argv[1:], "--cell", json.dumps(cell), "--folder", str(folder)]
+        # A cache of its own: one that is killed while it compiles leaves half a library there.
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
         with (folder / "log").open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
 
     def wait_for(self, name: str, deadline: float) -> dict | None:
         """Return what the process says under that name, or None where it ended or time ran out."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from sjepa_deploy.checkpoint import WEIGHTS_FILE
@@ -42,6 +42,9 @@ T = TypeVar("T")
 
 RUN_FILE = "run.json"
 """The configuration of the run, in the folder of its checkpoints: only the same one may go on."""
+
+COMPILE: dict[str, Any] = {"dynamic": False}
+"""How a step is compiled: the arguments of `torch.compile`."""
 
 Batch = tuple[Tensor, Tensor]
 
@@ -71,7 +74,7 @@ class Engine:
     num_workers : int
         Processes that fetch windows.
     compile : bool
-        Compile the step with torch.compile.
+        Compile the model with torch.compile: slow to start, faster steps.
     """
 
     max_epochs: int = 500
@@ -211,6 +214,12 @@ def check_enough(split: Split, engine: Engine) -> None:
             f"{len(split.train)} windows to train on are fewer than a batch of {engine.batch_size} on {world} device(s).",
             "Use a smaller --batch-size, or more data.",
         )
+
+
+def compile_if_wanted(model: nn.Module, engine: Engine) -> None:
+    """Compile `model` in place where `engine` says so; its weights keep their names."""
+    if engine.compile:
+        model.compile(**COMPILE)
 
 
 def fit(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sjepa_deploy.checkpoint import read_checkpoint, write_checkpoint
 from sjepa_deploy.data import DataConfig, Split, Target, Windows, split_windows
-from sjepa_deploy.engine import Batch, Engine, Fitted, WindowLoaders, check_enough, fit, predict
+from sjepa_deploy.engine import Batch, Engine, Fitted, WindowLoaders, check_enough, compile_if_wanted, fit, predict
 from sjepa_deploy.errors import DataError, TrainingError, listed
 from sjepa_deploy.loading import load_windows
 from sjepa_deploy.metrics import Score, scores
@@ -134,6 +134,7 @@ class FinetuneModule(lightning.LightningModule):
         if isinstance(model, SignalJEPAWithTransformer):
             model.transformer.decoder.requires_grad_(False)
         self.encoder_parameters = [p for part in self.old_parts for p in part.parameters() if p.requires_grad]
+        compile_if_wanted(model, config.engine)
 
     @property
     def frozen(self) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sjepa_deploy import padded
 from sjepa_deploy.checkpoint import write_checkpoint
 from sjepa_deploy.data import DataConfig, split_windows
-from sjepa_deploy.engine import Batch, Engine, Fitted, WindowLoaders, check_enough, fit
+from sjepa_deploy.engine import Batch, Engine, Fitted, WindowLoaders, check_enough, compile_if_wanted, fit
 from sjepa_deploy.errors import DataError, SpecError
 from sjepa_deploy.loading import load_windows
 from sjepa_deploy.masking import Masking, Masks, MaskSampler
@@ -253,8 +253,7 @@ class PretrainModule(lightning.LightningModule):
         self.losses: list[tuple[Tensor, int]] = []
         for name in ("spread", "val_l1", "val_l1_mean"):  # of the last epoch; the best checkpoint brings back its own
             self.register_buffer(name, torch.zeros(()))
-        if config.engine.compile:
-            self.jepa.compile(dynamic=False)
+        compile_if_wanted(self.jepa, config.engine)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW on everything but the teacher."""

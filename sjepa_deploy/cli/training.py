@@ -55,7 +55,7 @@ def training_options(command: F) -> F:
         click.option("--devices", type=int, help="Devices of a host; start that many processes with torchrun."),
         click.option("--num-nodes", type=int, help="Hosts."),
         click.option("--num-workers", type=int, help="Processes that fetch windows."),
-        click.option("--compile", "compile_step", is_flag=True, help="Compile the step with torch.compile."),
+        click.option("--compile", "compile_step", is_flag=True, help="Compile the model with torch.compile."),
         click.option("--resume", is_flag=True, help="Go on with the run in --out."),
         click.option("--json", "json_output", is_flag=True, help="Print the result as JSON."),
     ]
