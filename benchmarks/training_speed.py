@@ -309,15 +309,22 @@ def same_loss(args: argparse.Namespace) -> float:
         return abs(float(ours.jepa.eval()(eeg, masks) - theirs.jepa.eval()(eeg, masks)))
 
 
-def versions() -> dict[str, str]:
+def versions(commit: str | None) -> dict[str, str]:
     """Return what was measured with."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}
-    with contextlib.suppress(subprocess.CalledProcessError, FileNotFoundError):
-        found["commit"] = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True
-        ).stdout.strip()
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return found
+    found["commit"] = commit or output_of("git", "rev-parse", "--short", "HEAD")
+    if torch.cuda.is_available():
+        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+        return found | {"driver": driver, "device": torch.cuda.get_device_name()}
+    return found | {"device": f"{os.cpu_count()} CPU cores"}
+
+
+def output_of(*command: str) -> str:
+    """Return what a command prints, or nothing where it is missing or fails."""
+    try:
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        return ""
 
 
 def main() -> None:
@@ -360,7 +367,9 @@ def main() -> None:
     ]
     # No path of the machine goes into a result.
     command = re.sub(r"(--(?:braindecode|out)) \S+", r"\1 FILE", " ".join(sys.argv[1:]))
-    result = {"versions": versions(), "command": f"python benchmarks/training_speed.py {command}"} | measure(cells, args)
+    result = {"versions": versions(args.commit), "command": f"python benchmarks/training_speed.py {command}"} | measure(
+        cells, args
+    )
     print(table(result))
     if args.out is not None:
         args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
