@@ -11,6 +11,7 @@ import importlib.resources
 import importlib.util
 import json
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,7 +75,7 @@ class Engine:
     num_workers : int
         Processes that fetch windows.
     compile : bool
-        Compile the model with torch.compile: slow to start, faster steps.
+        Compile the training step with torch.compile: slow to start, then faster.
     """
 
     max_epochs: int = 500
@@ -95,8 +96,13 @@ class Engine:
         for name in ("max_epochs", "patience", "batch_size", "devices", "num_nodes"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}.", "Use 1 or more.")
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise TrainingError(f"A learning rate of {self.lr:g} is none.", "Use a positive one.")
+        for name in ("weight_decay", "seed", "num_workers"):
+            if not getattr(self, name) >= 0:
+                raise TrainingError(f"{name} is {getattr(self, name)}.", "Use 0 or more.")
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
+            raise TrainingError(f"gradient_clip is {self.gradient_clip:g}.", "Use a positive norm, or none.")
 
 
 @dataclass(frozen=True, kw_only=True)

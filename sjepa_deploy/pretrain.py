@@ -292,14 +292,17 @@ class PretrainModule(lightning.LightningModule):
             self.seen.append(target.float())
 
     def on_validation_epoch_end(self) -> None:
-        """Compare with the mean embedding, and watch for collapse."""
-        self.spread, self.val_l1_mean = spread_of(torch.cat(self.seen))
-        self.val_l1 = torch.stack([loss * n for loss, n in self.losses]).sum() / sum(n for _, n in self.losses)
+        """Compare with the mean embedding, and watch for collapse. Each process saw a part of the windows, as large as any."""
+        spread, val_l1_mean = spread_of(torch.cat(self.seen))
+        val_l1 = torch.stack([loss * n for loss, n in self.losses]).sum() / sum(n for _, n in self.losses)
+        self.spread, self.val_l1_mean, self.val_l1 = (
+            torch.as_tensor(self.all_gather(x)).mean() for x in (spread, val_l1_mean, val_l1)
+        )
         monitored = self.val_l1 / self.val_l1_mean if self.config.monitor == "relative_l1" else self.val_l1
         values = {"val_loss": monitored, "val_l1": self.val_l1, "val_l1_mean": self.val_l1_mean, "spread": self.spread}
         self.log_dict(values, sync_dist=True)
         self.seen, self.losses = [], []
-        if self.spread < COLLAPSE_SPREAD:
+        if self.global_rank == 0 and self.spread < COLLAPSE_SPREAD:
             log.warning(
                 "The embeddings collapse: over windows they vary by %.3g only (epoch %d). "
                 "Lower the learning rate, or raise the EMA's momentum.",

@@ -178,6 +178,7 @@ def test_collapse_is_reported(tmp_path, caplog):
     module.seen = [module.jepa.target(*module.jepa.tokens(torch.randn(32, 16, 152)))]
     module.losses = [(torch.tensor(1.0), 32)]
     module.log_dict = lambda *args, **kwargs: None
+    module.all_gather = lambda value: value
     module._current_epoch = 0
     with caplog.at_level(logging.WARNING):
         module.on_validation_epoch_end()
