@@ -2,12 +2,16 @@
 
 On a machine with GPUs, from a checkout, without installing anything but torch, lightning, numpy, safetensors:
 
-    PYTHONPATH=. python benchmarks/training_speed.py --braindecode PATH --out benchmarks/results/training_speed_HARDWARE_DATE
-    torchrun --nproc-per-node 2 benchmarks/training_speed.py --devices 2 --out ...     (with --skip-braindecode)
+    PYTHONPATH=. python benchmarks/training_speed.py --braindecode FILE --out benchmarks/results/training_speed_HARDWARE_DATE
+    PYTHONPATH=. python benchmarks/training_speed.py --networks 'ours,ours compiled' --devices 2 --out ...
 
-PATH holds braindecode/models/signal_jepa.py; what it imports and the loop does not need is stubbed (`load_braindecode`).
-The same loss, masks, batches, optimiser and EMA drive both: only the networks differ. Ours is measured as it is and compiled
-(``--compile`` of sjepa-pretrain); braindecode's as it is and, with --compile-braindecode, compiled too.
+FILE is braindecode's models/signal_jepa.py; what it imports and the loop does not need is stubbed (`load_braindecode`). The same
+loss, masks, batches, optimiser and EMA drive all networks: "braindecode" and "ours" as they are, "ours compiled" as with
+``--compile`` of sjepa-pretrain, "ours MODE" and "braindecode MODE" with that mode of torch.compile.
+
+Every cell (network, shape, precision) is a process of its own. All compile and warm up at the same time; then they take turns,
+one at a time, and wait without work in between, so that each repeat of a cell lies beside the same repeat of the others. A cell
+that fails, or is not ready in time, loses only itself. At the end each cell traces a few steps: how long the GPU works in one.
 ``--device cpu`` with small --batch-sizes is a dry run.
 """
 
@@ -15,26 +19,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
-import importlib
-import importlib.machinery
-import importlib.util
 import json
-import math
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 import types
 import warnings
 from pathlib import Path
+from statistics import median
 
 import lightning
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from torch import nn
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,153 +52,115 @@ def import_sjepa() -> None:
 
 import_sjepa()
 
+from braindecode_alone import BraindecodeJEPA, load_braindecode  # noqa: E402
+
 from sjepa_deploy.engine import Engine, SeedEpochs  # noqa: E402
 from sjepa_deploy.masking import Masking  # noqa: E402
 from sjepa_deploy.montage import read_montage  # noqa: E402
-from sjepa_deploy.pretrain import JEPA, PretrainConfig, PretrainModule  # noqa: E402
+from sjepa_deploy.pretrain import PretrainConfig, PretrainModule  # noqa: E402
 from sjepa_deploy.spec import EncoderSpec, ModelSpec  # noqa: E402
 
 MONTAGES = {129: "GSN-HydroCel-129", 62: "sjepa-62"}
-
-
-def load_braindecode(path: Path) -> types.ModuleType:
-    """Import braindecode/models/signal_jepa.py alone: its mixin, MNE and the hub are of no use to the loop."""
-    for name in ("braindecode", "braindecode.models"):
-        package = types.ModuleType(name)
-        package.__path__ = []
-        sys.modules[name] = package
-
-    class EEGModuleMixin:
-        """Keeps what braindecode's own keeps."""
-
-        def __init__(self, n_outputs=None, n_chans=None, chs_info=None, n_times=None, input_window_seconds=None, sfreq=None):
-            super().__init__()
-            self._n_outputs, self._n_chans, self._chs_info, self._n_times, self._sfreq = (
-                n_outputs,
-                n_chans,
-                chs_info,
-                n_times,
-                sfreq,
-            )
-
-        n_outputs = property(lambda self: self._n_outputs)
-        n_chans = property(lambda self: self._n_chans or len(self._chs_info))
-        chs_info = property(lambda self: self._chs_info)
-        n_times = property(lambda self: self._n_times)
-        sfreq = property(lambda self: self._sfreq)
-
-    def stub(name: str, **content: object) -> None:
-        module = types.ModuleType(name)
-        module.__dict__.update(content)
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        sys.modules[name] = module
-
-    stub("braindecode.models.base", EEGModuleMixin=EEGModuleMixin)
-    stub("braindecode.models.interpolated", InterpolatedModel=lambda *args, **kwargs: None)
-    if importlib.util.find_spec("einops") is None:
-        stub("einops")
-        stub("einops.layers")
-        stub("einops.layers.torch", Rearrange=Rearrange)
-    file = path / "braindecode/models/signal_jepa.py"
-    file = file if file.is_file() else path / "models/signal_jepa.py"
-    spec = importlib.util.spec_from_file_location("braindecode.models.signal_jepa", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-class Rearrange(nn.Module):
-    """The two rearrangements of the feature encoder, where einops is not installed."""
-
-    def __init__(self, pattern: str, **axes: int) -> None:
-        super().__init__()
-        self.splits, self.axes = pattern.startswith("b channels time"), axes
-        assert self.splits or "-> b (channels time_out) emb_dim" in pattern, pattern
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `x` rearranged."""
-        if self.splits:
-            return x.reshape(-1, 1, x.shape[-1])
-        channels = self.axes["channels"]
-        return x.reshape(-1, channels, *x.shape[1:]).transpose(2, 3).reshape(x.shape[0] // channels, -1, x.shape[1])
-
-
-class BraindecodeJEPA(JEPA):
-    """The same step with braindecode's modules, each called as it comes."""
-
-    def tokens(self, eeg: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return local embeddings and positions in our shapes."""
-        n_chans = eeg.shape[1]
-        local = self.base.feature_encoder(eeg)
-        positions = self.base.pos_encoder(local)[0]
-        return local.reshape(len(eeg), n_chans, -1, local.shape[-1]), positions.reshape(n_chans, -1, local.shape[-1])
-
-    @torch.no_grad()
-    def target(self, local: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return the teacher's output."""
-        return self.teacher((local + positions).flatten(1, 2)).reshape(local.shape)
-
-    def encode_context(self, tokens: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-        """Return the encoder's output."""
-        return self.base.transformer.encoder(tokens, src_key_padding_mask=padding)
-
-    def decode(self, queries, context, padding, context_padding) -> torch.Tensor:
-        """Return the predictor's output."""
-        masks = {"tgt_key_padding_mask": padding, "memory_key_padding_mask": context_padding}
-        return self.base.transformer.decoder(queries, context, **masks)
+TURN_SECONDS = 60
+TRACED_STEPS = 5
+HEADINGS = (
+    *("shape", "batch", "precision", "network", "samples/s (median)", "range", "ms a step"),
+    *("GPU ms", "kernels", "reserved MiB", "against braindecode"),
+)
 
 
 class Batches(torch.utils.data.IterableDataset):
-    """The same few batches over and over, already on the device: the loop is measured, not a disk."""
+    """The same two batches over and over, already on the device: the loop is measured, not a disk."""
 
-    def __init__(self, batch: int, shape: tuple[int, int], n: int, device: torch.device) -> None:
+    def __init__(self, batch: int, shape: tuple[int, int], device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
         self.batches = [(10 * torch.randn(batch, *shape, generator=generator)).to(device) for _ in range(2)]
-        self.n, self.targets = n, torch.zeros(batch, device=device)
+        self.targets = torch.zeros(batch, device=device)
 
     def __iter__(self):
-        for i in range(self.n):
-            yield self.batches[i % 2], self.targets
-
-    def __len__(self) -> int:
-        return self.n
+        while True:
+            for eeg in self.batches:
+                yield eeg, self.targets
 
 
-class Clock(lightning.Callback):
-    """Seconds of every step after the warm-up, and of all of them together."""
+class Turns(lightning.Callback):
+    """Warms up, then takes `repeats` turns of `steps` steps when told to, then traces some steps.
 
-    def __init__(self, warmup: int) -> None:
-        self.warmup, self.times = warmup, []
+    What is to be told lies in `folder`: ``ready`` and ``turn-K.json`` from the first process, ``go-K`` from the parent.
+    """
+
+    def __init__(self, folder: Path, *, warmup: int, steps: int, repeats: int) -> None:
+        self.folder, self.warmup, self.steps, self.repeats = folder, warmup, steps, repeats
+        self.turn = -1
+        self.due = warmup
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        """Start the clock after the warm-up."""
-        if trainer.global_step == self.warmup:
-            if module.device.type == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            self.start = time.perf_counter()
-        self.last = trainer.global_step
-
-    def on_train_end(self, trainer, module) -> None:
-        """Stop the clock."""
-        if module.device.type == "cuda":
+        """Measure, and wait for the next turn."""
+        cuda = module.device.type == "cuda"
+        if cuda and trainer.global_step == self.warmup // 2:  # leave out what compiling needed
             torch.cuda.synchronize()
-        self.seconds = (time.perf_counter() - self.start) / (self.last - self.warmup)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        if trainer.global_step < self.due:
+            return
+        if cuda:
+            torch.cuda.synchronize()
+        if self.turn < 0:
+            self.say(trainer, "ready", {})
+        else:
+            seconds = (time.perf_counter() - self.start) / (self.due - self.first)
+            if self.turn < self.repeats:
+                peak = torch.cuda.max_memory_reserved() / 2**20 if cuda else None
+                answer = {"ms_per_step": seconds * 1e3, "peak_memory_mib": peak, "loss": float(outputs["loss"].detach())}
+            else:
+                self.profile.stop()
+                answer = traced(self.profile, self.due - self.first, self.folder)
+            self.say(trainer, f"turn-{self.turn}.json", answer)
+        self.turn += 1
+        if self.turn > self.repeats:
+            trainer.should_stop = True
+            return
+        while not (self.folder / f"go-{self.turn}").exists():
+            time.sleep(0.002)
+        self.first = trainer.global_step
+        self.due = self.first + (self.steps if self.turn < self.repeats else TRACED_STEPS)
+        if self.turn == self.repeats:
+            activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
+            self.profile = torch.profiler.profile(activities=activities)
+            self.profile.start()
+        self.start = time.perf_counter()
+
+    def say(self, trainer, name: str, content: dict) -> None:
+        """Write a file at once."""
+        if trainer.is_global_zero:
+            (self.folder / "part").write_text(json.dumps(content))
+            (self.folder / "part").rename(self.folder / name)
 
 
-class SpeedModule(PretrainModule):
-    """The module of sjepa-pretrain without its logging."""
+def traced(profile: torch.profiler.profile, steps: int, folder: Path) -> dict:
+    """Return the GPU's work in a step: milliseconds in which it had any, kernels, and the kernels that take longest."""
+    profile.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    work = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    busy, end = 0.0, 0.0
+    times: dict[str, list[float]] = {}
+    for event in sorted(work, key=lambda e: e["ts"]):
+        finish = event["ts"] + event["dur"]
+        busy += max(0.0, finish - max(end, event["ts"]))
+        end = max(end, finish)
+        times.setdefault(event["name"][:100], []).append(event["dur"])
+    longest = sorted(times.items(), key=lambda item: -sum(item[1]))[:15]
+    return {
+        "gpu_ms_per_step": busy / 1e3 / steps,
+        "kernels_per_step": len(work) / steps,
+        "longest": {name: {"ms": sum(us) / 1e3 / steps, "calls": len(us) / steps} for name, us in longest},
+    }
 
-    def log(self, *args: object, **kwargs: object) -> None:
-        """Drop it."""
 
-
-def measure(kind: str, shape: tuple[int, int], batch: int, precision: str, args: argparse.Namespace, bd: types.ModuleType | None):
-    """Return what one configuration takes."""
+def build(network: str, shape: tuple[int, int], batch: int, args: argparse.Namespace) -> PretrainModule:
+    """Return what sjepa-pretrain would train, or the same around braindecode's modules."""
     n_chans, n_times = shape
+    family, _, mode = network.partition(" ")
     montage = read_montage(MONTAGES[n_chans])
     encoder = EncoderSpec(n_layers=args.layers, n_decoder_layers=min(4, args.layers))
     spec = ModelSpec(
@@ -209,103 +172,166 @@ def measure(kind: str, shape: tuple[int, int], batch: int, precision: str, args:
         positions=montage.positions,
         encoder=encoder,
     )
-    compiled = kind.endswith("compiled")
-    engine = Engine(batch_size=batch, weight_decay=0.01, compile=compiled and not kind.startswith("braindecode"))
+    engine = Engine(batch_size=batch, weight_decay=0.01, compile=network == "ours compiled")
     masking = Masking(mode=args.mask, radius=args.radius)
-    module = SpeedModule(PretrainConfig(masking=masking, encoder=encoder, engine=engine), spec)
-    if kind.startswith("braindecode"):
-        assert bd is not None
+    module = PretrainModule(PretrainConfig(masking=masking, encoder=encoder, engine=engine), spec)
+    if family == "braindecode":
+        bd = load_braindecode(args.braindecode)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            chs_info = [{"ch_name": n, "loc": list(p)} for n, p in zip(montage.ch_names, montage.positions, strict=True)]
             theirs = bd.SignalJEPA(
                 n_chans=n_chans,
                 n_times=n_times,
                 sfreq=128.0,
-                chs_info=chs_info,
+                chs_info=[{"ch_name": n, "loc": list(p)} for n, p in zip(montage.ch_names, montage.positions, strict=True)],
                 transformer__num_encoder_layers=encoder.n_layers,
                 transformer__num_decoder_layers=encoder.n_decoder_layers,
             )
         theirs.load_state_dict(module.jepa.base.state_dict())
         module.jepa = BraindecodeJEPA(theirs)
-        if compiled:
-            module.jepa.compile(dynamic=False)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.device == "cuda" else torch.device("cpu")
-    clock, steps = Clock(args.warmup), args.warmup + args.steps
+    if mode and mode != "compiled":
+        module.jepa.compile(dynamic=False, mode=mode)
+    return module
+
+
+def take_turns(cell: dict, folder: Path, args: argparse.Namespace) -> None:
+    """Train one cell, in turns."""
+    shape = (cell["n_chans"], cell["n_times"])
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", rank) if args.device == "cuda" else torch.device("cpu")
+    turns = Turns(folder, warmup=args.warmup, steps=args.steps, repeats=args.repeats)
+    module = build(cell["network"], shape, cell["batch"], args)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = lightning.Trainer(
             accelerator="gpu" if args.device == "cuda" else "cpu",
             devices=args.devices,
-            max_steps=steps,
             max_epochs=1,
-            precision={"bf16": "bf16-mixed", "fp32": "32-true"}[precision],
+            precision={"bf16": "bf16-mixed", "fp32": "32-true"}[cell["precision"]],
             strategy=DDPStrategy() if args.devices > 1 else "auto",
-            callbacks=[SeedEpochs(0), clock],
+            callbacks=[SeedEpochs(0), turns],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        data = torch.utils.data.DataLoader(Batches(batch, shape, steps, device), batch_size=None)
-        trainer.fit(module, train_dataloaders=data)
-    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else None
-    with torch.no_grad():
-        loss = float(trainer.callback_metrics.get("train_loss", math.nan))
-    return {
-        "network": kind,
-        "n_chans": n_chans,
-        "n_times": n_times,
-        "batch": batch,
-        "precision": precision,
-        "devices": args.devices,
-        "ms_per_step": clock.seconds * 1e3,
-        "samples_per_s": batch * args.devices / clock.seconds,
-        "peak_memory_mib": peak and peak / 2**20,
-        "loss": None if math.isnan(loss) else loss,
-    }
+        batches = torch.utils.data.DataLoader(Batches(cell["batch"], shape, device), batch_size=None)
+        trainer.fit(module, train_dataloaders=batches)
 
 
-def same_loss(bd: types.ModuleType, device: str) -> float:
+class Cell:
+    """The process of one cell, from its parent's side."""
+
+    def __init__(self, cell: dict, folder: Path) -> None:
+        self.cell, self.folder = cell, folder
+        folder.mkdir()
+        command = [sys.executable]
+        if cell["devices"] > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cell["devices"])]
+        command += [__file__, *sys.argv[1:], "--cell", json.dumps(cell), "--folder", str(folder)]
+        # A cache of its own: one that is killed while it compiles leaves half a library there.
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+        with (folder / "log").open("w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
+
+    def wait_for(self, name: str, deadline: float) -> dict | None:
+        """Return what the process says under that name, or None where it ended or time ran out."""
+        while not (self.folder / name).exists():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                return None
+            time.sleep(0.01)
+        return json.loads((self.folder / name).read_text())
+
+    def turn(self, number: int) -> dict | None:
+        """Let it take a turn, and return what it found."""
+        (self.folder / f"go-{number}").touch()
+        return self.wait_for(f"turn-{number}.json", time.monotonic() + TURN_SECONDS)
+
+    def end(self) -> None:
+        """End the process and those that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def failure(self, stage: str) -> dict:
+        """End the process, and return its last words."""
+        ended = self.process.poll() is not None
+        self.end()
+        words = (self.folder / "log").read_text().strip().splitlines()[-6:]
+        return self.cell | {"stage": stage, "error": ("" if ended else "out of time; ") + " | ".join(words)[-600:]}
+
+
+def measure(cells: list[dict], args: argparse.Namespace) -> dict:
+    """Return rows, traces and failures of all cells."""
+    rows, traces, failures = [], [], []
+    start = time.monotonic()
+    running: list[Cell] = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            running = [Cell(cell, Path(folder) / str(i)) for i, cell in enumerate(cells)]
+            started = list(running)
+            for cell in started:
+                if cell.wait_for("ready", start + args.prepare_seconds) is None:
+                    failures.append(cell.failure("prepare"))
+                    running.remove(cell)
+                    print("failed:", failures[-1], flush=True)
+                else:
+                    print(f"ready after {time.monotonic() - start:.0f} s: {cell.cell}", flush=True)
+            for number in range(args.repeats + 1):
+                for cell in list(running):
+                    if time.monotonic() - start > args.seconds:
+                        print(f"out of time before turn {number} of {cell.cell}", flush=True)
+                        continue
+                    found = cell.turn(number)
+                    if found is None:
+                        failures.append(cell.failure(f"turn {number}"))
+                        running.remove(cell)
+                        print("failed:", failures[-1], flush=True)
+                    elif number < args.repeats:
+                        speed = cell.cell["batch"] * cell.cell["devices"] / found["ms_per_step"] * 1e3
+                        rows.append(cell.cell | {"repeat": number, "samples_per_s": speed} | found)
+                        print({k: round(v, 2) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+                    else:
+                        traces.append(cell.cell | found)
+        finally:
+            for cell in running:
+                cell.end()
+    return {"rows": rows, "traces": traces, "failures": failures}
+
+
+def same_loss(args: argparse.Namespace) -> float:
     """Return the difference of the two networks' losses for the same weights, batch and masks, without dropout."""
-    montage = read_montage("sjepa-62")
-    spec = ModelSpec(variant="base", n_chans=62, n_times=300, sfreq=128.0, ch_names=montage.ch_names, positions=montage.positions)
-    module = PretrainModule(PretrainConfig(), spec)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        chs_info = [{"ch_name": n, "loc": list(p)} for n, p in zip(montage.ch_names, montage.positions, strict=True)]
-        theirs = bd.SignalJEPA(n_chans=62, n_times=300, sfreq=128.0, chs_info=chs_info)
-    theirs.load_state_dict(module.jepa.base.state_dict())
-    other = BraindecodeJEPA(theirs)
-    eeg, masks = 10 * torch.randn(4, 62, 300), module.sampler(4)
-    losses = []
+    ours, theirs = (build(network, (62, 408), 4, args) for network in ("ours", "braindecode"))
+    eeg, masks = 10 * torch.randn(4, 62, 408), ours.sampler(4)
     torch.backends.mha.set_fastpath_enabled(False)
-    for jepa in (module.jepa, other):
-        jepa.eval()
-        losses.append(float(jepa(eeg, masks).detach()))
-    torch.backends.mha.set_fastpath_enabled(True)
-    return abs(losses[0] - losses[1])
+    with torch.no_grad():
+        return abs(float(ours.jepa.eval()(eeg, masks) - theirs.jepa.eval()(eeg, masks)))
 
 
-def versions() -> dict[str, str]:
+def versions(commit: str | None) -> dict[str, str]:
     """Return what was measured with."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}
-    with contextlib.suppress(subprocess.CalledProcessError, FileNotFoundError):
-        found["commit"] = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True
-        ).stdout.strip()
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return found
+    found["commit"] = commit or output_of("git", "rev-parse", "--short", "HEAD")
+    if torch.cuda.is_available():
+        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+        return found | {"driver": driver, "device": torch.cuda.get_device_name()}
+    return found | {"device": f"{os.cpu_count()} CPU cores"}
+
+
+def output_of(*command: str) -> str:
+    """Return what a command prints, or nothing where it is missing or fails."""
+    try:
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        return ""
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--braindecode", type=Path)
-    parser.add_argument("--skip-braindecode", action="store_true")
-    parser.add_argument("--compile-braindecode", action="store_true")
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--networks", default="braindecode,ours,ours compiled")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--shapes", default="129x200,62x2048")
@@ -315,44 +341,37 @@ def main() -> None:
     parser.add_argument("--radius", type=float, default=0.6)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--prepare-seconds", type=float, default=300, help="a cell that is not ready then is given up")
+    parser.add_argument("--seconds", type=float, default=900, help="no turn starts later")
+    parser.add_argument("--commit", help="where git is missing")
     parser.add_argument("--out", type=Path, help="without suffix: .json and .md are written")
+    parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    bd = None
-    if not args.skip_braindecode:
+    if args.cell is not None:
+        take_turns(args.cell, args.folder, args)
+        return
+    networks = args.networks.split(",")
+    if "braindecode" in args.networks:
         if args.braindecode is None:
-            parser.error("--braindecode PATH or --skip-braindecode")
-        bd = load_braindecode(args.braindecode)
-        print(f"losses for the same weights differ by {same_loss(bd, args.device):.1e}", flush=True)
-    kinds = ["ours"] + ([] if args.no_compile else ["ours compiled"])
-    if bd is not None:
-        kinds = ["braindecode"] + (["braindecode compiled"] if args.compile_braindecode else []) + kinds
-    rows, failures = [], []
+            parser.error("braindecode needs --braindecode FILE")
+        print(f"losses for the same weights differ by {same_loss(args):.1e}", flush=True)
     shapes = [tuple(map(int, text.split("x"))) for text in args.shapes.split(",")]
-    for shape, batch in zip(shapes, map(int, args.batch_sizes.split(",")), strict=True):
-        for precision in args.precisions.split(","):
-            for repeat in range(args.repeats):
-                for kind in kinds:
-                    try:
-                        row = measure(kind, shape, batch, precision, args, bd) | {"repeat": repeat}
-                    except RuntimeError as e:  # out of memory, or the compiler: the others are still worth having
-                        failures.append({"network": kind, "shape": shape, "precision": precision, "error": str(e)[:300]})
-                        print("failed:", failures[-1], flush=True)
-                        continue
-                    finally:
-                        gc.collect()
-                        torch._dynamo.reset()
-                        if args.device == "cuda":
-                            torch.cuda.empty_cache()
-                    rows.append(row)
-                    print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    if args.out is not None and int(os.environ.get("RANK", 0)) == 0:
-        # No path of the machine goes into a result.
-        command = "python benchmarks/training_speed.py " + re.sub(
-            r"(--(?:braindecode|out)) \S+", r"\1 PATH", " ".join(sys.argv[1:])
-        )
-        result = {"versions": versions(), "command": command, "rows": rows, "failures": failures}
+    cells = [
+        {"network": network, "n_chans": c, "n_times": t, "batch": batch, "precision": precision, "devices": args.devices}
+        for (c, t), batch in zip(shapes, map(int, args.batch_sizes.split(",")), strict=True)
+        for precision in args.precisions.split(",")
+        for network in networks
+    ]
+    # No path of the machine goes into a result.
+    command = re.sub(r"(--(?:braindecode|out)) \S+", r"\1 FILE", " ".join(sys.argv[1:]))
+    result = {"versions": versions(args.commit), "command": f"python benchmarks/training_speed.py {command}"} | measure(
+        cells, args
+    )
+    print(table(result))
+    if args.out is not None:
         args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
         args.out.with_suffix(".md").write_text(table(result))
 
@@ -366,22 +385,37 @@ def table(result: dict) -> str:
         "",
         f"`{result['command']}`",
         "",
+        f"| {' | '.join(HEADINGS)} |",
+        "| --- " * len(HEADINGS) + "|",
     ]
-    lines += ["| shape | batch | precision | network | samples/s (median) | range | peak MiB | against braindecode |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
-    keys = list(dict.fromkeys((r["n_chans"], r["n_times"], r["batch"], r["precision"], r["network"]) for r in result["rows"]))
-    medians = {}
-    for key in keys:
-        same = [r for r in result["rows"] if (r["n_chans"], r["n_times"], r["batch"], r["precision"], r["network"]) == key]
-        speeds = sorted(r["samples_per_s"] for r in same)
-        medians[key] = speeds[len(speeds) // 2]
-        peak = max((r["peak_memory_mib"] or 0) for r in same)
-        baseline = medians.get((*key[:4], "braindecode"))
-        ratio = f"{medians[key] / baseline:.2f}" if baseline else ""
-        lines.append(
-            f"| {key[0]} x {key[1]} | {key[2]} | {key[3]} | {key[4]} | {medians[key]:.0f} | "
-            f"{speeds[0]:.0f} to {speeds[-1]:.0f} | {peak:.0f} | {ratio} |"
+    names = ("n_chans", "n_times", "batch", "precision", "network")
+    by_cell: dict[tuple, list[dict]] = {}
+    for row in result["rows"]:
+        by_cell.setdefault(tuple(row[n] for n in names), []).append(row)
+    traces = {tuple(trace[n] for n in names): trace for trace in result["traces"]}
+    speed = {key: median(r["samples_per_s"] for r in rows) for key, rows in by_cell.items()}
+    for key, rows in by_cell.items():
+        n_chans, n_times, batch, precision, network = key
+        speeds = [r["samples_per_s"] for r in rows]
+        baseline = speed.get((*key[:4], "braindecode"))
+        trace = traces.get(key, {})
+        columns = (
+            f"{n_chans} x {n_times}",
+            batch,
+            precision,
+            network,
+            f"{speed[key]:.0f}",
+            f"{min(speeds):.0f} to {max(speeds):.0f}",
+            f"{median(r['ms_per_step'] for r in rows):.1f}",
+            f"{trace['gpu_ms_per_step']:.1f}" if trace else "",
+            f"{trace['kernels_per_step']:.0f}" if trace else "",
+            f"{rows[-1]['peak_memory_mib'] or 0:.0f}",
+            f"{speed[key] / baseline:.2f}" if baseline else "",
         )
+        lines.append(f"| {' | '.join(map(str, columns))} |")
+    lines += [
+        f"\nFailed: {f['network']}, {f['n_chans']} x {f['n_times']}, {f['precision']}: {f['stage']}" for f in result["failures"]
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -6,6 +6,7 @@ that export and live decoding do the same. `sjepa_deploy.loading` gets windows o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -53,6 +54,13 @@ class Target:
     column: str | None = None
     tsv: str = "{stem}.tsv"
 
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.tmin) or not self.max_reaction_time > 0:
+            raise DataError(
+                f"tmin is {self.tmin:g} s, max_reaction_time {self.max_reaction_time:g} s.",
+                "Use a finite tmin and a positive max_reaction_time.",
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Synthetic:
@@ -61,6 +69,13 @@ class Synthetic:
     n_subjects: int = 10
     n_windows: int = 64
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n_subjects < 1 or self.n_windows < 1 or self.seed < 0:
+            raise DataError(
+                f"{self.n_windows} synthetic windows of {self.n_subjects} subjects, seed {self.seed}, are none.",
+                "Use 1 or more of both, and a seed of 0 or more.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +132,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.source or (SYNTHETIC in self.source and len(self.source) > 1):
             raise DataError("The source is empty, or synthetic among others.", "Name recordings, or synthetic alone.")
+        for name in ("sfreq", "n_times", "hop"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise DataError(f"{name} is {value:g}.", "Use a positive number.")
+        if self.gap is not None and not self.gap >= 0:
+            raise DataError(f"gap is {self.gap:g} s.", "Use 0 or more.")
         if self.n_folds < 3 or not 0 <= self.fold < self.n_folds:
             raise DataError(f"Fold {self.fold} of {self.n_folds} is none.", "Use 3 folds or more, numbered from 0.")
 

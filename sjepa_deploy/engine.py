@@ -11,6 +11,7 @@ import importlib.resources
 import importlib.util
 import json
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from sjepa_deploy.checkpoint import WEIGHTS_FILE
@@ -42,6 +43,9 @@ T = TypeVar("T")
 
 RUN_FILE = "run.json"
 """The configuration of the run, in the folder of its checkpoints: only the same one may go on."""
+
+COMPILE: dict[str, Any] = {"dynamic": False}
+"""How a step is compiled: the arguments of `torch.compile`."""
 
 Batch = tuple[Tensor, Tensor]
 
@@ -71,7 +75,7 @@ class Engine:
     num_workers : int
         Processes that fetch windows.
     compile : bool
-        Compile the step with torch.compile.
+        Compile the training step with torch.compile: slow to start, then faster.
     """
 
     max_epochs: int = 500
@@ -92,8 +96,13 @@ class Engine:
         for name in ("max_epochs", "patience", "batch_size", "devices", "num_nodes"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}.", "Use 1 or more.")
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise TrainingError(f"A learning rate of {self.lr:g} is none.", "Use a positive one.")
+        for name in ("weight_decay", "seed", "num_workers"):
+            if not getattr(self, name) >= 0:
+                raise TrainingError(f"{name} is {getattr(self, name)}.", "Use 0 or more.")
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
+            raise TrainingError(f"gradient_clip is {self.gradient_clip:g}.", "Use a positive norm, or none.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +220,12 @@ def check_enough(split: Split, engine: Engine) -> None:
             f"{len(split.train)} windows to train on are fewer than a batch of {engine.batch_size} on {world} device(s).",
             "Use a smaller --batch-size, or more data.",
         )
+
+
+def compile_if_wanted(model: nn.Module, engine: Engine) -> None:
+    """Compile `model` in place where `engine` says so; its weights keep their names."""
+    if engine.compile:
+        model.compile(**COMPILE)
 
 
 def fit(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sjepa_deploy.checkpoint import read_checkpoint, write_checkpoint
 from sjepa_deploy.data import DataConfig, Split, Target, Windows, split_windows
-from sjepa_deploy.engine import Batch, Engine, Fitted, WindowLoaders, check_enough, fit, predict
+from sjepa_deploy.engine import Batch, Engine, Fitted, WindowLoaders, check_enough, compile_if_wanted, fit, predict
 from sjepa_deploy.errors import DataError, TrainingError, listed
 from sjepa_deploy.loading import load_windows
 from sjepa_deploy.metrics import Score, scores
@@ -134,6 +134,7 @@ class FinetuneModule(lightning.LightningModule):
         if isinstance(model, SignalJEPAWithTransformer):
             model.transformer.decoder.requires_grad_(False)
         self.encoder_parameters = [p for part in self.old_parts for p in part.parameters() if p.requires_grad]
+        compile_if_wanted(model, config.engine)
 
     @property
     def frozen(self) -> bool:
@@ -155,27 +156,27 @@ class FinetuneModule(lightning.LightningModule):
         for part in self.old_parts:
             part.train(not self.frozen)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean square error of standardised targets, or the cross-entropy."""
-        eeg, targets = batch
-        outputs = self.model(eeg)
         if self.regression:
             return nn.functional.mse_loss(outputs[:, 0].float(), (targets - self.target_mean) / self.target_std)
         return nn.functional.cross_entropy(outputs.float(), targets)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        loss = self.loss(batch)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch[0]))
+        eeg, targets = batch
+        loss = self.loss(self.model(eeg), targets)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(eeg))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Measure the loss."""
-        self.log("val_loss", self.loss(batch), batch_size=len(batch[0]), sync_dist=True)
+        """Measure the loss; `forward` is not compiled, since modes and short batches would each compile anew."""
+        eeg, targets = batch
+        self.log("val_loss", self.loss(self.model.forward(eeg), targets), batch_size=len(eeg), sync_dist=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the predictions in the target's unit, shape (B,), or the probabilities, shape (B, O)."""
-        outputs: Tensor = self.model(batch[0]).float()
+        outputs: Tensor = self.model.forward(batch[0]).float()
         return outputs[:, 0] * self.target_std + self.target_mean if self.regression else outputs.softmax(dim=-1)
 
     def finished(self) -> SignalJEPAModule:

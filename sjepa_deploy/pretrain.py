@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sjepa_deploy import padded
 from sjepa_deploy.checkpoint import write_checkpoint
 from sjepa_deploy.data import DataConfig, split_windows
-from sjepa_deploy.engine import Batch, Engine, Fitted, WindowLoaders, check_enough, fit
+from sjepa_deploy.engine import Batch, Engine, Fitted, WindowLoaders, check_enough, compile_if_wanted, fit
 from sjepa_deploy.errors import DataError, SpecError
 from sjepa_deploy.loading import load_windows
 from sjepa_deploy.masking import Masking, Masks, MaskSampler
@@ -253,8 +253,7 @@ class PretrainModule(lightning.LightningModule):
         self.losses: list[tuple[Tensor, int]] = []
         for name in ("spread", "val_l1", "val_l1_mean"):  # of the last epoch; the best checkpoint brings back its own
             self.register_buffer(name, torch.zeros(()))
-        if config.engine.compile:
-            self.jepa.compile(dynamic=False)
+        compile_if_wanted(self.jepa, config.engine)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW on everything but the teacher."""
@@ -293,14 +292,17 @@ class PretrainModule(lightning.LightningModule):
             self.seen.append(target.float())
 
     def on_validation_epoch_end(self) -> None:
-        """Compare with the mean embedding, and watch for collapse."""
-        self.spread, self.val_l1_mean = spread_of(torch.cat(self.seen))
-        self.val_l1 = torch.stack([loss * n for loss, n in self.losses]).sum() / sum(n for _, n in self.losses)
+        """Compare with the mean embedding, and watch for collapse. Each process saw a part of the windows, as large as any."""
+        spread, val_l1_mean = spread_of(torch.cat(self.seen))
+        val_l1 = torch.stack([loss * n for loss, n in self.losses]).sum() / sum(n for _, n in self.losses)
+        self.spread, self.val_l1_mean, self.val_l1 = (
+            torch.as_tensor(self.all_gather(x)).mean() for x in (spread, val_l1_mean, val_l1)
+        )
         monitored = self.val_l1 / self.val_l1_mean if self.config.monitor == "relative_l1" else self.val_l1
         values = {"val_loss": monitored, "val_l1": self.val_l1, "val_l1_mean": self.val_l1_mean, "spread": self.spread}
         self.log_dict(values, sync_dist=True)
         self.seen, self.losses = [], []
-        if self.spread < COLLAPSE_SPREAD:
+        if self.global_rank == 0 and self.spread < COLLAPSE_SPREAD:
             log.warning(
                 "The embeddings collapse: over windows they vary by %.3g only (epoch %d). "
                 "Lower the learning rate, or raise the EMA's momentum.",

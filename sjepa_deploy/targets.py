@@ -30,7 +30,7 @@ def reaction_times(raw: mne.io.BaseRaw, target: Target) -> list[tuple[float, flo
             there = ", ".join(sorted(set(names))) or "none"
             raise DataError(
                 f"The recording has no events {' or '.join(wanted) or '(none was named)'}; its events are {there}.",
-                "Name the stimulus and the response in the target's configuration.",
+                "Name both by --stimulus and --response, or in the target's configuration.",
             )
     answered: list[tuple[float, float]] = []
     stimulus: float | None = None

@@ -11,6 +11,7 @@ import torch
 from eeg_files import ROOT, eeg_file
 from lightning.pytorch.callbacks import Callback
 from small import DATA, FINETUNE, PRETRAIN, make_spec
+from torch._dynamo.backends.debugging import aot_eager
 
 from sjepa_deploy import engine
 from sjepa_deploy.checkpoint import TRAINING_KEY, load_model, read_checkpoint, write_checkpoint
@@ -119,6 +120,27 @@ def test_the_written_model_gives_the_predictions_that_were_scored_in_the_targets
     stored = json.loads((tmp_path / "config.json").read_text())[TRAINING_KEY]
     assert stored["result"]["transfer"]["taken"] == list(result.transfer.taken)
     assert stored["finetuning"]["data"]["n_times"] == 152
+
+
+def test_a_compiled_model_learns_through_warm_up_and_validation_and_is_written_as_ever(base, tmp_path, monkeypatch, watch):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(engine, "COMPILE", {"backend": backend, "dynamic": engine.COMPILE["dynamic"]})
+    tuned = dataclasses.replace(FINETUNE.engine, compile=True)
+    result = finetune(dataclasses.replace(FINETUNE, pretrained=base, encoder=None, engine=tuned), tmp_path)
+    assert len(compiled) == 2  # the frozen and the unfrozen step
+    model = load_model(read_checkpoint(tmp_path), result.spec)
+    windows = load_windows(FINETUNE.data)
+    split = split_windows(windows, FINETUNE.data, seed=0)
+    with reference_mode(model):
+        predicted = model(torch.from_numpy(windows.eeg[split.test]))[:, 0].numpy()
+    targets = windows.targets[split.test]
+    assert abs(targets - predicted).mean() == pytest.approx(result.test["mae"].value, rel=1e-4)
+    assert changed(watch.epochs[2][0], watch.epochs[3][0]) == {"feature_encoder", "pos_encoder", "transformer", "final_layer"}
 
 
 def test_classes_are_learned_and_named(tmp_path):

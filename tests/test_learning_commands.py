@@ -2,11 +2,15 @@
 
 import importlib.resources
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import mne
 import numpy as np
 import pytest
+import torch
 import yaml
 from small import CH_NAMES, FINETUNE, PRETRAIN
 
@@ -15,7 +19,9 @@ from sjepa_deploy.cli import group, run_command
 from sjepa_deploy.engine import overridden, read_config
 from sjepa_deploy.errors import TrainingError
 from sjepa_deploy.finetune import FinetuneConfig
+from sjepa_deploy.models import build_model
 from sjepa_deploy.pretrain import PretrainConfig
+from sjepa_deploy.resolve import resolve_spec
 from sjepa_deploy.serialize import encode
 
 
@@ -86,6 +92,43 @@ def test_pretrain_finetune_export_verify_run(configs, capsys):
     assert all(0.2 < prediction < 1.0 for prediction in predictions)  # seconds: the reaction times' mean is 0.6
 
 
+def in_two_processes(command, *arguments):
+    """Run a command as torchrun does on a host of two devices, and return the result that one of the processes printed."""
+    program = f"from sjepa_deploy.cli.{command} import main; main()"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    done = subprocess.run(
+        [*torchrun, sys.executable, "-c", program, *map(str, arguments), "--devices", "2", "--json"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["result"]
+
+
+def test_two_processes_learn_what_one_does_with_batches_twice_as_large(configs, capsys):
+    """PostLocal draws nothing at random while it trains, and a step takes the same windows either way."""
+    config = ["--config", configs / "finetune.yaml", "--variant", "postlocal", "--seed", "3"]
+    two = in_two_processes("finetune", *config, "--out", configs / "two", "--batch-size", "8")
+    status, out, err = call(capsys, "finetune", *config, "--out", configs / "one", "--batch-size", "16", "--json")
+    assert status == 0, err
+    one = json.loads(out)["result"]
+    assert (two["fitted"]["steps"], two["n_test"]) == (one["fitted"]["steps"], one["n_test"])
+    weights = [read_checkpoint(configs / name).weights for name in ("one", "two")]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-5)
+    start = build_model(resolve_spec({}, read_checkpoint(configs / "one"))[0], seed=3).state_dict()
+    assert not any(torch.allclose(weights[0][name], start[name]) for name in start if name.endswith("weight"))
+
+
+def test_two_processes_pretrain_one_model_and_report_on_all_validation_windows(configs):
+    result = in_two_processes("pretrain", "--config", configs / "pretrain.yaml", "--out", configs / "base", "--max-epochs", "2")
+    assert result["fitted"]["steps"] == 2 * (result["n_train"] // 2 // PRETRAIN.engine.batch_size)
+    assert result["fitted"]["val_loss"] == pytest.approx(result["val_l1"] / result["val_l1_mean"], rel=1e-5)
+    assert read_checkpoint(configs / "base").variant == "base"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -94,7 +137,12 @@ def test_pretrain_finetune_export_verify_run(configs, capsys):
         (["finetune", "--batch-size", "100000"], "fewer than a batch of 100000"),
         (["finetune", "--fold", "9"], "Fold 9 of 5 is none"),
         (["finetune", "--lr", "-1"], "A learning rate of -1 is none"),
+        (["finetune", "--lr", "nan"], "A learning rate of nan is none"),
         (["finetune", "--n-times", "100"], "n_times is 100"),
+        (["finetune", "--n-times", "0"], "n_times is 0"),
+        (["finetune", "--sfreq", "0"], "sfreq is 0"),
+        (["finetune", "--seed", "-1"], "seed is -1"),
+        (["finetune", "--num-workers", "-1"], "num_workers is -1"),
         (["pretrain", "--radius", "3"], "hides all 16 channels"),
         (["pretrain", "--mask", "fixed"], "are more than the montage's 16"),
         (["pretrain", "--montage", "no-such-cap"], "neither a montage nor a file"),
@@ -116,6 +164,12 @@ def test_bad_input_ends_with_one_line_and_status_2(arguments, message, configs, 
         ("engine: {max_epoch: 3}", "engine has the unknown key 'max_epoch'"),
         ("engine: {lr: fast}", "engine.lr must be of type number, not str"),
         ("variant: base", "'base' cannot be fine-tuned"),
+        ("engine: {weight_decay: -1.0}", "weight_decay is -1"),
+        ("engine: {gradient_clip: 0.0}", "gradient_clip is 0"),
+        ("data: {hop: 0.0}", "hop is 0"),
+        ("data: {gap: -5.0}", "gap is -5 s"),
+        ("data: {synthetic: {n_subjects: 0}}", "64 synthetic windows of 0 subjects"),
+        ("data: {target: {tmin: .nan}}", "tmin is nan s"),
         ("a: [1", "is not YAML"),
         ("- 1", "the top level must be an object"),
     ],

@@ -8,7 +8,9 @@ from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from small import DATA, ENCODER, PRETRAIN, make_spec
+from torch._dynamo.backends.debugging import aot_eager
 
+from sjepa_deploy import engine
 from sjepa_deploy.checkpoint import load_model, read_checkpoint
 from sjepa_deploy.data import DataConfig, Synthetic, Target, split_windows
 from sjepa_deploy.errors import DataError, SpecError
@@ -137,6 +139,35 @@ def test_a_run_writes_a_base_model_that_braindecode_loads_and_the_same_seed_give
     theirs.load_state_dict(checkpoint.weights)  # strict
 
 
+@pytest.mark.parametrize("masking", [Masking(radius=0.8), Masking(mode="fixed", n_visible=5, n_hidden=3, radius=0.8)])
+def test_the_compiled_step_is_one_graph_with_the_gradients_of_the_step(masking, monkeypatch):
+    """The graph that every backend of torch.compile gets; what Inductor makes of it is measured on a GPU."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(engine, "COMPILE", {"backend": backend, "dynamic": engine.COMPILE["dynamic"]})
+    gradients = []
+    for compile_step in (False, True):
+        tuned = dataclasses.replace(PRETRAIN.engine, compile=compile_step)
+        module = PretrainModule(dataclasses.replace(PRETRAIN, masking=masking, engine=tuned), make_spec(n_times=280))
+        for part in module.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.0
+            elif isinstance(part, torch.nn.MultiheadAttention):
+                part.dropout = 0.0
+        for step in range(2):
+            generator = torch.Generator().manual_seed(step)
+            module.zero_grad()
+            module.jepa(torch.randn(4, 16, 280, generator=generator), module.sampler(4, generator)).backward()
+        gradients.append([p.grad for p in module.jepa.base.parameters()])
+    assert len(graphs) == 1  # nothing breaks it, and other masks compile nothing anew
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_collapse_is_reported(tmp_path, caplog):
     """Targets that hardly depend on the window: position embeddings far larger than the local ones."""
     config = dataclasses.replace(PRETRAIN, engine=dataclasses.replace(PRETRAIN.engine, max_epochs=1, lr=1e-9))
@@ -147,6 +178,7 @@ def test_collapse_is_reported(tmp_path, caplog):
     module.seen = [module.jepa.target(*module.jepa.tokens(torch.randn(32, 16, 152)))]
     module.losses = [(torch.tensor(1.0), 32)]
     module.log_dict = lambda *args, **kwargs: None
+    module.all_gather = lambda value: value
     module._current_epoch = 0
     with caplog.at_level(logging.WARNING):
         module.on_validation_epoch_end()
@@ -157,8 +189,8 @@ def test_collapse_is_reported(tmp_path, caplog):
 def test_pretraining_learns_what_was_planted(tmp_path):
     """One seed of benchmarks/learning.py, which measures five. The teacher follows fast, since there are few steps."""
     data = dataclasses.replace(DATA, synthetic=Synthetic(n_subjects=16, n_windows=64))
-    engine = dataclasses.replace(PRETRAIN.engine, max_epochs=18, patience=18, batch_size=32)
-    config = dataclasses.replace(PRETRAIN, data=data, engine=engine, ema_start=0.996, ema_end=0.996)
+    tuning = dataclasses.replace(PRETRAIN.engine, max_epochs=18, patience=18, batch_size=32)
+    config = dataclasses.replace(PRETRAIN, data=data, engine=tuning, ema_start=0.996, ema_end=0.996)
     result = pretrain(config, tmp_path / "base")
     assert result.fitted.val_loss == pytest.approx(result.val_l1 / result.val_l1_mean)
     assert result.val_l1 < 0.75 * result.val_l1_mean
@@ -177,7 +209,7 @@ def test_pretraining_learns_what_was_planted(tmp_path):
         score[name] = probe.score(features[split.test], windows.targets[split.test])
     assert score["base"] > score["random"] + 0.05
 
-    tuned = dataclasses.replace(engine, max_epochs=2, weight_decay=0.0)
+    tuned = dataclasses.replace(tuning, max_epochs=2, weight_decay=0.0)
     tune = FinetuneConfig(variant="contextual", warmup_epochs=0, data=labelled, engine=tuned)
     with_base = finetune(dataclasses.replace(tune, pretrained=str(tmp_path / "base")), tmp_path / "with")
     scratch = finetune(dataclasses.replace(tune, encoder=ENCODER), tmp_path / "without")

@@ -55,7 +55,7 @@ def training_options(command: F) -> F:
         click.option("--devices", type=int, help="Devices of a host; start that many processes with torchrun."),
         click.option("--num-nodes", type=int, help="Hosts."),
         click.option("--num-workers", type=int, help="Processes that fetch windows."),
-        click.option("--compile", "compile_step", is_flag=True, help="Compile the step with torch.compile."),
+        click.option("--compile", "compile_step", is_flag=True, help="Compile the training step with torch.compile."),
         click.option("--resume", is_flag=True, help="Go on with the run in --out."),
         click.option("--json", "json_output", is_flag=True, help="Print the result as JSON."),
     ]
@@ -85,8 +85,8 @@ def require_training() -> None:
 
 
 def is_first_process() -> bool:
-    """Return whether this process reports, of those that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
+    """Return whether this process reports, of those that torchrun, or Lightning without it, started."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
 def shape_of(spec: ModelSpec) -> str:
