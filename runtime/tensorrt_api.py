@@ -225,10 +225,9 @@ class TensorRT:
             self._runtime = self.module.Runtime(self._log)  # it must outlive its engines
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            reason = self._log.errors[-1] if self._log.errors else "no reason given"
-            raise EngineError(
-                f"TensorRT {self.version} refuses the plan: {reason}.", "Build it again with sjepa-build --rebuild."
-            )
+            short = any("memory" in error.lower() for error in self._log.errors)
+            mend = "Free device memory." if short else "Build it again with sjepa-build --rebuild."
+            raise EngineError(f"TensorRT {self.version} refuses the plan: {self.last_error}.", mend)
         return engine
 
     def tensors(self, engine: Any) -> dict[str, Tensor]:
@@ -277,8 +276,7 @@ class TensorRT:
         else:
             context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
-            reason = self._log.errors[-1] if self._log.errors else "no reason given"
-            raise EngineError(f"TensorRT {self.version} makes no execution context: {reason}.", "Free device memory.")
+            raise EngineError(f"TensorRT {self.version} makes no execution context: {self.last_error}.", "Free device memory.")
         if hasattr(context, "set_device_memory"):
             context.set_device_memory(address, size)
         else:
@@ -297,7 +295,7 @@ class TensorRT:
     @property
     def last_error(self) -> str:
         """What TensorRT complained of last."""
-        return self._log.errors[-1] if self._log.errors else "no reason given"
+        return str(self._log.errors[-1]) if self._log.errors else "no reason given"
 
 
 def _load(flavour: str) -> Any:
