@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu_engines import timed
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.errors import EngineError
+from sjepa_deploy.errors import SjepaError
 from sjepa_deploy.export.engine_precision import judge_types, stored_weights, summarise_layers
 from sjepa_deploy.export.to_tensorrt import default_settings, engine_batch_sizes
 from sjepa_deploy.runtime.backend import BackendOptions
@@ -36,7 +37,6 @@ from sjepa_deploy.serialize import encode
 from sjepa_deploy.spec import RunPrecision
 
 MOVES = frozenset({"SHUFFLE", "SLICE", "CONCATENATION", "GATHER", "SELECT"})
-N_CALLS = 3000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,12 +151,7 @@ def try_choice(api: Chosen, bundle: Bundle, precision: RunPrecision, timings: by
     ]
     buffer = runner.input_buffer(1)
     buffer[...] = reference.inputs[:1]
-    micro = np.empty(N_CALLS)
-    for i in range(-300, N_CALLS):
-        start = time.perf_counter_ns()
-        runner.run(buffer)
-        micro[i] = (time.perf_counter_ns() - start) / 1000
-    result["us"] = {"median": float(np.median(micro)), "p99": float(np.quantile(micro, 0.99))}
+    result["us"] = timed(lambda: runner.run(buffer))
     runner.close()
     device.close()
     return result, inspected, built.timings
@@ -183,7 +178,7 @@ def run_group(group: str, bundles: Path, out: Path, flavour: str) -> None:
                 layers = read(out / "layers.json")
                 layers[f"{group} {choice.name}"] = json.loads(inspected, strict=False)
                 write(out / "layers.json", layers)
-        except (EngineError, AttributeError, TypeError, RuntimeError) as e:
+        except (SjepaError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as e:  # the next one may work
             tried[choice.name] = {"error": f"{type(e).__name__}: {e}"}
         write(out / "choices.json", report)
         print(f"{group:16} {choice.name:42} {brief(tried[choice.name])}", flush=True)
