@@ -192,7 +192,11 @@ class TensorRT:
             If this version does not read the graph.
         """
         trt = self.module
-        builder = trt.Builder(self._log)
+        self._log.errors.clear()
+        try:
+            builder = trt.Builder(self._log)
+        except TypeError as e:  # its bindings say so of a builder that TensorRT could not make
+            raise EngineError(f"TensorRT {self.version} makes no builder: {self.last_error}.", "Free device memory.") from e
         network = builder.create_network(1 << int(getattr(trt.NetworkDefinitionCreationFlag, typing)))
         parser = trt.OnnxParser(network, self._log)
         if not parser.parse(onnx):
