@@ -195,8 +195,8 @@ def latencies(
 
 
 OPTIONS = [
-    BackendOptions(memory="mapped", cuda_graph=True, wait="spin"),
     BackendOptions(memory="mapped", cuda_graph=True, wait="flag"),
+    BackendOptions(memory="mapped", cuda_graph=True, wait="spin"),
     BackendOptions(memory="copy", cuda_graph=True, wait="spin"),
     BackendOptions(memory="mapped", cuda_graph=True, wait="block"),
     BackendOptions(memory="mapped", cuda_graph=False, wait="spin"),

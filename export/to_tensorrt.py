@@ -9,30 +9,26 @@ from collections.abc import Callable
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, EngineError, MissingDependencyError, ParityError
+from sjepa_deploy.export.engine_precision import judge_types, stored_weights, summarise_layers
 from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.cuda import Device
 from sjepa_deploy.runtime.engines import (
     BuildSettings,
     EngineRecord,
     EngineStore,
-    LayerSummary,
     now,
     plan_hash,
     read_timing_cache,
     write_timing_cache,
 )
-from sjepa_deploy.runtime.parity import ParityResult, Reference, check_parity
-from sjepa_deploy.runtime.tensorrt_api import TensorRT, summarise_layers
+from sjepa_deploy.runtime.parity import NOT_FINITE, ParityResult, Reference, check_parity
+from sjepa_deploy.runtime.tensorrt_api import TensorRT
 from sjepa_deploy.runtime.trt import EngineRunner, machine_of
 from sjepa_deploy.spec import RunPrecision
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str], None]
-
-HALF_PLAN = 0.75
-"""A plan smaller than this share of its float32 weights cannot hold them in float32. Fused regions hide their inner types from
-the inspector, but not the size of their weights."""
 
 
 class EngineParityError(ParityError):
@@ -48,6 +44,8 @@ class EngineParityError(ParityError):
         what = f"The {result.precision} engine differs from the PyTorch model {when}: "
         if result.nan_agrees:
             what += f"{result.max_error:.2g} of the outputs' scale ({result.worst}), allowed is {result.tolerance:g}."
+        elif result.max_error == NOT_FINITE:
+            what += f"its outputs are NaN or infinite ({result.worst}) where PyTorch's are numbers."
         else:
             what += "its outputs are not NaN where PyTorch's are."
         super().__init__(what, "It was not kept. Try --optimization-level 2, or another precision.")
@@ -142,7 +140,7 @@ def build_engine(
             step = _Steps(progress, started, time_limit)
             progress("building")
             try:
-                plan, timings = api.build(onnx, precision, settings, timings=read_timing_cache(machine), step=step)
+                built = api.build(onnx, precision, settings, timings=read_timing_cache(machine), step=step)
             except EngineError:
                 if step.stopped:
                     raise EngineError(
@@ -151,8 +149,10 @@ def build_engine(
                 raise
             seconds = time.monotonic() - started
             if api.keeps_timings:
-                _keep_timings(lambda: write_timing_cache(machine, timings))
-            layers, computes_in, evidence = prove_precision(api, plan, precision, len(onnx))
+                _keep_timings(lambda: write_timing_cache(machine, built.timings))
+            plan = built.plan
+            layers = summarise_layers(api.inspect(api.deserialize(plan)))
+            computes_in, evidence = judge_types(layers, precision, stored_weights(plan, built.half_weights))
             judge = _Judge(bundle.reference(), precision, bundle, api, device, settings)
             progress("comparing with the PyTorch model")
             before = judge(plan, "after the build")
@@ -183,49 +183,6 @@ def default_settings(bundle: Bundle, precision: RunPrecision) -> BuildSettings:
     if graph.static_batch is not None:
         return BuildSettings(min_batch=graph.static_batch, opt_batch=graph.static_batch, max_batch=graph.static_batch)
     return BuildSettings(max_batch=graph.max_batch)
-
-
-def prove_precision(
-    api: TensorRT, plan: bytes, precision: RunPrecision, onnx_bytes: int
-) -> tuple[LayerSummary, RunPrecision, str]:
-    """Return what the engine inspector says of a plan, what it computes in, and why that is believed.
-
-    Raises
-    ------
-    EngineError
-        If an fp32 engine may use TensorFloat-32.
-    """
-    engine = api.deserialize(plan)
-    layers = summarise_layers(api.inspect(engine))
-    del engine
-    return (layers, *judge_types(layers, precision, len(plan), onnx_bytes))
-
-
-def judge_types(layers: LayerSummary, precision: RunPrecision, plan_bytes: int, onnx_bytes: int) -> tuple[RunPrecision, str]:
-    """Return what an engine computes in, and the evidence.
-
-    Parameters
-    ----------
-    layers : LayerSummary
-        What the inspector found.
-    precision : {"fp32", "tf32", "fp16", "bf16"}
-        What was asked for.
-    plan_bytes, onnx_bytes : int
-        Sizes of the plan and of the graph, whose weights are half as large in a 16-bit precision.
-    """
-    if precision == "fp32":
-        if layers.types.get("tf32"):
-            raise EngineError(
-                f"{layers.types['tf32']} layers of the fp32 engine use TensorFloat-32.", "Ask for tf32, or report this."
-            )
-        return "fp32", "TensorFloat-32 was off for the build, and no layer names it"
-    if precision == "tf32":
-        return "tf32", "TensorFloat-32 was allowed"
-    if n_typed := layers.types.get(precision, 0):
-        return precision, f"{n_typed} of {layers.n_layers} layers are typed {precision}"
-    if layers.n_opaque and plan_bytes < HALF_PLAN * 2 * onnx_bytes and onnx_bytes > 1 << 20:
-        return precision, f"the plan of {plan_bytes} bytes cannot hold the weights in fp32; its fused layers tell no types"
-    return "fp32", f"none of its {layers.n_layers} layers is typed {precision}"
 
 
 class _Judge:

@@ -240,9 +240,17 @@ class OrtCudaBackend:
             self._stream.download(bound.output, bound.target)
 
     def _bind(self, batch: int) -> _Binding:
-        bound = self._bound[batch] = _Binding(self, self._device, batch)
-        for _ in range(3):  # ONNX Runtime runs once, then captures, then replays
-            self._run(bound)
+        bound = _Binding(self, self._device, batch)
+        try:
+            for _ in range(3):  # ONNX Runtime runs once, then captures, then replays
+                self._run(bound)
+        except Exception as e:  # ONNX Runtime raises its own kinds, which share no base
+            bound.close()
+            raise BackendError(
+                f"ONNX Runtime {ort.__version__} cannot run {batch} windows on {self.provider}: {str(e).splitlines()[0]}",
+                "Free device memory, or use smaller batches.",
+            ) from e
+        self._bound[batch] = bound
         return bound
 
     def _io_binding(self, batch: int, source: int, target: int) -> Any:

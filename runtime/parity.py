@@ -40,6 +40,10 @@ Measured over all variants, 1 to 129 channels, 1 to 15 time tokens (benchmarks/r
 """
 
 
+NOT_FINITE = float(np.finfo(np.float64).max)
+"""Stands for infinity and NaN among errors, which JSON has no words for."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reference:
     """Inputs with the outputs that they must give.
@@ -220,8 +224,7 @@ def _cosine(want: NDArray[np.float64], got: NDArray[np.float64]) -> float:
 
 
 def _finite(value: float) -> float:
-    """Return `value`, or the largest float in place of infinity and NaN, which JSON has no words for."""
-    return value if np.isfinite(value) else float(np.finfo(np.float64).max)
+    return value if np.isfinite(value) else NOT_FINITE
 
 
 def _decision_flips(want: NDArray[np.float64], got: NDArray[np.float64], spread: float) -> tuple[int, float | None]:

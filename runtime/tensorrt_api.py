@@ -19,15 +19,16 @@ profile of a context   shared by a preview,    the first                the firs
 from __future__ import annotations
 
 import importlib
-import json
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sjepa_deploy.errors import BackendError, EngineError, MissingDependencyError
-from sjepa_deploy.runtime.engines import BuildSettings, LayerSummary
+from sjepa_deploy.runtime.engines import BuildSettings
 from sjepa_deploy.spec import RunPrecision
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,28 @@ MODULES = {"tensorrt": ("tensorrt", "gpu"), "tensorrt-rtx": ("tensorrt_rtx", "rt
 
 Step = Callable[[str, float], bool]
 """Told the phase of a build and how much of it is done; returns whether to go on."""
+
+WeightSamples = tuple[NDArray[np.float16], ...]
+"""Parts of a graph's float16 matrices: each a run of a row and a run of a column, one of which a plan holds side by side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What a build gave.
+
+    Attributes
+    ----------
+    plan : bytes
+        The engine.
+    timings : bytes
+        The timings of kernels with what this build added; empty where this TensorRT keeps none.
+    half_weights : tuple of array of float16, shape (2, n)
+        Samples of the graph's float16 weights, by which a plan shows in what it computes.
+    """
+
+    plan: bytes
+    timings: bytes
+    half_weights: WeightSamples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +121,7 @@ class TensorRT:
 
     def build(
         self, onnx: bytes, precision: RunPrecision, settings: BuildSettings, *, timings: bytes = b"", step: Step | None = None
-    ) -> tuple[bytes, bytes]:
+    ) -> Built:
         """Build a plan.
 
         Parameters
@@ -114,22 +137,36 @@ class TensorRT:
         step : callable or None
             Progress, where this version reports any.
 
-        Returns
-        -------
-        plan, timings : bytes
-            The engine, and the timings with what this build added.
-
         Raises
         ------
         EngineError
             If this version cannot build it. The message ends with TensorRT's own.
         """
-        trt = self.module
         if precision not in self.precisions:
             raise EngineError(f"TensorRT {self.version} has no {precision}.", f"Use {', '.join(self.precisions)}.")
-        flags = self.flags(precision, settings)
-        builder, network, parser = self.parse(onnx, flags[0])
+        builder, network, parser = self.parse(onnx, self.flags(precision, settings)[0])
         config = builder.create_builder_config()
+        self.configure(config, network, precision, settings)
+        self._set_profile(builder, network, config, settings)
+        if step is not None and self.has_progress:
+            config.progress_monitor = _monitor(self.module, step)
+        cache = None
+        if self.keeps_timings:
+            cache = config.create_timing_cache(timings) or config.create_timing_cache(b"")
+            config.set_timing_cache(cache, ignore_mismatch=False)
+        half_weights = _half_weights(self.module, network)
+        self._log.errors.clear()
+        plan = builder.build_serialized_network(network, config)
+        del parser
+        if plan is None:
+            mend = "Allow more with --workspace." if settings.workspace_mib is not None else "Lower --max-batch."
+            raise EngineError(f"TensorRT {self.version} could not build the {precision} engine: {self.last_error}.", mend)
+        timings = b"" if cache is None else bytes(config.get_timing_cache().serialize())
+        return Built(plan=bytes(plan), timings=timings, half_weights=half_weights)
+
+    def configure(self, config: Any, network: Any, precision: RunPrecision, settings: BuildSettings) -> None:
+        """Tell the builder what `settings` ask for."""
+        trt, flags = self.module, self.flags(precision, settings)
         config.clear_flag(trt.BuilderFlag.TF32)  # on by default
         for flag in flags[1:]:
             config.set_flag(getattr(trt.BuilderFlag, flag))
@@ -141,23 +178,8 @@ class TensorRT:
         if not self.strongly_typed:
             config.set_tactic_sources(0)  # 8.6 would call cuBLAS and cuDNN, which decoding boxes lack
             config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
-            if "PREFER_PRECISION_CONSTRAINTS" in flags:
-                _hold_types(trt, network, half=settings.held_types == "all")
-        self._set_profile(builder, network, config, settings)
-        if step is not None and self.has_progress:
-            config.progress_monitor = _monitor(trt, step)
-        cache = None
-        if self.keeps_timings:
-            cache = config.create_timing_cache(timings) or config.create_timing_cache(b"")
-            config.set_timing_cache(cache, ignore_mismatch=False)
-        self._log.errors.clear()
-        plan = builder.build_serialized_network(network, config)
-        del parser
-        if plan is None:
-            reason = self._log.errors[-1] if self._log.errors else "no reason given"
-            mend = "Allow more with --workspace." if settings.workspace_mib is not None else "Lower --max-batch."
-            raise EngineError(f"TensorRT {self.version} could not build the {precision} engine: {reason}.", mend)
-        return bytes(plan), b"" if cache is None else bytes(config.get_timing_cache().serialize())
+            if precision == "fp16" and settings.held_types != "none":
+                hold_types(trt, network, half=settings.held_types == "all")
 
     def parse(self, onnx: bytes, typing: str) -> tuple[Any, Any, Any]:
         """Return a builder, the network of a graph, and the parser, which owns the weights until the network is built.
@@ -170,7 +192,11 @@ class TensorRT:
             If this version does not read the graph.
         """
         trt = self.module
-        builder = trt.Builder(self._log)
+        self._log.errors.clear()
+        try:
+            builder = trt.Builder(self._log)
+        except TypeError as e:  # its bindings say so of a builder that TensorRT could not make
+            raise EngineError(f"TensorRT {self.version} makes no builder: {self.last_error}.", "Free device memory.") from e
         network = builder.create_network(1 << int(getattr(trt.NetworkDefinitionCreationFlag, typing)))
         parser = trt.OnnxParser(network, self._log)
         if not parser.parse(onnx):
@@ -203,10 +229,9 @@ class TensorRT:
             self._runtime = self.module.Runtime(self._log)  # it must outlive its engines
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            reason = self._log.errors[-1] if self._log.errors else "no reason given"
-            raise EngineError(
-                f"TensorRT {self.version} refuses the plan: {reason}.", "Build it again with sjepa-build --rebuild."
-            )
+            short = any("memory" in error.lower() for error in self._log.errors)
+            mend = "Free device memory." if short else "Build it again with sjepa-build --rebuild."
+            raise EngineError(f"TensorRT {self.version} refuses the plan: {self.last_error}.", mend)
         return engine
 
     def tensors(self, engine: Any) -> dict[str, Tensor]:
@@ -255,8 +280,7 @@ class TensorRT:
         else:
             context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
-            reason = self._log.errors[-1] if self._log.errors else "no reason given"
-            raise EngineError(f"TensorRT {self.version} makes no execution context: {reason}.", "Free device memory.")
+            raise EngineError(f"TensorRT {self.version} makes no execution context: {self.last_error}.", "Free device memory.")
         if hasattr(context, "set_device_memory"):
             context.set_device_memory(address, size)
         else:
@@ -275,41 +299,7 @@ class TensorRT:
     @property
     def last_error(self) -> str:
         """What TensorRT complained of last."""
-        return self._log.errors[-1] if self._log.errors else "no reason given"
-
-
-TYPE_WORDS: dict[str, re.Pattern[str]] = {
-    "fp16": re.compile(r"\b(half|fp16|float16)\b|f16|fp16|hmma|h884|h1688|h16816", re.IGNORECASE),
-    "bf16": re.compile(r"bf16|bfloat16", re.IGNORECASE),
-    "tf32": re.compile(r"tf32", re.IGNORECASE),
-    "fp32": re.compile(r"\b(float|fp32|float32)\b|fp32|f32f32|sgemm|ffma", re.IGNORECASE),
-}
-"""How formats, types and kernel names say which type they compute in, over all versions."""
-
-
-def summarise_layers(inspected: str) -> LayerSummary:
-    """Return what a proof of precision needs from an engine inspector's JSON.
-
-    Raises
-    ------
-    EngineError
-        If it holds layer names only.
-    """
-    layers = json.loads(inspected, strict=False)["Layers"]  # 8.6 writes raw control characters
-    if any(not isinstance(layer, dict) for layer in layers):
-        raise EngineError("The engine was built without layer information.", "Build it with sjepa-build --rebuild.")
-    types = dict.fromkeys(TYPE_WORDS, 0)
-    n_opaque = 0
-    for layer in layers:
-        tensors = [t for key in ("Inputs", "Outputs") for t in layer.get(key, []) if isinstance(t, dict)]
-        words = [str(v) for t in tensors for k, v in t.items() if "format" in k.lower() or "type" in k.lower()]
-        words += [str(layer[key]) for key in ("TacticName", "Precision") if key in layer]
-        text = " ".join(words).replace("bf16", "BF16")
-        for name, pattern in TYPE_WORDS.items():
-            found = pattern.search(re.sub("bf16|bfloat16", "", text, flags=re.IGNORECASE) if name == "fp16" else text)
-            types[name] += found is not None
-        n_opaque += "ForeignNode" in str(layer.get("Name", "")) or "myelin" in str(layer.get("LayerType", "")).lower()
-    return LayerSummary(n_layers=len(layers), types={k: v for k, v in types.items() if v}, n_opaque=n_opaque)
+        return str(self._log.errors[-1]) if self._log.errors else "no reason given"
 
 
 def _load(flavour: str) -> Any:
@@ -367,6 +357,26 @@ def _monitor(trt: Any, step: Step) -> Any:
     return Monitor()
 
 
+N_SAMPLES, RUN = 64, 8
+"""How many parts of the weights are looked at, and how many values a run has."""
+
+
+def _half_weights(trt: Any, network: Any) -> WeightSamples:
+    """Return samples of the float16 matrices of a network, spread over all of them."""
+    samples = []
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type.name != "CONSTANT" or layer.get_output(0).dtype != trt.DataType.HALF:
+            continue
+        shape = tuple(layer.get_output(0).shape)
+        layer.__class__ = trt.IConstantLayer  # TensorRT's way to get at what is special in a layer
+        if len(shape) >= 2 and min(shape[-2:]) >= RUN:
+            matrix = np.array(layer.weights, np.float16).reshape(-1, shape[-1])
+            samples += [np.stack([matrix[k, :RUN], matrix[:RUN, k]]) for k in range(RUN)]
+    samples = [sample for sample in samples if all(len(set(run)) == RUN for run in sample.tolist())]
+    return tuple(samples[:: max(1, len(samples) // N_SAMPLES)])
+
+
 UNTYPED_LAYERS = frozenset({"CONSTANT", "SHAPE", "SHUFFLE", "CAST", "IDENTITY", "SLICE", "CONCATENATION", "GATHER", "SELECT"})
 """Layers that move values and compute nothing."""
 
@@ -375,15 +385,17 @@ def graph_types(trt: Any, network: Any) -> list[Any]:
     """Return the type that the graph gives to the outputs of each layer.
 
     A weakly typed network does not tell: there every tensor that no cast or constant made is float32 by default. A layer's type
-    is that of its first input.
+    is that of its first input. The parser of 8.6 writes a cast as an identity whose output type is set.
     """
     types = {network.get_input(0).name: network.get_input(0).dtype}
     found = []
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type.name == "CAST":
-            layer.__class__ = trt.ICastLayer  # TensorRT's way to get at what is special in a layer
+            layer.__class__ = trt.ICastLayer
             dtype = layer.to_type
+        elif layer.type.name == "IDENTITY" and layer.output_type_is_set(0):
+            dtype = layer.get_output_type(0)
         elif layer.num_inputs == 0 or layer.type.name == "SHAPE":
             dtype = layer.get_output(0).dtype
         else:
@@ -393,7 +405,7 @@ def graph_types(trt: Any, network: Any) -> list[Any]:
     return found
 
 
-def _hold_types(trt: Any, network: Any, *, half: bool) -> None:
+def hold_types(trt: Any, network: Any, *, half: bool) -> None:
     """Ask layers of a weakly typed network for the type that the graph gives their outputs: float32 ones, and `half` ones."""
     held = (trt.DataType.FLOAT, trt.DataType.HALF) if half else (trt.DataType.FLOAT,)
     for i, dtype in enumerate(graph_types(trt, network)):

@@ -221,6 +221,7 @@ def test_timings_are_kept_for_the_next_build(rig, bundle):
 @pytest.mark.parametrize(
     ("spoil", "what"),
     [
+        (lambda out: out + np.float32(np.inf), r"NaN or infinite \(.*\) where PyTorch's are numbers"),
         (lambda out: out * np.float32(1.01), "off|differs"),
         (lambda out: out if len(out) == 1 else out[::-1], "differs"),
         (lambda out: np.nan_to_num(out), "not NaN"),
@@ -391,6 +392,16 @@ def test_too_small_a_workspace(rig, bundle):
         build_engine(bundle, "fp32", settings=BuildSettings(max_batch=8, workspace_mib=1))
 
 
+def test_a_builder_that_tensorrt_does_not_make_is_an_error(rig, bundle, monkeypatch):
+    def no_builder(log):
+        log.log(1, "CUDA initialization failure with error: 2")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(tensorrt_api._load("tensorrt"), "Builder", no_builder)
+    with pytest.raises(EngineError, match="makes no builder: CUDA initialization failure with error: 2. Free device memory"):
+        build_engine(bundle, "fp32")
+
+
 def test_out_of_device_memory(rig, bundle):
     build_engine(bundle, "fp32")
     rig.set(memory=1000)
@@ -428,6 +439,10 @@ def test_the_command(rig, bundle, capsys):
     engines = json.loads(out.out)
     assert [e["engine"]["computes_in"] for e in engines] == ["fp32", "fp16"]
     assert [e["engine"]["identity"]["settings"]["max_batch"] for e in engines] == [4, 4]
+    profile = ["--min-batch", "2", "--opt-batch", "2", "--max-batch", "2"]
+    assert run_command(build, "sjepa-build", [str(bundle.path), "--precision", "fp32", *profile, "--json"]) == 0
+    (engine,) = json.loads(capsys.readouterr().out)
+    assert engine["engine"]["parity"][0]["batch_sizes"] == [2]
     assert run_command(build, "sjepa-build", [str(bundle.path), "--precision", "fp8"]) == 2
     rig.faults.spoil = lambda out: out * 2
     assert run_command(build, "sjepa-build", [str(bundle.path), "--rebuild"]) == 1

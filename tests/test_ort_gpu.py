@@ -77,6 +77,30 @@ def test_arrays_on_the_gpu_are_bound_where_they_are(opened, monkeypatch):
     backend.close()
 
 
+def test_a_batch_that_does_not_run_is_an_error_and_keeps_nothing(opened, monkeypatch):
+    bundle = small_bundle("prelocal")
+    windows = bundle.reference().inputs
+    backend = open_backend(bundle, "ort-cuda", "fp32")
+    first = backend.run(windows[:1]).copy()
+    held = len(opened["driver"].allocations)
+
+    class Full:
+        def run_with_iobinding(self, *arguments):
+            raise RuntimeError("Failed to allocate memory for requested buffer of size 6604800\nmore")
+
+        def __getattr__(self, name):
+            return getattr(session, name)
+
+    session, backend._session = backend._session, Full()
+    with pytest.raises(BackendError, match=r"cannot run 3 windows .*: Failed to allocate memory .* 6604800 Free device memory"):
+        backend.run(windows[:3])
+    assert len(opened["driver"].allocations) == held
+    backend._session = session
+    np.testing.assert_array_equal(backend.run(windows[:1]), first)
+    backend.run(windows[:3])
+    backend.close()
+
+
 def test_what_onnx_runtime_would_do_silently_is_named(opened):
     for precision, tf32 in (("fp32", "0"), ("tf32", "1"), ("fp16", "0")):
         open_backend(small_bundle("prelocal"), "ort-cuda", precision).close()

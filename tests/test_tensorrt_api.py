@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tensorrt_lean  # creating its Runtime without a driver ends the process: names only
 import tensorrt_rtx
@@ -12,9 +14,10 @@ from engine_bundles import small_bundle
 from fake_gpu import FakeDriver, Faults, fake_tensorrt
 
 from sjepa_deploy.errors import EngineError, MissingDependencyError
+from sjepa_deploy.export.engine_precision import StoredWeights, judge_types, stored_weights, summarise_layers
 from sjepa_deploy.runtime import tensorrt_api
-from sjepa_deploy.runtime.engines import BuildSettings
-from sjepa_deploy.runtime.tensorrt_api import TensorRT, graph_types, summarise_layers
+from sjepa_deploy.runtime.engines import BuildSettings, LayerSummary
+from sjepa_deploy.runtime.tensorrt_api import TensorRT, graph_types, hold_types
 from sjepa_deploy.spec import VARIANTS, graph_precision
 
 ONLY_BEFORE_11 = {"FP16", "PREFER_PRECISION_CONSTRAINTS"}
@@ -68,8 +71,12 @@ def test_rtx_builds_every_precision_from_the_same_graphs(variant):
     plans = {}
     for precision in api.precisions:
         onnx = bundle.graph_path(precision).read_bytes()
-        plan, _ = api.build(onnx, precision, BuildSettings(max_batch=8, optimization_level=0))
-        plans[precision] = plan
+        built = api.build(onnx, precision, BuildSettings(max_batch=8, optimization_level=0))
+        plans[precision] = built.plan
+        stored = stored_weights(built.plan, built.half_weights)
+        assert (stored.n >= 16) == (precision == "fp16")
+        assert stored.as_half >= 0.9 * stored.n, "the plan of a strongly typed network holds halves"
+        assert stored.as_single == 0
         _, network, _parser = api.parse(onnx, "STRONGLY_TYPED")
         given, made = network.get_input(0), network.get_output(0)
         spec = bundle.spec
@@ -101,6 +108,49 @@ def test_the_types_of_a_graph_are_those_of_a_strongly_typed_network(variant, pre
     assert graph_types(api.module, network) == [layer.get_output(0).dtype for layer in layers]
 
 
+class LayerOf86:
+    """A layer of a strongly typed network as the parser of 8.6 makes it: its casts are identities whose output type is set."""
+
+    def __init__(self, layer):
+        is_cast = layer.type.name == "CAST"
+        self.type = SimpleNamespace(name="IDENTITY" if is_cast else layer.type.name)
+        self.num_inputs, self.num_outputs = layer.num_inputs, layer.num_outputs
+        self.get_input, self.get_output = layer.get_input, layer.get_output
+        self.output_type_is_set = lambda k: is_cast
+        self.get_output_type = lambda k: layer.get_output(k).dtype
+        self.held = {}
+
+    def set_output_type(self, k, dtype):
+        self.held[k] = dtype
+
+
+class NetworkOf86:
+    def __init__(self, network):
+        self.layers = [LayerOf86(network.get_layer(i)) for i in range(network.num_layers)]
+        self.num_layers, self.get_layer, self.get_input = len(self.layers), self.layers.__getitem__, network.get_input
+
+
+@pytest.mark.parametrize("variant", ["prelocal", "postlocal", "contextual"])
+@pytest.mark.parametrize("half", [True, False])
+def test_layers_of_8_6_are_asked_for_the_types_of_the_graph(variant, half):
+    api = TensorRT("tensorrt-rtx")
+    trt = api.module
+    _, strong, _parser = api.parse(small_bundle(variant).graph_path("fp16").read_bytes(), "STRONGLY_TYPED")
+    network = NetworkOf86(strong)
+    hold_types(trt, network, half=half)
+    asked = {name: set() for name in ("MATRIX_MULTIPLY", "CONVOLUTION", "NORMALIZATION", "SOFTMAX")}
+    for i, layer in enumerate(network.layers):
+        wanted = strong.get_layer(i).get_output(0).dtype
+        if layer.held:
+            assert layer.precision == wanted
+            assert layer.held == dict.fromkeys(range(layer.num_outputs), wanted)
+            asked.setdefault(layer.type.name, set()).add(wanted.name)
+    assert asked["MATRIX_MULTIPLY"] == ({"HALF", "FLOAT"} if half else {"FLOAT"})
+    assert asked["NORMALIZATION"] == asked["CONVOLUTION"] == {"FLOAT"}
+    assert asked["SOFTMAX"] == ({"FLOAT"} if variant == "contextual" else set())
+    assert not asked.keys() & {"IDENTITY", "CONSTANT", "SHUFFLE"}
+
+
 def test_rtx_reports_progress_and_stops_when_told():
     onnx = small_bundle("prelocal").graph_path("fp32").read_bytes()
     seen = []
@@ -124,9 +174,9 @@ def test_a_graph_that_tensorrt_does_not_read_is_an_error():
 
 def test_without_a_driver_an_engine_is_refused_with_a_reason_and_no_crash():
     api = TensorRT("tensorrt-rtx")
-    plan, _ = api.build(small_bundle("prelocal").graph_path("fp32").read_bytes(), "fp32", BuildSettings(max_batch=8))
+    built = api.build(small_bundle("prelocal").graph_path("fp32").read_bytes(), "fp32", BuildSettings(max_batch=8))
     with pytest.raises(EngineError, match="refuses the plan: "):
-        api.deserialize(plan[:100])
+        api.deserialize(built.plan[:100])
 
 
 def test_a_missing_or_broken_installation_is_told(monkeypatch):
@@ -154,3 +204,19 @@ def test_layer_types_of_every_schema():
     assert (summary.types, summary.n_opaque) == ({"bf16": 1, "tf32": 1, "fp32": 2}, 0)
     with pytest.raises(EngineError, match="without layer information"):
         summarise_layers(json.dumps({"Layers": ["mm", "ln"]}))
+
+
+def test_fused_layers_are_judged_by_the_weights_that_the_plan_holds():
+    samples = tuple(np.random.default_rng(0).standard_normal((40, 2, 8)).astype(np.float16))
+    halves = b"head" + b"..".join(sample[i % 2].tobytes() for i, sample in enumerate(samples))
+    singles = b"head" + b"..".join(sample[1].astype(np.float32).tobytes() for sample in samples)
+    assert stored_weights(halves, samples) == StoredWeights(n=40, as_half=40, as_single=0)
+    assert stored_weights(singles, samples) == StoredWeights(n=40, as_half=0, as_single=40)
+    opaque = LayerSummary(n_layers=6, types={"fp32": 1}, n_opaque=1)
+    assert judge_types(opaque, "fp16", stored_weights(halves, samples))[0] == "fp16"
+    computes_in, evidence = judge_types(opaque, "fp16", stored_weights(singles, samples))
+    assert computes_in == "fp32"
+    assert evidence == "none of its 6 layers is typed fp16; of 40 samples of weights its plan holds 0 in fp16 and 40 in fp32"
+    told = LayerSummary(n_layers=6, types={"fp32": 6})
+    assert judge_types(told, "fp16", stored_weights(halves, samples))[0] == "fp32", "layers that tell their types are believed"
+    assert judge_types(opaque, "bf16", stored_weights(singles, ()))[0] == "fp32", "nothing proves it"

@@ -26,6 +26,7 @@ from sjepa_deploy.spec import RUN_PRECISIONS, RunPrecision
 )
 @click.option("--flavour", type=click.Choice(list(MODULES)), default="tensorrt", help="Which TensorRT.")
 @click.option("--device", type=click.IntRange(min=0), default=0, help="Which GPU.")
+@click.option("--min-batch", type=click.IntRange(min=1), help="Smallest batch.  [default: 1]")
 @click.option("--opt-batch", type=click.IntRange(min=1), help="Batch that kernels are chosen for.  [default: 1]")
 @click.option("--max-batch", type=click.IntRange(min=1), help="Largest batch.  [default: the graph's]")
 @click.option("--optimization-level", type=click.IntRange(0, 5), default=3, help="How long the builder searches.")
@@ -65,6 +66,7 @@ def build_engines(
     device: int = 0,
     rebuild: bool = False,
     time_limit: float | None = None,
+    min_batch: int | None = None,
     opt_batch: int | None = None,
     max_batch: int | None = None,
     workspace: int | None = None,
@@ -74,7 +76,8 @@ def build_engines(
     records = []
     for precision in precisions:
         settings = default_settings(bundle, precision)
-        profile: dict[str, Any] = {"opt_batch": opt_batch, "max_batch": max_batch, "workspace_mib": workspace}
+        profile: dict[str, Any] = {"min_batch": min_batch, "opt_batch": opt_batch, "max_batch": max_batch}
+        profile["workspace_mib"] = workspace
         settings = dataclasses.replace(settings, **{k: v for k, v in profile.items() if v is not None}, **options)
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         with Progress(*columns, console=screen, transient=True) as bar:
