@@ -29,6 +29,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import SjepaError
@@ -36,7 +37,7 @@ from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.bench import BenchConfig, run_bench
 from sjepa_deploy.runtime.bench_results import SCENARIOS, BenchReport, Samples, load_report, load_samples, write_report
 from sjepa_deploy.runtime.engines import EngineStore
-from sjepa_deploy.runtime.merge import merge
+from sjepa_deploy.runtime.merge import merge, renamed
 
 VARIANTS = ("prelocal", "postlocal", "contextual")
 PRECISIONS = ("fp32", "tf32", "fp16")
@@ -73,11 +74,15 @@ class Part:
 
 ALL = "fp32 tf32 fp16"
 GRAPHS = "ort-cuda torch-cuda-graph"
-MAIN = "back-to-back paced throughput"
+LIVE = "back-to-back paced"
+MAIN = f"{LIVE} throughput"
+PERSISTENT = "--rate=100 --option=persistent=true --suffix=-persistent"  # keeps the GPU, so that each model has its own process
 PARTS = (
     Part("cuda", 90, "cuda", ALL, MAIN, "0.5 paced=5", "--rate=100"),
     Part("tensorrt", 75, "tensorrt", ALL, MAIN, "0.4 paced=2.5", "--rate=100"),
     Part("graphs", 95, GRAPHS, "fp32 fp16", MAIN, "0.4 paced=1", "--rate=100"),
+    *(Part(f"persistent-{v}", 18, "cuda", "fp32", LIVE, "0.5 paced=2.5", f"--variant={v} {PERSISTENT}") for v in VARIANTS),
+    Part("persistent-fp16", 18, "cuda", "fp16", LIVE, "0.5 paced=2.5", f"--variant=contextual {PERSISTENT}"),
     Part("eager", 30, "torch-eager-cuda ort-cpu", "fp32 fp16", "back-to-back"),
     Part("compile", 55, "torch-compile-cuda", "fp32", "back-to-back"),
     Part("wide", 45, f"cuda {GRAPHS}", "fp32 fp16", "throughput", "1", f"--variant={WIDE} --batch=64 --batch=1024"),
@@ -197,6 +202,12 @@ def duration(text: str) -> tuple[str, float]:
     return scenario, float(seconds)
 
 
+def option(text: str) -> tuple[str, Any]:
+    """Return the name and the value of "memory=copy" or "cuda_graph=false"."""
+    name, _, value = text.partition("=")
+    return name, {"true": True, "false": False}.get(value, value)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", type=Path)
@@ -211,7 +222,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=10, help="blocks of a cell")
     parser.add_argument("--deadline", type=float, default=540.0, help="seconds after which no block starts")
     parser.add_argument("--processes", type=int, default=1, help="cold starts of each backend")
-    parser.add_argument("--memory", choices=("mapped", "copy"), default="mapped")
+    parser.add_argument("--option", action="append", default=[], type=option, help="field of BackendOptions, as memory=copy")
+    parser.add_argument("--suffix", default="", help="of the names of backends in the report, which tells of their options")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-build", action="store_true", help="measure the engines that are there")
     parser.add_argument("--quiet", action="store_true", help="print no line for each cell")
@@ -254,7 +266,7 @@ def measure(arguments: argparse.Namespace) -> tuple[BenchReport, Samples]:
         processes=arguments.processes,
         time_limit=max(1.0, arguments.deadline - (time.monotonic() - began)),
         seed=arguments.seed,
-        options=BackendOptions(memory=arguments.memory),
+        options=BackendOptions(**dict(arguments.option)),
         **({"rates": tuple(arguments.rate)} if arguments.rate else {}),
     )
     shown = [0.0]
@@ -265,7 +277,8 @@ def measure(arguments: argparse.Namespace) -> tuple[BenchReport, Samples]:
             shown[0] = time.monotonic()
 
     command = shlex.join(["python", *sys.argv])
-    return run_bench(bundles, config, command=command, progress=progress)
+    report, samples = run_bench(bundles, config, command=command, progress=progress)
+    return renamed(report, {name: name + arguments.suffix for name in arguments.backend}) if arguments.suffix else report, samples
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -60,6 +60,25 @@ def merge(runs: Sequence[tuple[BenchReport, Samples]]) -> tuple[BenchReport, Sam
         samples_file=None,
     )
     return replace(merged, recommendations=recommend(merged)), samples
+
+
+def renamed(report: BenchReport, names: Mapping[str, str]) -> BenchReport:
+    """Return `report` with other names of backends: one that was opened with options of its own is another one.
+
+    Its recommendations and ages of decisions are left out.
+    """
+
+    def new(old: str) -> str:
+        return names.get(old, old)
+
+    return replace(
+        report,
+        cells=tuple(replace(cell, key=replace(cell.key, backend=new(cell.key.backend))) for cell in report.cells),
+        parity=tuple(replace(j, result=replace(j.result, backend=new(j.result.backend))) for j in report.parity),
+        capacity=tuple(replace(found, backend=new(found.backend)) for found in report.capacity),
+        recommendations=(),
+        decision_age=(),
+    )
 
 
 def _hardware(report: BenchReport) -> tuple[str, int, str | None]:
