@@ -22,7 +22,7 @@ from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import run_command
 from sjepa_deploy.cli.bench import Share, bench
 from sjepa_deploy.errors import BackendError, BenchmarkError
-from sjepa_deploy.runtime import environment, noise, scenarios, subjects
+from sjepa_deploy.runtime import cold_start, environment, noise, scenarios, subjects
 from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.bench import BenchConfig, run_bench
 from sjepa_deploy.runtime.bench_results import (
@@ -170,6 +170,12 @@ def test_cold_starts_have_their_phases_and_the_memory_of_the_process(whole):
         assert cell.cold_start.calls_to_steady >= 1
     with_torch, without = (cells(report, scenario="cold-start", backend=b)[0] for b in ("torch-eager", "ort-cpu"))
     assert with_torch.resources.host_bytes > without.resources.host_bytes + 50e6
+
+
+def test_braindecode_starts_in_a_process_of_its_own(make_bundle):
+    """Its torchaudio may not load on a machine without CUDA, also where nothing was imported before."""
+    started = cold_start.measure(make_bundle("prelocal").path, "braindecode", "fp32", n_threads=1)
+    assert started.phases["import"] > started.phases["steady call"] > 0
 
 
 def test_environment_noise_and_recommendation_are_told(whole):
