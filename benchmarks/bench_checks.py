@@ -1,12 +1,13 @@
 """Does the benchmark tell what is there? Runs of `sjepa-bench` on faults that were planted, and on nothing.
 
-    python benchmarks/bench_checks.py BUNDLES agreement|slowdown|stalls --out benchmarks/results/bench_checks_MACHINE_DATE
+    python benchmarks/bench_checks.py BUNDLES agreement slowdown stalls --out benchmarks/results/bench_checks_MACHINE_DATE
 
 - agreement: the same benchmark twice, in processes of their own. How many cells agree within their own intervals?
 - slowdown: ONNX Runtime in one run and the same with calls 10 % and 1 % longer in another. What does --compare claim?
 - stalls: one call in a thousand takes 20 ms. What do closed loop and open loop show?
 
-Each part adds itself to OUT.json; the table is written anew. BUNDLES is the folder that `pack_bundles.py` makes.
+Each part adds itself to OUT.json when it is done, and the table is written anew: an interrupt loses the part that runs. BUNDLES
+is the folder that `pack_bundles.py` makes. All three take about seven minutes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,9 @@ from machine import describe_machine, write_result
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.runtime.bench import BenchConfig, run_bench
-from sjepa_deploy.runtime.bench_results import HARNESS, BenchReport, CellKey, Samples, load_report, load_samples
+from sjepa_deploy.runtime.bench_results import HARNESS, BenchReport, CellKey, load_report, load_samples
 from sjepa_deploy.runtime.compare import compare
+from sjepa_deploy.runtime.merge import renamed
 
 VARIANTS = ("prelocal", "postlocal", "contextual")
 
@@ -83,7 +86,7 @@ OPTIONS = (
 
 def noise(report: BenchReport) -> dict[str, Any]:
     assert report.noise is not None
-    return {"noisy": report.noise.noisy, "reasons": report.noise.reasons, "canary_spread": report.noise.canary_spread}
+    return {name: getattr(report.noise, name) for name in ("noisy", "reasons", "canary_spread", "others_cpu", "stolen_cpu")}
 
 
 def slowdown(bundles: tuple[Bundle, ...], seconds: float) -> dict[str, Any]:
@@ -93,7 +96,8 @@ def slowdown(bundles: tuple[Bundle, ...], seconds: float) -> dict[str, Any]:
     found = {}
     plain = run_bench(bundles, replace(plan, backends=("slow-0",)))
     for name in ("slow-10", "slow-1"):
-        slow = renamed(run_bench(bundles, replace(plan, backends=(name,), seed=1)), name, "slow-0")
+        report, samples = run_bench(bundles, replace(plan, backends=(name,), seed=1))
+        slow = renamed(report, {name: "slow-0"}), samples
         found[name] = [
             {
                 "cell": change.key.label,
@@ -104,12 +108,6 @@ def slowdown(bundles: tuple[Bundle, ...], seconds: float) -> dict[str, Any]:
         ]
         found[name].append({"noise": noise(slow[0])})
     return found
-
-
-def renamed(run: tuple[BenchReport, Samples], old: str, new: str) -> tuple[BenchReport, Samples]:
-    report, samples = run
-    cells = tuple(replace(c, key=replace(c.key, backend=new)) if c.key.backend == old else c for c in report.cells)
-    return replace(report, cells=cells), samples
 
 
 def stalls(bundles: tuple[Bundle, ...], seconds: float) -> dict[str, Any]:
@@ -133,13 +131,15 @@ def stalls(bundles: tuple[Bundle, ...], seconds: float) -> dict[str, Any]:
     return {"cells": rows, "cost_of_measuring": cost, "noise": noise(report)}
 
 
+PARTS = {"agreement": agreement, "slowdown": slowdown, "stalls": stalls}
+
+
 def table(result: dict[str, Any]) -> str:
     lines = []
     if found := result.get("agreement"):
         lines += [
             f"Two runs: the intervals of the medians overlap in {found['overlap']} of {len(found['cells'])} cells; "
-            f"changes claimed by `--compare`: {sum(r['verdict'] != 'no change shown' for r in found['cells'])}. "
-            f"Noisy: {[n['noisy'] for n in found['noise']]}.",
+            f"changes claimed by `--compare`: {sum(r['verdict'] != 'no change shown' for r in found['cells'])}.",
             "",
             "| cell | run 1 p50 us (95 %) | run 2 p50 us (95 %) | change | claimed |",
             "| --- | --- | --- | --- | --- |",
@@ -172,13 +172,26 @@ def table(result: dict[str, Any]) -> str:
         cost = found["cost_of_measuring"]
         lines += ["", f"Measuring costs {cost['turn_of_the_loop_us']:.2f} us a call, of which an empty call shows "]
         lines[-1] += f"{cost['empty_call_us']:.2f} us."
+    lines += ["", "Was the machine quiet?", ""]
+    for part, found in noises(result):
+        lines.append(f"- {part}: {' '.join(found['reasons']) or 'yes'}")
     return "\n".join(lines).strip()
+
+
+def noises(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every run's name and what disturbed it."""
+    if found := result.get("agreement"):
+        yield from ((f"agreement, run {i}", noise) for i, noise in enumerate(found["noise"], 1))
+    for name, rows in result.get("slowdown", {}).items():
+        yield from ((f"slowdown, {name.removeprefix('slow-')} %", row["noise"]) for row in rows if "noise" in row)
+    if found := result.get("stalls"):
+        yield "stalls", found["noise"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", type=Path)
-    parser.add_argument("part", choices=("agreement", "slowdown", "stalls"))
+    parser.add_argument("parts", nargs="+", choices=list(PARTS))
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="may be repeated; all by default")
     parser.add_argument("--seconds", type=float, default=3.0, help="in a cell; twice as long for slowdown, ten times for stalls")
     parser.add_argument("--out", type=Path, required=True, help="path without suffix; .json and .md are written")
@@ -187,8 +200,9 @@ def main() -> None:
     result: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     result["machine"] = describe_machine()
     bundles = tuple(Bundle.open(args.bundles / variant) for variant in args.variant or VARIANTS)
-    result[args.part] = {"agreement": agreement, "slowdown": slowdown, "stalls": stalls}[args.part](bundles, args.seconds)
-    write_result(args.out, result, table(result))
+    for part in args.parts:
+        result[part] = PARTS[part](bundles, args.seconds)
+        write_result(args.out, result, table(result))
 
 
 if __name__ == "__main__":

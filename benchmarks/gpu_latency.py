@@ -1,31 +1,159 @@
 """How fast is every backend of a GPU machine? `sjepa-bench` where there is neither click nor an installed package.
 
-    python benchmarks/gpu_latency.py BUNDLES OUT/tensorrt --backend tensorrt [--deadline 540]
+    python benchmarks/gpu_latency.py BUNDLES OUT/latency_H100_DATE --report --deadline 330 \
+        --python "COMMAND" --tensorrt-python "COMMAND"
     python benchmarks/gpu_latency.py BUNDLES OUT/others --backend ort-cuda --backend torch-cuda-graph ... [--scenario paced]
-    python benchmarks/gpu_latency.py BUNDLES OUT/latency_H200_DATE --merge OUT/tensorrt.json OUT/others.json
+    python benchmarks/gpu_latency.py BUNDLES OUT/latency_H100_DATE --merge OUT/tensorrt.json OUT/others.json
 
-BUNDLES holds one bundle a folder (`benchmarks/pack_bundles.py` makes them on any machine). Engines are built first where
-TensorRT is asked for. A run ends at its deadline with what it has, all cells with as many blocks; `--merge` makes one report of
-runs that needed different Pythons. OUT is a name without suffix: .json and .npz are written.
+BUNDLES holds one bundle a folder (`benchmarks/pack_bundles.py` makes them on any machine). OUT is a name without suffix: .json
+and .npz are written, and `sjepa-bench --render OUT.json BUNDLES/*` makes the pages of them.
+
+--report measures everything in parts, what matters most first, each in a process of its own with a limit of its own: TensorRT 8.6
+needs another Python than PyTorch, and a backend that hangs or breaks the GPU's context takes its own part only. COMMAND is what a
+shell runs in front of this script's name. After each part the report of all so far is written; what does not fit before the
+deadline is not begun, and a part that is there from an earlier call is not measured again.
+
+Engines that are missing are built where TensorRT is asked for, unless --no-build. A run ends at its deadline with what it has,
+all cells with as many blocks; opening takes at most half of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
+import signal
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import SjepaError
 from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.bench import BenchConfig, run_bench
 from sjepa_deploy.runtime.bench_results import SCENARIOS, BenchReport, Samples, load_report, load_samples, write_report
-from sjepa_deploy.runtime.merge import merge
+from sjepa_deploy.runtime.engines import EngineStore
+from sjepa_deploy.runtime.merge import merge, renamed
 
 VARIANTS = ("prelocal", "postlocal", "contextual")
 PRECISIONS = ("fp32", "tf32", "fp16")
+WIDE = "contextual-1024"
+"""The bundle that takes batches of 1024; its part is left out where it is not there."""
+
+GRACE_S = 20.0
+"""A part that has not ended so long after its limit is interrupted, upon which it writes what it has, and later killed."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is measured in one process: words as they stand behind the options of this script."""
+
+    name: str
+    seconds: float
+    backends: str
+    precisions: str
+    scenarios: str
+    duration: str = "0.5"
+    more: str = ""
+
+    @property
+    def options(self) -> list[str]:
+        """The options of this script."""
+        named = {
+            "backend": self.backends,
+            "precision": self.precisions,
+            "scenario": self.scenarios,
+            "duration": self.duration,
+        }
+        return [f"--{name}={word}" for name, words in named.items() for word in words.split()] + self.more.split()
+
+
+ALL = "fp32 tf32 fp16"
+GRAPHS = "ort-cuda torch-cuda-graph"
+LIVE = "back-to-back paced"
+MAIN = f"{LIVE} throughput"
+PERSISTENT = "--rate=100 --option=persistent=true --suffix=-persistent"  # keeps the GPU, so that each model has its own process
+PARTS = (
+    Part("cuda", 90, "cuda", ALL, MAIN, "0.5 paced=5", "--rate=100"),
+    Part("tensorrt", 75, "tensorrt", ALL, MAIN, "0.4 paced=2.5", "--rate=100"),
+    Part("graphs", 95, GRAPHS, "fp32 fp16", MAIN, "0.4 paced=1", "--rate=100"),
+    *(Part(f"persistent-{v}", 18, "cuda", "fp32", LIVE, "0.5 paced=2.5", f"--variant={v} {PERSISTENT}") for v in VARIANTS),
+    Part("persistent-fp16", 18, "cuda", "fp16", LIVE, "0.5 paced=2.5", f"--variant=contextual {PERSISTENT}"),
+    Part("eager", 30, "torch-eager-cuda ort-cpu", "fp32 fp16", "back-to-back"),
+    Part("compile", 55, "torch-compile-cuda", "fp32", "back-to-back"),
+    Part("wide", 45, f"cuda {GRAPHS}", "fp32 fp16", "throughput", "1", f"--variant={WIDE} --batch=64 --batch=1024"),
+    Part("tf32", 25, GRAPHS, "tf32", "back-to-back"),
+    Part("streams", 40, f"cuda {GRAPHS}", "fp32", "streams", "2"),
+    Part("streams-tensorrt", 20, "tensorrt", "fp32", "streams", "2"),
+    Part("slow", 50, f"cuda {GRAPHS}", "fp32", "paced", "2.5", "--rate=10"),
+    Part("slow-tensorrt", 25, "tensorrt", "fp32", "paced", "2.5", "--rate=10"),
+    Part("cold", 70, f"cuda {GRAPHS}", "fp32", "cold-start"),
+    Part("cold-tensorrt", 20, "tensorrt", "fp32", "cold-start"),
+    Part("compile-more", 90, "torch-compile-cuda", "fp16 tf32", "back-to-back"),
+    Part("eager-more", 40, "torch-eager-cuda", "tf32", "back-to-back"),
+)
+"""The report, what matters most first."""
+
+
+def make_report(arguments: argparse.Namespace) -> None:
+    """Measure the parts one after the other until the deadline, and write the report of all after each."""
+    end = time.monotonic() + arguments.deadline
+    parts = arguments.parts or arguments.out.parent / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    done: list[Path] = []
+    for part in PARTS:
+        if arguments.only and part.name not in arguments.only.split(","):
+            continue
+        file = parts / f"{part.name}.json"
+        left = end - time.monotonic()
+        if part.name == "wide" and not (arguments.bundles / WIDE).is_dir():
+            print(f"{part.name}: there is no {arguments.bundles / WIDE}", flush=True)
+            continue
+        if not file.is_file():
+            if left < part.seconds / 2:
+                print(f"{part.name}: left out, {left:.0f} s are left", flush=True)
+                continue
+            limit = min(part.seconds, left)
+            python = arguments.tensorrt_python if part.backends == "tensorrt" else arguments.python
+            options = [*part.options, f"--deadline={limit:.0f}", "--blocks=5", "--quiet"]
+            options += ["--no-build"] if arguments.no_build else []
+            began = time.monotonic()
+            run_part(f"{python} {shlex.join([__file__, str(arguments.bundles), str(parts / part.name), *options])}", limit)
+            print(f"{part.name}: {time.monotonic() - began:.0f} s, {'written' if file.is_file() else 'NOTHING'}", flush=True)
+        if file.is_file():
+            done.append(file)
+            write_merged(done, arguments.out)
+    if done:
+        summary(write_merged(done, arguments.out))
+
+
+def run_part(command: str, limit: float) -> None:
+    """Run `command` in a shell; past its limit it is interrupted, and then killed with all that it started."""
+    process = subprocess.Popen(["bash", "-c", command], start_new_session=True)
+    try:
+        for sign in (signal.SIGINT, signal.SIGKILL):
+            try:
+                process.wait(limit + GRACE_S)
+                return
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, sign)
+                limit = 0.0
+        process.wait()
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(GRACE_S)
+        raise
+
+
+def write_merged(files: Sequence[Path], out: Path) -> BenchReport:
+    """Write the report of `files`, and return it."""
+    reports = [(path, load_report(path)) for path in files]
+    report, samples = merge([(report, load_samples(report, path)) for path, report in reports])
+    return write_report(report, samples, out.parent / f"{out.name}.json")
 
 
 def build(bundles: tuple[Bundle, ...], backends: list[str], precisions: list[str]) -> None:
@@ -36,7 +164,10 @@ def build(bundles: tuple[Bundle, ...], backends: list[str], precisions: list[str
         if flavour not in backends:
             continue
         for bundle in bundles:
+            there = {r.identity.precision for r in EngineStore(bundle=bundle).records() if r.identity.machine.flavour == flavour}
             for precision in precisions:
+                if precision in there:
+                    continue
                 try:
                     record = build_engine(bundle, precision, flavour=flavour)  # type: ignore[arg-type]
                     print(
@@ -65,6 +196,18 @@ def summary(report: BenchReport) -> None:
     print("noise:", report.noise, "partial:", report.partial)
 
 
+def duration(text: str) -> tuple[str, float]:
+    """Return the scenario, "" for all, and the seconds of "2" or "paced=50"."""
+    scenario, _, seconds = text.rpartition("=")
+    return scenario, float(seconds)
+
+
+def option(text: str) -> tuple[str, Any]:
+    """Return the name and the value of "memory=copy" or "cuda_graph=false"."""
+    name, _, value = text.partition("=")
+    return name, {"true": True, "false": False}.get(value, value)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", type=Path)
@@ -72,48 +215,70 @@ def main() -> None:
     parser.add_argument("--backend", action="append", default=[])
     parser.add_argument("--precision", action="append", default=[], choices=PRECISIONS)
     parser.add_argument("--scenario", action="append", default=[], choices=SCENARIOS)
-    parser.add_argument("--variant", action="append", default=[], choices=VARIANTS)
-    parser.add_argument("--duration", type=float, default=2.0, help="seconds in each cell")
+    parser.add_argument("--variant", action="append", default=[], help="folder in BUNDLES; all three by default")
+    parser.add_argument("--batch", action="append", default=[], type=int)
+    parser.add_argument("--rate", action="append", default=[], type=float)
+    parser.add_argument("--duration", action="append", default=[], type=duration, help="seconds in each cell, 2 or paced=50")
+    parser.add_argument("--blocks", type=int, default=10, help="blocks of a cell")
     parser.add_argument("--deadline", type=float, default=540.0, help="seconds after which no block starts")
     parser.add_argument("--processes", type=int, default=1, help="cold starts of each backend")
-    parser.add_argument("--memory", choices=("mapped", "copy"), default="mapped")
+    parser.add_argument("--option", action="append", default=[], type=option, help="field of BackendOptions, as memory=copy")
+    parser.add_argument("--suffix", default="", help="of the names of backends in the report, which tells of their options")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-build", action="store_true", help="measure the engines that are there")
+    parser.add_argument("--quiet", action="store_true", help="print no line for each cell")
+    parser.add_argument("--report", action="store_true", help="measure everything, in parts")
+    parser.add_argument("--python", default=shlex.quote(sys.executable), help="with --report: runs parts without TensorRT")
+    parser.add_argument("--tensorrt-python", default=shlex.quote(sys.executable), help="with --report: runs parts with TensorRT")
+    parser.add_argument("--parts", type=Path, help="with --report: folder of the parts.  [default: parts, beside OUT]")
+    parser.add_argument("--only", help="with --report: names of parts, separated by commas")
     parser.add_argument("--merge", type=Path, nargs="+", help="reports to make one of, in place of a run")
     arguments = parser.parse_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    file = arguments.out.parent / f"{arguments.out.name}.json"
+    if arguments.report:
+        make_report(arguments)
+        return
     if arguments.merge:
-        reports = [(path, load_report(path)) for path in arguments.merge]
-        report, samples = merge([(report, load_samples(report, path)) for path, report in reports])
+        report = write_merged(arguments.merge, arguments.out)
     else:
-        report, samples = measure(arguments)
-    summary(write_report(report, samples, file))
+        measured, samples = measure(arguments)
+        report = write_report(measured, samples, arguments.out.parent / f"{arguments.out.name}.json")
+    if not arguments.quiet:
+        summary(report)
 
 
 def measure(arguments: argparse.Namespace) -> tuple[BenchReport, Samples]:
     began = time.monotonic()
     bundles = tuple(Bundle.open(arguments.bundles / variant) for variant in arguments.variant or VARIANTS)
     precisions = arguments.precision or list(PRECISIONS)
-    build(bundles, arguments.backend, precisions)
+    if not arguments.no_build:
+        build(bundles, arguments.backend, precisions)
+    seconds_of = dict(arguments.duration)
+    seconds = seconds_of.pop("", 2.0)
     config = BenchConfig(
         backends=tuple(arguments.backend),
         precisions=tuple(precisions),
         scenarios=tuple(arguments.scenario) or SCENARIOS,
-        seconds=arguments.duration,
+        batches=tuple(arguments.batch),
+        seconds=seconds,
+        seconds_of=seconds_of,
+        n_blocks=arguments.blocks,
         processes=arguments.processes,
         time_limit=max(1.0, arguments.deadline - (time.monotonic() - began)),
         seed=arguments.seed,
-        options=BackendOptions(memory=arguments.memory),
+        options=BackendOptions(**dict(arguments.option)),
+        **({"rates": tuple(arguments.rate)} if arguments.rate else {}),
     )
     shown = [0.0]
 
     def progress(text: str, done: int, total: int) -> None:
-        if not total or time.monotonic() - shown[0] > 20:
+        if not arguments.quiet and (not total or time.monotonic() - shown[0] > 20):
             print(f"{time.monotonic() - began:6.0f} s  {done} of {total}  {text}", flush=True)
             shown[0] = time.monotonic()
 
     command = shlex.join(["python", *sys.argv])
-    return run_bench(bundles, config, command=command, progress=progress)
+    report, samples = run_bench(bundles, config, command=command, progress=progress)
+    return renamed(report, {name: name + arguments.suffix for name in arguments.backend}) if arguments.suffix else report, samples
 
 
 if __name__ == "__main__":

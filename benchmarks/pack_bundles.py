@@ -1,6 +1,7 @@
-"""Export the bundles that `benchmarks/gpu_engines.py` runs: python benchmarks/pack_bundles.py .gpu/bundles.
+"""Export the bundles of the GPU benchmarks: python benchmarks/pack_bundles.py .gpu/bundles [--wide].
 
-Three variants at 129 channels x 200 samples, 100 Hz, random weights, batch 1..64: 37 MB in all.
+Three variants at 129 channels x 200 samples, 100 Hz, random weights, batch 1..64: 37 MB in all. With --wide also
+contextual-1024, the same Contextual for batches of up to 1024: 29 MB more.
 """
 
 from __future__ import annotations
@@ -11,10 +12,17 @@ from pathlib import Path
 from sjepa_deploy.cli import run_command
 from sjepa_deploy.cli.export import export
 
+
+def pack(bundle: Path, *flags: str) -> None:
+    """Export one bundle without engines, or end the process."""
+    common = ["--out", str(bundle), "--engine", "none", "--precision", "fp32,fp16", "--force"]
+    if status := run_command(export, "sjepa-export", [*flags, *common]):
+        sys.exit(status)
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     for variant in ("prelocal", "postlocal", "contextual"):
-        contract = ["--variant", variant, "--montage", "GSN-HydroCel-129", "--n-times", "200", "--sfreq", "100"]
-        flags = ["--out", str(folder / variant), "--engine", "none", "--precision", "fp32,fp16", "--force"]
-        if status := run_command(export, "sjepa-export", contract + flags):
-            sys.exit(status)
+        pack(folder / variant, "--variant", variant, "--montage", "GSN-HydroCel-129", "--n-times", "200", "--sfreq", "100")
+    if "--wide" in sys.argv[2:]:
+        pack(folder / "contextual-1024", "--checkpoint", str(folder / "contextual" / "checkpoint"), "--max-batch", "1024")

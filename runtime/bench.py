@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ import numpy as np
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BenchmarkError, SjepaError
-from sjepa_deploy.runtime import estimates, latency
+from sjepa_deploy.runtime import latency
 from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.bench_results import (
     INTERRUPTED,
@@ -34,8 +34,9 @@ from sjepa_deploy.runtime.compare import recommend
 from sjepa_deploy.runtime.cuda import Device
 from sjepa_deploy.runtime.environment import CpuTimes, Nvml, environment
 from sjepa_deploy.runtime.keep_warm import Clock
+from sjepa_deploy.runtime.noise import Canary, judge
 from sjepa_deploy.runtime.scenarios import Bench, ClosedLoop, ColdStarts, Measurement, Paced, Streams
-from sjepa_deploy.runtime.subjects import Subject, bundle_facts, grouped, harness, open_subjects
+from sjepa_deploy.runtime.subjects import TOO_LATE, Subject, bundle_facts, grouped, harness, open_subjects
 from sjepa_deploy.spec import RunPrecision
 
 logger = logging.getLogger(__name__)
@@ -47,13 +48,6 @@ THROUGHPUT_BATCHES = (1, 4, 16, 64)
 
 SETTLE_S = 0.02
 """Pause before each block: thread pools spin for some milliseconds after their last call."""
-
-CANARY_LOOPS, CANARY_REPEATS = 5_000, 5
-
-MAX_CANARY_SPREAD = 0.05
-MAX_OTHERS_CPU = 0.1
-MAX_STOLEN_CPU = 0.02
-"""A machine on which the canary's medians spread by more, or on which others take more cores than this, is called noisy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +70,8 @@ class BenchConfig:
         Seconds from due to done; None for the time to the next window.
     seconds : float
         Time in each cell.
+    seconds_of : dict of str to float
+        The same for some scenarios: at 10 windows a second a p99 takes 50 s, of a closed loop often less than one.
     n_blocks : int
         Blocks that it is cut into.
     processes : int
@@ -95,6 +91,7 @@ class BenchConfig:
     rates: tuple[float, ...] = RATES
     deadline: float | None = None
     seconds: float = 10.0
+    seconds_of: Mapping[Scenario, float] = field(default_factory=dict)
     n_blocks: int = 10
     processes: int = 3
     time_limit: float | None = None
@@ -102,22 +99,25 @@ class BenchConfig:
     options: BackendOptions = field(default_factory=BackendOptions)
 
     def __post_init__(self) -> None:
-        if unknown := [s for s in self.scenarios if s not in SCENARIOS]:
+        if unknown := [s for s in (*self.scenarios, *self.seconds_of) if s not in SCENARIOS]:
             raise BenchmarkError(f"{unknown[0]!r} is not a scenario.", f"Use some of {', '.join(SCENARIOS)}.")
         if not self.scenarios:
             raise BenchmarkError("There is no scenario to run.", f"Use some of {', '.join(SCENARIOS)}.")
+        if not self.rates:
+            raise BenchmarkError("There is no rate to pace at.", "Name at least one.")
         positive = {
-            "rate": min(self.rates, default=0),
-            "deadline": self.deadline or 1,
-            "batch": min(self.batches, default=1),
-            "duration": self.seconds,
-            "time limit": self.time_limit or 1,
-            "number of blocks": self.n_blocks,
-            "number of processes": self.processes,
+            "rate": self.rates,
+            "deadline": (self.deadline,),
+            "batch": self.batches,
+            "duration": (self.seconds, *self.seconds_of.values()),
+            "time limit": (self.time_limit,),
+            "number of blocks": (self.n_blocks,),
+            "number of processes": (self.processes,),
         }
-        for name, value in positive.items():
-            if not 0 < value < 1e6:
-                raise BenchmarkError(f"A {name} of {value:g} cannot be run.", "Use a positive number below a million.")
+        for name, values in positive.items():
+            for value in values:
+                if value is not None and not 0 < value < 1e6:
+                    raise BenchmarkError(f"A {name} of {value:g} cannot be run.", "Use a positive number below a million.")
 
 
 class Progress(Protocol):
@@ -130,26 +130,6 @@ class Progress(Protocol):
 
 def _silent(text: str, done: int, total: int) -> None:
     """Show nothing."""
-
-
-class Canary:
-    """A fixed piece of work, timed before every block: what it takes tells how fast the machine is just then."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self.us: list[float] = []
-
-    def sing(self) -> None:
-        """Time the work, and keep the median."""
-        now = self._clock.now
-        times = []
-        for _ in range(CANARY_REPEATS):
-            start = now()
-            total = 0
-            for i in range(CANARY_LOOPS):
-                total += i
-            times.append(now() - start)
-        self.us.append(float(np.median(times)) * 1e6)
 
 
 class Run:
@@ -169,10 +149,14 @@ class Run:
         self.rng = np.random.default_rng(config.seed)
 
     @property
-    def out_of_time(self) -> bool:
-        """Whether the time limit has passed."""
+    def elapsed(self) -> float:
+        """Seconds since the run began."""
+        return self.clock.now() - self.began
+
+    def out_of(self, share: float) -> bool:
+        """Whether this share of the time limit has passed."""
         limit = self.config.time_limit
-        return limit is not None and self.clock.now() - self.began > limit
+        return limit is not None and self.elapsed > share * limit
 
     # ---- what to measure ---------------------------------------------------------------------------------------------------
 
@@ -186,16 +170,16 @@ class Run:
             precisions=config.precisions,
             options=config.options,
             seed=config.seed,
+            late=lambda: self.out_of(0.5),
         )
         for found in opened:
             if isinstance(found, LeftOut):
                 self.left_out.append(found)
+                if found.reason == TOO_LATE:
+                    self.partial = "Half of the time limit passed before all backends were open."
             else:
                 self.subjects.append(found)
                 progress(f"{found.label} is open and judged", 0, 0)
-            if self.out_of_time:
-                self.partial = "The time limit passed before all backends were open."
-                break
         if not self.subjects:
             reasons = "; ".join(f"{entry.what}: {entry.reason}" for entry in grouped(self.left_out))
             raise BenchmarkError(f"No backend can be measured here: {reasons}", "Name another --backend or --precision.")
@@ -203,14 +187,15 @@ class Run:
     def plan(self, bench: Bench, cache: Path) -> None:
         """Make the measurements of every subject; the backend that does nothing comes first."""
         config = self.config
+        of = {s: replace(bench, seconds=config.seconds_of.get(s, config.seconds) / config.n_blocks) for s in SCENARIOS}
         nothing = harness(self.bundles[0], self.facts[0].label, seed=config.seed)
-        self.measurements.append(ClosedLoop(bench, nothing, config.n_blocks, "back-to-back", nothing.sizes[0]))
+        self.measurements.append(ClosedLoop(of["back-to-back"], nothing, config.n_blocks, "back-to-back", nothing.sizes[0]))
         if "paced" in config.scenarios:
             for rate in config.rates:
-                self.measurements.append(Paced(bench, nothing, config.n_blocks, rate, config.deadline, keep_warm=False))
+                self.measurements.append(Paced(of["paced"], nothing, config.n_blocks, rate, config.deadline, keep_warm=False))
         for subject in self.subjects:
             for scenario in config.scenarios:
-                self.measurements += self._measurements(bench, subject, scenario, cache)
+                self.measurements += self._measurements(of[scenario], subject, scenario, cache)
 
     def _measurements(self, bench: Bench, subject: Subject, scenario: Scenario, cache: Path) -> Iterator[Measurement]:
         config, n_blocks = self.config, self.config.n_blocks
@@ -245,8 +230,9 @@ class Run:
         total, done = sum(m.n_blocks for m in self.measurements), 0
         while waiting := [m for m in self.measurements if not m.finished]:
             for index in self.rng.permutation(len(waiting)):
-                if self.out_of_time:
-                    self.partial = f"The time limit of {self.config.time_limit:g} s passed after {done} of {total} blocks."
+                if self.out_of(1.0):
+                    late = f"The time limit of {self.config.time_limit:g} s passed after {done} of {total} blocks."
+                    self.partial = late if self.partial is None else f"{self.partial} {late}"
                     return
                 measurement = waiting[index]
                 progress(f"{measurement.scenario}: {measurement.subject.label}", done, total)
@@ -292,12 +278,12 @@ class Run:
         report = BenchReport(
             schema_version=SCHEMA_VERSION,
             created=self.created.isoformat(timespec="seconds"),
-            seconds=self.clock.now() - self.began,
+            seconds=self.elapsed,
             command=self.command,
             seed=self.config.seed,
             partial=self.partial,
             environment=environment(),
-            noise=self._noise(),
+            noise=self._noise(cells),
             bundles=self.facts,
             cells=tuple(cells),
             loop_us=self.loop_us,
@@ -308,40 +294,17 @@ class Run:
         specs = {fact.label: bundle.spec for fact, bundle in zip(self.facts, self.bundles, strict=True)}
         return with_budgets(replace(report, recommendations=recommend(report)), specs), samples
 
-    def _noise(self) -> Noise | None:
+    def _noise(self, cells: list[Cell]) -> Noise | None:
         if self.cpu_before is None or not self.canary.us:
             return None
-        now, canary = CpuTimes.now(), np.array(self.canary.us)
-        others, stolen = now.others_since(self.cpu_before), now.stolen_since(self.cpu_before)
-        low, middle, high = np.quantile(canary, [0.25, 0.5, 0.75])
-        spread = float((high - low) / middle)
-        reasons = []
-        if spread > MAX_CANARY_SPREAD:
-            reasons.append(f"The same work took times that spread by {spread:.0%} (interquartile range) over the run.")
-        if others is not None and others > MAX_OTHERS_CPU:
-            reasons.append(f"Other processes kept {others:.2f} cores busy.")
-        if stolen is not None and stolen > MAX_STOLEN_CPU:
-            reasons.append(f"The hypervisor took {stolen:.2f} cores.")
-        if estimates.has_trend(canary) and abs(_drift(canary)) > MAX_CANARY_SPREAD:
-            reasons.append(f"The machine drifted: the same work changed by {_drift(canary):+.0%} from start to end.")
-        return Noise(
-            noisy=bool(reasons),
-            reasons=tuple(reasons),
-            canary_us=estimates.of_blocks(canary),
-            canary_spread=spread,
-            others_cpu=others,
-            stolen_cpu=stolen,
-        )
+        now = CpuTimes.now()
+        others, stolen = now.others_since(self.cpu_before), now.stolen_during(self.cpu_before)
+        return judge(self.canary.us, others, None if stolen is None else stolen[0] / stolen[1], cells)
 
     def close(self) -> None:
         """Release every backend."""
         for subject in self.subjects:
             subject.close()
-
-
-def _drift(series: np.ndarray[Any, Any]) -> float:
-    quarter = max(1, len(series) // 4)
-    return float(np.median(series[-quarter:]) / np.median(series[:quarter]) - 1)
 
 
 def run_bench(

@@ -354,7 +354,9 @@ class Cell:
     resources : Resources
         Memory and energy.
     before, after : MachineState
-        Clocks and temperatures.
+        Clocks and temperatures before its first block and after its last.
+    stolen_cpu : float or None
+        Cores that the hypervisor took during its blocks, on average; None where the system does not tell.
     """
 
     id: str
@@ -369,6 +371,7 @@ class Cell:
     resources: Resources = Resources()
     before: MachineState = MachineState()
     after: MachineState = MachineState()
+    stolen_cpu: float | None = None
 
     @property
     def struck_out(self) -> bool:

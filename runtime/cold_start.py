@@ -95,12 +95,15 @@ def child(began: float) -> None:
     """Do what `measure` asks for in this process, and print when each step was done."""
     from sjepa_deploy.bundle import Bundle
     from sjepa_deploy.runtime.backend import BackendOptions, open_backend
-    from sjepa_deploy.runtime.peers import ALL_BACKENDS
+    from sjepa_deploy.runtime.peers import ALL_BACKENDS, import_braindecode
     from sjepa_deploy.runtime.subjects import example_windows
 
     request = json.loads(sys.argv[1])
     entry = ALL_BACKENDS[request["backend"]]
-    importlib.import_module(entry.package)
+    if entry.package == "braindecode":
+        import_braindecode()
+    else:
+        importlib.import_module(entry.package)
     importlib.import_module(entry.target.partition(":")[0])
     imported = time.perf_counter()
     bundle = Bundle.open(request["bundle"])

@@ -21,6 +21,8 @@ PACKAGES = (
     *("starlette", "uvicorn", "prometheus-client", "tritonclient", "nvidia-pytriton", "braindecode"),
 )
 
+STAT = Path("/proc/stat")
+
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
     """Return the version of each package, or None where it is not installed."""
@@ -191,10 +193,9 @@ class CpuTimes:
         """Return those of now."""
         times = os.times()
         own = times.user + times.system + times.children_user + times.children_system
-        stat = Path("/proc/stat")
-        if not stat.is_file():
+        if not STAT.is_file():
             return cls(at=time.perf_counter(), own=own, busy=None, stolen=None)
-        user, nice, system, _idle, _wait, irq, softirq, stolen = map(float, stat.read_text().splitlines()[0].split()[1:9])
+        user, nice, system, _idle, _wait, irq, softirq, stolen = map(float, STAT.read_text().splitlines()[0].split()[1:9])
         tick = os.sysconf("SC_CLK_TCK")
         return cls(at=time.perf_counter(), own=own, busy=(user + nice + system + irq + softirq) / tick, stolen=stolen / tick)
 
@@ -204,8 +205,8 @@ class CpuTimes:
             return None
         return max(0.0, (self.busy - before.busy) - (self.own - before.own)) / (self.at - before.at)
 
-    def stolen_since(self, before: CpuTimes) -> float | None:
-        """Return how many cores the hypervisor took, on average."""
+    def stolen_during(self, before: CpuTimes) -> tuple[float, float] | None:
+        """Return how many processor seconds the hypervisor took, and the seconds in which it did."""
         if self.stolen is None or before.stolen is None:
             return None
-        return max(0.0, self.stolen - before.stolen) / (self.at - before.at)
+        return max(0.0, self.stolen - before.stolen), self.at - before.at

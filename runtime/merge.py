@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,25 +11,30 @@ from sjepa_deploy.errors import BenchmarkError
 from sjepa_deploy.runtime.bench_results import HARNESS, BenchReport, Environment, LeftOut, Noise, Samples
 from sjepa_deploy.runtime.compare import recommend
 from sjepa_deploy.runtime.estimates import of_blocks
+from sjepa_deploy.runtime.noise import canary_spread
 
 
 def merge(runs: Sequence[tuple[BenchReport, Samples]]) -> tuple[BenchReport, Samples]:
-    """Put runs of the same bundles on one machine together. Their blocks were not interleaved with each other's.
+    """Put runs on one machine together. Their blocks were not interleaved with each other's.
 
     Raises
     ------
     BenchmarkError
-        If the runs are of other bundles or another machine, or measured the same cell.
+        If the runs are of another machine, of different bundles of one name, or measured the same cell.
     """
     (first, first_samples), *others = runs
     cells, samples = list(first.cells), dict(first_samples)
+    bundles = {fact.label: fact for fact in first.bundles}
     for run, arrays in others:
-        if run.bundles != first.bundles or _hardware(run) != _hardware(first):
-            raise BenchmarkError("The reports are of other bundles or of another machine.", "Merge runs of one machine only.")
+        if _hardware(run) != _hardware(first):
+            raise BenchmarkError("The reports are of different machines.", "Merge runs of one machine only.")
+        for fact in run.bundles:
+            if bundles.setdefault(fact.label, fact) != fact:
+                raise BenchmarkError(f"The reports have different bundles named {fact.label}.", "Merge runs of the same export.")
         for cell in run.cells:
-            if first.cell(cell.key) is not None and cell.key.backend == HARNESS:
-                continue
             if any(cell.key == known.key for known in cells):
+                if cell.key.backend == HARNESS:
+                    continue
                 raise BenchmarkError(f"Two reports have the cell {cell.key.label}.", "Leave one of them out.")
             name = f"c{len(cells):03}"
             cells.append(replace(cell, id=name))
@@ -46,6 +51,7 @@ def merge(runs: Sequence[tuple[BenchReport, Samples]]) -> tuple[BenchReport, Sam
         partial=f"Run {'; run '.join(partial)}" if partial else None,
         environment=_environment(reports),
         noise=_noise(reports, samples),
+        bundles=tuple(bundles.values()),
         cells=tuple(cells),
         parity=tuple({(j.bundle, j.result.backend, j.result.precision): j for run in reports for j in run.parity}.values()),
         capacity=tuple(c for run in reports for c in run.capacity),
@@ -54,6 +60,25 @@ def merge(runs: Sequence[tuple[BenchReport, Samples]]) -> tuple[BenchReport, Sam
         samples_file=None,
     )
     return replace(merged, recommendations=recommend(merged)), samples
+
+
+def renamed(report: BenchReport, names: Mapping[str, str]) -> BenchReport:
+    """Return `report` with other names of backends: one that was opened with options of its own is another one.
+
+    Its recommendations and ages of decisions are left out.
+    """
+
+    def new(old: str) -> str:
+        return names.get(old, old)
+
+    return replace(
+        report,
+        cells=tuple(replace(cell, key=replace(cell.key, backend=new(cell.key.backend))) for cell in report.cells),
+        parity=tuple(replace(j, result=replace(j.result, backend=new(j.result.backend))) for j in report.parity),
+        capacity=tuple(replace(found, backend=new(found.backend)) for found in report.capacity),
+        recommendations=(),
+        decision_age=(),
+    )
 
 
 def _hardware(report: BenchReport) -> tuple[str, int, str | None]:
@@ -85,12 +110,11 @@ def _noise(reports: list[BenchReport], samples: Samples) -> Noise | None:
         return sum(v * s for v, s in pairs) / seconds if pairs else None
 
     canary = samples["canary_us"]
-    low, middle, high = np.quantile(canary, [0.25, 0.5, 0.75])
     return Noise(
         noisy=any(noise.noisy for _, noise in known),
         reasons=tuple(f"Run {i}: {reason}" for i, (_, noise) in enumerate(known, 1) for reason in noise.reasons),
         canary_us=of_blocks(canary),
-        canary_spread=float((high - low) / middle),
+        canary_spread=canary_spread(canary),
         others_cpu=average([noise.others_cpu for _, noise in known]),
         stolen_cpu=average([noise.stolen_cpu for _, noise in known]),
     )

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from sjepa_deploy.errors import MissingDependencyError
 from sjepa_deploy.runtime.bench_results import HARNESS, Cell, DecisionAge, Samples
+from sjepa_deploy.runtime.estimates import percentile
 from sjepa_deploy.runtime.tables import duration, number
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def histograms(cells: Sequence[Cell], samples: Samples, title: str) -> Plot | No
             heights = 0.62 * np.log10(np.maximum(2 * counts, 1)) / tallest  # one call is seen, none is not
             colour = _BAD if cell.struck_out else _SERIES[0]
             axes.stairs(row - heights, edges, baseline=row, fill=True, color=colour, linewidth=0)
-            median = np.median(values)
+            median = percentile(values, 50)
             axes.plot([median, median], [row, row - 0.62], color=_INK, linewidth=0.9)
             figures = "" if cell.struck_out else f": p50 {duration(median / 1e6)}, max {duration(values.max() / 1e6)}"
             _label(axes, row - 0.66, f"{_of(cell)}{figures}")
@@ -328,7 +329,7 @@ def _with_samples(cells: Sequence[Cell], samples: Samples) -> list[tuple[Cell, N
         values = values[values > 0]
         if len(values) and cell.latency is not None:
             found.append((cell, values))
-    found.sort(key=lambda pair: (pair[0].struck_out, float(np.median(pair[1]))))
+    found.sort(key=lambda pair: (pair[0].struck_out, percentile(pair[1], 50)))
     return found
 
 
@@ -365,7 +366,7 @@ def _describe(shown: Sequence[tuple[Cell, NDArray[np.float64]]]) -> str:
     """Return the figure in words: of each cell the median, p99 and maximum."""
 
     def facts(values: NDArray[np.float64]) -> str:
-        p50, p99 = (duration(q / 1e6) for q in np.percentile(values, (50, 99)))
+        p50, p99 = (duration(percentile(values, q) / 1e6) for q in (50, 99))
         return f"median {p50}, 99 % within {p99}, max {duration(values.max() / 1e6)}, {number(len(values))} samples"
 
     return "; ".join(f"{_of(cell)}: {facts(values)}" for cell, values in shown)

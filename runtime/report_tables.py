@@ -315,12 +315,16 @@ def resource_table(report: BenchReport) -> Table:
         entries = (
             Entry(text=cell.key.label),
             *map(plain, (host, device, energy)),
+            plain(cell.stolen_cpu),
             *(moved(cell, read) for read in (lambda s: s.cpu_mhz, lambda s: s.load, lambda s: s.gpu_mhz)),
             *(moved(cell, read) for read in (lambda s: s.gpu_celsius, lambda s: s.gpu_watts)),
         )
         if not all(entry.absent for entry in entries[1:]):
             rows.append(Row(entries=entries, struck=cell.struck_out))
-    columns = _columns("cell", "host MiB#", "device MiB#", "mJ/window#", "CPU MHz#", "load#", "GPU MHz#", "GPU C#", "GPU W#")
+    columns = _columns(
+        *("cell", "host MiB#", "device MiB#", "mJ/window#", "stolen cores#"),
+        *("CPU MHz#", "load#", "GPU MHz#", "GPU C#", "GPU W#"),
+    )
     return without_empty_columns(Table(caption="Memory, energy and the state of the machine", columns=columns, rows=tuple(rows)))
 
 

@@ -28,7 +28,7 @@ from sjepa_deploy.runtime.bench_results import (
     Scenario,
     Split,
 )
-from sjepa_deploy.runtime.environment import Nvml, machine_state
+from sjepa_deploy.runtime.environment import CpuTimes, Nvml, machine_state
 from sjepa_deploy.runtime.keep_warm import Clock, KeepWarm
 from sjepa_deploy.runtime.latency import Served
 from sjepa_deploy.runtime.subjects import Subject
@@ -93,6 +93,8 @@ class Measurement:
     def __init__(self, bench: Bench, subject: Subject, n_blocks: int) -> None:
         self.bench, self.subject, self.n_blocks = bench, subject, n_blocks
         self.before: MachineState | None = None
+        self.after = MachineState()
+        self.stolen: list[tuple[float, float]] = []
         self.stable = True
         self.n_run = 0
 
@@ -107,8 +109,12 @@ class Measurement:
         if self.before is None:
             self.before = machine_state(self.bench.nvml)
             self.stable = self.warm_up()
+        cpu = CpuTimes.now()
         self.run()
+        if (stolen := CpuTimes.now().stolen_during(cpu)) is not None:
+            self.stolen.append(stolen)
         self.n_run += 1
+        self.after = machine_state(self.bench.nvml)
 
     def warm_up(self) -> bool:
         """Get ready once. Returns whether latencies stand still."""
@@ -136,8 +142,15 @@ class Measurement:
             caution=None if judgement is None else judgement.caution,
             resources=Resources(device_bytes=self.subject.device_bytes),
             before=self.before or MachineState(),
-            after=machine_state(self.bench.nvml),
+            after=self.after,
+            stolen_cpu=self._stolen_cpu(),
         )
+
+    def _stolen_cpu(self) -> float | None:
+        if not self.stolen:
+            return None
+        seconds, elapsed = map(sum, zip(*self.stolen, strict=True))
+        return seconds / elapsed
 
     def _joules(self) -> float | None:
         return None if self.bench.nvml is None else self.bench.nvml.joules()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ N_WINDOWS = 64
 
 OFFSET_V = 1e-3
 """A channel whose mean is larger has an electrode offset: 1 mV is ten times what EEG reaches."""
+
+TOO_LATE = "Opening what came before it took half of the time limit."
 
 N_TURNS = 8
 """Different inputs of a small batch: a live window was written a moment ago, so that it is warm in the cache."""
@@ -158,6 +160,7 @@ def open_subjects(
     precisions: tuple[RunPrecision, ...],
     options: BackendOptions,
     seed: int,
+    late: Callable[[], bool] = lambda: False,
 ) -> Iterator[Subject | LeftOut]:
     """Open and judge every combination, one a turn; what cannot be measured here comes as `LeftOut`.
 
@@ -173,6 +176,8 @@ def open_subjects(
         For every backend.
     seed : int
         Of the windows.
+    late : callable
+        Asked before each is opened whether it is too late for that.
 
     Raises
     ------
@@ -194,7 +199,10 @@ def open_subjects(
         wanted = precisions or tuple(p for p in RUN_PRECISIONS if graph_precision(p) in bundle.precisions)
         for precision in wanted:
             for name in usable:
-                yield _open(bundle, fact.label, name, precision, options, seed)
+                if late():
+                    yield LeftOut(what=f"{fact.label} on {name} {precision}", reason=TOO_LATE)
+                else:
+                    yield _open(bundle, fact.label, name, precision, options, seed)
 
 
 def _open(

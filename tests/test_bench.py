@@ -1,11 +1,13 @@
 """Whole runs of the benchmark: small, on the real clock, judged by what must hold however slow the machine is."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 import types
 from importlib import resources
 from pathlib import Path
@@ -20,7 +22,7 @@ from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import run_command
 from sjepa_deploy.cli.bench import Share, bench
 from sjepa_deploy.errors import BackendError, BenchmarkError
-from sjepa_deploy.runtime import environment, scenarios, subjects
+from sjepa_deploy.runtime import cold_start, environment, noise, scenarios, subjects
 from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.bench import BenchConfig, run_bench
 from sjepa_deploy.runtime.bench_results import (
@@ -35,9 +37,11 @@ from sjepa_deploy.runtime.keep_warm import Clock
 from sjepa_deploy.runtime.latency import Served
 from sjepa_deploy.runtime.merge import merge
 from sjepa_deploy.runtime.peers import ALL_BACKENDS, PEERS
+from sjepa_deploy.runtime.report import to_markdown
 from sjepa_deploy.serialize import encode, json_schema
 
 SCHEMA = json.loads(resources.files("sjepa_deploy").joinpath("data", "benchmark.schema.json").read_text(encoding="utf-8"))
+ROOT = Path(__file__).parents[1]
 ONE_THREAD = BackendOptions(n_threads=1)  # on busy cores, threads of small models wait for each other
 QUICK = {
     **{"seconds": 0.1, "n_blocks": 5, "processes": 1, "rates": (100.0,)},
@@ -166,6 +170,12 @@ def test_cold_starts_have_their_phases_and_the_memory_of_the_process(whole):
         assert cell.cold_start.calls_to_steady >= 1
     with_torch, without = (cells(report, scenario="cold-start", backend=b)[0] for b in ("torch-eager", "ort-cpu"))
     assert with_torch.resources.host_bytes > without.resources.host_bytes + 50e6
+
+
+def test_braindecode_starts_in_a_process_of_its_own(make_bundle):
+    """Its torchaudio may not load on a machine without CUDA, also where nothing was imported before."""
+    started = cold_start.measure(make_bundle("prelocal").path, "braindecode", "fp32", n_threads=1)
+    assert started.phases["import"] > started.phases["steady call"] > 0
 
 
 def test_environment_noise_and_recommendation_are_told(whole):
@@ -341,6 +351,54 @@ def test_the_time_limit_ends_a_run_with_what_there_is(make_bundle):
     assert len({c.latency.n_blocks for c in report.cells}) <= 2, "rounds: all have as many blocks, or one more"
 
 
+def test_opening_takes_at_most_half_of_the_time(make_bundle, monkeypatch):
+    """Opening one of two backends takes that long: the second is not opened, so that the first is measured."""
+
+    class Late(Clock):
+        late = 0.0
+
+        def now(self):
+            return time.perf_counter() + self.late
+
+    clock = Late()
+    opened = subjects.open_backend
+
+    def slow(*arguments):
+        clock.late += 600
+        return opened(*arguments)
+
+    monkeypatch.setattr(subjects, "open_backend", slow)
+    plan = {"backends": ("ort-cpu", "torch-eager"), "scenarios": ("back-to-back",), "time_limit": 1100.0}
+    report, _ = run_bench((make_bundle("prelocal"),), BenchConfig(**QUICK | plan), clock=clock)
+    assert report.partial == "Half of the time limit passed before all backends were open."
+    (late,) = report.left_out
+    assert (late.what, late.reason) == ("bundle on torch-eager fp32", subjects.TOO_LATE)
+    assert cells(report, backend="ort-cpu")[0].latency.n_blocks == 5
+
+
+def test_scenarios_have_times_of_their_own(make_bundle, sjepa_bench, tmp_path):
+    options = [
+        "--scenario",
+        "back-to-back",
+        "--scenario",
+        "paced",
+        "--rate",
+        "100",
+        "--backend",
+        "ort-cpu",
+        "--precision",
+        "fp32",
+    ]
+    times = ["--duration", "0.1", "--duration", "paced=0.5"]
+    assert sjepa_bench(make_bundle("prelocal").path, *options, *times, "--out", tmp_path / "o")[0] == 0
+    report = load_report(tmp_path / "o" / "bench.json")
+    assert "--duration 0.1 --duration paced=0.5" in report.command
+    assert {c.open_loop.n_due for c in cells(report, scenario="paced")} == {50}
+    samples = load_samples(report, tmp_path / "o" / "bench.json")
+    (closed,) = cells(report, backend="ort-cpu", scenario="back-to-back")
+    assert 0.05e6 < samples[f"{closed.id}.latency_us"].sum() < 0.3e6
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -354,6 +412,12 @@ def test_the_time_limit_ends_a_run_with_what_there_is(make_bundle):
         ("--rate -1", "A rate of -1 cannot be run. Use a positive number"),
         ("--rate nan", "A rate of nan cannot be run"),
         ("--duration 0", "A duration of 0 cannot be run"),
+        ("--duration soon", "'soon' is no duration. Use seconds, as 2 or paced=50"),
+        ("--duration gallop=2", "'gallop' is not a scenario. Use one of back-to-back"),
+        ("--duration paced=-2", "A duration of -2 cannot be run"),
+        ("--rate 10 --rate nan", "A rate of nan cannot be run"),
+        ("--deadline 0", "A deadline of 0 cannot be run"),
+        ("--time-limit 0", "A time limit of 0 cannot be run"),
         ("--batch 0", "A batch of 0 cannot be run"),
         ("--fail-above 10%", "--fail-above needs --compare"),
         ("--compare a.json b.json", "--compare takes two reports, and no bundle"),
@@ -541,9 +605,64 @@ def test_others_on_the_processor_are_counted():
     before = environment.CpuTimes(at=0.0, own=1.0, busy=10.0, stolen=0.5)
     after = environment.CpuTimes(at=2.0, own=2.0, busy=14.0, stolen=0.7)
     assert after.others_since(before) == pytest.approx(1.5)
-    assert after.stolen_since(before) == pytest.approx(0.1)
+    assert after.stolen_during(before) == (pytest.approx(0.2), 2.0)
     blind = dataclasses.replace(before, busy=None, stolen=None)
-    assert (after.others_since(blind), after.stolen_since(blind)) == (None, None)
+    assert (after.others_since(blind), after.stolen_during(blind)) == (None, None)
+
+
+def test_processor_times_are_those_that_the_system_counts(monkeypatch, tmp_path):
+    """proc(5): user nice system idle iowait irq softirq steal guest guest_nice, in ticks."""
+    stat = tmp_path / "stat"
+    monkeypatch.setattr(environment, "STAT", stat)
+    assert environment.CpuTimes.now().stolen is None
+    tick = os.sysconf("SC_CLK_TCK")
+    stat.write_text(" ".join(["cpu ", *(str(n * tick) for n in (100, 20, 30, 4000, 5, 6, 7, 80, 9, 1))]) + "\ncpu0 1 2\n")
+    now = environment.CpuTimes.now()
+    assert (now.busy, now.stolen) == (163.0, 80.0)
+
+
+def test_what_the_hypervisor_took_from_a_cell_is_told_and_makes_the_run_noisy(make_bundle, monkeypatch, tmp_path):
+    """A machine whose hypervisor takes half a core whenever one backend runs: on average over the run it would be little."""
+    stat, ticks = tmp_path / "stat", [1000.0]
+
+    def write():
+        stat.write_text(f"cpu  0 0 0 0 0 0 0 {ticks[0]:.0f} 0 0\n")
+
+    write()
+    monkeypatch.setattr(environment, "STAT", stat)
+    block = scenarios.ClosedLoop.run
+
+    def run(self):
+        began = time.perf_counter()
+        block(self)
+        if self.subject.backend.name == "sleeps":
+            ticks[0] += 0.5 * (time.perf_counter() - began) * os.sysconf("SC_CLK_TCK")
+            write()
+
+    monkeypatch.setattr(scenarios.ClosedLoop, "run", run)
+    config = BenchConfig(**QUICK | {"backends": ("sleeps", "ort-cpu"), "scenarios": ("back-to-back",), "seconds": 1.0})
+    report, _ = run_bench((make_bundle("prelocal"),), config)
+    robbed, spared = (cells(report, backend=name)[0] for name in ("sleeps", "ort-cpu"))
+    assert robbed.stolen_cpu == pytest.approx(0.5, abs=0.1)
+    assert spared.stolen_cpu == 0
+    assert report.noise.noisy
+    found = [reason for reason in report.noise.reasons if "during 1 of 3 cells" in reason]
+    assert "from back-to-back batch 1: bundle sleeps fp32" in found[0]
+    text = to_markdown(report)
+    assert found[0] in text
+    assert "stolen cores" in text
+
+
+def test_a_machine_that_only_rests_is_quiet():
+    cell = types.SimpleNamespace(stolen_cpu=0.04, key=types.SimpleNamespace(label="x"))
+    steady = noise.judge([100.0, 101.0, 99.0, 100.0, 100.0, 101.0], 0.05, 0.01, [cell])
+    assert (steady.noisy, steady.reasons) == (False, ())
+    found = noise.judge([100.0, 140.0, 99.0, 130.0, 100.0, 101.0], 0.2, 0.03, [cell])
+    assert [re.sub(r"[\d.%]+", "#", reason) for reason in found.reasons] == [
+        "The same work took times that spread by # (interquartile range) over the run#",
+        "Other processes kept # cores busy#",
+        "The hypervisor took # cores#",
+    ]
 
 
 def test_a_bundle_of_one_batch_is_measured_at_that_batch(make_bundle):
@@ -582,8 +701,20 @@ def test_runs_of_several_pythons_become_one_report(make_bundle):
     with pytest.raises(BenchmarkError, match="Two reports have the cell"):
         merge([runs[0], runs[0]])
     other = dataclasses.replace(runs[1][0], environment=dataclasses.replace(runs[1][0].environment, gpu="another"))
-    with pytest.raises(BenchmarkError, match="another machine"):
+    with pytest.raises(BenchmarkError, match="different machines"):
         merge([runs[0], (other, runs[1][1])])
+    altered = dataclasses.replace(runs[1][0], bundles=(dataclasses.replace(runs[1][0].bundles[0], digest="0" * 64),))
+    with pytest.raises(BenchmarkError, match="different bundles named bundle"):
+        merge([runs[0], (altered, runs[1][1])])
+
+
+def test_runs_of_some_bundles_each_become_one_report(make_bundle, tmp_path):
+    plan = BenchConfig(**QUICK | {"scenarios": ("back-to-back",)})
+    variants = ("prelocal", "postlocal")
+    bundles = [Bundle.open(copy_bundle(make_bundle(name), tmp_path / name)) for name in variants]
+    report, _ = merge([run_bench((bundle,), plan) for bundle in bundles])
+    assert [fact.label for fact in report.bundles] == list(variants)
+    assert {choice.bundle for choice in report.recommendations} == set(variants)
 
 
 def test_the_script_for_gpu_machines_needs_no_click(make_bundle, tmp_path):
@@ -591,7 +722,7 @@ def test_the_script_for_gpu_machines_needs_no_click(make_bundle, tmp_path):
     copy_bundle(make_bundle("prelocal"), tmp_path / "bundles" / "prelocal")
     for name in ("click", "rich", "torch"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('no {name} here')")
-    script = Path(__file__).parents[1] / "benchmarks" / "gpu_latency.py"
+    script = ROOT / "benchmarks" / "gpu_latency.py"
     path = os.pathsep.join([str(tmp_path), *sys.path])
 
     def run(*arguments):
@@ -608,3 +739,40 @@ def test_the_script_for_gpu_machines_needs_no_click(make_bundle, tmp_path):
     report = load_report(tmp_path / "all.v1.json")
     assert {c.key.scenario for c in report.cells} == {"back-to-back", "cold-start", "streams"}
     assert load_samples(report, tmp_path / "all.v1.json").keys() >= {"canary_us", "c000.latency_us"}
+
+
+def test_the_report_of_a_gpu_machine_loses_only_what_hangs_and_goes_on(make_bundle, tmp_path, monkeypatch, capfd):
+    """With CPU backends in place of those of a GPU: a part that hangs is ended, and one that is there is not measured again."""
+    specification = importlib.util.spec_from_file_location("gpu_latency", ROOT / "benchmarks" / "gpu_latency.py")
+    script = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, "gpu_latency", script)
+    specification.loader.exec_module(script)
+    assert len({part.name for part in script.PARTS}) == len(script.PARTS)
+    for part in script.PARTS:
+        assert set(part.backends.split()) <= set(ALL_BACKENDS)
+        assert set(part.scenarios.split()) <= set(SCENARIOS)
+    for name in ("prelocal", "postlocal", "contextual"):
+        copy_bundle(make_bundle(name), tmp_path / "bundles" / name)
+    one = script.Part("one", 60, "ort-cpu", "fp32", "back-to-back", "0.1")
+    hangs = script.Part("hangs", 1, "tensorrt", "fp32", "back-to-back")  # runs in the other Python, here one that sleeps
+    other = script.Part("other", 60, "ort-cpu", "fp32", "paced", "0.1", "--variant=prelocal --rate=100")
+    monkeypatch.setattr(script, "PARTS", (one, hangs, other))
+    monkeypatch.setattr(script, "GRACE_S", 0.5)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    out = tmp_path / "out" / "latency"
+    command = ["gpu_latency.py", str(tmp_path / "bundles"), str(out), "--report", "--tensorrt-python", "sleep 60;"]
+    monkeypatch.setattr(sys, "argv", command)
+    began = time.perf_counter()
+    script.main()
+    assert time.perf_counter() - began < 60, "the hanging part was not waited for"
+    printed = capfd.readouterr().out
+    assert re.search(r"one: \d+ s, written\nhangs: \d+ s, NOTHING\nother: \d+ s, written", printed)
+    report = load_report(out.with_suffix(".json"))
+    assert {c.key.scenario for c in cells(report, backend="ort-cpu")} == {"back-to-back", "paced"}
+    assert [fact.label for fact in report.bundles] == ["prelocal", "postlocal", "contextual"]
+    monkeypatch.setattr(script, "PARTS", (one, other))
+    monkeypatch.setattr(sys, "argv", [*command, "--deadline", "1"])
+    script.main()
+    assert "written" not in capfd.readouterr().out
+    again = load_report(out.with_suffix(".json"))
+    assert again == report

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -56,6 +57,23 @@ class Share(click.ParamType[float]):
         return share
 
 
+class Duration(click.ParamType[str]):
+    """Seconds in each cell, "2", or in those of one scenario, "paced=50"."""
+
+    name = "seconds"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the text as it is, once it is known to be right."""
+        scenario, equals, seconds = value.rpartition("=")
+        try:
+            float(seconds)
+        except ValueError:
+            self.fail(f"{value!r} is no duration. Use seconds, as 2 or paced=50.", param, ctx)
+        if equals and scenario not in SCENARIOS:
+            self.fail(f"{scenario!r} is not a scenario. Use one of {', '.join(SCENARIOS)}.", param, ctx)
+        return value
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("bundles", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--backend", "backends", multiple=True, help="Backend to measure; may be repeated.  [default: all that run here]")
@@ -72,7 +90,14 @@ class Share(click.ParamType[float]):
 )
 @click.option("--rate", "rates", type=float, multiple=True, help="Windows a second when paced.  [default: 10, 100]")
 @click.option("--deadline", type=float, help="Seconds from due to done.  [default: until the next window]")
-@click.option("--duration", type=float, default=10.0, help="Seconds in each cell.")
+@click.option(
+    "--duration",
+    "durations",
+    type=Duration(),
+    multiple=True,
+    help="Seconds in each cell, or of one scenario: 2, paced=50; may be repeated.  [default: 10]",
+)
+@click.option("--processes", type=click.IntRange(min=1), help=f"Cold starts of each backend.  [default: {BenchConfig.processes}]")
 @click.option("--quick", is_flag=True, help=f"The same with {QUICK_S:g} s and {QUICK_PROCESSES} cold start.")
 @click.option("--time-limit", type=float, help="Seconds after which the run ends with what it has.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of a call.  [default: the backend's]")
@@ -95,7 +120,8 @@ def bench(
     batches: tuple[int, ...],
     rates: tuple[float, ...],
     deadline: float | None,
-    duration: float,
+    durations: tuple[str, ...],
+    processes: int | None,
     quick: bool,
     time_limit: float | None,
     threads: int | None,
@@ -134,8 +160,8 @@ def bench(
         batches=batches,
         rates=rates or (defaults.rates[-1:] if recommend else defaults.rates),
         deadline=deadline,
-        seconds=QUICK_S if quick else duration,
-        processes=QUICK_PROCESSES if quick else defaults.processes,
+        **_seconds(durations, QUICK_S if quick else defaults.seconds),
+        processes=processes or (QUICK_PROCESSES if quick else defaults.processes),
         time_limit=time_limit,
         seed=seed,
         options=BackendOptions(n_threads=threads, device=device),
@@ -163,6 +189,13 @@ def bench(
         print_json(report)
     if report.interrupted:
         raise KeyboardInterrupt
+
+
+def _seconds(durations: tuple[str, ...], usual: float) -> dict[str, Any]:
+    """Return the fields of `BenchConfig` that --duration says: of all scenarios and of some."""
+    pairs = [text.rpartition("=") for text in durations]
+    of = {scenario: float(seconds) for scenario, _, seconds in pairs}
+    return {"seconds": of.pop("", usual), "seconds_of": of}
 
 
 def _write_pages(report: BenchReport, samples: Samples, path: Path, screen: Console) -> None:
