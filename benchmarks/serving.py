@@ -109,13 +109,12 @@ class Load:
             streams.append(np.tile(np.arange(n), round(seconds * RATE)))
             begin += seconds
         times = np.concatenate(due)
-        server, machine, started = self._statistics(), self._processor(), time.perf_counter()
+        server, machine = self._statistics(), self._processor()
         outcome = send_load(self._server.endpoints["grpc"], METHOD, self._requests, times, np.concatenate(streams))
-        seconds = time.perf_counter() - started
         time.sleep(0.1)  # the server counts a request after it has answered it
         server, machine = (_since(a, b) for a, b in ((self._statistics(), server), (self._processor(), machine)))
         n = max(1.0, server["requests"])
-        cores = os.cpu_count() or 1
+        of_cores = machine["wall_s"] * (os.cpu_count() or 1)
         return Ran(
             due=times,
             outcome=outcome,
@@ -130,8 +129,8 @@ class Load:
             machine={
                 "server_cpu_ms": machine["server_s"] / len(times) * 1e3,
                 "generator_cpu_ms": outcome.generator_s / len(times) * 1e3,
-                "busy": machine["busy_s"] / (seconds * cores),
-                "steal": machine["steal_s"] / (seconds * cores),
+                "busy": machine["busy_s"] / of_cores,
+                "steal": machine["steal_s"] / of_cores,
             },
         )
 
@@ -149,7 +148,7 @@ class Load:
         }
 
     def _processor(self) -> dict[str, float]:
-        """Return seconds of the server's processes, of all processes, and of what the host took away."""
+        """Return seconds of the clock, of the server's processes, of all processes, and of what the host took away."""
         assert self._server.process is not None
         server = 0
         for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -159,7 +158,7 @@ class Load:
                     server += int(fields[11]) + int(fields[12])
         user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
         busy = user + nice + system + irq + softirq
-        return {"server_s": server / TICK, "busy_s": busy / TICK, "steal_s": steal / TICK}
+        return {"wall_s": time.perf_counter(), "server_s": server / TICK, "busy_s": busy / TICK, "steal_s": steal / TICK}
 
     @contextlib.contextmanager
     def watched_queue(self) -> Iterator[list[int]]:
@@ -201,10 +200,10 @@ class Search:
         while high - low > max(1, low // 16):
             middle = (low + high) // 2
             low, high = (middle, high) if self._kept(middle) else (low, middle)
-        for _ in range(6):
+        for step in range(1, 6):
             if low and self._kept(low, longer=4, tries=1):
                 return low, self.trials[-1]
-            low = min(low - 1, round(low * 0.93)) if low > 1 else 0
+            low = max(0, min(low - 1, round(low * 0.93**step)))
         return 0, {}
 
     def _kept(self, n: int, *, longer: int = 1, tries: int = 2) -> bool:
@@ -299,7 +298,8 @@ def table(rows: dict[str, Any]) -> str:
         "",
         *_lines(
             (
-                *("variant", "batches up to", "streams with p99 < 50 ms", "p50 ms", "p99 ms", "queue ms", "compute ms"),
+                *("variant", "batches up to", "streams with p99 < 50 ms", "without the generator's share", "p50 ms", "p99 ms"),
+                *("queue ms", "compute ms"),
                 *(
                     "mean batch",
                     "server's processor time ms a window",
@@ -314,12 +314,13 @@ def table(rows: dict[str, Any]) -> str:
                     variant,
                     f"{row['batching']['max_batch']}",
                     f"{row['largest']}",
+                    f"{row['largest'] * (1 + row['at_largest']['generator_cpu_ms'] / row['at_largest']['server_cpu_ms']):.0f}",
                     *(f"{row['at_largest'][name]:.2f}" for name in AT_LARGEST),
                     f"{row['at_largest']['generator_late_p99_ms']:.1f}",
                     *(f"{row['at_largest'][name]:.0%}" for name in ("busy", "steal")),
                 )
                 if row["largest"]
-                else (variant, f"{row['batching']['max_batch']}", "none", *[""] * 10)
+                else (variant, f"{row['batching']['max_batch']}", "none", *[""] * 11)
                 for variant, row in cells
             ],
         ),
