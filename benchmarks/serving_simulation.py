@@ -2,8 +2,8 @@
 
 A simulation of queues with the times that were measured: each server has one queue, several models at work, batches, and the
 limits that `plan_batching` gives it. Subjects choose a server at random and stay; their windows come with random phases and a
-network of 1 ms and an exponential 1 ms each way. The number of servers grows until, in three draws, p99 over all windows is
-below 50 ms and none is refused; first with all servers, then with one lost.
+network of 1 ms and an exponential 1 ms each way. The number of servers is the smallest with which, in three draws, p99 over all
+windows is below 50 ms and none is refused; first with all servers, then with one lost.
 
 On a CPU a window takes what its cores had for each at the largest load that serving.py measured, so that Triton's share, and
 what the host took away, are in it. With the generator's share it must give the load that was measured; without it, it is a
@@ -20,7 +20,7 @@ import argparse
 import heapq
 import json
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def simulate(arrivals: np.ndarray, kind: Kind) -> np.ndarray:
     return done
 
 
-def serve(n_subjects: int, kind: Kind, rng: np.random.Generator, *, seconds: float = 10.0, in_step: bool = False) -> np.ndarray:
+def serve(n_subjects: int, kind: Kind, rng: np.random.Generator, *, seconds: float = 4.0, in_step: bool = False) -> np.ndarray:
     """Return the latency of every window of `n_subjects` on one server, from due to answered; NaN where it is refused."""
     phases = np.zeros(n_subjects) if in_step else rng.uniform(0, 1 / RATE, n_subjects)
     due = (phases[:, None] + np.arange(round(seconds * RATE)) / RATE).ravel()
@@ -94,24 +94,49 @@ def kept(latencies: np.ndarray) -> bool:
     return not np.isnan(latencies).any() and float(np.percentile(latencies, 99)) < DEADLINE
 
 
-def fleet(n_servers: int, kind: Kind, rng: np.random.Generator, **how: Any) -> np.ndarray:
-    """Return the latencies of all subjects, who chose among `n_servers` at random."""
+def fleet(n_servers: int, kind: Kind, rng: np.random.Generator, **how: Any) -> Iterator[np.ndarray]:
+    """Yield the latencies of each server's subjects, who chose among `n_servers` at random."""
     counts = rng.multinomial(SUBJECTS, np.full(n_servers, 1 / n_servers))
-    return np.concatenate([serve(int(count), kind, rng, **how) for count in counts if count])
+    return (serve(int(count), kind, rng, **how) for count in counts if count)
 
 
-def needed(n: int, kind: Kind, rng: np.random.Generator, *, lost: int) -> tuple[int, np.ndarray]:
-    """Return the number of servers, `n` or more, that suffices in three draws with `lost` of them gone, and the latencies."""
-    while True:
+def draw(n_servers: int, kind: Kind, rng: np.random.Generator) -> np.ndarray | None:
+    """Return the latencies of all subjects, None if `n_servers` do not suffice."""
+    all_servers = []
+    for latencies in fleet(n_servers, kind, rng):
+        if np.isnan(latencies).any():
+            return None
+        all_servers.append(latencies)
+    together = np.concatenate(all_servers)
+    return together if kept(together) else None
+
+
+def needed(low: int, kind: Kind, rng: np.random.Generator, *, lost: int) -> tuple[int, np.ndarray]:
+    """Return the number of servers, at least `low` and to 2 %, that suffices in three draws with `lost` of them gone.
+
+    The latencies of these draws come with it.
+    """
+
+    def latencies(n: int) -> np.ndarray | None:
         draws: list[np.ndarray] = []
         while n > lost and len(draws) < 3:
-            draws.append(fleet(n - lost, kind, rng))
-            if not kept(draws[-1]):
-                break
+            if (drawn := draw(n - lost, kind, rng)) is None:
+                return None
+            draws.append(drawn)
+        return np.concatenate(draws) if draws else None
+
+    high = low = low - 1
+    found = None
+    while found is None:
+        low, high = high, high + max(1, high // 4)
+        found = latencies(high)
+    while high - low > max(1, high // 50):
+        middle = (low + high) // 2
+        if (ran := latencies(middle)) is None:
+            low = middle
         else:
-            if draws:
-                return n, np.concatenate(draws)
-        n += max(1, n // 50)
+            high, found = middle, ran
+    return high, found
 
 
 def rule(one_server: int) -> int:
@@ -142,7 +167,7 @@ def size(kind: Kind, seed: int = 0) -> dict[str, Any]:
     alone = one_server(kind, rng)
     n, all_up = needed(-(-SUBJECTS // alone), kind, rng, lost=0)
     spare, lost = needed(n, kind, rng, lost=1)
-    in_step = fleet(spare, kind, rng, seconds=3.0, in_step=True)
+    in_step = np.concatenate(list(fleet(spare, kind, rng, seconds=3.0, in_step=True)))
     return {
         "kind": kind.name,
         "instances": kind.instances,
