@@ -418,6 +418,15 @@ def test_bad_requests_get_their_codes(server):
             assert says in raised.value.message()
 
 
+@pytest.mark.parametrize("wrong", [lambda x: x[0], lambda x: x[:, :7], lambda x: x[..., :100], lambda x: x.astype(np.float64)])
+def test_a_client_says_what_is_wrong_with_an_array_before_it_sends_it(server, client, wrong):
+    served = client("prelocal")
+    before = executions(server, "prelocal")
+    with pytest.raises(InputError, match=r"takes no .* Send float32 of shape \(batch, 8, 200\)"):
+        served(wrong(windows_of(served.spec, 0, 1)))
+    assert executions(server, "prelocal") == before
+
+
 def test_one_bad_request_does_not_spoil_its_batch(server, client, make_bundle):
     """Good and bad requests at once, from many threads, so that they meet in batches."""
     bundle = make_bundle("contextual")
