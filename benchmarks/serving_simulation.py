@@ -190,6 +190,8 @@ def cpu_kinds(measured: dict[str, Any], *, with_generator: bool) -> list[Kind]:
     kinds = []
     for variant, rows in measured["rows"].items():
         row = rows["alone"]
+        if not row["largest"]:
+            continue
         best = row["at_largest"]
         share = 1.0 if with_generator else best["server_cpu_ms"] / (best["server_cpu_ms"] + best["generator_cpu_ms"])
         compute = share * row["instances"] / (RATE * row["largest"])
@@ -201,7 +203,7 @@ def cpu_kinds(measured: dict[str, Any], *, with_generator: bool) -> list[Kind]:
 def check(measured: dict[str, Any], seed: int = 0) -> list[dict[str, Any]]:
     """Simulate what was measured: one server and the generator on the same cores."""
     rng = np.random.default_rng(seed)
-    there = [rows["alone"]["largest"] for rows in measured["rows"].values()]
+    there = [rows["alone"]["largest"] for rows in measured["rows"].values() if rows["alone"]["largest"]]
     return [
         {"kind": kind.name, "measured": n, "simulated": one_server(kind, rng)}
         for n, kind in zip(there, cpu_kinds(measured, with_generator=True), strict=True)
