@@ -2,9 +2,13 @@
 
 A simulation of queues with the times that were measured: each server has one queue, several models at work, batches, and the
 limits that `plan_batching` gives it. Subjects choose a server at random and stay; their windows come with random phases and a
-network of 1 ms and an exponential 1 ms each way. The number of servers grows until, in three draws, p99 over all windows is
-below 50 ms and none is refused; first with all servers, then with one lost. On a CPU the time of a window is what its cores had
-for each at the largest load that serving.py measured, so that it contains Triton's share; on the GPU Triton's share is not known.
+network of 1 ms and an exponential 1 ms each way. The number of servers is the smallest with which, in three draws, p99 over all
+windows is below 50 ms and none is refused; first with all servers, then with one lost.
+
+On a CPU a window takes what its cores had for each at the largest load that serving.py measured, so that Triton's share, and
+what the host took away, are in it. With the generator's share it must give the load that was measured; without it, it is a
+server that has its cores for itself. On a GPU the time is the host's of a call in gpu_engines.py; Triton's share is not known
+there.
 
     python benchmarks/serving_simulation.py --measured benchmarks/results/serving_MACHINE_DATE
         --gpu benchmarks/results/gpu_engines_H200_DATE --out benchmarks/results/serving_simulation_MACHINE_DATE
@@ -16,7 +20,7 @@ import argparse
 import heapq
 import json
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +44,6 @@ class Kind:
     compute: Callable[[int], float]
     instances: int
     batching: Batching
-    measured: int | None = None
 
 
 def simulate(arrivals: np.ndarray, kind: Kind) -> np.ndarray:
@@ -76,7 +79,7 @@ def simulate(arrivals: np.ndarray, kind: Kind) -> np.ndarray:
     return done
 
 
-def serve(n_subjects: int, kind: Kind, rng: np.random.Generator, *, seconds: float = 10.0, in_step: bool = False) -> np.ndarray:
+def serve(n_subjects: int, kind: Kind, rng: np.random.Generator, *, seconds: float = 4.0, in_step: bool = False) -> np.ndarray:
     """Return the latency of every window of `n_subjects` on one server, from due to answered; NaN where it is refused."""
     phases = np.zeros(n_subjects) if in_step else rng.uniform(0, 1 / RATE, n_subjects)
     due = (phases[:, None] + np.arange(round(seconds * RATE)) / RATE).ravel()
@@ -91,24 +94,49 @@ def kept(latencies: np.ndarray) -> bool:
     return not np.isnan(latencies).any() and float(np.percentile(latencies, 99)) < DEADLINE
 
 
-def fleet(n_servers: int, kind: Kind, rng: np.random.Generator, **how: Any) -> np.ndarray:
-    """Return the latencies of all subjects, who chose among `n_servers` at random."""
+def fleet(n_servers: int, kind: Kind, rng: np.random.Generator, **how: Any) -> Iterator[np.ndarray]:
+    """Yield the latencies of each server's subjects, who chose among `n_servers` at random."""
     counts = rng.multinomial(SUBJECTS, np.full(n_servers, 1 / n_servers))
-    return np.concatenate([serve(int(count), kind, rng, **how) for count in counts if count])
+    return (serve(int(count), kind, rng, **how) for count in counts if count)
 
 
-def needed(n: int, kind: Kind, rng: np.random.Generator, *, lost: int) -> tuple[int, np.ndarray]:
-    """Return the number of servers, `n` or more, that suffices in three draws with `lost` of them gone, and the latencies."""
-    while True:
+def draw(n_servers: int, kind: Kind, rng: np.random.Generator) -> np.ndarray | None:
+    """Return the latencies of all subjects, None if `n_servers` do not suffice."""
+    all_servers = []
+    for latencies in fleet(n_servers, kind, rng):
+        if np.isnan(latencies).any():
+            return None
+        all_servers.append(latencies)
+    together = np.concatenate(all_servers)
+    return together if kept(together) else None
+
+
+def needed(low: int, kind: Kind, rng: np.random.Generator, *, lost: int) -> tuple[int, np.ndarray]:
+    """Return the number of servers, at least `low` and to 2 %, that suffices in three draws with `lost` of them gone.
+
+    The latencies of these draws come with it.
+    """
+
+    def latencies(n: int) -> np.ndarray | None:
         draws: list[np.ndarray] = []
         while n > lost and len(draws) < 3:
-            draws.append(fleet(n - lost, kind, rng))
-            if not kept(draws[-1]):
-                break
+            if (drawn := draw(n - lost, kind, rng)) is None:
+                return None
+            draws.append(drawn)
+        return np.concatenate(draws) if draws else None
+
+    high = low = low - 1
+    found = None
+    while found is None:
+        low, high = high, high + max(1, high // 4)
+        found = latencies(high)
+    while high - low > max(1, high // 50):
+        middle = (low + high) // 2
+        if (ran := latencies(middle)) is None:
+            low = middle
         else:
-            if draws:
-                return n, np.concatenate(draws)
-        n += max(1, n // 50)
+            high, found = middle, ran
+    return high, found
 
 
 def rule(one_server: int) -> int:
@@ -124,22 +152,30 @@ def largest(test: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
+def one_server(kind: Kind, rng: np.random.Generator) -> int:
+    """Return how many subjects one server decodes, in three draws."""
+    return largest(lambda n: all(kept(serve(n, kind, rng)) for _ in range(3)), 1, int(capacity(kind)) + 2)
+
+
+def capacity(kind: Kind) -> float:
+    """Return the subjects whose windows keep a server at work without a pause."""
+    return kind.instances * kind.batching.max_batch / kind.compute(kind.batching.max_batch) / RATE
+
+
 def size(kind: Kind, seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
-    capacity = kind.instances * kind.batching.max_batch / kind.compute(kind.batching.max_batch) / RATE
-    alone = largest(lambda n: all(kept(serve(n, kind, rng)) for _ in range(3)), 1, int(capacity) + 2)
+    alone = one_server(kind, rng)
     n, all_up = needed(-(-SUBJECTS // alone), kind, rng, lost=0)
     spare, lost = needed(n, kind, rng, lost=1)
-    in_step = fleet(spare, kind, rng, seconds=3.0, in_step=True)
+    in_step = np.concatenate(list(fleet(spare, kind, rng, seconds=3.0, in_step=True)))
     return {
         "kind": kind.name,
         "instances": kind.instances,
         "batching": asdict(kind.batching),
         "compute_ms": {str(b): kind.compute(b) * 1e3 for b in (1, kind.batching.max_batch)},
-        "capacity": capacity,
+        "capacity": capacity(kind),
         "one_server": alone,
-        "one_server_measured": kind.measured,
-        "load": alone / capacity,
+        "load": alone / capacity(kind),
         "servers": n,
         "p99_ms": float(np.percentile(all_up, 99)) * 1e3,
         "servers_with_one_spare": spare,
@@ -150,14 +186,28 @@ def size(kind: Kind, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def cpu_kinds(measured: dict[str, Any]) -> list[Kind]:
+def cpu_kinds(measured: dict[str, Any], *, with_generator: bool) -> list[Kind]:
     kinds = []
     for variant, rows in measured["rows"].items():
         row = rows["alone"]
-        compute = row["instances"] / (RATE * row["largest"])
+        if not row["largest"]:
+            continue
+        best = row["at_largest"]
+        share = 1.0 if with_generator else best["server_cpu_ms"] / (best["server_cpu_ms"] + best["generator_cpu_ms"])
+        compute = share * row["instances"] / (RATE * row["largest"])
         plan = plan_batching(lambda _, c=compute: c, 1, deadline=DEADLINE, instances=row["instances"])
-        kinds.append(Kind(f"{variant}, two cores", lambda _, c=compute: c, row["instances"], plan, row["largest"]))
+        kinds.append(Kind(f"{variant}, two cores", lambda _, c=compute: c, row["instances"], plan))
     return kinds
+
+
+def check(measured: dict[str, Any], seed: int = 0) -> list[dict[str, Any]]:
+    """Simulate what was measured: one server and the generator on the same cores."""
+    rng = np.random.default_rng(seed)
+    there = [rows["alone"]["largest"] for rows in measured["rows"].values() if rows["alone"]["largest"]]
+    return [
+        {"kind": kind.name, "measured": n, "simulated": one_server(kind, rng)}
+        for n, kind in zip(there, cpu_kinds(measured, with_generator=True), strict=True)
+    ]
 
 
 def gpu_kinds(measured: dict[str, Any]) -> list[Kind]:
@@ -176,7 +226,7 @@ def gpu_kinds(measured: dict[str, Any]) -> list[Kind]:
     return kinds
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], checked: list[dict[str, Any]]) -> str:
     head = (
         *("server", "a run takes ms (batch)", "subjects on one server", "of its capacity", "servers", "p99 ms"),
         *("servers, one may fail", "by the rule", "p99 ms with one lost", "refused where all subjects are in step"),
@@ -192,6 +242,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = [r["kind"], runs, f"{r['one_server']}", f"{r['load']:.0%}", f"{r['servers']}", f"{r['p99_ms']:.0f}"]
         spare = [f"{r['servers_with_one_spare']}", f"{r['servers_by_rule']}", f"{r['p99_ms_with_one_lost']:.0f}"]
         lines.append("| " + " | ".join([*cells, *spare, f"{r['in_step_refused']:.0%}"]) + " |")
+    said = (f"{each['kind']}: {each['simulated']} simulated, {each['measured']} measured" for each in checked)
+    lines += ["", "Subjects on one server that shares its cores with the generator: " + "; ".join(said) + "."]
     return "\n".join(lines)
 
 
@@ -202,8 +254,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="path without suffix; .json and .md are written")
     args = parser.parse_args()
     read = [json.loads(path.with_name(path.name + ".json").read_text()) for path in (args.measured, args.gpu)]
-    rows = [size(kind) for kind in (*cpu_kinds(read[0]), *gpu_kinds(read[1]))]
-    write_result(args.out, {"machine": describe_machine(), "rows": rows}, table(rows))
+    rows = [size(kind) for kind in (*cpu_kinds(read[0], with_generator=False), *gpu_kinds(read[1]))]
+    checked = check(read[0])
+    write_result(args.out, {"machine": describe_machine(), "rows": rows, "checked": checked}, table(rows, checked))
 
 
 if __name__ == "__main__":

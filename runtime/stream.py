@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.errors import StreamError
+from sjepa_deploy.errors import RefusedError, StreamError, UnansweredError
 from sjepa_deploy.runtime.backend import DEFAULT_BACKEND
 from sjepa_deploy.runtime.keep_warm import KeepWarm
 from sjepa_deploy.runtime.predictor import Predictor, load
@@ -358,6 +358,11 @@ class Decoder:
             )
         try:
             prediction = self.predict(self.windows.eeg())[0].copy()
+        except (RefusedError, UnansweredError) as e:  # of a server, which may answer the next window
+            counters.failed += 1
+            self._count_miss(missed=True)
+            self._report("unanswered", str(e))
+            return None
         except BaseException:
             counters.failed += 1
             raise

@@ -44,7 +44,7 @@ class Counters:
         Windows decoded, and windows answered by the last decision because they were late (`late="hold"`).
     skipped_late, skipped_gap, failed : int
         Windows left out because they were late (`late="skip"`), because samples are missing in them, or because the backend
-        failed.
+        failed, or its server did not answer.
     misses, longest_misses : int
         Windows without a decision of their own by their deadline, and the longest run of them.
     """
@@ -263,7 +263,8 @@ class WindowStream:
         period = 1 / self._info.sfreq
         self._report("bridged", f"{n_lost} lost samples were interpolated.")
         self._bridged_at = 2**62  # until the real ones are there
-        made = before + share * (np.asarray(samples[i], np.float64) - before)
+        with np.errstate(invalid="ignore"):  # between two infinite samples there is none
+            made = before + share * (np.asarray(samples[i], np.float64) - before)
         yield from self._take(made, [stamps[i] - (n_lost - k) * period for k in range(n_lost)])
         self._bridged_at = self._elapsed
 

@@ -18,14 +18,17 @@ import pytest
 import tritonclient.grpc
 from bundles import copy_bundle, export_small, small_spec
 from served import Subject, executions, provide_tritonserver, windows_of
+from streams import ScriptedSource, assert_accounted, chunks_of, decode_samples, eeg, info_of, kinds, predictions
 from tritonclient.grpc import service_pb2
 
 import sjepa_deploy
 from sjepa_deploy.cli import run_command
+from sjepa_deploy.cli.stream import stream
 from sjepa_deploy.cli.verify import verify
 from sjepa_deploy.errors import BackendError, InputError, RefusedError, ServingError, UnansweredError
 from sjepa_deploy.export.to_triton import read_config, to_triton
 from sjepa_deploy.runtime.parity import TOLERANCE, batch_sizes, check_parity
+from sjepa_deploy.runtime.stream import Decoder, StreamConfig
 from sjepa_deploy.serving import Answer, Client, Server
 
 VARIANTS = ("prelocal", "postlocal", "contextual")
@@ -305,6 +308,46 @@ def test_a_killed_server_comes_back(server, client, make_bundle, shared_memory):
     assert answered - len(subjects) <= executions(server, "contextual") <= answered + open_ended
 
 
+def test_a_live_stream_goes_on_when_its_server_was_killed(server, make_bundle):
+    """Each window is decided as here, or is counted and reported."""
+    bundle = make_bundle("contextual")
+    samples = eeg(1000)
+    with sjepa_deploy.load(bundle, n_threads=1, check_unit=False) as predict:
+        _, expected, _ = decode_samples(predict, samples, late="queue")
+    stop_at, start_at = 30, 32
+    address = f"triton:{server.endpoints['grpc']}/alone"
+    with sjepa_deploy.load(bundle, backend=address, check_unit=False) as predict:
+        source = ScriptedSource(info_of(predict.spec), chunks_of(samples, np.arange(1000) / 100.0))
+        decoder = Decoder(predict, source, StreamConfig(late="queue"))
+        events, decisions = [], []
+        decoder.on_event(events.append)
+        for decision in decoder:
+            decisions.append(decision)
+            if decision.index == stop_at:
+                server.kill()
+                decoder.on_event(lambda _: server.process or decoder.counters.failed < start_at - stop_at or server.start())
+    assert_accounted(decoder.counters, decisions)
+    lost = {d.index for d in expected} - {d.index for d in decisions}
+    assert lost == set(range(stop_at + 1, start_at + 1))
+    assert decoder.counters.failed == len(lost) == kinds(events).count("unanswered")
+    wanted = predictions(expected)
+    assert all(wanted[index] == prediction for index, prediction in predictions(decisions).items())
+
+
+def test_stream_and_check_with_a_server(server, make_bundle, tmp_path):
+    bundle = make_bundle("prelocal")
+    decided = {}
+    for backend in ("ort-cpu", f"triton:{server.endpoints['grpc']}/prelocal"):
+        lines = tmp_path / f"{len(decided)}.jsonl"
+        options = f"--source synthetic --speed inf --duration 20 --late queue --quiet --backend {backend} --out {lines}"
+        assert run_command(stream, "sjepa-stream", [str(bundle.path), *options.split()]) == 0
+        written = [json.loads(line) for line in lines.read_text().splitlines()]
+        decided[backend] = np.array([line["prediction"] for line in written if "prediction" in line])
+    here, there = decided.values()
+    assert len(here) == len(there) > 180
+    assert_same(there, here)
+
+
 # ---------------------------------------------------------------- deadlines and queues
 
 
@@ -373,6 +416,15 @@ def test_bad_requests_get_their_codes(server):
                 raw.infer(asked[0], [asked[1]])
             assert raised.value.status() == f"StatusCode.{status}", says
             assert says in raised.value.message()
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x[0], lambda x: x[:, :7], lambda x: x[..., :100], lambda x: x.astype(np.float64)])
+def test_a_client_says_what_is_wrong_with_an_array_before_it_sends_it(server, client, wrong):
+    served = client("prelocal")
+    before = executions(server, "prelocal")
+    with pytest.raises(InputError, match=r"takes no .* Send float32 of shape \(batch, 8, 200\)"):
+        served(wrong(windows_of(served.spec, 0, 1)))
+    assert executions(server, "prelocal") == before
 
 
 def test_one_bad_request_does_not_spoil_its_batch(server, client, make_bundle):

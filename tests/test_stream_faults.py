@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from streams import ScriptedSource, assert_accounted, chunks_of, decode, decode_samples, eeg, info_of, kinds, predictions
 
 import sjepa_deploy
-from sjepa_deploy.errors import StreamError
+from sjepa_deploy.errors import RefusedError, StreamError, UnansweredError
 from sjepa_deploy.runtime.sources import Chunk
 from sjepa_deploy.runtime.stream import Decoder, StreamConfig
 
@@ -474,6 +474,28 @@ def test_backend_that_fails_is_counted_and_raised(predict):
         decoder.run()
     assert decoder.counters.failed == 1
     assert decoder.counters.windows == decoder.counters.decisions + 1
+
+
+@pytest.mark.parametrize("error", [RefusedError, UnansweredError])
+def test_a_server_that_does_not_answer_costs_only_the_windows_that_it_was_asked(predict, clean, error):
+    calls = iter(range(1000))
+
+    def refuse_two():
+        if next(calls) in (5, 6):
+            raise error("The server is overloaded.", "Send less.")
+        return 0.0
+
+    slow = SlowPredict(predict, refuse_two)
+    source = ScriptedSource(info_of(predict.spec), chunks_of(SAMPLES, STAMPS))
+    decoder = Decoder(slow, source)
+    slow.source = source
+    events = []
+    decoder.on_event(events.append)
+    decisions = list(decoder)
+    assert_accounted(decoder.counters, decisions)
+    assert predictions(decisions) == predictions(clean[:5] + clean[7:])
+    assert decoder.counters.failed == decoder.counters.misses == decoder.counters.longest_misses == 2
+    assert [event.text for event in events if event.kind == "unanswered"] == ["The server is overloaded. Send less."] * 2
 
 
 # ---------------------------------------------------------------- everything at once

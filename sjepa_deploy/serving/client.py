@@ -178,7 +178,7 @@ class Client:
         Raises
         ------
         InputError
-            If the server refuses the windows.
+            If the windows have another shape or dtype, or the server refuses them.
         RefusedError
             If nothing was computed: the queue was full or too slow, or the server did not come back in time.
         UnansweredError
@@ -186,6 +186,11 @@ class Client:
         ServingError
             If the server failed, or serves another model now.
         """
+        if eeg.dtype != np.float32 or eeg.shape[1:] != self.spec.input_shape:
+            raise InputError(
+                f"{self.name} takes no {eeg.dtype} of shape {eeg.shape}.",
+                f"Send float32 of shape (batch, {', '.join(map(str, self.spec.input_shape))}).",
+            )
         ends = time.monotonic() + (self.timeout if timeout is None else timeout)
         request_id = uuid.uuid4().hex
         attempts = 0
