@@ -120,7 +120,9 @@ THREADS = {"prelocal": 1024, "postlocal": 512, "contextual": 512, "base": 512}
 
 def best_layout(spec: ModelSpec, n_multiprocessors: int, architecture: int) -> Layout:
     """Return how a model is best spread over a GPU of a compute capability (times 10)."""
-    return Layout(n_multiprocessors=n_multiprocessors, threads=THREADS[spec.variant], cluster=architecture >= CLUSTER_CAPABILITY)
+    recent = architecture >= CLUSTER_CAPABILITY
+    threads = 256 if spec.needs_positions and not recent else THREADS[spec.variant]  # of 512, registers would spill on older ones
+    return Layout(n_multiprocessors=n_multiprocessors, threads=threads, cluster=recent)
 
 
 def refuse_spec(spec: ModelSpec, precision: RunPrecision) -> None:
