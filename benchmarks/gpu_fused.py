@@ -1,10 +1,19 @@
-"""The fused kernels on one NVIDIA GPU: parity, determinism, latency beside the other GPU backends, where the time goes.
+"""The fused kernels on one NVIDIA GPU: parity, determinism, latency in each mode, where the time goes, sanitizers, PyTorch.
 
-    python benchmarks/gpu_fused.py BUNDLES OUT.json [--only contextual:fp16,...] [--peers tensorrt,torch] [--deadline 100]
+    python benchmarks/gpu_fused.py OUT.json [--only contextual:fp16:modes,grid:all:all ...] [--deadline 200] [--seconds 4]
 
-BUNDLES holds one bundle a folder (`benchmarks/pack_bundles.py` makes them on any machine). Every case runs in its own process
-with 30 s to live, and the result is written after each: a kernel that fails or hangs loses its own case only. What would start
-after the deadline is left out and listed. Latencies are host wall times of `run` in us, both transfers included.
+Models are made on the spot, with random weights; needs PyTorch. A case is VARIANT:PRECISION:WHAT:
+
+    modes      parity, latency launched, from a graph and persistent, paced, with keep-warm; repeated calls; throughput
+    where      cycles from mark to mark in the kernel, and other layouts
+    grid       parity on every case of the export grid that the backend accepts (PRECISION is ignored)
+    torch      PyTorch with a CUDA graph: latency, throughput at batch 64 and 1024
+    long       --calls consecutive persistent calls, each compared to the bit
+    memcheck, racecheck, ncu   the tools of the CUDA toolkit over a few calls
+
+Every case runs in its own process with a time limit, and the result is written after each: a kernel that fails or hangs loses its
+own case only. What would start after the deadline is left out and listed. Latencies are host wall times of `run` in us, both
+transfers included.
 """
 
 from __future__ import annotations
@@ -12,31 +21,92 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.runtime.backend import BACKENDS, BackendOptions, open_backend
+from sjepa_deploy.errors import BackendError
+from sjepa_deploy.models import build_model
+from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.cuda import check
 from sjepa_deploy.runtime.fused import FusedBackend
 from sjepa_deploy.runtime.fused_program import Layout
-from sjepa_deploy.runtime.parity import check_parity
+from sjepa_deploy.runtime.keep_warm import KeepWarm
+from sjepa_deploy.runtime.parity import Reference, check_parity
+from sjepa_deploy.runtime.reference import run_reference
 from sjepa_deploy.serialize import encode
+from sjepa_deploy.spec import ModelSpec
+from sjepa_deploy.synthetic import hard_windows
 
-SECONDS = 30
-PRECISIONS = {"prelocal": ("fp32",), "postlocal": ("fp32",), "contextual": ("fp32", "tf32", "fp16")}
+SECONDS = 45
+TOOLS = ("memcheck", "racecheck", "ncu")
+PRECISIONS = {"prelocal": ("fp32",), "postlocal": ("fp32",), "contextual": ("fp32", "fp16")}
+GRID = [(129, 200, 4, 1), (129, 152, 4, 2), (62, 2048, 4, 4), (32, 408, 8, 2), (8, 280, 2, 3), (1, 200, 1, 1)]
+"""Channels, samples, filters, outputs, as in parity.py."""
+
 SIZES = (1, 2, 3, 8, 64)
+METRICS = (
+    "gpu__time_duration.sum", "sm__cycles_elapsed.max", "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "lts__t_bytes.sum", "lts__throughput.avg.pct_of_peak_sustained_elapsed", "dram__bytes.sum",
+    "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",
+    "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio",
+    "smsp__average_warps_issue_stalled_membar_per_issue_active.ratio",
+    "smsp__inst_executed.sum", "l1tex__data_bank_conflicts_pipe_lsu.sum",
+)  # fmt: skip
 
 
-def latency(call: Callable[[], object], n: int = 2000, pause: float = 0.0) -> dict[str, float]:
+def make_case(variant: str, shape: tuple[int, int, int, int] = GRID[0], seed: int = 0) -> tuple[Any, Any, Reference]:
+    """Return what the backend needs of a bundle, the model in float64, and windows with its outputs."""
+    import torch
+
+    n_chans, n_times, n_filters, n_outputs = shape
+    points = np.random.default_rng(1).standard_normal((n_chans, 3))
+    points /= 10 * np.linalg.norm(points, axis=1, keepdims=True)
+    spec = ModelSpec(
+        variant=variant, n_chans=n_chans, n_times=n_times, sfreq=100.0, n_outputs=n_outputs, n_spat_filters=n_filters,
+        positions=tuple(tuple(map(float, point)) for point in points),
+    )  # fmt: skip
+    model = build_model(spec, seed=seed).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    folder = Path(tempfile.mkdtemp(prefix="fused-"))
+    write_weights(model, folder / "model.safetensors")
+    windows = hard_windows(n_chans, n_times, 100.0, np.random.default_rng(seed))
+    inputs = np.stack([np.asarray(window, np.float32) for window in windows.values()])
+    model = model.double()
+    outputs = np.concatenate([run_reference(model, window[None]) for window in inputs])
+    max_batch = 8 if n_times > 1000 else 64
+    bundle = SimpleNamespace(spec=spec, checkpoint=folder, graph=lambda precision: SimpleNamespace(max_batch=max_batch))
+    return bundle, model, Reference(kinds=tuple(windows), inputs=inputs, outputs=outputs)
+
+
+def write_weights(model: Any, file: Path) -> None:
+    """Write a safetensors file without its library, which not every GPU machine has."""
+    header, parts, at = {}, [], 0
+    for name, tensor in model.state_dict().items():
+        data = tensor.detach().float().numpy().tobytes()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [at, at + len(data)]}
+        parts.append(data)
+        at += len(data)
+    content = json.dumps(header).encode()
+    file.write_bytes(len(content).to_bytes(8, "little") + content + b"".join(parts))
+
+
+def latency(call: Callable[[], object], n: int = 2000, pause: float = 0.0, warm: KeepWarm | None = None) -> dict[str, float]:
     """Return the distribution of `n` calls, back to back or every `pause` seconds."""
     for _ in range(100):
         call()
@@ -44,33 +114,29 @@ def latency(call: Callable[[], object], n: int = 2000, pause: float = 0.0) -> di
     due = time.perf_counter()
     for i in range(n):
         due += pause
+        if warm is not None:
+            warm.wait_until(due)
         while pause and time.perf_counter() < due:
             time.sleep(max(0.0, due - time.perf_counter() - 0.001))
         start = time.perf_counter_ns()
         call()
-        times[i] = (time.perf_counter_ns() - start) / 1000
+        end = time.perf_counter_ns()
+        if warm is not None:
+            warm.saw(start / 1e9, end / 1e9)
+        times[i] = (end - start) / 1000
     p50, p90, p99, p999 = np.percentile(times, (50, 90, 99, 99.9))
     return {"median": p50, "p90": p90, "p99": p99, "p99.9": p999, "max": times.max(), "mean": times.mean(), "n": n}
 
 
-def latencies(backend: Any, reference: Any, *, batches: tuple[int, ...] = (1, 8, 64)) -> dict[str, Any]:
-    """Return latencies with the window in place and copied, paced at 100 Hz, and of larger batches."""
-    window = np.ascontiguousarray(reference.inputs[:1])
+def opened(bundle: Any, precision: Any, reference: Reference, layout: Layout | None = None, **options: Any) -> Any:
+    """Return a backend and a call of it on a window in place."""
+    backend = FusedBackend(bundle, precision, BackendOptions(**options), layout)
     buffer = backend.input_buffer(1)
-    buffer[...] = window
-    result = {
-        "in place": latency(lambda: backend.run(buffer)),
-        "with copy": latency(lambda: backend.run(window)),
-        "in place, every 10 ms": latency(lambda: backend.run(buffer), 150, 0.01),
-    }
-    for batch in batches[1:]:
-        many = backend.input_buffer(batch)
-        many[...] = reference.inputs[np.arange(batch) % (len(reference.inputs) - 1)]
-        result[f"batch {batch}"] = latency(lambda many=many: backend.run(many), 200)
-    return result
+    buffer[...] = reference.inputs[:1]
+    return backend, lambda: backend.run(buffer)
 
 
-def repeat(backend: Any, reference: Any, seconds: float) -> dict[str, Any]:
+def repeat(backend: Any, reference: Reference, seconds: float, most: int = 2**62) -> dict[str, Any]:
     """Return how many of consecutive calls with two windows in turn differ in any bit from the first."""
     windows = [np.ascontiguousarray(reference.inputs[i : i + 1]) for i in (0, 1)]
     buffer, first = backend.input_buffer(1), []
@@ -78,27 +144,112 @@ def repeat(backend: Any, reference: Any, seconds: float) -> dict[str, Any]:
         buffer[...] = window
         first.append(backend.run(buffer).copy())
     calls = differ = 0
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        for window, want in zip(windows, first, strict=True):
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds and calls < most:
+        for window, want in zip(windows, (w.tobytes() for w in first), strict=True):
             buffer[...] = window
-            for _ in range(50):
-                differ += not np.array_equal(backend.run(buffer), want)
-            calls += 50
-    return {"calls": calls, "differ": int(differ)}
+            for _ in range(500):
+                differ += backend.run(buffer).tobytes() != want
+            calls += 500
+    return {"calls": calls, "differ": int(differ), "seconds": time.perf_counter() - began}
 
 
-def profile(bundle: Bundle, precision: Any, layout: Layout) -> dict[str, Any]:
+def modes(bundle: Any, model: Any, reference: Reference, precision: Any, seconds: float) -> dict[str, Any]:
+    """Parity and latency launched, from a graph, persistent; paced; throughput."""
+    result: dict[str, Any] = {}
+    for name, options in {"graph": {}, "persistent": {"persistent": True}, "launch": {"cuda_graph": False}}.items():
+        entry: dict[str, Any] = {}
+        began = time.perf_counter()
+        backend, call = opened(bundle, precision, reference, **options)
+        entry["load_s"] = time.perf_counter() - began
+        entry["graphed"] = backend._lanes[1]._graph is not None
+        result[name] = entry
+        sizes = SIZES if name == "graph" else (1,)
+        window = np.ascontiguousarray(reference.inputs[:1])
+        steps = {
+            "parity": lambda b=backend, sizes=sizes: encode(
+                check_parity(b.run, reference, backend="cuda", precision=precision, sizes=sizes)
+            ),
+            "in place": lambda call=call: latency(call, 5000),
+            "with copy": lambda b=backend, window=window: latency(lambda: b.run(window)),
+            "paced 10 ms": lambda call=call: latency(call, 150, 0.01),
+            "paced 10 ms, warm": lambda call=call: latency(call, 150, 0.01, KeepWarm(call, 0.001)),
+        }
+        if name == "launch":
+            steps = {"in place": steps["in place"]}
+        for key, work in steps.items():
+            step(entry, key, work)
+        if name != "launch":
+            step(entry, "repeat", lambda b=backend: repeat(b, reference, seconds))
+        if name == "graph":
+            for batch in (8, 64):
+                many = backend.input_buffer(batch)
+                many[...] = reference.inputs[np.arange(batch) % (len(reference.inputs) - 1)]
+                step(entry, f"batch {batch}", lambda b=backend, many=many: latency(lambda: b.run(many), 100))
+        backend.close()
+    return result
+
+
+def grid(variant: str) -> dict[str, Any]:
+    """Parity on every case of the grid in every precision that the backend accepts."""
+    result: dict[str, Any] = {}
+    for seed, shape in enumerate(GRID):
+        try:
+            bundle, _, reference = make_case(variant, shape, seed)
+        except Exception as e:
+            result[f"{shape}"] = {"failed": f"{type(e).__name__}: {e}"}
+            continue
+        for precision in ("fp32", "tf32", "fp16", "bf16"):
+            key = f"{' x '.join(map(str, shape))} {precision}"
+
+            def judge(bundle: Any = bundle, precision: Any = precision, reference: Any = reference) -> Any:
+                try:
+                    backend = FusedBackend(bundle, precision, BackendOptions())
+                except BackendError as e:
+                    return {"refused": e.problem}
+                most = bundle.graph(precision).max_batch
+                found = check_parity(backend.run, reference, backend="cuda", precision=precision, sizes=(1, 2, 3, most))
+                backend.close()
+                return {
+                    "passed": found.passed,
+                    "max_error": found.max_error,
+                    "worst": found.worst,
+                    "nan_agrees": found.nan_agrees,
+                }
+
+            step(result, key, judge)
+    return result
+
+
+def torch_case(model: Any, reference: Reference, precision: Any) -> dict[str, Any]:
+    """PyTorch with a CUDA graph and pinned copies inside."""
+    import torch
+    from gpu_engines import _graphed
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.mha.set_fastpath_enabled(False)
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    model = model.to("cuda", dtype)
+    result: dict[str, Any] = {}
+    with torch.inference_mode():
+        for batch in (1, 8, 64, 1024):
+            host = torch.from_numpy(np.resize(reference.inputs[:4], (batch, *reference.inputs.shape[1:]))).pin_memory()
+            calls = 1000 if batch == 1 else 30
+            step(result, f"batch {batch}", lambda host=host, calls=calls: latency(_graphed(model, host, dtype), calls))
+    return result
+
+
+def profile(bundle: Any, precision: Any, reference: Reference, layout: Layout) -> dict[str, Any]:
     """Return the cycles from mark to mark in the kernel, the median block of the median launch."""
     backend = FusedBackend(bundle, precision, BackendOptions(), dataclasses.replace(layout, profile=True))
     buffer = backend.input_buffer(1)
-    buffer[...] = bundle.reference().inputs[:1]
+    buffer[...] = reference.inputs[:1]
     lane = backend._lanes[1]
     blocks, marks = lane.grid, 2 + 6 * bundle.spec.encoder.n_layers if bundle.spec.needs_positions else 6
     found = []
     for _ in range(50):
         backend.run(buffer)
-        backend._stream.synchronize()
+        backend._device.synchronize()
         stamps = np.zeros((blocks, marks), np.int64)
         source = backend._device.cu.CUdeviceptr(lane.buffers["profile"].address)
         check(backend._device.cu.cuMemcpyDtoH(stamps.ctypes.data, source, stamps.nbytes))
@@ -108,81 +259,40 @@ def profile(bundle: Bundle, precision: Any, layout: Layout) -> dict[str, Any]:
     return {"median block": np.median(stamps, axis=0).tolist(), "slowest block": stamps.max(axis=0).tolist()}
 
 
-def quick_case(bundle: Bundle, precision: Any, reference: Any) -> dict[str, Any]:
-    """Every window once, for compute-sanitizer, under which a launch takes seconds."""
-    backend = FusedBackend(bundle, precision, BackendOptions())
-    judged = check_parity(backend.run, reference, backend="cuda", precision=precision, sizes=(1,))
-    backend.close()
-    return {"parity": encode(judged)}
-
-
-def fused_case(bundle: Bundle, precision: Any, reference: Any) -> dict[str, Any]:
-    """Everything about one variant in one precision."""
+def where(bundle: Any, reference: Reference, precision: Any) -> dict[str, Any]:
+    """Cycles between marks, and the latencies of other layouts."""
     result: dict[str, Any] = {}
-    began = time.perf_counter()
-    backend = FusedBackend(bundle, precision, BackendOptions())
-    result["load_s"] = time.perf_counter() - began
-    result["blocks"], result["shared_bytes"] = backend.module.blocks_at_once, backend.module.shared_bytes
-    result["parity"] = encode(check_parity(backend.run, reference, backend="cuda", precision=precision, sizes=SIZES))
-    step(result, "latency", lambda: latencies(backend, reference))
-    step(result, "repeat", lambda: repeat(backend, reference, 4.0))
+    backend, _ = opened(bundle, precision, reference)
     usual = backend.layout
     backend.close()
-
-    def with_options(**options: Any) -> Any:
-        other = FusedBackend(bundle, precision, BackendOptions(**options))
-        buffer = other.input_buffer(1)
-        buffer[...] = reference.inputs[:1]
-        found = latency(lambda: other.run(buffer), 1000)
-        other.close()
-        return found
-
-    step(result, "block", lambda: with_options(wait="block"))
-    step(result, "copy in a graph", lambda: with_options(memory="copy"))
+    step(result, "profile", lambda: profile(bundle, precision, reference, usual))
 
     def with_layout(**changes: Any) -> Any:
-        other = FusedBackend(bundle, precision, BackendOptions(), dataclasses.replace(usual, **changes))
-        buffer = other.input_buffer(1)
+        other, call = opened(bundle, precision, reference, dataclasses.replace(usual, **changes))
         judged = check_parity(other.run, reference, backend="cuda", precision=precision, sizes=(1,))
-        buffer[...] = reference.inputs[:1]
-        found = latency(lambda: other.run(buffer), 1000) | {"passed": judged.passed, "max_error": judged.max_error}
+        other.input_buffer(1)[...] = reference.inputs[:1]
+        found = latency(call, 1000) | {"passed": judged.passed, "max_error": judged.max_error}
         other.close()
         return found
 
-    step(result, "profile", lambda: profile(bundle, precision, usual))
-    variants: list[dict[str, Any]] = [{"threads": 512}]
-    if bundle.spec.variant == "prelocal":
-        variants += [{"blocks": 4}, {"cluster": False}, {"cluster": False, "blocks": 16}, {"cluster": False, "blocks": 32}]
-        variants += [{"cluster": False, "blocks": 32, "threads": 512}, {"threads": 1024}]
-    if bundle.spec.variant == "postlocal":
-        variants += [{"threads": 128}]
-    for changes in variants:
+    variants: dict[str, list[dict[str, Any]]] = {
+        "prelocal": [{"threads": 512}, {"blocks": 4}, {"cluster": False}],
+        "postlocal": [{"threads": 256}, {"threads": 1024}],
+        "contextual": [{"threads": 256}, {"qkv_in_shared": False}],
+    }
+    for changes in variants[bundle.spec.variant]:
         step(result, f"layout {changes}", lambda changes=changes: with_layout(**changes))
     return result
 
 
-def peer_case(bundle: Bundle, precision: Any, reference: Any, name: str) -> dict[str, Any]:
-    """The same latencies of another backend; of PyTorch, with a CUDA graph and pinned copies inside."""
-    if name == "torch":
-        import torch
-        from gpu_engines import _graphed
-
-        from sjepa_deploy.checkpoint import load_model, read_checkpoint
-
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        torch.backends.mha.set_fastpath_enabled(False)
-        dtype = torch.float16 if precision == "fp16" else torch.float32
-        model = load_model(read_checkpoint(bundle.checkpoint), bundle.spec).eval().to("cuda", dtype)
-        result = {}
-        with torch.inference_mode():
-            for batch in (1, 64):
-                host = torch.from_numpy(np.resize(reference.inputs[:4], (batch, *bundle.spec.input_shape))).pin_memory()
-                result["in place" if batch == 1 else f"batch {batch}"] = latency(_graphed(model, host, dtype), 1000)
-        return {"latency": result}
-    if missing := BACKENDS[name].why_not():
-        raise missing
-    backend = open_backend(bundle, name, precision)
-    return {"latency": latencies(backend, reference)}
+def quick(bundle: Any, reference: Reference, precision: Any, persistent: bool) -> dict[str, Any]:
+    """A few calls, for tools under which a launch takes seconds."""
+    backend, _ = opened(bundle, precision, reference, persistent=persistent)
+    few = Reference(kinds=reference.kinds[:3], inputs=reference.inputs[:3], outputs=reference.outputs[:3])
+    sizes = (1,) if persistent else (1, 2)
+    judged = check_parity(backend.run, few, backend="cuda", precision=precision, sizes=sizes)
+    backend.close()
+    return {"parity": encode(judged)}
 
 
 def step(result: dict[str, Any], name: str, work: Callable[[], Any]) -> None:
@@ -193,52 +303,99 @@ def step(result: dict[str, Any], name: str, work: Callable[[], Any]) -> None:
         result[name] = {"failed": f"{type(e).__name__}: {e}", "traceback": traceback.format_exc()}
 
 
-def run_case(bundles: Path, case: str) -> None:
-    """Do one case and print it as JSON: VARIANT:PRECISION:BACKEND, or VARIANT:PRECISION:quick."""
-    variant, precision, name = case.split(":")
+def run_case(case: str, seconds: float, calls: int) -> None:
+    """Do one case and print it as JSON."""
+    variant, precision, what = case.split(":")
     try:
-        bundle = Bundle.open(bundles / variant)
-        reference = bundle.reference()
-        run = {"cuda": fused_case, "quick": quick_case}.get(name, lambda *case: peer_case(*case, name))
-        answer = run(bundle, precision, reference)
+        if what == "grid":
+            answer = grid(variant)
+        else:
+            bundle, model, reference = make_case(variant)
+            if what == "modes":
+                answer = modes(bundle, model, reference, precision, seconds)
+            elif what == "where":
+                answer = where(bundle, reference, precision)
+            elif what == "torch":
+                answer = torch_case(model, reference, precision)
+            elif what == "long":
+                backend, _ = opened(bundle, precision, reference, persistent=True)
+                answer = repeat(backend, reference, seconds, calls)
+                backend.close()
+            else:
+                answer = quick(bundle, reference, precision, persistent=what == "quick-persistent")
     except Exception as e:
         answer = {"failed": f"{type(e).__name__}: {e}", "traceback": traceback.format_exc()}
     print(json.dumps(answer), flush=True)
 
 
+def tool(name: str) -> str:
+    """Return the path of a tool of the CUDA toolkit."""
+    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin:/usr/local/cuda/compute-sanitizer")
+    if not found:
+        raise FileNotFoundError(f"{name} is not here")
+    return found
+
+
+def run_tool(case: str) -> dict[str, Any]:
+    """Run a few calls of a case under compute-sanitizer or ncu."""
+    variant, precision, what = case.split(":")
+    inner = [sys.executable, __file__, "-", "--case", f"{variant}:{precision}:quick"]
+    if what == "ncu":
+        command = [tool("ncu"), "--clock-control", "none", "--kernel-name", variant, "--launch-skip", "1", "--launch-count", "2",
+                   "--metrics", ",".join(METRICS), "--csv", *inner]  # fmt: skip
+    else:
+        command = [tool("compute-sanitizer"), "--tool", what, "--error-exitcode", "9", *inner]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    lines = done.stdout.splitlines()
+    keep = [line for line in lines if line.startswith("=====") or '","' in line]
+    answer = {"exit": done.returncode, "output": keep[-60:], "stderr": done.stderr[-1500:]}
+    parity = [json.loads(line) for line in lines if line.startswith('{"')]
+    return answer | (parity[-1] if parity else {})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundles", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--only", help="VARIANT:PRECISION, separated by commas, in this order")
-    parser.add_argument("--peers", default="", help="other backends to time, separated by commas")
-    parser.add_argument("--deadline", type=float, default=100, help="seconds after which no case starts")
-    parser.add_argument("--case", help="one case in this process: VARIANT:PRECISION:BACKEND, or VARIANT:PRECISION:quick")
+    parser.add_argument("--only", help="cases, separated by commas, in this order")
+    parser.add_argument("--deadline", type=float, default=200, help="seconds after which no case starts")
+    parser.add_argument("--seconds", type=float, default=2, help="of repeated calls in each mode, and at most of a long run")
+    parser.add_argument("--calls", type=int, default=10_000_000, help="of a long run")
+    parser.add_argument("--case", help="one case in this process")
     arguments = parser.parse_args()
     if arguments.case:
-        run_case(arguments.bundles, arguments.case)
+        run_case(arguments.case, arguments.seconds, arguments.calls)
         return
-    wanted = arguments.only.split(",") if arguments.only else [f"{v}:{p}" for v, ps in PRECISIONS.items() for p in ps]
-    cases = [f"{case}:cuda" for case in wanted]
-    cases += [f"{case}:{peer}" for peer in filter(None, arguments.peers.split(",")) for case in wanted]
+    pairs = [f"{v}:{p}" for v, ps in PRECISIONS.items() for p in ps]
+    cases = [f"{pair}:{what}" for what in ("modes", "where") for pair in pairs]
+    cases += [f"{variant}:all:grid" for variant in (*PRECISIONS, "base")]
+    cases += [f"{pair}:torch" for pair in pairs] + [f"{pair}:{what}" for what in TOOLS for pair in pairs]
+    cases = arguments.only.split(",") if arguments.only else cases
     content: dict[str, Any] = {"python": platform.python_version(), "arguments": sys.argv[1:], "left_out": [], "cases": {}}
     content["nvidia-smi"] = subprocess.run(
         ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,pstate", "--format=csv,noheader"],
         capture_output=True, text=True, check=False,
-    ).stdout if Path("/usr/bin/nvidia-smi").exists() else None  # fmt: skip
+    ).stdout if shutil.which("nvidia-smi") else None  # fmt: skip
     began = time.perf_counter()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for case in cases:
-        if time.perf_counter() - began > arguments.deadline:
+        left = arguments.deadline - (time.perf_counter() - began)
+        if left < 5:
             content["left_out"].append(case)
             continue
         started = time.perf_counter()
-        command = [sys.executable, __file__, str(arguments.bundles), str(arguments.out), "--case", case]
+        limit = arguments.seconds + 30 if case.endswith(":long") else SECONDS
+        command = [sys.executable, __file__, str(arguments.out), "--case", case]
+        command += ["--seconds", str(arguments.seconds), "--calls", str(arguments.calls)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-            answer = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {"failed": done.stderr[-2000:]}
+            if case.rpartition(":")[2] in TOOLS:
+                answer = run_tool(case)
+            else:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+                answer = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {"failed": done.stderr[-2000:]}
         except subprocess.TimeoutExpired:
-            answer = {"failed": f"took more than {SECONDS} s"}
+            answer = {"failed": f"took more than {limit:.0f} s"}
+        except FileNotFoundError as e:
+            answer = {"failed": str(e)}
         except ValueError:
             answer = {"failed": done.stdout[-1000:] + done.stderr[-1000:]}
         answer["seconds"] = time.perf_counter() - started
@@ -252,22 +409,34 @@ def main() -> None:
 def summary(case: str, answer: dict[str, Any]) -> list[str]:
     """Return a few lines on one case."""
     lines = [f"{case} ({answer['seconds']:.1f} s) {answer.get('failed', '')}"]
-    if "parity" in answer:
-        parity = answer["parity"]
-        lines.append(f"  parity {'passed' if parity['passed'] else 'FAILED'}: {parity['max_error']:.2e}, {parity['worst']}")
-    for key, value in answer.items():
-        entries = value.items() if key == "latency" and isinstance(value, dict) else [(key, value)]
-        for name, entry in entries:
-            if isinstance(entry, dict) and "median" in entry:
-                error = f", error {entry['max_error']:.1e}" if "max_error" in entry else ""
-                lines.append(f"  {name}: {entry['median']:.1f} (p99 {entry['p99']:.1f}){error}")
-            elif isinstance(entry, dict) and "failed" in entry:
-                lines.append(f"  {name}: FAILED {entry['failed'][:300]}")
-            elif name in ("repeat", "load_s", "blocks", "shared_bytes"):
+
+    def add(name: str, entry: Any) -> None:
+        if not isinstance(entry, dict):
+            if name in ("graphed", "exit", "calls", "differ"):
                 lines.append(f"  {name}: {entry}")
-    if isinstance(answer.get("profile"), dict) and "median block" in answer["profile"]:
-        lines.append("  profile: " + " ".join(f"{v:.0f}" for v in answer["profile"]["median block"][:20]))
-        lines.append("  slowest: " + " ".join(f"{v:.0f}" for v in answer["profile"]["slowest block"][:20]))
+        elif "failed" in entry:
+            lines.append(f"  {name}: FAILED {entry['failed'][:300]}")
+        elif "median block" in entry:
+            for key, values in entry.items():
+                lines.append(f"  {key}: " + " ".join(f"{v:.0f}" for v in values[:16]) + " ... " + f"{values[-1]:.0f}")
+        elif "median" in entry:
+            error = f", error {entry['max_error']:.1e} {entry['passed']}" if "max_error" in entry else ""
+            lines.append(f"  {name}: {entry['median']:.1f} (p99 {entry['p99']:.1f}, max {entry['max']:.0f}){error}")
+        elif "max_error" in entry:
+            verdict = "passed" if entry["passed"] else "FAILED"
+            lines.append(f"  {name}: {verdict} {entry['max_error']:.1e} {'' if entry['passed'] else entry['worst']}")
+        elif "refused" in entry:
+            lines.append(f"  {name}: refused: {entry['refused']}")
+        elif "calls" in entry:
+            lines.append(f"  {name}: {entry['calls']} calls, {entry['differ']} differ, {entry['seconds']:.1f} s")
+        else:
+            for key, value in entry.items():
+                add(f"{name}, {key}", value)
+
+    for name, entry in answer.items():
+        add(name, entry)
+    if "output" in answer:
+        lines += ["  " + line[:200] for line in answer["output"][-3:]]
     return lines
 
 

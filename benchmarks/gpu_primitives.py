@@ -133,7 +133,7 @@ def barrier(bench: Bench) -> dict[str, float]:
     """Barriers of the grid, and of a cluster of 8 blocks."""
     result: dict[str, float] = {}
     function, base = bench.kernel("grid_barriers"), 0
-    counter, failed = bench.words.address, bench.words.address + 4096
+    counter, failed = bench.words.address + 65536, bench.words.address + 131072  # words that nothing else has touched
     for threads in (256, 512):
 
         def rounds(n: int, threads: int = threads) -> float:
@@ -145,7 +145,8 @@ def barrier(bench: Bench) -> dict[str, float]:
             return us
 
         result[f"grid, {bench.n_multiprocessors} blocks of {threads}"] = slope(rounds, 50, 250)
-    result["grid failed"] = float(bench.read(bench.words, 1025, np.uint32)[1024])
+    words = bench.read(bench.words, 32769, np.uint32)
+    result["grid failed"], result["grid arrivals missing"] = float(words[32768]), float(int(base) - int(words[16384]))
     if bench.architecture >= 90:
         function = bench.kernel("cluster_barriers")
         for clusters in (1, bench.n_multiprocessors // 8):

@@ -36,6 +36,9 @@ class BackendOptions:
         GPU backends: whether a call replays a captured graph, or enqueues kernel by kernel.
     wait : {"spin", "flag", "block"}
         GPU backends: how a call waits, see `sjepa_deploy.runtime.cuda.Wait`.
+    persistent : bool
+        Backend "cuda": whether a kernel stays on the GPU and answers calls of one window without a launch. It keeps the GPU to
+        itself until the host is silent for two seconds, another batch size is called or the backend is closed.
     """
 
     n_threads: int | None = None
@@ -43,6 +46,7 @@ class BackendOptions:
     memory: Literal["mapped", "copy"] = "mapped"
     cuda_graph: bool = True
     wait: Wait = "spin"
+    persistent: bool = False
 
 
 @runtime_checkable

@@ -33,6 +33,12 @@ DEVICE float4 load_fresh4(const float4* p) {
   return v;
 }
 
+DEVICE uint4 load_fresh_bits4(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
+
 // The input, which lies in pinned host memory or in device memory and changes between launches.
 DEVICE float load_input(const float* p) {
   float v;
@@ -53,11 +59,41 @@ DEVICE void copy16(void* shared, const void* global) {
 
 DEVICE void copies_arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// A number and a mark in one access of 8 bytes, which the memory model keeps whole: who sees the mark has the number, with neither a
+// fence nor a counter. `p` points to pairs of a float and its mark; a load takes two of them.
+DEVICE void store_marked(unsigned long long* p, float v, unsigned mark) {
+  const unsigned long long both = (unsigned long long)mark << 32 | __float_as_uint(v);
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(both) : "memory");
+}
+
+DEVICE void store_marked_system(unsigned long long* p, float v, unsigned mark) {
+  const unsigned long long both = (unsigned long long)mark << 32 | __float_as_uint(v);
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(both) : "memory");
+}
+
+DEVICE uint4 load_marked2(const unsigned long long* p) {
+  unsigned long long one, other;
+  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(one), "=l"(other) : "l"(p) : "memory");
+  return uint4{(unsigned)one, (unsigned)(one >> 32), (unsigned)other, (unsigned)(other >> 32)};
+}
+
 DEVICE unsigned load_acquire(const unsigned* p) {
   unsigned v;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
+
+DEVICE void store_release(unsigned* p, unsigned v) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
+DEVICE unsigned long long load_acquire_system(const unsigned long long* p) {
+  unsigned long long v;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
+
+DEVICE unsigned load_volatile(const unsigned* p) { return *(const volatile unsigned*)p; }
 
 DEVICE void store_release_system(unsigned* p, unsigned v) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
@@ -65,7 +101,14 @@ DEVICE void store_release_system(unsigned* p, unsigned v) {
 
 DEVICE long long now() { return clock64(); }
 
+DEVICE long long nanoseconds() {
+  long long v;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(v));
+  return v;
+}
+
 DEVICE void pause() {}
+DEVICE void rest() { __nanosleep(100); }
 
 DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 
@@ -83,6 +126,14 @@ DEVICE unsigned remote_address(const void* shared, unsigned rank) {
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"((unsigned)__cvta_generic_to_shared(shared)), "r"(rank));
 #endif
   return address;
+}
+
+DEVICE unsigned load_remote(const unsigned* shared, unsigned rank) {
+  unsigned v = 0;
+#if CLUSTER > 1
+  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(v) : "r"(remote_address(shared, rank)) : "memory");
+#endif
+  return v;
 }
 
 // The value at the same place in the shared memory of block `rank` of this cluster.
@@ -108,6 +159,23 @@ DEVICE unsigned to_tf32(float v) {
   return bits;
 }
 
+// The upper part of `v` that TensorFloat-32 holds, and the rest, rounded: mma reads the upper 19 bits of an operand. What is left over
+// is below float32's rounding. Arithmetic on the bits, as conversions are slow.
+DEVICE unsigned upper_tf32(float v) { return __float_as_uint(v) & 0xffffe000u; }
+DEVICE unsigned lower_tf32(float v) { return __float_as_uint(v - __uint_as_float(upper_tf32(v))) + 0x1000u; }
+
+DEVICE unsigned short to_half(float v) {
+  unsigned short bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(v));
+  return bits;
+}
+
+DEVICE float2 from_half2(unsigned bits) {
+  float2 v;
+  asm("{.reg .f16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}" : "=f"(v.x), "=f"(v.y) : "r"(bits));
+  return v;
+}
+
 DEVICE unsigned to_half2(float low, float high) {
   unsigned bits;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
@@ -115,14 +183,14 @@ DEVICE unsigned to_half2(float low, float high) {
 }
 
 DEVICE void mma_tf32(float (&sum)[4], const uint4& a, unsigned b0, unsigned b1) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
 DEVICE void mma_half(float (&sum)[4], const uint4& a, unsigned b0, unsigned b1) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));

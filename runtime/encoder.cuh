@@ -156,10 +156,11 @@ DEVICE const float* encode(EncoderMemory<SIGNALS>& s, const float* global_weight
   return encoder_layers<1, SIGNALS>(s.other, s.one, weights + (TAPS + 2) * D, s.partial);
 }
 
-// `count` signals of N_TIMES samples from the input to shared memory. All loads of a thread are under way before the first is
-// stored, as each takes a microsecond or two over PCIe. Ends with a barrier, after which this block's `copy16` have arrived too.
+// `count` signals of N_TIMES samples, at most MOST, from the input to shared memory. All loads of a thread are under way before the
+// first is stored, as each takes a microsecond or two over PCIe. Ends with a barrier, after which this block's `copy16` have arrived.
+template <int MOST>
 DEVICE void load_signals(float* shared, const float* input, int count) {
-  constexpr int AT_ONCE = 8;
+  constexpr int LOADS = (MOST * N_TIMES / (N_TIMES % 4 == 0 ? 4 : 1) + THREADS - 1) / THREADS, AT_ONCE = LOADS < 8 ? LOADS : 8;
   if constexpr (N_TIMES % 4 == 0) {
     const int n = count * N_TIMES / 4;
     for (int first = thread(); first < n; first += AT_ONCE * THREADS) {
@@ -196,20 +197,77 @@ DEVICE void remove_offset(float* signal) {
   __syncthreads();
 }
 
-// ---- the end of a launch ----
+// ---- calls ----
 
 // Words in device memory that are zero before the first launch.
 struct Counters {
-  unsigned launches;             // that ended
-  unsigned finished;             // windows of this launch
+  unsigned launches;             // calls that ended
+  unsigned finished;             // windows of this call
+  unsigned asked;                // the call that a resident kernel answers, for the blocks that do not look at host memory
+  unsigned leave;                // the residency that is over
   unsigned arrived[MAX_BATCH];   // blocks or tokens of each window
 };
 
 // Words in host memory.
 struct Report {
-  unsigned launches;  // that ended, written last
+  unsigned launches;  // calls that ended, written last
   unsigned failed;    // whether a wait inside the kernel ran out of time
 };
+
+// How the host and a launch speak. A launch answers one call, or, if `request` is there, all calls until the host ends it or is
+// silent for IDLE_NS: a host that was killed or stopped leaves no kernel behind.
+struct Calls {
+  const unsigned long long* request;  // host memory: number of the newest call, above it whether to end
+  unsigned long long* marked;         // host memory: outputs with the call's number beside them; or null
+  Counters* counters;
+  Report* report;
+  unsigned last;                      // the call before the first of a resident launch
+  unsigned residency;                 // number of this resident launch
+  unsigned batch;
+};
+
+constexpr long long IDLE_NS = 1000000ll * IDLE_MS, BUSY_NS = 100000;
+
+// Wait for the call after `number`, and take its number; false: end. One block looks at host memory and tells the others.
+DEVICE bool next_call(const Calls& calls, unsigned& number, unsigned* word) {
+  if (!calls.request) {
+    number = load_volatile(&calls.counters->launches) + 1;
+    return true;
+  }
+  __syncthreads();
+  if (thread() == 0) {
+    bool end = false;
+    unsigned next = number;
+    if (blockIdx.x == 0) {
+      const long long start = nanoseconds();
+      while (next == number && !end) {
+        const unsigned long long asked = load_acquire_system(calls.request);
+        const long long waited = nanoseconds() - start;
+        end = asked >> 32 || waited > IDLE_NS;
+        if (!end) next = (unsigned)asked;
+        if (waited > BUSY_NS) rest();
+      }
+      if (CLUSTER == 1) {
+        if (end) store_release(&calls.counters->leave, calls.residency);
+        else store_release(&calls.counters->asked, next);
+      }
+    } else if (CLUSTER == 1) {
+      while (next == number && !end) {
+        next = load_acquire(&calls.counters->asked);
+        end = next == number && load_acquire(&calls.counters->leave) == calls.residency;
+        pause();
+      }
+    }
+    word[0] = next, word[1] = end;
+  }
+  __syncthreads();
+  cluster_sync();
+  const unsigned next = CLUSTER > 1 ? load_remote(word, 0) : word[0];
+  const bool end = CLUSTER > 1 ? load_remote(word + 1, 0) : word[1];
+  cluster_sync();  // no block writes its words, or ends, before the others have read them
+  number = next;
+  return !end;
+}
 
 // Whether this block is the last of `n` that arrive here for `window`; then it sees what the others wrote before.
 DEVICE bool last_to_arrive(unsigned* arrived, unsigned n, unsigned* ticket) {
@@ -224,15 +282,24 @@ DEVICE bool last_to_arrive(unsigned* arrived, unsigned n, unsigned* ticket) {
   return *ticket == n - 1;
 }
 
-// One block reports that the outputs of a window are in host memory; the last window's tells the host.
-DEVICE void finish_window(Counters* counters, Report* report, unsigned batch) {
+// Output `at` of all windows for the host.
+DEVICE void put_output(const Calls& calls, float* output, int at, float v, unsigned number) {
+  if (calls.marked) store_marked_system(calls.marked + at, v, number);
+  else output[at] = v;
+}
+
+// One block has put the outputs of a window; that of the last window ends the call. Where outputs carry no mark, the host is told.
+DEVICE void finish_window(const Calls& calls, unsigned number) {
   __syncthreads();
   if (thread() == 0) {
-    __threadfence_system();
-    if (atomicAdd(&counters->finished, 1u) == batch - 1) {
-      counters->finished = 0;
-      __threadfence_system();
-      store_release_system(&report->launches, ++counters->launches);
+    if (!calls.marked) __threadfence_system();
+    if (calls.batch == 1 || atomicAdd(&calls.counters->finished, 1u) == calls.batch - 1) {
+      calls.counters->finished = 0;
+      calls.counters->launches = number;
+      if (!calls.marked) {
+        __threadfence_system();
+        store_release_system(&calls.report->launches, number);
+      }
     }
   }
 }

@@ -14,11 +14,18 @@ from sjepa_deploy.runtime.fused_weights import Weights, pack
 from sjepa_deploy.spec import ModelSpec, RunPrecision
 
 HERE = Path(__file__).parent
+CLUSTER_CAPABILITY = 90
+"""Compute capability, times 10, of the first GPUs whose blocks read each other's shared memory."""
+
 FEED_FORWARD = 2048
 """Hidden units of a layer, PyTorch's default, which all SignalJEPA models have."""
 
 LARGEST_GROUP = 40
 """Tokens that a block takes through the feed-forward product at a time: 5 tiles of 8."""
+
+
+IDLE_MS = 2000
+"""Silence of the host after which a kernel that stays ends by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +73,8 @@ class Program:
         Scratch buffers of the kernel, in the order of its arguments, each with its float32 numbers for one window.
     n_ready : int
         Counters that the kernel waits at, for one window.
+    marks : bool
+        Whether the kernel can write the call's number beside its outputs.
     cooperative : bool
         Whether all blocks must be resident at once.
     cluster : int
@@ -83,6 +92,7 @@ class Program:
     weights: NDArray[np.float32]
     buffers: tuple[tuple[str, int], ...]
     n_ready: int
+    marks: bool
     cooperative: bool
     cluster: int
     blocks: int | None
@@ -99,8 +109,20 @@ class Program:
         """Return the type of the kernel's argument."""
         pointers = ["input", "output", "weights", *(name for name, _ in self.buffers)]
         pointers += ["ready"] if self.n_ready else []
-        fields = [(name, ctypes.c_void_p) for name in [*pointers, "counters", "report"]]
-        return type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, ("batch", ctypes.c_uint)]})
+        fields = [(name, ctypes.c_void_p) for name in [*pointers, "request", "marked", "counters", "report"]]
+        numbers = [(name, ctypes.c_uint) for name in ("last", "residency", "batch")]
+        return type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, *numbers]})
+
+
+THREADS = {"prelocal": 1024, "postlocal": 512, "contextual": 512, "base": 512}
+"""Of a block: the fastest of those that were measured (benchmarks/results/gpu_fused_*)."""
+
+
+def best_layout(spec: ModelSpec, n_multiprocessors: int, architecture: int) -> Layout:
+    """Return how a model is best spread over a GPU of a compute capability (times 10)."""
+    recent = architecture >= CLUSTER_CAPABILITY
+    threads = 256 if spec.needs_positions and not recent else THREADS[spec.variant]  # of 512, registers would spill on older ones
+    return Layout(n_multiprocessors=n_multiprocessors, threads=threads, cluster=recent)
 
 
 def refuse_spec(spec: ModelSpec, precision: RunPrecision) -> None:
@@ -156,6 +178,7 @@ def make_program(spec: ModelSpec, weights: Weights, precision: RunPrecision, max
         "FILTERS": spec.n_spat_filters,
         "EMB": encoder.emb_dim,
         "MAX_BATCH": max_batch,
+        "IDLE_MS": IDLE_MS,
         "N_CONVS": len(encoder.conv_layers),
         "CONV_DIMS": ", ".join(str(dim) for dim, _, _ in encoder.conv_layers),
         "CONV_KERNELS": ", ".join(str(kernel) for _, kernel, _ in encoder.conv_layers),
@@ -191,9 +214,10 @@ def make_program(spec: ModelSpec, weights: Weights, precision: RunPrecision, max
         }
         macros = {"AT_HEAD": 0, "AT_BIAS": 0} | macros
         rows = n_tokens * encoder.emb_dim
-        buffers = [("tokens", rows), ("attended", rows), ("query", rows), ("key_value", 4 * rows), ("shares", slices * rows)]
+        buffers = [("tokens", rows), ("attended", 2 * rows), ("query", rows), ("key_value", 4 * rows)]
+        buffers.append(("shares", 2 * slices * rows))
         buffers.append(("head_shares", n_tokens * window))
-        n_ready = encoder.n_layers * (1 + 2 * (-(-n_tokens // group)))
+        n_ready = encoder.n_layers
         items = n_tokens
     if layout.profile:
         macros["MARKS"] = 6 if not spec.needs_positions else 2 + 6 * encoder.n_layers
@@ -207,6 +231,7 @@ def make_program(spec: ModelSpec, weights: Weights, precision: RunPrecision, max
         weights=packed.words(),
         buffers=tuple(buffers),
         n_ready=n_ready,
+        marks=spec.variant != "base",
         cooperative=spec.needs_positions,
         cluster=cluster,
         blocks=blocks,

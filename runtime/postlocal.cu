@@ -8,9 +8,7 @@ struct Arguments {
 #if PROFILE
   long long* profile;    // MARKS for each block
 #endif
-  Counters* counters;
-  Report* report;
-  unsigned batch;
+  Calls calls;
 };
 
 constexpr int FEATURES = N_TOKENS * EMB;
@@ -20,21 +18,21 @@ struct Shared {
   EncoderMemory<1> encoder;
   float head[HEAD_IN_SHARED ? N_OUTPUTS * FEATURES : 4];  // of the channel at hand
   unsigned ticket;
+  unsigned word[2];
 };
 TELL_SIZE(Shared)
 
-KERNEL postlocal(const Arguments a) {
-  SHARED_MEMORY;
-  Shared& s = *reinterpret_cast<Shared*>(shared_memory);
-  MARK(0);
-  fetch_encoder(s.encoder, a.weights);
-  const float bias = a.weights[AT_BIAS + (warp() < N_OUTPUTS ? warp() : 0)];  // early: what comes last is on the critical path
-  for (int item = blockIdx.x; item < (int)a.batch * N_CHANS; item += gridDim.x) {
+DEVICE void fetch_head(const Arguments& a, Shared& s, int channel) {
+  if constexpr (HEAD_IN_SHARED)
+    for (int o = 0; o < N_OUTPUTS; ++o)
+      fetch(s.head + o * FEATURES, a.weights + AT_HEAD + (o * N_CHANS + channel) * FEATURES, FEATURES);
+}
+
+DEVICE void answer(const Arguments& a, Shared& s, unsigned number, float bias, int& held) {
+  for (int item = blockIdx.x; item < (int)a.calls.batch * N_CHANS; item += gridDim.x) {
     const int window = item / N_CHANS, channel = item % N_CHANS;
-    if constexpr (HEAD_IN_SHARED)
-      for (int o = 0; o < N_OUTPUTS; ++o)
-        fetch(s.head + o * FEATURES, a.weights + AT_HEAD + (o * N_CHANS + channel) * FEATURES, FEATURES);
-    load_signals(s.encoder.signal, a.input + item * N_TIMES, 1);
+    if (channel != held) fetch_head(a, s, held = channel);
+    load_signals<1>(s.encoder.signal, a.input + item * N_TIMES, 1);
     remove_offset(s.encoder.signal);
     MARK(1);
     const float* tokens = encode(s.encoder, a.weights);
@@ -47,15 +45,29 @@ KERNEL postlocal(const Arguments a) {
       if (lane() == 0) a.shares[item * N_OUTPUTS + o] = sum;
     }
     MARK(3);
-    if (!last_to_arrive(&a.counters->arrived[window], N_CHANS, &s.ticket)) continue;
+    if (!last_to_arrive(&a.calls.counters->arrived[window], N_CHANS, &s.ticket)) continue;
     MARK(4);
     for (int o = warp(); o < N_OUTPUTS; o += WARPS) {
       float sum = 0;
       for (int c = lane(); c < N_CHANS; c += 32) sum += load_fresh(a.shares + (window * N_CHANS + c) * N_OUTPUTS + o);
       sum = warp_sum(sum);
-      if (lane() == 0) a.output[window * N_OUTPUTS + o] = (o < WARPS ? bias : a.weights[AT_BIAS + o]) + sum;
+      if (lane() == 0) put_output(a.calls, a.output, window * N_OUTPUTS + o, (o < WARPS ? bias : a.weights[AT_BIAS + o]) + sum, number);
     }
-    finish_window(a.counters, a.report, a.batch);
     MARK(5);
+    finish_window(a.calls, number);
+  }
+}
+
+KERNEL postlocal(const Arguments a) {
+  SHARED_MEMORY;
+  Shared& s = *reinterpret_cast<Shared*>(shared_memory);
+  MARK(0);
+  fetch_encoder(s.encoder, a.weights);
+  const float bias = a.weights[AT_BIAS + (warp() < N_OUTPUTS ? warp() : 0)];  // early: what comes last is on the critical path
+  int held = blockIdx.x % N_CHANS;  // whose head is in shared memory
+  fetch_head(a, s, held);
+  for (unsigned number = a.calls.last; next_call(a.calls, number, s.word);) {
+    answer(a, s, number, bias, held);
+    if (!a.calls.request) break;
   }
 }

@@ -10,9 +10,7 @@ struct Arguments {
 #if PROFILE
   long long* profile;    // MARKS for each block
 #endif
-  Counters* counters;
-  Report* report;
-  unsigned batch;
+  Calls calls;
 };
 
 constexpr int SHARE = (N_CHANS + BLOCKS - 1) / BLOCKS;  // channels of a block
@@ -30,6 +28,7 @@ struct Shared {
   float head[HEAD_IN_SHARED ? HEAD_FLOATS : 4];
   float outputs[FILTERS * N_OUTPUTS];
   unsigned ticket;
+  unsigned word[2];
 };
 TELL_SIZE(Shared)
 
@@ -46,16 +45,10 @@ DEVICE void head(const Arguments& a, const Shared& s, const float* tokens, int f
   }
 }
 
-CLUSTER_KERNEL prelocal(const Arguments a) {
-  SHARED_MEMORY;
-  Shared& s = *reinterpret_cast<Shared*>(shared_memory);
+DEVICE void answer(const Arguments& a, Shared& s, unsigned number, float bias) {
   const int rank = blockIdx.x % BLOCKS, window = blockIdx.x / BLOCKS;
   const int first = rank * SHARE, count = larger(0, N_CHANS - first < SHARE ? N_CHANS - first : SHARE);
-  MARK(0);
-  fetch_encoder(s.encoder, a.weights);
-  fetch(s.filters, a.weights + AT_FILTERS + first * PADDED, count * PADDED);
-  if constexpr (HEAD_IN_SHARED) fetch(s.head, a.weights + AT_HEAD, HEAD_FLOATS);
-  load_signals(s.input, a.input + (window * N_CHANS + first) * N_TIMES, count);
+  load_signals<SHARE>(s.input, a.input + (window * N_CHANS + first) * N_TIMES, count);
   MARK(1);
 
   for (int t = thread(); t < N_TIMES; t += THREADS) {
@@ -95,7 +88,7 @@ CLUSTER_KERNEL prelocal(const Arguments a) {
     cluster_sync();
     if (rank != 0) return;
   } else {
-    if (!last_to_arrive(&a.counters->arrived[window], BLOCKS, &s.ticket)) return;
+    if (!last_to_arrive(&a.calls.counters->arrived[window], BLOCKS, &s.ticket)) return;
     MARK(3);
     const float* sums = a.sums + window * BLOCKS * FILTERS * N_TIMES;
     if constexpr (FILTERS * N_TIMES % 4 == 0) {
@@ -119,10 +112,25 @@ CLUSTER_KERNEL prelocal(const Arguments a) {
     MARK(4);
   }
   for (int o = thread(); o < N_OUTPUTS; o += THREADS) {
-    float sum = a.weights[AT_BIAS + o];
+    float sum = o < THREADS ? bias : a.weights[AT_BIAS + o];
     for (int v = 0; v < FILTERS; ++v) sum += s.outputs[v * N_OUTPUTS + o];
-    a.output[window * N_OUTPUTS + o] = sum;
+    put_output(a.calls, a.output, window * N_OUTPUTS + o, sum, number);
   }
-  finish_window(a.counters, a.report, a.batch);
   MARK(5);
+  finish_window(a.calls, number);
+}
+
+CLUSTER_KERNEL prelocal(const Arguments a) {
+  SHARED_MEMORY;
+  Shared& s = *reinterpret_cast<Shared*>(shared_memory);
+  const int first = blockIdx.x % BLOCKS * SHARE, count = larger(0, N_CHANS - first < SHARE ? N_CHANS - first : SHARE);
+  MARK(0);
+  fetch_encoder(s.encoder, a.weights);
+  fetch(s.filters, a.weights + AT_FILTERS + first * PADDED, count * PADDED);
+  if constexpr (HEAD_IN_SHARED) fetch(s.head, a.weights + AT_HEAD, HEAD_FLOATS);
+  const float bias = a.weights[AT_BIAS + (thread() < N_OUTPUTS ? thread() : 0)];  // early: what comes last is on the critical path
+  for (unsigned number = a.calls.last; next_call(a.calls, number, s.word);) {
+    answer(a, s, number, bias);
+    if (!a.calls.request) break;
+  }
 }

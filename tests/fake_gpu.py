@@ -142,6 +142,10 @@ class FakeDriver:
         del self.allocations[int(pointer)]
         return (0,)
 
+    def cuMemsetD8(self, target: int, value: int, size: int) -> tuple[int]:
+        ctypes.memset(target, value, size)
+        return (0,)
+
     def cuMemcpyHtoDAsync(self, target: int, source: int, size: int, stream: int) -> tuple[int]:
         self.submit(stream, lambda: ctypes.memmove(target, source, size))
         return (0,)

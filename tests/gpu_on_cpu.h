@@ -13,9 +13,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <memory>
 #include <vector>
 
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct Index { unsigned x = 0, y = 0, z = 0; };
@@ -53,7 +55,8 @@ constexpr size_t STACK = 32768;
 static thread_local Fiber* self;
 static thread_local jmp_buf scheduler;
 static thread_local Index grid_size, block_size;
-static thread_local unsigned long idle;
+static thread_local unsigned progress;  // grows with every write that another block may wait for
+static thread_local bool nothing_comes;  // all that is left waits for such a write
 
 static void yield() {
   if (!_setjmp(self->where)) _longjmp(scheduler, 1);
@@ -91,8 +94,9 @@ DEVICE void __syncthreads() { gpu::arrive(gpu::self->block->barrier); }
 DEVICE void __syncwarp() { gpu::arrive(gpu::my_warp().barrier); }
 DEVICE void __threadfence() {}
 DEVICE void __threadfence_system() {}
-DEVICE unsigned atomicAdd(unsigned* p, unsigned v) { const unsigned old = *p; *p += v; gpu::idle = 0; return old; }
+DEVICE unsigned atomicAdd(unsigned* p, unsigned v) { const unsigned old = *p; *p += v; ++gpu::progress; return old; }
 DEVICE float __uint_as_float(unsigned bits) { return gpu::of_bits(bits); }
+DEVICE unsigned __float_as_uint(float v) { return gpu::bits_of(v); }
 
 DEVICE uint4 load_weight4(const uint4* p) { return *p; }
 DEVICE float load_fresh(const float* p) { return *p; }
@@ -101,10 +105,32 @@ DEVICE float load_input(const float* p) { return *p; }
 DEVICE float4 load_input4(const float4* p) { return *p; }
 DEVICE void copy16(void* shared, const void* global) { std::memcpy(shared, global, 16); }
 DEVICE void copies_arrived() {}
-DEVICE unsigned load_acquire(const unsigned* p) { return *p; }
-DEVICE void store_release_system(unsigned* p, unsigned v) { *p = v; }
-DEVICE long long now() { return gpu::idle > 10000000 ? 1ll << 40 : 0; }
-DEVICE void pause() { ++gpu::idle; gpu::yield(); }
+DEVICE uint4 load_fresh_bits4(const uint4* p) { return *p; }
+DEVICE unsigned load_acquire(const unsigned* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+DEVICE unsigned load_volatile(const unsigned* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+DEVICE unsigned long long load_acquire_system(const unsigned long long* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+DEVICE void store_release(unsigned* p, unsigned v) { ++gpu::progress; __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+DEVICE void store_release_system(unsigned* p, unsigned v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+DEVICE void store_marked(unsigned long long* p, float v, unsigned mark) {
+  ++gpu::progress;
+  __atomic_store_n(p, (unsigned long long)mark << 32 | gpu::bits_of(v), __ATOMIC_RELEASE);
+}
+DEVICE void store_marked_system(unsigned long long* p, float v, unsigned mark) { store_marked(p, v, mark); }
+DEVICE uint4 load_marked2(const unsigned long long* p) {
+  return uint4{(unsigned)p[0], (unsigned)(p[0] >> 32), (unsigned)p[1], (unsigned)(p[1] >> 32)};
+}
+DEVICE long long now() { return gpu::nothing_comes ? 1ll << 40 : 0; }
+DEVICE long long nanoseconds() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * 1000000000ll + t.tv_nsec;
+}
+DEVICE void pause() {
+  gpu::self->waits_at = &gpu::progress;
+  gpu::self->generation = gpu::progress;
+  gpu::yield();
+}
+DEVICE void rest() { gpu::yield(); }
 
 DEVICE float shuffle_xor(float v, int mask) {
   gpu::Warp& warp = gpu::my_warp();
@@ -122,12 +148,29 @@ static T* remote(T* shared, unsigned rank) {
   return reinterpret_cast<T*>(there->shared + (reinterpret_cast<const unsigned char*>(shared) - gpu::self->block->shared));
 }
 DEVICE float load_remote(const float* shared, unsigned rank) { return *remote(shared, rank); }
+DEVICE unsigned load_remote(const unsigned* shared, unsigned rank) { return *remote(shared, rank); }
 DEVICE void store_remote(float* shared, unsigned rank, float v) { *remote(shared, rank) = v; }
 
 // Round to nearest, ties away from zero, at 10 bits of mantissa; NaN and infinity stay.
 DEVICE unsigned to_tf32(float v) {
   const unsigned bits = gpu::bits_of(v);
   return std::isfinite(v) ? (bits + 0x1000u) & ~0x1fffu : bits & ~0x1fffu;
+}
+
+DEVICE unsigned upper_tf32(float v) { return gpu::bits_of(v) & 0xffffe000u; }
+DEVICE unsigned lower_tf32(float v) { return gpu::bits_of(v - gpu::of_bits(upper_tf32(v))) + 0x1000u; }
+
+DEVICE unsigned short to_half(float v) {
+  const _Float16 half = (_Float16)v;
+  unsigned short bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
+}
+
+DEVICE float2 from_half2(unsigned bits) {
+  _Float16 halves[2];
+  std::memcpy(halves, &bits, 4);
+  return float2{(float)halves[0], (float)halves[1]};
 }
 
 DEVICE unsigned to_half2(float low, float high) {

@@ -70,6 +70,11 @@ static bool run_blocks(unsigned first, unsigned count, unsigned threads, unsigne
       resume(fiber);
       left -= fiber.ended;
     }
+    if (!ran && !nothing_comes) {
+      nothing_comes = true;
+      ++progress;
+      continue;
+    }
     if (!ran) {
       std::fprintf(stderr, "%zu threads wait at a barrier that the others do not reach\n", left);
       return false;
@@ -87,7 +92,7 @@ extern "C" int launch(gpu::Kernel kernel, unsigned grid, unsigned threads, unsig
   gpu::kernel = kernel;
   gpu::arguments = arguments;
   gpu::grid_size.x = grid;
-  gpu::idle = 0;
+  gpu::nothing_comes = false;
   const unsigned together = resident ? grid : CLUSTER, groups = grid / together;
   for (unsigned i = 0; i < groups; ++i)
     if (!gpu::run_blocks((descending ? groups - 1 - i : i) * together, together, threads, CLUSTER, shared_bytes, descending)) return 1;

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 from fake_gpu import FakeDriver
@@ -47,6 +48,9 @@ class KernelDriver(FakeDriver):
         self.shared_limit: dict[int, int] = {}
         self.descending = False  # in which order the threads run
         self.load_error = 0
+        self.asynchronous = False  # whether launches run in a thread of their own, as a kernel that stays must
+        self.running: threading.Thread | None = None
+        self.n_kernels = 0
 
     def cuModuleLoadData(self, code: bytes) -> tuple[int, int]:
         if self.load_error:
@@ -106,13 +110,36 @@ class KernelDriver(FakeDriver):
             if library.launch(kernel, grid, threads, shared_bytes, int(resident), int(self.descending), arguments):
                 self.failed = True
 
-        self.submit(stream, work)
+        def start() -> None:
+            self.n_kernels += 1
+            self._join()
+            if self.asynchronous:
+                self.running = threading.Thread(target=work)
+                self.running.start()
+            else:
+                work()
+
+        self.submit(stream, start)
         return (0,)
+
+    def _join(self) -> None:
+        if self.running is not None:
+            self.running.join()
+
+    def cuStreamSynchronize(self, stream: int) -> tuple[int]:
+        self._join()
+        return super().cuStreamSynchronize(stream)
+
+    def cuCtxSynchronize(self) -> tuple[int]:
+        self._join()
+        return super().cuCtxSynchronize()
 
     failed = False
 
     def cuStreamQuery(self, stream: int) -> tuple[int]:
         """Return an error once threads were left at a barrier, as a GPU never would: it would hang."""
+        if self.running is not None and self.running.is_alive():
+            return (self.CUresult.CUDA_ERROR_NOT_READY,)
         return (719,) if self.failed else super().cuStreamQuery(stream)
 
     class CUresult(enum.IntEnum):

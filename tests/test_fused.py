@@ -16,9 +16,9 @@ from sjepa_deploy.checkpoint import write_checkpoint
 from sjepa_deploy.errors import BackendError, InputError, MissingDependencyError
 from sjepa_deploy.export.rewrite import rewrite
 from sjepa_deploy.models import build_model
-from sjepa_deploy.runtime import cuda, fused, nvrtc
+from sjepa_deploy.runtime import cuda, fused, fused_program, nvrtc
 from sjepa_deploy.runtime.backend import BACKENDS, BackendOptions, open_backend
-from sjepa_deploy.runtime.fused_program import Layout, make_program
+from sjepa_deploy.runtime.fused_program import Layout, best_layout, make_program
 from sjepa_deploy.runtime.fused_weights import _tiles, pack, read_safetensors
 from sjepa_deploy.runtime.parity import Reference, check_parity
 from sjepa_deploy.runtime.reference import run_reference
@@ -174,7 +174,13 @@ def test_a_wait_that_never_ends_is_given_up(gpu, make_model, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [BackendOptions(memory="copy"), BackendOptions(memory="copy", cuda_graph=False), BackendOptions(wait="block")]
+    "options",
+    [
+        BackendOptions(cuda_graph=False),
+        BackendOptions(memory="copy"),
+        BackendOptions(memory="copy", cuda_graph=False),
+        BackendOptions(wait="block"),
+    ],
 )
 def test_options_change_no_bit(gpu, make_model, options):
     bundle, reference, _ = make_model(SPECS["prelocal"])
@@ -246,7 +252,7 @@ def test_the_count_of_launches_survives_an_interrupted_wait(gpu, make_model, mon
     want = [backend.run(window[None]).copy() for window in reference.inputs[:2]]
     lane = backend._lanes[1]
 
-    def interrupted():
+    def interrupted(number):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -269,13 +275,120 @@ def test_a_kernel_that_fails_is_an_error(gpu, make_model, monkeypatch):
     bundle, reference, _ = make_model(SPECS["prelocal"])
     backend = backend_for(gpu, bundle)
     backend.run(reference.inputs[:1])
-    monkeypatch.setattr(gpu, "cuLaunchKernel", lambda *args: (0,))
+    monkeypatch.setattr(backend._lanes[1], "_start", lambda: (0,))
     with pytest.raises(BackendError, match="ended without its result"):
         backend.run(reference.inputs[:1])
     gpu.failed = True
     with pytest.raises(BackendError, match="LAUNCH_FAILED"):
         backend.run(reference.inputs[:1])
     gpu.failed = False
+    backend.close()
+
+
+# ---- a kernel that stays ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def staying_gpu(gpu, monkeypatch):
+    """A GPU that runs kernels in a thread, and a kernel that stays 100 s: here only the host ends it."""
+    gpu.asynchronous = True
+    monkeypatch.setattr(fused_program, "IDLE_MS", 100_000)
+    return gpu
+
+
+PERSISTENT = BackendOptions(persistent=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("prelocal", {}), ("prelocal", {"cluster": False, "threads": 128}), ("postlocal", {"threads": 128}), ("contextual", {}),
+     ("base", {})],
+)  # fmt: skip
+def test_a_kernel_that_stays_answers_as_launches_do(staying_gpu, make_model, name, layout):
+    bundle, reference, _ = make_model(SPECS[name])
+    launched = backend_for(staying_gpu, bundle, **layout)
+    want = [launched.run(window[None]).copy() for window in reference.inputs[:3]]
+    launched.close()
+    backend = backend_for(staying_gpu, bundle, options=PERSISTENT, **layout)
+    backend.warmup()
+    before = staying_gpu.n_kernels
+    for i in (0, 1, 2, 1, 1, 0):
+        np.testing.assert_array_equal(backend.run(reference.inputs[i : i + 1]), want[i])
+    assert staying_gpu.n_kernels == before, "it was launched anew"
+    assert staying_gpu.running.is_alive()
+    backend.close()
+    assert not staying_gpu.running.is_alive()
+
+
+def test_a_kernel_that_stays_makes_room_for_other_calls(staying_gpu, make_model, monkeypatch):
+    bundle, reference, _ = make_model(SPECS["prelocal"])
+    backend = backend_for(staying_gpu, bundle, options=PERSISTENT)
+    one = backend.run(reference.inputs[:1]).copy()
+    two = backend.run(reference.inputs[:2]).copy()
+    np.testing.assert_allclose(two[:1], one, rtol=1e-5)
+    np.testing.assert_array_equal(backend.run(reference.inputs[:1]), one)
+    monkeypatch.setattr(fused, "address_on_gpu", lambda address, stream, window: (1, address))
+    np.testing.assert_array_equal(backend.run_on_gpu(backend.input_buffer(1).ctypes.data), one)
+    np.testing.assert_array_equal(backend.run(reference.inputs[:1]), one)
+    backend.close()
+
+
+def test_a_kernel_that_stays_leaves_a_silent_host_and_comes_back(gpu, make_model, monkeypatch):
+    gpu.asynchronous = True
+    monkeypatch.setattr(fused_program, "IDLE_MS", 200)
+    bundle, reference, _ = make_model(SPECS["postlocal"])
+    backend = backend_for(gpu, bundle, options=PERSISTENT, threads=128)
+    want = backend.run(reference.inputs[:1]).copy()
+    gpu.running.join(timeout=30)
+    assert not gpu.running.is_alive(), "it waits for ever"
+    np.testing.assert_array_equal(backend.run(reference.inputs[:1]), want)
+    assert gpu.running.is_alive()
+    backend.close()
+
+
+def test_a_kernel_that_stays_survives_an_interrupted_wait(staying_gpu, make_model, monkeypatch):
+    bundle, reference, _ = make_model(SPECS["prelocal"])
+    backend = backend_for(staying_gpu, bundle, options=PERSISTENT)
+    want = [backend.run(window[None]).copy() for window in reference.inputs[:2]]
+
+    def interrupted(number):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend._lanes[1], "_finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            backend.run(reference.inputs[:1])
+    np.testing.assert_array_equal(backend.run(reference.inputs[1:2]), want[1])
+    backend.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [({"memory": "copy"}, "no copy"), ({"wait": "block"}, "interrupt")],
+)
+def test_what_a_kernel_that_stays_cannot_do_is_refused(gpu, make_model, change, match):
+    bundle, _, _ = make_model(SPECS["prelocal"])
+    with pytest.raises(BackendError, match=match):
+        backend_for(gpu, bundle, options=dataclasses.replace(PERSISTENT, **change))
+
+
+def test_a_kernel_that_stays_needs_ordered_stores(gpu, make_model, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    bundle, _, _ = make_model(SPECS["prelocal"])
+    with pytest.raises(BackendError, match="aarch64"):
+        backend_for(gpu, bundle, options=PERSISTENT)
+
+
+def test_the_number_of_a_call_may_wrap(staying_gpu, make_model):
+    bundle, reference, _ = make_model(SPECS["prelocal"])
+    backend = backend_for(staying_gpu, bundle, options=PERSISTENT)
+    want = backend.run(reference.inputs[:1]).copy()
+    lane = backend._lanes[1]
+    lane.leave()
+    lane._number = 0xFFFFFFFE
+    for _ in range(4):
+        np.testing.assert_array_equal(backend.run(reference.inputs[:1]), want)
+    assert lane._number == 2
     backend.close()
 
 
@@ -369,7 +482,7 @@ def test_without_nvrtc_other_backends_are_unaffected(monkeypatch, make_bundle):
 def test_nvrtc_compiles_without_spills(make_model, name, precision, architecture):
     bundle, _, _ = make_model(SPECS[name])
     weights = read_safetensors(bundle.checkpoint / "model.safetensors")
-    layout = Layout(n_multiprocessors=132, cluster=architecture >= 90)
+    layout = best_layout(bundle.spec, 132, architecture)
     program = make_program(bundle.spec, weights, precision, 64, layout)
     code, log = nvrtc.compile_source(
         program.source, (f"--gpu-architecture=sm_{architecture}", *nvrtc.OPTIONS, "--ptxas-options=-v")
@@ -474,7 +587,9 @@ def test_the_argument_has_the_layout_of_the_kernel(make_model):
         program = make_program(bundle.spec, weights, "fp32", 4, Layout(n_multiprocessors=33))
         library = ctypes.CDLL(compiled_for_cpu(program.source, 90).decode())
         assert ctypes.c_uint.in_dll(library, "argument_bytes").value == ctypes.sizeof(program.arguments())
-        declared = program.source.split("struct Arguments {")[1].split("};")[0]
+        declared, calls = (program.source.split(f"struct {kind} {{")[1].split("};")[0] for kind in ("Arguments", "Calls"))
+        assert declared.rstrip().endswith("Calls calls;")
+        declared += calls
         fields = [field for field, _ in program.arguments()._fields_]
         places = [declared.index(f" {field};") for field in fields]
         assert places == sorted(places)
