@@ -196,8 +196,8 @@ def table(runs: list[dict[str, Any]]) -> str:
     rows = []
     if any("age_ms" in run for run in runs):
         rows += [
-            "Sample to decision in ms; memory in MiB after a tenth of the run and at its end; cores that others kept busy, and that",
-            "the hypervisor took, on average.",
+            "Sample to decision in ms; memory in MiB after a tenth of the run and at its end; cores that others kept busy, and",
+            "that the hypervisor took, on average.",
             "",
             "| variant | Hz | hop | min | decisions | p50 | p99 | p99.9 | max | over 5 ms | misses | skipped | memory | sum "
             "| others | stolen |",
