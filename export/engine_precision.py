@@ -50,7 +50,7 @@ class StoredWeights:
 def weight_samples(onnx: bytes) -> WeightSamples:
     """Return samples of the float16 matrices of a graph, spread over all of them.
 
-    They are read from the file: in the weakly typed networks of TensorRT 8.6, constants do not tell that they are float16.
+    They are read from the file: the weakly typed networks of TensorRT 8.6 showed no float16 constant.
     """
     samples = []
     for matrix in half_tensors(onnx):
