@@ -25,7 +25,7 @@ from gpu_engines import timed
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import SjepaError
-from sjepa_deploy.export.engine_precision import judge_types, stored_weights, summarise_layers
+from sjepa_deploy.export.engine_precision import judge_types, stored_weights, summarise_layers, weight_samples
 from sjepa_deploy.export.to_tensorrt import default_settings, engine_batch_sizes
 from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.cuda import Device
@@ -131,7 +131,7 @@ def try_choice(api: Chosen, bundle: Bundle, precision: RunPrecision, timings: by
     started = time.monotonic()
     built = api.build(onnx, precision, settings, timings=timings)
     result: dict[str, Any] = {"build_seconds": time.monotonic() - started, "plan_bytes": len(built.plan)}
-    stored = stored_weights(built.plan, built.half_weights)
+    stored = stored_weights(built.plan, weight_samples(onnx))
     result["stored_weights"] = encode(stored)
     if api.flavour != "tensorrt":
         return result, "", built.timings

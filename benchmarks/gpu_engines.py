@@ -234,8 +234,11 @@ def run_tensorrt(report: Report, bundles: dict[str, Bundle], wanted: list[tuple[
             identity = store.identity(precision, machine_of(api, device.gpu), settings, api.flags(precision, settings))
             record = store.find(identity)
             assert record is not None
-            text = api.inspect(api.deserialize(store.plan(record)))
+            plan = store.plan(record)
+            text = api.inspect(api.deserialize(plan))
             device.close()
+            if arguments.plans:
+                (report.file.parent / f"{name.replace(' ', '_')}.plan").write_bytes(plan)
             layers[name] = json.loads(text, strict=False)
             (report.file.parent / f"layers{arguments.tag}.json").write_text(json.dumps(layers))
             return encode(record.layers)
@@ -378,6 +381,7 @@ def main() -> None:
     )
     parser.add_argument("--rebuild", action="store_true")
     parser.add_argument("--layers", action="store_true", help="write what the engine inspector says of each engine to OUT")
+    parser.add_argument("--plans", action="store_true", help="copy the plans to OUT too (with --layers)")
     parser.add_argument("--tag", default="", help="part of the result's name, for a second run into the same OUT")
     parser.add_argument("--torch-device", default="cuda")
     arguments = parser.parse_args()

@@ -49,7 +49,7 @@ def row(file: Path) -> tuple[str, ...]:
     )
     if not commits or not tools:
         raise SystemExit(f"{file.name} does not say from which commit, or with which command, it was made.")
-    kinds = [kind for kind in ("md", "html", "json", "npz") if file.with_suffix(f".{kind}").is_file()]
+    kinds = [kind for kind in ("md", "html", "json", "npz", "txt") if file.with_suffix(f".{kind}").is_file()]
     files = ", ".join(f"[{kind}](results/{file.with_suffix(f'.{kind}').name})" for kind in kinds)
     return (match["name"], ", ".join(f"`{t}`" for t in tools), match["hardware"], match["date"], ", ".join(commits), files)
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sjepa_deploy.errors import EngineError
+from sjepa_deploy.export.onnx_weights import half_tensors
 from sjepa_deploy.runtime.engines import LayerSummary
-from sjepa_deploy.runtime.tensorrt_api import WeightSamples
 from sjepa_deploy.spec import RunPrecision
 
 TYPE_WORDS: dict[str, re.Pattern[str]] = {
@@ -21,6 +22,12 @@ TYPE_WORDS: dict[str, re.Pattern[str]] = {
     "fp32": re.compile(r"\b(float|fp32|float32)\b|fp32|f32f32|sgemm|ffma", re.IGNORECASE),
 }
 """How formats, types and kernel names say which type they compute in, over all versions."""
+
+WeightSamples = tuple[NDArray[np.float16], ...]
+"""Parts of float16 matrices: each a run of a row and a run of a column, one of which a plan holds side by side."""
+
+N_SAMPLES, RUN = 64, 4
+"""How many parts of the weights are looked for, and how many values a run has: few enough to lie within a kernel's tile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +45,19 @@ class StoredWeights:
     n: int
     as_half: int
     as_single: int
+
+
+def weight_samples(onnx: bytes) -> WeightSamples:
+    """Return samples of the float16 matrices of a graph, spread over all of them.
+
+    They are read from the file: the weakly typed networks of TensorRT 8.6 showed no float16 constant.
+    """
+    samples = []
+    for matrix in half_tensors(onnx):
+        if matrix.ndim == 2 and min(matrix.shape) >= 2 * RUN:
+            samples += [np.stack([matrix[k, :RUN], matrix[:RUN, k]]) for k in range(2 * RUN)]
+    samples = [sample for sample in samples if all(len(set(run)) == RUN for run in sample.tolist())]
+    return tuple(samples[:: max(1, len(samples) // N_SAMPLES)])
 
 
 def stored_weights(plan: bytes, samples: WeightSamples) -> StoredWeights:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, EngineError, MissingDependencyError, ParityError
-from sjepa_deploy.export.engine_precision import judge_types, stored_weights, summarise_layers
+from sjepa_deploy.export.engine_precision import judge_types, stored_weights, summarise_layers, weight_samples
 from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.cuda import Device
 from sjepa_deploy.runtime.engines import (
@@ -152,7 +152,7 @@ def build_engine(
                 _keep_timings(lambda: write_timing_cache(machine, built.timings))
             plan = built.plan
             layers = summarise_layers(api.inspect(api.deserialize(plan)))
-            computes_in, evidence = judge_types(layers, precision, stored_weights(plan, built.half_weights))
+            computes_in, evidence = judge_types(layers, precision, stored_weights(plan, weight_samples(onnx)))
             judge = _Judge(bundle.reference(), precision, bundle, api, device, settings)
             progress("comparing with the PyTorch model")
             before = judge(plan, "after the build")

@@ -7,6 +7,7 @@ import ctypes
 import io
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 MAX_GRAPHS = 64
 """CUDA graphs that a session may hold: ONNX Runtime never frees one. Batches and addresses beyond it run without."""
 
+ALLOCATION_FAILED = re.compile("allocation failed|ALLOC_FAILED|out of memory|bad_alloc|allocate memory", re.IGNORECASE)
+"""How CUDA, cuBLAS, cuDNN and ONNX Runtime say that memory is short."""
+
 
 def open_session(bundle: Bundle, precision: RunPrecision, settings: Any, provider: str, options: dict[str, str]) -> Any:
     """Open the graph of `precision` on one provider, and refuse what ONNX Runtime would silently run elsewhere.
@@ -44,6 +48,11 @@ def open_session(bundle: Bundle, precision: RunPrecision, settings: Any, provide
         session = ort.InferenceSession(str(bundle.graph_path(precision)), settings, providers=[(provider, options)])
     except Exception as e:
         reason = str(e).splitlines()[0]
+        if ALLOCATION_FAILED.search(reason):
+            raise BackendError(
+                f"There is too little memory for ONNX Runtime {ort.__version__} to load {graph.file} on {provider}: {reason}",
+                "Free memory, on a GPU that of other programs.",
+            ) from e
         raise BackendError(
             f"ONNX Runtime {ort.__version__} cannot load {graph.file} on {provider}: {reason}",
             "See sjepa-doctor for what is missing, or export with another --opset.",
@@ -151,7 +160,12 @@ class OrtCudaBackend:
             "user_compute_stream": str(self._stream.handle),
             **self._provider_options(bundle),
         }
-        self._session = open_session(bundle, precision, settings, self.provider, provider_options)
+        try:
+            self._session = open_session(bundle, precision, settings, self.provider, provider_options)
+        except BaseException:
+            self._stream.close()
+            self._device.close()
+            raise
         self._bound: dict[int, _Binding] = {}
         self._bound_on_gpu: dict[tuple[int, int], tuple[Any, Any]] = {}
         self._n_graphs = 0

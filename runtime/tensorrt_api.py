@@ -24,9 +24,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from sjepa_deploy.errors import BackendError, EngineError, MissingDependencyError
 from sjepa_deploy.runtime.engines import BuildSettings
 from sjepa_deploy.spec import RunPrecision
@@ -39,9 +36,6 @@ MODULES = {"tensorrt": ("tensorrt", "gpu"), "tensorrt-rtx": ("tensorrt_rtx", "rt
 Step = Callable[[str, float], bool]
 """Told the phase of a build and how much of it is done; returns whether to go on."""
 
-WeightSamples = tuple[NDArray[np.float16], ...]
-"""Parts of a graph's float16 matrices: each a run of a row and a run of a column, one of which a plan holds side by side."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
@@ -53,13 +47,10 @@ class Built:
         The engine.
     timings : bytes
         The timings of kernels with what this build added; empty where this TensorRT keeps none.
-    half_weights : tuple of array of float16, shape (2, n)
-        Samples of the graph's float16 weights, by which a plan shows in what it computes.
     """
 
     plan: bytes
     timings: bytes
-    half_weights: WeightSamples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +145,6 @@ class TensorRT:
         if self.keeps_timings:
             cache = config.create_timing_cache(timings) or config.create_timing_cache(b"")
             config.set_timing_cache(cache, ignore_mismatch=False)
-        half_weights = _half_weights(self.module, network)
         self._log.errors.clear()
         plan = builder.build_serialized_network(network, config)
         del parser
@@ -162,7 +152,7 @@ class TensorRT:
             mend = "Allow more with --workspace." if settings.workspace_mib is not None else "Lower --max-batch."
             raise EngineError(f"TensorRT {self.version} could not build the {precision} engine: {self.last_error}.", mend)
         timings = b"" if cache is None else bytes(config.get_timing_cache().serialize())
-        return Built(plan=bytes(plan), timings=timings, half_weights=half_weights)
+        return Built(plan=bytes(plan), timings=timings)
 
     def configure(self, config: Any, network: Any, precision: RunPrecision, settings: BuildSettings) -> None:
         """Tell the builder what `settings` ask for."""
@@ -355,26 +345,6 @@ def _monitor(trt: Any, step: Step) -> Any:
             return step(phase_name, (step_number + 1) / max(1, self._steps.get(phase_name, 1)))
 
     return Monitor()
-
-
-N_SAMPLES, RUN = 64, 8
-"""How many parts of the weights are looked at, and how many values a run has."""
-
-
-def _half_weights(trt: Any, network: Any) -> WeightSamples:
-    """Return samples of the float16 matrices of a network, spread over all of them."""
-    samples = []
-    for i in range(network.num_layers):
-        layer = network.get_layer(i)
-        if layer.type.name != "CONSTANT" or layer.get_output(0).dtype != trt.DataType.HALF:
-            continue
-        shape = tuple(layer.get_output(0).shape)
-        layer.__class__ = trt.IConstantLayer  # TensorRT's way to get at what is special in a layer
-        if len(shape) >= 2 and min(shape[-2:]) >= RUN:
-            matrix = np.array(layer.weights, np.float16).reshape(-1, shape[-1])
-            samples += [np.stack([matrix[k, :RUN], matrix[:RUN, k]]) for k in range(RUN)]
-    samples = [sample for sample in samples if all(len(set(run)) == RUN for run in sample.tolist())]
-    return tuple(samples[:: max(1, len(samples) // N_SAMPLES)])
 
 
 UNTYPED_LAYERS = frozenset({"CONSTANT", "SHAPE", "SHUFFLE", "CAST", "IDENTITY", "SLICE", "CONCATENATION", "GATHER", "SELECT"})

@@ -59,6 +59,7 @@ def ready(request, bundle, backend):
         if record.computes_in != request.param:
             pytest.skip(record.evidence)
     elif reason := why_not(bundle, backend, request.param):
+        assert "memory" not in reason, "a test before this one did not give it back"
         pytest.skip(reason)
     return bundle, backend, request.param
 
@@ -145,15 +146,17 @@ def all_memory_taken():
     """Leave no more than a few MiB of device memory free."""
     device, taken = Device(), []
     size = device.free_memory()
-    while size > 1 << 20:
-        try:
-            taken.append(DeviceBuffer(device, size))
-        except SjepaError:
-            size //= 2
-    yield
-    for buffer in taken:
-        buffer.close()
-    device.close()
+    try:
+        while size > 1 << 20:
+            try:
+                taken.append(DeviceBuffer(device, size))
+            except SjepaError:
+                size //= 2
+        yield
+    finally:
+        for buffer in taken:
+            buffer.close()
+        device.close()
 
 
 def test_out_of_device_memory_is_told_and_passes(ready):
@@ -161,10 +164,8 @@ def test_out_of_device_memory_is_told_and_passes(ready):
     windows = np.resize(bundle.reference().inputs[:1], (bundle.graph(precision).max_batch, *bundle.spec.input_shape))
 
     def decode():
-        backend = open_backend(bundle, name, precision, BackendOptions(memory="copy"))
-        out = backend.run(windows).copy()
-        backend.close()
-        return out
+        with contextlib.closing(open_backend(bundle, name, precision, BackendOptions(memory="copy"))) as backend:
+            return backend.run(windows).copy()
 
     with all_memory_taken(), pytest.raises(SjepaError, match="(?i)memory"):
         decode()

@@ -112,6 +112,23 @@ def test_what_onnx_runtime_would_do_silently_is_named(opened):
     assert opened["trt_profile_max_shapes"] == "eeg:8x10x200"
 
 
+CUBLAS_SAYS = "[ONNXRuntimeError] : 1 : FAIL : CUBLAS failure 3: the resource allocation failed ; GPU=0 ; expr=cublasCreate(&h);"
+"""What ONNX Runtime 1.31 raised on an H100 whose memory was taken."""
+
+
+def test_a_session_without_memory_says_so_and_keeps_nothing(monkeypatch):
+    def session(*arguments, **options):
+        raise RuntimeError(CUBLAS_SAYS)
+
+    driver = FakeDriver()
+    monkeypatch.setattr(cuda, "driver", lambda: driver)
+    monkeypatch.setattr(ort_module, "probe_cuda", lambda: None)
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    with pytest.raises(BackendError, match=r"too little memory for ONNX Runtime .* to load model.fp32.onnx .*CUBLAS failure 3"):
+        open_backend(small_bundle("prelocal"), "ort-cuda", "fp32")
+    assert not driver.allocations
+
+
 @pytest.mark.parametrize("name", ["ort-cuda", "ort-tensorrt"])
 def test_a_build_without_the_provider_is_refused(name):
     with pytest.raises(BackendError, match=r"was built without \w+ExecutionProvider. Replace it: pip uninstall onnxruntime"):

@@ -7,6 +7,7 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 import tensorrt_lean  # creating its Runtime without a driver ends the process: names only
 import tensorrt_rtx
@@ -14,7 +15,8 @@ from engine_bundles import small_bundle
 from fake_gpu import FakeDriver, Faults, fake_tensorrt
 
 from sjepa_deploy.errors import EngineError, MissingDependencyError
-from sjepa_deploy.export.engine_precision import StoredWeights, judge_types, stored_weights, summarise_layers
+from sjepa_deploy.export.engine_precision import StoredWeights, judge_types, stored_weights, summarise_layers, weight_samples
+from sjepa_deploy.export.onnx_weights import half_tensors
 from sjepa_deploy.runtime import tensorrt_api
 from sjepa_deploy.runtime.engines import BuildSettings, LayerSummary
 from sjepa_deploy.runtime.tensorrt_api import TensorRT, graph_types, hold_types
@@ -73,7 +75,7 @@ def test_rtx_builds_every_precision_from_the_same_graphs(variant):
         onnx = bundle.graph_path(precision).read_bytes()
         built = api.build(onnx, precision, BuildSettings(max_batch=8, optimization_level=0))
         plans[precision] = built.plan
-        stored = stored_weights(built.plan, built.half_weights)
+        stored = stored_weights(built.plan, weight_samples(onnx))
         assert (stored.n >= 16) == (precision == "fp16")
         assert stored.as_half >= 0.9 * stored.n, "the plan of a strongly typed network holds halves"
         assert stored.as_single == 0
@@ -204,6 +206,24 @@ def test_layer_types_of_every_schema():
     assert (summary.types, summary.n_opaque) == ({"bf16": 1, "tf32": 1, "fp32": 2}, 0)
     with pytest.raises(EngineError, match="without layer information"):
         summarise_layers(json.dumps({"Layers": ["mm", "ln"]}))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_half_weights_are_read_as_onnx_reads_them(variant):
+    file = small_bundle(variant).graph_path("fp16")
+    tensors = [tensor for tensor in onnx.load(file).graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT16]
+    wanted = [onnx.numpy_helper.to_array(tensor) for tensor in tensors]
+    read = list(half_tensors(file.read_bytes()))
+    assert len(read) == len(wanted) > 4
+    for ours, theirs in zip(read, wanted, strict=True):
+        assert ours.shape == theirs.shape
+        np.testing.assert_array_equal(ours, theirs)
+    samples = weight_samples(file.read_bytes())
+    assert len(samples) >= 16
+    for row, column in samples:
+        matrices = [m for m in wanted if m.ndim == 2]
+        assert any(any(np.array_equal(row, m[k, :4]) and np.array_equal(column, m[:4, k]) for k in range(8)) for m in matrices)
+    assert not list(half_tensors(small_bundle(variant).graph_path("fp32").read_bytes()))
 
 
 def test_fused_layers_are_judged_by_the_weights_that_the_plan_holds():
