@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import SjepaError
 from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.bench import BenchConfig, run_bench
-from sjepa_deploy.runtime.bench_results import SCENARIOS, BenchReport, Samples, load_report, load_samples, write_report
+from sjepa_deploy.runtime.bench_results import SCENARIOS, BenchReport, LeftOut, Samples, load_report, load_samples, write_report
 from sjepa_deploy.runtime.engines import EngineStore
 from sjepa_deploy.runtime.merge import merge, renamed
 
@@ -105,6 +105,12 @@ def make_report(arguments: argparse.Namespace) -> None:
     parts = arguments.parts or arguments.out.parent / "parts"
     parts.mkdir(parents=True, exist_ok=True)
     done: list[Path] = []
+    missing: list[LeftOut] = []
+
+    def lost(part: Part, reason: str) -> None:
+        scenarios, backends, precisions = (", ".join(w.split()) for w in (part.scenarios, part.backends, part.precisions))
+        missing.append(LeftOut(what=f"part {part.name} ({scenarios} of {backends} in {precisions})", reason=reason))
+
     for part in PARTS:
         if arguments.only and part.name not in arguments.only.split(","):
             continue
@@ -112,10 +118,12 @@ def make_report(arguments: argparse.Namespace) -> None:
         left = end - time.monotonic()
         if part.name == "wide" and not (arguments.bundles / WIDE).is_dir():
             print(f"{part.name}: there is no {arguments.bundles / WIDE}", flush=True)
+            lost(part, f"There was no bundle {WIDE}.")
             continue
         if not file.is_file():
             if left < part.seconds / 2:
                 print(f"{part.name}: left out, {left:.0f} s are left", flush=True)
+                lost(part, "There was no time left for it.")
                 continue
             limit = min(part.seconds, left)
             python = arguments.tensorrt_python if part.backends == "tensorrt" else arguments.python
@@ -127,8 +135,11 @@ def make_report(arguments: argparse.Namespace) -> None:
         if file.is_file():
             done.append(file)
             write_merged(done, arguments.out)
+        else:
+            lost(part, "It ended without a result.")
     if done:
-        summary(write_merged(done, arguments.out))
+        command = f"python benchmarks/gpu_latency.py BUNDLES OUT/{arguments.out.name} --report"
+        summary(write_merged(done, arguments.out, command=command, missing=missing))
 
 
 def run_part(command: str, limit: float) -> None:
@@ -149,10 +160,14 @@ def run_part(command: str, limit: float) -> None:
         raise
 
 
-def write_merged(files: Sequence[Path], out: Path) -> BenchReport:
-    """Write the report of `files`, and return it."""
+def write_merged(files: Sequence[Path], out: Path, command: str | None = None, missing: Sequence[LeftOut] = ()) -> BenchReport:
+    """Write the report of `files` and of what is missing beside them, and return it."""
     reports = [(path, load_report(path)) for path in files]
     report, samples = merge([(report, load_samples(report, path)) for path, report in reports])
+    if missing:
+        lost = f"{len(missing)} parts gave no result, see what was not measured."
+        report = replace(report, partial=lost if report.partial is None else f"{lost} {report.partial}")
+    report = replace(report, command=command or report.command, left_out=(*report.left_out, *missing))
     return write_report(report, samples, out.parent / f"{out.name}.json")
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.errors import BenchmarkError
-from sjepa_deploy.runtime.parity import ParityResult
+from sjepa_deploy.runtime.parity import NOT_FINITE, ParityResult
 from sjepa_deploy.serialize import DecodeError, decode, encode
 from sjepa_deploy.spec import RunPrecision, Variant
 
@@ -417,8 +417,8 @@ class Judgement:
     result : ParityResult
         What was found on every window of the reference.
     without_offsets : ParityResult or None
-        Where that failed: what was found on the windows without electrode offsets. A high-pass removes them, and float32 loses
-        digits on them (PyTorch's does; graphs of this toolkit subtract them first).
+        Where that failed, worst on a window with electrode offsets: what was found on those without. A high-pass removes them,
+        and float32 loses digits on them (PyTorch's does; graphs of this toolkit subtract them first).
     """
 
     bundle: str
@@ -435,10 +435,11 @@ class Judgement:
         """What to know of a backend that passed on windows without electrode offsets only."""
         if self.result.passed or not self.passed:
             return None
-        return (
-            f"Outputs differ by {self.result.max_error:.0e} of their scale on windows with electrode offsets of "
-            f"millivolts ({self.result.tolerance:.0e} is allowed)."
-        )
+        where = "on windows with electrode offsets of millivolts"
+        if self.result.max_error == NOT_FINITE:
+            return f"Outputs are not finite {where}."
+        error, allowed = self.result.max_error, self.result.tolerance
+        return f"Outputs differ by {error:.0e} of their scale {where} ({allowed:.0e} is allowed)."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -112,12 +113,33 @@ def _noise(reports: list[BenchReport], samples: Samples) -> Noise | None:
     canary = samples["canary_us"]
     return Noise(
         noisy=any(noise.noisy for _, noise in known),
-        reasons=tuple(f"Run {i}: {reason}" for i, (_, noise) in enumerate(known, 1) for reason in noise.reasons),
+        reasons=told_together([(i, reason) for i, (_, noise) in enumerate(known, 1) for reason in noise.reasons]),
         canary_us=of_blocks(canary),
         canary_spread=canary_spread(canary),
         others_cpu=average([noise.others_cpu for _, noise in known]),
         stolen_cpu=average([noise.stolen_cpu for _, noise in known]),
     )
+
+
+def told_together(reasons: Sequence[tuple[int, str]]) -> tuple[str, ...]:
+    """Return the sentences of all runs, those that differ in their figures alone as one: that with the largest figure.
+
+    Parameters
+    ----------
+    reasons : sequence of (int, str)
+        Number of a run, and what disturbed it.
+    """
+    figure = re.compile(r"[-+]?\d+(?:\.\d+)?")
+    alike: dict[str, list[tuple[float, int, str]]] = {}
+    for run, reason in reasons:
+        largest = max((abs(float(text)) for text in figure.findall(reason)), default=0.0)
+        alike.setdefault(figure.sub("#", reason), []).append((largest, run, reason))
+    told = []
+    for group in alike.values():
+        _, worst, reason = max(group)
+        runs = ", ".join(str(run) for _, run, _ in group)
+        told.append(f"Run {worst}: {reason}" if len(group) == 1 else f"Runs {runs}, the most in run {worst}: {reason}")
+    return tuple(told)
 
 
 def _left_out(reports: list[BenchReport]) -> tuple[LeftOut, ...]:

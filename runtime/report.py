@@ -232,7 +232,13 @@ def warnings(report: BenchReport) -> tuple[str, ...]:
         found.append(f"The machine was not quiet: {' '.join(report.noise.reasons)}")
     if wrong := sorted(_judged(judgement) for judgement in report.parity if not judgement.passed):
         found.append(f"Outputs are wrong, and struck out: {', '.join(wrong)}.")
-    found += [f"{_judged(judgement)}: {judgement.caution}" for judgement in report.parity if judgement.caution is not None]
+    careful: dict[str, list[str]] = {}
+    for judgement in report.parity:
+        if judgement.caution is not None:
+            careful.setdefault(f"{judgement.result.backend} {judgement.result.precision}", []).append(judgement.bundle)
+    if careful:
+        names = "; ".join(f"{who} ({', '.join(bundles)})" for who, bundles in sorted(careful.items()))
+        found.append(f"Right on EEG, but not on windows with electrode offsets of millivolts (errors are under Parity): {names}.")
     cells = [cell for cell in report.cells if cell.latency is not None]
     if drifting := [cell.key.label for cell in cells if cell.latency is not None and cell.latency.drifting]:
         found.append(f"Latencies rose or fell over the run: {', '.join(drifting)}.")

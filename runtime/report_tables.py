@@ -18,7 +18,7 @@ from sjepa_deploy.runtime.bench_results import (
     Scenario,
 )
 from sjepa_deploy.runtime.compare import Comparison
-from sjepa_deploy.runtime.parity import ParityResult
+from sjepa_deploy.runtime.parity import NOT_FINITE, ParityResult
 from sjepa_deploy.runtime.tables import (
     NOTHING,
     Column,
@@ -97,6 +97,10 @@ def _verdict(judgement: Judgement) -> str:
     if not judgement.passed:
         return "WRONG"
     return "passed" if judgement.caution is None else "not with offsets"
+
+
+def _size(error: float) -> str:
+    return "not finite" if error == NOT_FINITE else f"{error:.1e}"
 
 
 def _error(result: ParityResult) -> str:
@@ -224,10 +228,10 @@ def parity_table(report: BenchReport) -> Table:
             Entry(text=judgement.bundle),
             Entry(text=r.backend, small=r.precision),
             Entry(text=_verdict(judgement), small="" if r.nan_agrees else "NaN elsewhere"),
-            Entry(text=f"{r.max_error:.1e}", sort=r.max_error),
-            NOTHING if without is None else Entry(text=f"{without.max_error:.1e}", sort=without.max_error),
+            Entry(text=_size(r.max_error), sort=r.max_error),
+            NOTHING if without is None else Entry(text=_size(without.max_error), sort=without.max_error),
             Entry(text=f"{r.tolerance:g}", sort=r.tolerance),
-            Entry(text=f"{r.max_abs:.1e}", sort=r.max_abs),
+            Entry(text=_size(r.max_abs), sort=r.max_abs),
             NOTHING if r.decision_flips is None else Entry(text=str(r.decision_flips), sort=r.decision_flips),
             Entry(text=r.worst),
         )
@@ -286,11 +290,11 @@ def split_table(report: BenchReport) -> Table:
         if (s := cell.split) is None:
             continue
         figures = (s.enqueue_us, s.h2d_us, s.compute_us, s.d2h_us, s.host_us, s.overhead_us)
-        names = _texts(cell.key.bundle, cell.key.backend, cell.key.precision, s.how)
+        names = _texts(cell.key.bundle, cell.key.backend, cell.key.precision, cell.key.what, s.how)
         rows.append(Row(entries=(*names, *map(plain, figures), plain(s.n)), struck=cell.struck_out))
     rows.sort(key=lambda row: row.struck)
     columns = _columns(
-        *("bundle", "backend", "precision", "how", "enqueue#", "H2D#", "compute#", "D2H#", "host#"),
+        *("bundle", "backend", "precision", "scenario", "how", "enqueue#", "H2D#", "compute#", "D2H#", "host#"),
         *("events add#", "calls#"),
     )
     return Table(

@@ -168,8 +168,8 @@ def test_what_a_reader_must_know_first_comes_first(made):
         "Partial: It was interrupted.",
         "The machine was not quiet: Other processes kept 1.2 cores busy.",
         "Outputs are wrong, and struck out: contextual on torch-compile fp32.",
-        "prelocal on braindecode fp32: Outputs differ by 3e-01 of their scale on windows with electrode offsets of millivolts "
-        "(1e-05 is allowed).",
+        "Right on EEG, but not on windows with electrode offsets of millivolts (errors are under Parity): "
+        "braindecode fp32 (prelocal).",
         f"Latencies rose or fell over the run: {label}.",
         f"The warm-up did not become stable: {label}.",
         "Random weights, whose predictions mean nothing: prelocal.",
