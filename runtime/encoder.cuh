@@ -203,8 +203,7 @@ DEVICE void remove_offset(float* signal) {
 struct Counters {
   unsigned launches;             // calls that ended
   unsigned finished;             // windows of this call
-  unsigned asked;                // the call that a resident kernel answers, for the blocks that do not look at host memory
-  unsigned leave;                // the residency that is over
+  unsigned long long asked;      // what the host asks a resident kernel, for the blocks that do not look at host memory themselves
   unsigned arrived[MAX_BATCH];   // blocks or tokens of each window
 };
 
@@ -217,7 +216,7 @@ struct Report {
 // How the host and a launch speak. A launch answers one call, or, if `request` is there, all calls until the host ends it or is
 // silent for IDLE_NS: a host that was killed or stopped leaves no kernel behind.
 struct Calls {
-  const unsigned long long* request;  // host memory: number of the newest call, above it whether to end
+  const unsigned long long* request;  // host memory: number of the newest call, above it LEAVE if the kernel is to end
   unsigned long long* marked;         // host memory: outputs with the call's number beside them; or null
   Counters* counters;
   Report* report;
@@ -228,7 +227,10 @@ struct Calls {
 
 constexpr long long IDLE_NS = 1000000ll * IDLE_MS, BUSY_NS = 100000;
 
-// Wait for the call after `number`, and take its number; false: end. One block looks at host memory and tells the others.
+constexpr unsigned long long LEAVE = 1ull << 32;
+
+// Wait for the call after `number`, and take its number; false: end. One block looks at host memory and tells the others, with the
+// residency beside the number: what an earlier one was asked still stands there.
 DEVICE bool next_call(const Calls& calls, unsigned& number, unsigned* word) {
   if (!calls.request) {
     number = load_volatile(&calls.counters->launches) + 1;
@@ -236,29 +238,25 @@ DEVICE bool next_call(const Calls& calls, unsigned& number, unsigned* word) {
   }
   __syncthreads();
   if (thread() == 0) {
-    bool end = false;
-    unsigned next = number;
+    const unsigned long long residency = (unsigned long long)calls.residency << 33;
+    unsigned long long asked = number;
     if (blockIdx.x == 0) {
       const long long start = nanoseconds();
-      while (next == number && !end) {
-        const unsigned long long asked = load_acquire_system(calls.request);
+      while (asked == number) {
         const long long waited = nanoseconds() - start;
-        end = asked >> 32 || waited > IDLE_NS;
-        if (!end) next = (unsigned)asked;
+        asked = load_acquire_system(calls.request);
+        if (waited > IDLE_NS) asked |= LEAVE;
         if (waited > BUSY_NS) rest();
       }
-      if (CLUSTER == 1) {
-        if (end) store_release(&calls.counters->leave, calls.residency);
-        else store_release(&calls.counters->asked, next);
-      }
+      if (CLUSTER == 1) store_release(&calls.counters->asked, residency | asked);
     } else if (CLUSTER == 1) {
-      while (next == number && !end) {
-        next = load_acquire(&calls.counters->asked);
-        end = next == number && load_acquire(&calls.counters->leave) == calls.residency;
-        pause();
+      for (bool told = false; !told;) {
+        asked = load_acquire(&calls.counters->asked) ^ residency;
+        told = asked >> 33 == 0 && asked != number;
+        if (!told) pause();
       }
     }
-    word[0] = next, word[1] = end;
+    word[0] = (unsigned)asked, word[1] = (asked & LEAVE) != 0;
   }
   __syncthreads();
   cluster_sync();

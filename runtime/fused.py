@@ -175,7 +175,7 @@ class FusedBackend:
     def _load(self, weights: Weights, layout: Layout | None) -> None:
         """Compile and load the program, with less of the weights in shared memory if the GPU has too little of it."""
         architecture = architecture_of(self._device)
-        layout = layout or best_layout(self._spec, self._device.attribute("MULTIPROCESSOR_COUNT"), architecture)
+        layout = layout or best_layout(self._spec, self.precision, self._device.attribute("MULTIPROCESSOR_COUNT"), architecture)
         most = self._device.attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
         for smaller in ({}, {"qkv_in_shared": False}, {"qkv_in_shared": False, "encoder_in_shared": False}):
             self.layout = dataclasses.replace(layout, **smaller)

@@ -196,10 +196,12 @@ class Lane:
         self.leave()
         usual = self._arguments.input
         self._arguments.input = address
+        self._unfinished = True
         check(self._launch())  # copies the arguments
         self._arguments.input = usual
         self._number = (self._number + 1) & 0xFFFFFFFF
         self._finish(self._number)
+        self._unfinished = False
 
     def leave(self) -> None:
         """End the kernel that stays, if there is one."""
@@ -209,10 +211,11 @@ class Lane:
             self._staying = False
 
     def _settle(self) -> None:
-        """Let a call come to its end that was interrupted while it waited."""
+        """Let a call come to its end that was interrupted, and see whether it was answered."""
         if self._unfinished:
             self.leave()
             self._stream.synchronize()
+            self._number = self._ends[self._end_words[0]]
             self._unfinished = False
 
     def _enqueue(self) -> tuple[Any]:

@@ -117,12 +117,18 @@ class Program:
 THREADS = {"prelocal": 1024, "postlocal": 512, "contextual": 512, "base": 512}
 """Of a block: the fastest of those that were measured (benchmarks/results/gpu_fused_*)."""
 
+SMALL_WINDOW = 2**15
+"""Samples of all channels that 4 blocks take faster than 8, as fewer exchange their sums, and that fit their shared memory."""
 
-def best_layout(spec: ModelSpec, n_multiprocessors: int, architecture: int) -> Layout:
+
+def best_layout(spec: ModelSpec, precision: RunPrecision, n_multiprocessors: int, architecture: int) -> Layout:
     """Return how a model is best spread over a GPU of a compute capability (times 10)."""
     recent = architecture >= CLUSTER_CAPABILITY
-    threads = 256 if spec.needs_positions and not recent else THREADS[spec.variant]  # of 512, registers would spill on older ones
-    return Layout(n_multiprocessors=n_multiprocessors, threads=threads, cluster=recent)
+    threads = THREADS[spec.variant]
+    if spec.needs_positions and (precision == "fp16" or not recent):
+        threads = 256  # of 512, registers would spill on older ones
+    blocks = 4 if recent and spec.n_chans * spec.n_times <= SMALL_WINDOW else 8
+    return Layout(n_multiprocessors=n_multiprocessors, threads=threads, blocks=blocks, cluster=recent)
 
 
 def refuse_spec(spec: ModelSpec, precision: RunPrecision) -> None:

@@ -109,7 +109,8 @@ DEVICE uint4 load_fresh_bits4(const uint4* p) { return *p; }
 DEVICE unsigned load_acquire(const unsigned* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 DEVICE unsigned load_volatile(const unsigned* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 DEVICE unsigned long long load_acquire_system(const unsigned long long* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
-DEVICE void store_release(unsigned* p, unsigned v) { ++gpu::progress; __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+DEVICE unsigned long long load_acquire(const unsigned long long* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+DEVICE void store_release(unsigned long long* p, unsigned long long v) { ++gpu::progress; __atomic_store_n(p, v, __ATOMIC_RELEASE); }
 DEVICE void store_release_system(unsigned* p, unsigned v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
 DEVICE void store_marked(unsigned long long* p, float v, unsigned mark) {
   ++gpu::progress;

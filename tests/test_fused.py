@@ -45,6 +45,14 @@ def gpu(monkeypatch):
     assert not driver.modules
 
 
+@pytest.fixture
+def staying_gpu(gpu, monkeypatch):
+    """A GPU that runs kernels in a thread, and a kernel that stays 100 s: here only the host ends it."""
+    gpu.asynchronous = True
+    monkeypatch.setattr(fused_program, "IDLE_MS", 100_000)
+    return gpu
+
+
 @pytest.fixture(scope="module")
 def make_model(tmp_path_factory):
     """Return a function that gives what the backend needs of a bundle, and the float64 reference: make_model(spec)."""
@@ -263,6 +271,29 @@ def test_the_count_of_launches_survives_an_interrupted_wait(gpu, make_model, mon
     backend.close()
 
 
+@pytest.mark.parametrize("options", [BackendOptions(), BackendOptions(persistent=True)])
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_interrupted_start_leaves_no_call_uncounted(staying_gpu, make_model, monkeypatch, options, begun):
+    bundle, reference, _ = make_model(SPECS["prelocal"])
+    backend = backend_for(staying_gpu, bundle, options=options)
+    want = [backend.run(window[None]).copy() for window in reference.inputs[:3]]
+    lane = backend._lanes[1]
+    start = lane._start
+
+    def interrupted():
+        if begun:
+            start()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lane, "_start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            backend.run(reference.inputs[:1])
+    for i in (1, 2):
+        np.testing.assert_array_equal(backend.run(reference.inputs[i : i + 1]), want[i])
+    backend.close()
+
+
 def test_batches_beyond_the_bundles_are_refused(gpu, make_model):
     bundle, reference, _ = make_model(SPECS["prelocal"])
     backend = backend_for(gpu, bundle)
@@ -288,23 +319,28 @@ def test_a_kernel_that_fails_is_an_error(gpu, make_model, monkeypatch):
 # ---- a kernel that stays ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def staying_gpu(gpu, monkeypatch):
-    """A GPU that runs kernels in a thread, and a kernel that stays 100 s: here only the host ends it."""
-    gpu.asynchronous = True
-    monkeypatch.setattr(fused_program, "IDLE_MS", 100_000)
-    return gpu
-
-
 PERSISTENT = BackendOptions(persistent=True)
 
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [("prelocal", {}), ("prelocal", {"cluster": False, "threads": 128}), ("postlocal", {"threads": 128}), ("contextual", {}),
-     ("base", {})],
-)  # fmt: skip
-def test_a_kernel_that_stays_answers_as_launches_do(staying_gpu, make_model, name, layout):
+    [("prelocal", {}), ("prelocal", {"cluster": False, "threads": 128}), ("postlocal", {"threads": 128})],
+)
+@pytest.mark.parametrize("descending", [False, True])
+def test_a_kernel_that_stays_answers_as_launches_do(staying_gpu, make_model, name, layout, descending):
+    """Whether the block that looks at host memory begins before the others or after them."""
+    staying_gpu.descending = descending
+    check_staying(staying_gpu, make_model, name, layout)
+
+
+@pytest.mark.parametrize("name", ["contextual", "base"])
+def test_a_transformer_that_stays_answers_as_launches_do(staying_gpu, make_model, name):
+    """In the harder order alone, as these take a minute."""
+    staying_gpu.descending = True
+    check_staying(staying_gpu, make_model, name, {})
+
+
+def check_staying(staying_gpu, make_model, name, layout):
     bundle, reference, _ = make_model(SPECS[name])
     launched = backend_for(staying_gpu, bundle, **layout)
     want = [launched.run(window[None]).copy() for window in reference.inputs[:3]]
@@ -320,9 +356,11 @@ def test_a_kernel_that_stays_answers_as_launches_do(staying_gpu, make_model, nam
     assert not staying_gpu.running.is_alive()
 
 
-def test_a_kernel_that_stays_makes_room_for_other_calls(staying_gpu, make_model, monkeypatch):
+@pytest.mark.parametrize("layout", [{}, {"cluster": False, "threads": 128}])
+def test_a_kernel_that_stays_makes_room_for_other_calls(staying_gpu, make_model, monkeypatch, layout):
+    staying_gpu.descending = True  # blocks that do not look at host memory begin first
     bundle, reference, _ = make_model(SPECS["prelocal"])
-    backend = backend_for(staying_gpu, bundle, options=PERSISTENT)
+    backend = backend_for(staying_gpu, bundle, options=PERSISTENT, **layout)
     one = backend.run(reference.inputs[:1]).copy()
     two = backend.run(reference.inputs[:2]).copy()
     np.testing.assert_allclose(two[:1], one, rtol=1e-5)
@@ -482,7 +520,7 @@ def test_without_nvrtc_other_backends_are_unaffected(monkeypatch, make_bundle):
 def test_nvrtc_compiles_without_spills(make_model, name, precision, architecture):
     bundle, _, _ = make_model(SPECS[name])
     weights = read_safetensors(bundle.checkpoint / "model.safetensors")
-    layout = best_layout(bundle.spec, 132, architecture)
+    layout = best_layout(bundle.spec, precision, 132, architecture)
     program = make_program(bundle.spec, weights, precision, 64, layout)
     code, log = nvrtc.compile_source(
         program.source, (f"--gpu-architecture=sm_{architecture}", *nvrtc.OPTIONS, "--ptxas-options=-v")
