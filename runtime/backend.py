@@ -187,6 +187,9 @@ def open_backend(
     MissingDependencyError
         If what it needs is not installed.
     """
+    options = options or BackendOptions()
+    if options.persistent and name != "cuda":
+        raise BackendError(f"The backend {name} keeps no kernel on the GPU.", 'Use the backend "cuda", or leave persistent out.')
     if is_server(name):
         served: Backend = _find("sjepa_deploy.serving.client:connect")(bundle, name, precision)
         return served
@@ -194,7 +197,7 @@ def open_backend(
         raise BackendError(f"{name!r} is not a backend.", f"Use one of {', '.join(among)}, or triton:HOST:PORT/MODEL.")
     if missing := among[name].why_not():
         raise missing
-    backend: Backend = _find(among[name].target)(bundle, precision, options or BackendOptions())
+    backend: Backend = _find(among[name].target)(bundle, precision, options)
     return backend
 
 

@@ -6,11 +6,13 @@ reads arrays of other libraries on the GPU (DLPack, the CUDA array interface).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -238,12 +240,16 @@ class Stream:
 
     def __init__(self, device: Device, wait: Wait = "spin") -> None:
         self._cu = cu = device.cu
-        self.stream = check(cu.cuStreamCreate(int(cu.CUstream_flags.CU_STREAM_NON_BLOCKING)))
-        self.handle = int(self.stream)
         self.mode = wait
-        self._flag_buffer = HostBuffer(device, (1,))
-        self._flag = memoryview(self._flag_buffer.array.view(np.uint32))  # type: ignore[arg-type]
-        self._event = check(cu.cuEventCreate(_event_flags(cu)))
+        with contextlib.ExitStack() as opened:
+            self.stream = check(cu.cuStreamCreate(int(cu.CUstream_flags.CU_STREAM_NON_BLOCKING)))
+            opened.callback(lambda: check(cu.cuStreamDestroy(self.stream)))
+            self.handle = int(self.stream)
+            self._flag_buffer = opened.enter_context(closing(HostBuffer(device, (1,))))
+            self._flag = opened.enter_context(memoryview(self._flag_buffer.array.view(np.uint32)))  # type: ignore[arg-type]
+            self._event = check(cu.cuEventCreate(_event_flags(cu)))
+            opened.callback(lambda: check(cu.cuEventDestroy(self._event)))
+            self._closing = opened.pop_all()
         self.wait: Callable[[], None] = {"spin": self._spin, "flag": self._watch, "block": self._block}[wait]
 
     def finish(self) -> None:
@@ -302,10 +308,7 @@ class Stream:
 
     def close(self) -> None:
         """Release the stream."""
-        self._flag.release()
-        self._flag_buffer.close()
-        check(self._cu.cuEventDestroy(self._event))
-        check(self._cu.cuStreamDestroy(self.stream))
+        self._closing.close()
 
 
 def _event_flags(cu: Any) -> int:

@@ -6,9 +6,11 @@ the window where the GPU reads it, launches, and watches words in host memory th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import threading
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -85,25 +87,26 @@ class Module:
                 "Install a newer driver, or use another backend.",
             )
         self._module = result[1]
-        self.function = check(cu.cuModuleGetFunction(self._module, program.name.encode()))
-        self.shared_bytes = self._ask_size(device)
-        self.blocks_at_once = 0
-        if self.shared_bytes <= device.attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"):
-            limit = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            check(cu.cuFuncSetAttribute(self.function, limit, self.shared_bytes))
-            each = check(cu.cuOccupancyMaxActiveBlocksPerMultiprocessor(self.function, threads, self.shared_bytes))
-            self.blocks_at_once = each * device.attribute("MULTIPROCESSOR_COUNT")
+        with contextlib.ExitStack() as opened:
+            opened.callback(self.close)
+            self.function = check(cu.cuModuleGetFunction(self._module, program.name.encode()))
+            self.shared_bytes = self._ask_size(device)
+            self.blocks_at_once = 0
+            if self.shared_bytes <= device.attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"):
+                limit = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                check(cu.cuFuncSetAttribute(self.function, limit, self.shared_bytes))
+                each = check(cu.cuOccupancyMaxActiveBlocksPerMultiprocessor(self.function, threads, self.shared_bytes))
+                self.blocks_at_once = each * device.attribute("MULTIPROCESSOR_COUNT")
+            opened.pop_all()
 
     def _ask_size(self, device: Device) -> int:
-        answer = HostBuffer(device, (1,))
-        address = ctypes.c_void_p(answer.address)
-        params = (ctypes.c_void_p * 1)(ctypes.addressof(address))
-        function = check(self._cu.cuModuleGetFunction(self._module, b"shared_bytes"))
-        check(self._cu.cuLaunchKernel(function, 1, 1, 1, 1, 1, 1, 0, 0, ctypes.addressof(params), 0))
-        device.synchronize()
-        size = int(answer.array.view(np.uint32)[0])
-        answer.close()
-        return size
+        with closing(HostBuffer(device, (1,))) as answer:
+            address = ctypes.c_void_p(answer.address)
+            params = (ctypes.c_void_p * 1)(ctypes.addressof(address))
+            function = check(self._cu.cuModuleGetFunction(self._module, b"shared_bytes"))
+            check(self._cu.cuLaunchKernel(function, 1, 1, 1, 1, 1, 1, 0, 0, ctypes.addressof(params), 0))
+            device.synchronize()
+            return int(answer.array.view(np.uint32)[0])
 
     def close(self) -> None:
         """Unload it."""
@@ -145,17 +148,17 @@ class FusedBackend:
         self._spec, self._options = bundle.spec, options
         self._max_batch = bundle.graph(precision).max_batch
         weights = read_safetensors(bundle.checkpoint / WEIGHTS_FILE)
-        self._device = Device(options.device)
-        try:
+        with contextlib.ExitStack() as opened:
+            self._device = opened.enter_context(closing(Device(options.device)))
             self._load(weights, layout)
-        except BaseException:
-            self._device.close()
-            raise
-        stream = Stream(self._device, "block" if options.wait == "block" else "spin")
-        uploaded = DeviceBuffer(self._device, self.program.weights.nbytes)
-        cu = self._device.cu
-        check(cu.cuMemcpyHtoD(cu.CUdeviceptr(uploaded.address), self.program.weights.ctypes.data, self.program.weights.nbytes))
-        self._device.synchronize()  # it may return before, and our stream does not wait for the default one
+            opened.callback(self.module.close)
+            stream = opened.enter_context(closing(Stream(self._device, "block" if options.wait == "block" else "spin")))
+            uploaded = opened.enter_context(closing(DeviceBuffer(self._device, self.program.weights.nbytes)))
+            cu = self._device.cu
+            host = self.program.weights
+            check(cu.cuMemcpyHtoD(cu.CUdeviceptr(uploaded.address), host.ctypes.data, host.nbytes))
+            self._device.synchronize()  # it may return before, and our stream does not wait for the default one
+            self._closing = opened.pop_all()
         self._launcher = Launcher(
             device=self._device,
             stream=stream,
@@ -244,10 +247,7 @@ class FusedBackend:
         self._lanes.clear()
         self._latest = None
         self._launcher.stream.synchronize()
-        self._launcher.weights.close()
-        self._launcher.stream.close()
-        self.module.close()
-        self._device.close()
+        self._closing.close()
 
     def _begin(self) -> None:
         if not self._busy.acquire(blocking=False):

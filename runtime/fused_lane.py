@@ -6,10 +6,12 @@ the call's number beside every output, or, of many outputs, in one word that the
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import platform
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,30 +116,50 @@ class Lane:
     """
 
     def __init__(self, launcher: Launcher, spec: ModelSpec, options: BackendOptions, batch: int) -> None:
-        self._cu, self._stream, device, program = launcher.device.cu, launcher.stream, launcher.device, launcher.program
+        self._cu, self._stream = launcher.device.cu, launcher.stream
         self.persistent = options.persistent and batch == 1
-        self._in, self._out = (HostBuffer(device, (batch, *shape)) for shape in (spec.input_shape, spec.output_shape))
+        self._number = self._residency = 0
+        self._unfinished = self._staying = False
+        self._graph: Graph | None = None
+        self._closing = contextlib.ExitStack()
+        try:
+            self._allocate(launcher, spec, options, batch)
+            self._prepare(launcher, options, batch)
+            self._begin(options)
+        except BaseException:
+            self._release()
+            raise
+
+    def _allocate(self, launcher: Launcher, spec: ModelSpec, options: BackendOptions, batch: int) -> None:
+        device, program, keep = launcher.device, launcher.program, self._closing.enter_context
+        self._in, self._out = (
+            keep(closing(HostBuffer(device, (batch, *shape)))) for shape in (spec.input_shape, spec.output_shape)
+        )
         self.input = self._in.array
         n_outputs = self._out.nbytes // 4
-        self._marked = HostBuffer(device, (n_outputs, 2)) if program.marks and n_outputs <= MOST_MARKED else None
-        self._report_buffer, self._request_buffer = HostBuffer(device, (2,)), HostBuffer(device, (2,))
-        self._report = _words(self._report_buffer, np.uint32)
-        self._request = _words(self._request_buffer, np.uint64)
+        self._report_buffer, request = (keep(closing(HostBuffer(device, (2,)))) for _ in range(2))
+        self._report = keep(_words(self._report_buffer, np.uint32))
+        self._request_address, self._request = request.address, keep(_words(request, np.uint64))
         self._values = self._out.array
         self.output: FloatArray = self._out.array
-        if self._marked:
+        self._marked: HostBuffer | None = None
+        self._ends, self._end_words = self._report, range(1)
+        if program.marks and n_outputs <= MOST_MARKED:
+            self._marked = keep(closing(HostBuffer(device, (n_outputs, 2))))
             self._values = self._marked.array[:, 0].reshape(self._out.array.shape)
             self.output = np.zeros_like(self._out.array)
-            self._ends, self._end_words = _words(self._marked, np.uint32), range(1, 2 * n_outputs, 2)
-        else:
-            self._ends, self._end_words = self._report, range(1)
+            self._ends, self._end_words = keep(_words(self._marked, np.uint32)), range(1, 2 * n_outputs, 2)
         words = {"counters": 4 + launcher.max_batch, "ready": program.n_ready * batch}
         words |= {name: size * batch for name, size in program.buffers}
-        self.buffers = {name: DeviceBuffer(device, 4 * n) for name, n in words.items() if n}
+        self.buffers = {name: keep(closing(DeviceBuffer(device, 4 * n))) for name, n in words.items() if n}
         for buffer in self.buffers.values():  # counters begin at zero, and no old mark is taken for a new one
             check(self._cu.cuMemsetD8(self._cu.CUdeviceptr(buffer.address), 0, buffer.nbytes))
         device.synchronize()  # it may return before, and our stream does not wait for the default one
-        self._upload = DeviceBuffer(device, self._in.nbytes) if options.memory == "copy" else None
+        self._upload = keep(closing(DeviceBuffer(device, self._in.nbytes))) if options.memory == "copy" else None
+
+    def _prepare(self, launcher: Launcher, options: BackendOptions, batch: int) -> None:
+        """Lay out what a launch takes."""
+        program = launcher.program
         self._arguments = program.arguments()(
             input=self._upload.address if self._upload else self._in.address,
             output=self._out.address,
@@ -153,29 +175,21 @@ class Lane:
         self._kernel = (launcher.function, *shape, ctypes.addressof(self._params))
         self._cooperative = program.cooperative
         self._together = program.cooperative or program.cluster == 1  # if it stays; the blocks of a cluster are resident anyway
-        self._number = self._residency = 0
-        self._unfinished = self._staying = False
-        self._graph: Graph | None = None
         self._start: Callable[[], Any] = self._enqueue
         self._finish = self._watch if options.wait != "block" else self._block
-        self._open(options)
 
-    def _open(self, options: BackendOptions) -> None:
+    def _begin(self, options: BackendOptions) -> None:
         """Make the first call, which loads the code, and choose how later ones start."""
-        try:
-            self.run()
-            if self.persistent:
-                self._start = self._ask
-            elif options.cuda_graph:
-                self._graph = self._capture()
-                self._start = self._graph.launch if self._graph else self._enqueue
-        except BaseException:
-            self.close()
-            raise
+        self.run()
+        if self.persistent:
+            self._start = self._ask
+        elif options.cuda_graph:
+            self._graph = self._capture()
+            self._start = self._graph.launch if self._graph else self._enqueue
 
     def _capture(self) -> Graph | None:
         try:
-            return self._stream.capture(lambda: check(self._enqueue()))
+            return self._closing.enter_context(closing(self._stream.capture(lambda: check(self._enqueue()))))
         except BackendError as e:  # older drivers capture no cooperative launch
             logger.warning("The driver takes the fused kernel into no CUDA graph, so each call launches it: %s", e)
             return None
@@ -241,7 +255,7 @@ class Lane:
         """Launch the kernel that answers calls from the one that is asked for."""
         self._residency += 1
         arguments = self._arguments
-        arguments.request, arguments.last = self._request_buffer.address, (self._request[0] - 1) & 0xFFFFFFFF
+        arguments.request, arguments.last = self._request_address, (self._request[0] - 1) & 0xFFFFFFFF
         arguments.residency = self._residency
         usual, self._cooperative = self._cooperative, self._together
         try:
@@ -288,17 +302,13 @@ class Lane:
 
     def close(self) -> None:
         """End the kernel and free the buffers."""
+        self._release()
+        del self.input, self.output, self._values
+
+    def _release(self) -> None:
         self.leave()
         self._stream.synchronize()
-        if self._graph:
-            self._graph.close()
-        for words in {id(words): words for words in (self._report, self._request, self._ends)}.values():
-            words.release()
-        del self.input, self.output, self._values
-        for host in (self._in, self._out, self._report_buffer, self._request_buffer, *([self._marked] if self._marked else [])):
-            host.close()
-        for buffer in (*self.buffers.values(), *([self._upload] if self._upload else [])):
-            buffer.close()
+        self._closing.close()
 
 
 def _words(buffer: HostBuffer, dtype: type[np.unsignedinteger[Any]]) -> memoryview:

@@ -10,6 +10,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -150,22 +151,19 @@ class OrtCudaBackend:
         self.precision = precision
         self._spec, self._options = bundle.spec, options
         self._probe()
-        self._device = Device(options.device)
-        self._stream = Stream(self._device)
         settings = ort.SessionOptions()
         settings.log_severity_level = 3
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        provider_options = {
-            "device_id": str(options.device),
-            "user_compute_stream": str(self._stream.handle),
-            **self._provider_options(bundle),
-        }
-        try:
+        with contextlib.ExitStack() as opened:
+            self._device = opened.enter_context(closing(Device(options.device)))
+            self._stream = opened.enter_context(closing(Stream(self._device)))
+            provider_options = {
+                "device_id": str(options.device),
+                "user_compute_stream": str(self._stream.handle),
+                **self._provider_options(bundle),
+            }
             self._session = open_session(bundle, precision, settings, self.provider, provider_options)
-        except BaseException:
-            self._stream.close()
-            self._device.close()
-            raise
+            self._closing = opened.pop_all()
         self._bound: dict[int, _Binding] = {}
         self._bound_on_gpu: dict[tuple[int, int], tuple[Any, Any]] = {}
         self._n_graphs = 0
@@ -291,8 +289,7 @@ class OrtCudaBackend:
         for bound in self._bound.values():
             bound.close()
         self._bound.clear()
-        self._stream.close()
-        self._device.close()
+        self._closing.close()
 
 
 class _Binding:
@@ -300,22 +297,22 @@ class _Binding:
 
     def __init__(self, backend: OrtCudaBackend, device: Device, batch: int) -> None:
         spec = backend._spec
-        self.input = HostBuffer(device, (batch, *spec.input_shape))
-        self.output = HostBuffer(device, (batch, *spec.output_shape))
-        self.device_buffers: tuple[DeviceBuffer, ...] = ()
-        self.source, self.target = self.input.address, self.output.address
-        if backend._options.memory == "copy":
-            self.device_buffers = (DeviceBuffer(device, self.input.nbytes), DeviceBuffer(device, self.output.nbytes))
-            self.source, self.target = (buffer.address for buffer in self.device_buffers)
-        self.binding = backend._io_binding(batch, self.source, self.target)
-        self.options = backend._run_options()
+        with contextlib.ExitStack() as opened:
+            shapes = ((batch, *spec.input_shape), (batch, *spec.output_shape))
+            self.input, self.output = (opened.enter_context(closing(HostBuffer(device, shape))) for shape in shapes)
+            self.device_buffers: tuple[DeviceBuffer, ...] = ()
+            self.source, self.target = self.input.address, self.output.address
+            if backend._options.memory == "copy":
+                sizes = (self.input.nbytes, self.output.nbytes)
+                self.device_buffers = tuple(opened.enter_context(closing(DeviceBuffer(device, size))) for size in sizes)
+                self.source, self.target = (buffer.address for buffer in self.device_buffers)
+            self.binding = backend._io_binding(batch, self.source, self.target)
+            self.options = backend._run_options()
+            self._closing = opened.pop_all()
 
     def close(self) -> None:
         del self.binding
-        self.input.close()
-        self.output.close()
-        for buffer in self.device_buffers:
-            buffer.close()
+        self._closing.close()
 
 
 class OrtTensorRTBackend(OrtCudaBackend):

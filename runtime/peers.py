@@ -194,21 +194,21 @@ class TorchCudaGraph(TorchEager):
     device = "cuda"
 
     def _prepare(self) -> Callable[[Tensor], Tensor]:
-        self._graphs: dict[int, tuple[Any, Tensor, Tensor]] = {}
+        self._graphs: dict[int, tuple[Any, Tensor, Tensor, Tensor]] = {}
         return super()._prepare()
 
     def run(self, eeg: FloatArray) -> FloatArray:
         """Run the model on `eeg`, shape (batch, n_chans, n_times). The result is overwritten by the next call."""
         import torch
 
-        graph, source, target = self._graphs.get(len(eeg)) or self._capture(eeg)
+        graph, source, _, target = self._graphs.get(len(eeg)) or self._capture(eeg)
         np.copyto(source.numpy(), eeg)
         graph.replay()
         torch.cuda.synchronize(self.device)
         out: FloatArray = target.numpy()
         return out
 
-    def _capture(self, eeg: FloatArray) -> tuple[Any, Tensor, Tensor]:
+    def _capture(self, eeg: FloatArray) -> tuple[Any, Tensor, Tensor, Tensor]:
         import torch
 
         with torch.inference_mode(), torch.cuda.device(self.device):
@@ -228,7 +228,7 @@ class TorchCudaGraph(TorchEager):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
                 body()
-        self._graphs[len(eeg)] = (graph, source, target)
+        self._graphs[len(eeg)] = (graph, source, static, target)  # all that the graph touches: a later capture frees the rest
         return self._graphs[len(eeg)]
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ FLUSH_S = 1.0
 """Seconds from one write to the next: what a kill can cost."""
 
 MOST_PENDING_S = 60.0
-"""Seconds of samples that wait for a disk that stalls; what is more is not recorded, and counted."""
+"""Seconds of the run that wait for a disk that stalls; what is more is not recorded, and counted."""
 
 _SAMPLES, _CHUNKS, _DECISIONS, _EVENTS = 1, 2, 3, 4  # stream ids
 _FILE_HEADER, _STREAM_HEADER, _SAMPLES_TAG, _CLOCK_OFFSET, _BOUNDARY, _FOOTER = 1, 2, 3, 4, 5, 6  # tags of XDF 1.0
@@ -81,6 +81,11 @@ class Recorder:
     on_failure : callable
         Called with one sentence if the disk is full, or takes no more; decoding goes on, recording does not.
 
+    Attributes
+    ----------
+    n_lost : dict of str to int
+        Samples, decisions and events that are not in the file: of a disk that was full, or stalled for a minute.
+
     Raises
     ------
     StreamError
@@ -94,7 +99,7 @@ class Recorder:
         self._decisions: deque[Decision] = deque()
         self._events: deque[Event] = deque()
         self._n_taken = self._n_written = 0
-        self.n_lost = 0
+        self.n_lost = {"samples": 0, "decisions": 0, "events": 0}
         self._dtype: np.dtype[Any] | None = None
         self._failed = False
         try:
@@ -110,22 +115,26 @@ class Recorder:
 
     def chunk(self, chunk: Chunk) -> None:
         """Record samples."""
-        n = len(chunk.stamps)
-        if self._failed or self._n_taken - self._n_written > self._most_pending:
-            self.n_lost += n
-            return
-        self._n_taken += n
-        self._chunks.append(chunk)
+        if self._takes("samples", len(chunk.stamps)):
+            self._n_taken += len(chunk.stamps)
+            self._chunks.append(chunk)
 
     def decision(self, decision: Decision) -> None:
         """Record a decision."""
-        if not self._failed:
+        if self._takes("decisions"):
             self._decisions.append(decision)
 
     def event(self, event: Event) -> None:
         """Record an event."""
-        if not self._failed:
+        if self._takes("events"):
             self._events.append(event)
+
+    def _takes(self, what: str, n: int = 1) -> bool:
+        """Whether there is room for more, or count it."""
+        if self._failed or self._n_taken - self._n_written > self._most_pending:
+            self.n_lost[what] += n
+            return False
+        return True
 
     def close(self) -> None:
         """Write what is left and the footers, and bring the file to the disk."""
@@ -149,7 +158,7 @@ class Recorder:
         chunks, decisions, events = _drained(self._chunks), _drained(self._decisions), _drained(self._events)
         n = sum(len(chunk.stamps) for chunk in chunks)
         if self._failed:
-            self.n_lost += n
+            self._count_lost(n, decisions, events)
             return
         parts = []
         if chunks and self._dtype is None:
@@ -177,7 +186,11 @@ class Recorder:
             self._write(b"".join(parts))
         self._n_written += n
         if self._failed:
-            self.n_lost += n
+            self._count_lost(n, decisions, events)
+
+    def _count_lost(self, n_samples: int, decisions: list[Decision], events: list[Event]) -> None:
+        for what, n in (("samples", n_samples), ("decisions", len(decisions)), ("events", len(events))):
+            self.n_lost[what] += n
 
     def _headers(self) -> bytes:
         assert self._dtype is not None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -68,9 +70,12 @@ class EngineRunner:
         self.engine = api.deserialize(plan)
         check_tensors(api, self.engine, spec)
         self.min_batch, self.max_batch = api.batches(self.engine, spec.input_name)
-        self._stream = Stream(device, options.wait)
-        self._wait = self._stream.wait
-        self._scratch = DeviceBuffer(device, api.memory_size(self.engine))  # shared: contexts run one after another
+        with contextlib.ExitStack() as opened:
+            self._stream = opened.enter_context(closing(Stream(device, options.wait)))
+            self._wait = self._stream.wait
+            scratch = DeviceBuffer(device, api.memory_size(self.engine))  # shared: contexts run one after another
+            self._scratch = opened.enter_context(closing(scratch))
+            self._closing = opened.pop_all()
         self._lanes: dict[int, _Lane] = {}
         self._gpu_lanes: OrderedDict[tuple[int, int], _Launch] = OrderedDict()
         self._busy = threading.Lock()
@@ -150,8 +155,7 @@ class EngineRunner:
             lane.close()
         self._gpu_lanes.clear()
         self._lanes.clear()
-        self._scratch.close()
-        self._stream.close()
+        self._closing.close()
         del self.engine
 
     def _open(self, batch: int) -> _Lane:
@@ -208,26 +212,32 @@ class _Lane:
         api: TensorRT,
     ) -> None:
         self._stream, self._context, self._spec, self._api = stream, context, spec, api
-        self._in, self._out = (HostBuffer(device, (batch, *shape)) for shape in (spec.input_shape, spec.output_shape))
-        self.input, self.output = self._in.array, self._out.array
-        self._copies: tuple[DeviceBuffer, ...] = ()
-        if options.memory == "copy":
-            self._copies = (DeviceBuffer(device, self._in.nbytes), DeviceBuffer(device, self._out.nbytes))
-        if not context.set_input_shape(spec.input_name, self.input.shape):
-            raise EngineError(
-                f"The engine refuses batch {batch}: {api.last_error}.", "Build it again with sjepa-build --rebuild."
+        with contextlib.ExitStack() as opened:
+            self._in, self._out = (
+                opened.enter_context(closing(HostBuffer(device, (batch, *shape))))
+                for shape in (spec.input_shape, spec.output_shape)
             )
-        source = self._copies[0].address if self._copies else self._in.address
-        start = _Launch(stream, self._enqueue_with_copies if self._copies else self.enqueue_from(source))
-        self._start = start
-        check(start())  # TensorRT prepares itself in a first run, which must not be captured
-        stream.wait()
-        if options.cuda_graph:
-            start.capture()
-            check(start())
+            self.input, self.output = self._in.array, self._out.array
+            self._copies: tuple[DeviceBuffer, ...] = ()
+            if options.memory == "copy":
+                sizes = (self._in.nbytes, self._out.nbytes)
+                self._copies = tuple(opened.enter_context(closing(DeviceBuffer(device, size))) for size in sizes)
+            if not context.set_input_shape(spec.input_name, self.input.shape):
+                raise EngineError(
+                    f"The engine refuses batch {batch}: {api.last_error}.", "Build it again with sjepa-build --rebuild."
+                )
+            start = _Launch(stream, self._enqueue_with_copies if self._copies else self.enqueue_from(self._in.address))
+            opened.callback(start.close)
+            opened.callback(stream.synchronize)
+            check(start())  # TensorRT prepares itself in a first run, which must not be captured
             stream.wait()
-        assert start.graph is not None or not options.cuda_graph
-        self.launch: Callable[[], tuple[Any]] = start if start.graph is None else start.graph.launch
+            if options.cuda_graph:
+                start.capture()
+                check(start())
+                stream.wait()
+            assert start.graph is not None or not options.cuda_graph
+            self.launch: Callable[[], tuple[Any]] = start if start.graph is None else start.graph.launch
+            self._closing = opened.pop_all()
 
     def enqueue_from(self, source: int) -> Callable[[], None]:
         """Return a function that enqueues one call on the input at the device address `source`."""
@@ -267,12 +277,8 @@ class _Lane:
             raise BackendError(f"TensorRT did not run the engine: {self._api.last_error}.", "Build it again with sjepa-build.")
 
     def close(self) -> None:
-        self._start.close()
+        self._closing.close()
         del self._context, self.launch, self.input, self.output
-        self._in.close()
-        self._out.close()
-        for buffer in self._copies:
-            buffer.close()
 
 
 def check_tensors(api: TensorRT, engine: Any, spec: ModelSpec) -> None:
@@ -308,10 +314,12 @@ class TensorRTBackend:
         self.precision = precision
         bundle.graph(precision)
         api = TensorRT(self.name)
-        self._device = Device(options.device)
-        store = EngineStore(bundle=bundle)
-        self.record = store.choose(precision, machine_of(api, self._device.gpu))
-        self.runner = EngineRunner(api, self._device, store.plan(self.record), bundle.spec, options)
+        with contextlib.ExitStack() as opened:
+            self._device = opened.enter_context(closing(Device(options.device)))
+            store = EngineStore(bundle=bundle)
+            self.record = store.choose(precision, machine_of(api, self._device.gpu))
+            self.runner = EngineRunner(api, self._device, store.plan(self.record), bundle.spec, options)
+            self._closing = opened.pop_all()
         self.run = self.runner.run
         self.run_on_gpu = self.runner.run_on_gpu
         self.input_buffer = self.runner.input_buffer
@@ -321,7 +329,7 @@ class TensorRTBackend:
     def close(self) -> None:
         """Release the engine and everything on the GPU."""
         self.runner.close()
-        self._device.close()
+        self._closing.close()
 
 
 class TensorRTRTXBackend(TensorRTBackend):

@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+import pytest
+
+from sjepa_deploy.errors import BackendError
 
 OUT_OF_MEMORY = 2
 NOT_READY = 600
@@ -59,7 +62,8 @@ class FakeDriver:
         self.name, self.capability, self.free = name, capability, memory
         self.multiprocessors, self.shared, self.cuda = 4, 227 * 1024, 13000
         self.allocations: dict[int, Any] = {}
-        self.n_allocated = 0
+        self.n_allocated = self.n_retained = 0
+        self.fails_at: int | None = None  # which allocation finds no memory
         self.queues: dict[int, list[Callable[[], None]] | None] = {}
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self.n_launched = 0
@@ -85,9 +89,11 @@ class FakeDriver:
         return 0, ordinal
 
     def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[int, int]:
+        self.n_retained += 1
         return 0, 7
 
     def cuDevicePrimaryCtxRelease(self, device: int) -> tuple[int]:
+        self.n_retained -= 1
         return (0,)
 
     def cuCtxSetCurrent(self, context: int) -> tuple[int]:
@@ -123,13 +129,15 @@ class FakeDriver:
 
     def cuMemHostAlloc(self, size: int, flags: int) -> tuple[int, int]:
         assert flags == 3
+        if self.n_allocated == self.fails_at:
+            return OUT_OF_MEMORY, 0
         return 0, self._alloc(size)
 
     def cuMemHostGetDevicePointer(self, pointer: int, flags: int) -> tuple[int, int]:
         return 0, pointer
 
     def cuMemAlloc(self, size: int) -> tuple[int, int]:
-        if size > self.free:
+        if size > self.free or self.n_allocated == self.fails_at:
             return OUT_OF_MEMORY, 0
         self.free -= size
         return 0, self._alloc(size)
@@ -221,6 +229,23 @@ class FakeDriver:
     def cuEventDestroy(self, event: int) -> tuple[int]:
         self.recorded.pop(event, None)
         return (0,)
+
+
+def check_nothing_is_left(driver: FakeDriver, open_run_and_close: Callable[[], None]) -> None:
+    """Let one allocation after the other find no memory: each is told, and all that was opened before it is given back."""
+    driver.n_allocated = 0
+    open_run_and_close()
+    n_allocations = driver.n_allocated
+    assert n_allocations >= 3
+    for i in range(n_allocations):
+        driver.n_allocated, driver.fails_at = 0, i
+        with pytest.raises(BackendError, match="out of memory"):
+            open_run_and_close()
+        assert driver.n_allocated == i
+        left = [driver.allocations, driver.queues, driver.graphs, driver.n_retained]
+        assert not any(left), f"after allocation {i}: {left}"
+    driver.fails_at = None
+    open_run_and_close()
 
 
 class Faults:

@@ -42,6 +42,13 @@ def executions(server: Server, model: str) -> int:
     return done - sum(each.count * each.batch_size for each in warmup)
 
 
+def windows_and_runs(server: Server, model: str) -> tuple[int, int]:
+    """Return how many windows the server has decoded with `model`, and in how many runs."""
+    with server._client() as (client, _):
+        statistics = client.get_inference_statistics(model).model_stats
+    return sum(each.inference_count for each in statistics), sum(each.execution_count for each in statistics)
+
+
 class Subject:
     """One subject whose windows are decoded one after another in a thread, with the outcome of each."""
 
@@ -72,9 +79,13 @@ class Subject:
                 outcome = e
             self.outcomes.append(outcome)
 
-    def wait_for(self, n: int, seconds: float = 60) -> None:
-        """Wait until `n` more windows have an outcome."""
-        until, ends = len(self.outcomes) + n, time.monotonic() + seconds
+    def wait_for(self, n: int) -> None:
+        """Wait until `n` more windows have an outcome. A hang is one window that has none for a minute."""
+        until = len(self.outcomes) + n
+        known, since = -1, time.monotonic()
         while len(self.outcomes) < until:
-            assert time.monotonic() < ends, f"subject {self.number} does not get on"
+            if known != len(self.outcomes):
+                known, since = len(self.outcomes), time.monotonic()
+            assert time.monotonic() < since + 60, f"subject {self.number} does not get on after {known} windows"
+            assert self._thread.is_alive(), f"the thread of subject {self.number} ended after {known} windows"
             time.sleep(0.01)

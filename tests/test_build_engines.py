@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -12,7 +13,7 @@ import time
 import numpy as np
 import pytest
 from engine_bundles import small_bundle
-from fake_gpu import FakeDriver, Faults, fake_tensorrt
+from fake_gpu import FakeDriver, Faults, check_nothing_is_left, fake_tensorrt
 
 import sjepa_deploy
 from sjepa_deploy.bundle import Bundle
@@ -84,6 +85,23 @@ def test_builds_judges_keeps_and_decodes_on_every_version(rig, bundle, version, 
         np.testing.assert_array_equal(predict(windows), want)
     assert not rig.driver.allocations, "everything was released"
     assert not rig.driver.graphs
+
+
+@pytest.mark.parametrize("memory", ["mapped", "copy"])
+def test_out_of_memory_at_any_moment_keeps_nothing(rig, bundle, memory):
+    build_engine(bundle, "fp32")
+
+    def decode():
+        with contextlib.closing(open_backend(bundle, "tensorrt", "fp32", BackendOptions(memory=memory))) as backend:
+            backend.run(eeg(bundle, 1))
+
+    check_nothing_is_left(rig.driver, decode)
+
+
+def test_a_bundle_without_an_engine_keeps_no_context(rig, bundle):
+    with pytest.raises(EngineError, match="no engine"):
+        open_backend(bundle, "tensorrt", "fp32")
+    assert rig.driver.n_retained == 0
 
 
 @pytest.mark.parametrize("variant", ["postlocal", "contextual", "base"])

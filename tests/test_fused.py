@@ -1,5 +1,6 @@
 """The fused backend: its real kernels on a fake GPU, thread by thread (kernels_on_cpu.py), and through the real NVRTC."""
 
+import contextlib
 import ctypes
 import dataclasses
 import threading
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from bundles import small_spec
+from fake_gpu import check_nothing_is_left
 from kernels_on_cpu import KernelDriver, compiled_for_cpu
 from oracle import randomise
 from safetensors.numpy import load_file
@@ -314,6 +316,17 @@ def test_a_kernel_that_fails_is_an_error(gpu, make_model, monkeypatch):
         backend.run(reference.inputs[:1])
     gpu.failed = False
     backend.close()
+
+
+@pytest.mark.parametrize("options", [BackendOptions(), BackendOptions(memory="copy")])
+def test_out_of_memory_at_any_moment_keeps_nothing(gpu, make_model, options):
+    bundle, reference, _ = make_model(SPECS["prelocal"])
+
+    def decode():
+        with contextlib.closing(backend_for(gpu, bundle, options=options)) as backend:
+            backend.run(reference.inputs[:1])
+
+    check_nothing_is_left(gpu, decode)
 
 
 # ---- a kernel that stays ---------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from sjepa_deploy.runtime.backend import BACKENDS, BackendOptions, open_backend,
 from sjepa_deploy.runtime.cuda import Device, DeviceBuffer, HostBuffer, Stream
 from sjepa_deploy.runtime.engines import BuildSettings, EngineStore, plan_hash
 from sjepa_deploy.runtime.parity import batch_sizes, check_parity
+from sjepa_deploy.runtime.peers import PEERS
 
 pytestmark = pytest.mark.gpu
 GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda", "cuda")
@@ -135,6 +136,20 @@ def test_torch_tensors_on_the_gpu(ready):
         backend.run_on_gpu(tensor.transpose(1, 2).contiguous().transpose(1, 2))
     with pytest.raises(InputError, match="not float32 of shape"):
         backend.run_on_gpu(tensor.double())
+    backend.close()
+
+
+def test_graphs_of_pytorch_outlive_those_captured_after_them(bundle):
+    """A capture empties PyTorch's cache of memory: what an earlier graph reads must not be in it."""
+    pytest.importorskip("torch")
+    name = "torch-cuda-graph"
+    if reason := PEERS[name].why_not():
+        pytest.skip(str(reason))
+    windows = bundle.reference().inputs
+    backend = open_backend(bundle, name, "fp32", among=PEERS)
+    want = {n: backend.run(windows[:n]).copy() for n in (1, 3, 8)}
+    for n, outputs in want.items():
+        np.testing.assert_array_equal(backend.run(windows[:n]), outputs)
     backend.close()
 
 

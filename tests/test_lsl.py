@@ -168,6 +168,25 @@ def test_paused_source_goes_on(predict, name):
         assert decoder.counters.gaps >= 1
 
 
+def test_consumer_that_stalls_for_five_seconds(predict, name):
+    """What is late by then is left out and counted, and the age is what it was before."""
+    with Amplifier(name, predict.spec.ch_names), Decoder(predict, LslSource(name)) as decoder:
+        stalled = []
+
+        def stall(decision):
+            if len(stalled) < 1 and decision.index >= 10:
+                stalled.append(decision.index)
+                time.sleep(5)
+
+        decoder.on_decision(stall)
+        decisions, events = run_until(decoder, lambda decisions, _: len(decisions) == 40)
+    assert decoder.counters.skipped_late >= 40
+    assert not [event for event in events if event.kind in ("gap", "reset", "restart")]
+    after = [decision for decision in decisions if decision.index > stalled[0]]
+    assert after[0].index - stalled[0] >= 40
+    assert np.median([decision.age for decision in after[5:]]) < 1
+
+
 def test_samples_from_before_the_start_are_dropped_and_counted(predict, name):
     with Amplifier(name, predict.spec.ch_names), Decoder(predict, LslSource(name)) as decoder:
         time.sleep(1.5)

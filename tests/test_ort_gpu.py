@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import onnxruntime as ort
 import pytest
 from engine_bundles import small_bundle
-from fake_gpu import FakeDriver
+from fake_gpu import FakeDriver, check_nothing_is_left
 
 from sjepa_deploy.errors import BackendError
 from sjepa_deploy.runtime import cuda
@@ -75,6 +77,17 @@ def test_arrays_on_the_gpu_are_bound_where_they_are(opened, monkeypatch):
         np.testing.assert_array_equal(backend.run_on_gpu(windows), on_cpu.run(windows))
         windows += 1
     backend.close()
+
+
+@pytest.mark.parametrize("memory", ["mapped", "copy"])
+def test_out_of_memory_at_any_moment_keeps_nothing(opened, memory):
+    bundle = small_bundle("prelocal")
+
+    def decode():
+        with contextlib.closing(open_backend(bundle, "ort-cuda", "fp32", BackendOptions(memory=memory))) as backend:
+            backend.run(bundle.reference().inputs[:1])
+
+    check_nothing_is_left(opened["driver"], decode)
 
 
 def test_a_batch_that_does_not_run_is_an_error_and_keeps_nothing(opened, monkeypatch):

@@ -1,8 +1,10 @@
 """What is recorded can be decoded again, whatever happened to the process that recorded it."""
 
 import errno
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -138,12 +140,14 @@ def test_killed_process_leaves_a_record_up_to_the_last_second(predict, tmp_path)
     while time.monotonic() < deadline and (not out.exists() or out.read_text().count('"index"') < 25):
         assert process.poll() is None
         time.sleep(0.05)
+    before = read_record(path)
     process.send_signal(signal.SIGKILL)
     process.wait()
     newest = json.loads(out.read_text().splitlines()[-1])["time"]
     record = read_record(path)
     assert newest - max(record.stamps.values()) < 5.0  # a second, and what a busy machine adds
-    assert len(record.decisions) >= 1
+    assert len(record.decisions) >= len(before.decisions) >= 1
+    assert all(record.decisions[i].tobytes() == made.tobytes() for i, made in before.decisions.items())
     assert run_stream(predict.bundle.path, "--replay", path) == 0
 
 
@@ -191,18 +195,36 @@ def test_full_disk_ends_the_record_and_not_the_decoder(predict, tmp_path):
     record = read_record(tmp_path / "run.xdf")
     n_recorded = sum(len(chunk.stamps) for chunk in record.chunks)
     assert n_recorded > 0
-    assert recorder.n_lost == 3000 - n_recorded
+    assert recorder.n_lost["samples"] == 3000 - n_recorded
+    assert recorder.n_lost["decisions"] == 281 - len(record.decisions)
     np.testing.assert_array_equal(np.concatenate([c.samples for c in record.chunks]), samples[:n_recorded])
 
 
 def test_stalled_disk_costs_bounded_memory_and_is_counted(predict, tmp_path):
     source = ScriptedSource(info_of(predict.spec), chunks_of(eeg(9000), np.arange(9000) / 100))
-    decoder, recorder = recorded(predict, tmp_path / "run.xdf", source, hop=2.0)
+    decoder, recorder = recorded(predict, tmp_path / "run.xdf", source, hop=0, late="queue")
     recorder._stop.set()  # nothing is written any more
     recorder._thread.join()
     decoder.run()
-    assert recorder.n_lost == 9000 - 6010
+    assert recorder.n_lost["samples"] == 9000 - 6010
+    assert 0 < len(recorder._decisions) < 6010
+    assert recorder.n_lost["decisions"] == decoder.counters.decisions - len(recorder._decisions)
     recorder.close()
+
+
+def test_a_real_disk_that_is_full(predict, tmp_path):
+    """The system refuses to let the file grow: the decoder goes on, and the record is whole up to there."""
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); {CODE}"
+    arguments = ["--source", "synthetic", "--speed", "10", "--duration", "30", "--json", "--quiet"]
+    command = [sys.executable, "-c", code, predict.bundle.path, *arguments, "--record", tmp_path / "run.xdf"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    record = read_record(tmp_path / "run.xdf")
+    n_recorded = sum(len(chunk.stamps) for chunk in record.chunks)
+    assert 0 < n_recorded < 3000
+    assert summary["not_written"]["samples in the record"] == summary["counters"]["samples"] - n_recorded
+    assert run_stream(predict.bundle.path, "--replay", tmp_path / "run.xdf") == 0
 
 
 def test_records_are_never_overwritten(predict, tmp_path):
@@ -224,7 +246,44 @@ def test_other_files_are_no_records(tmp_path):
             read_record(tmp_path / "wrong.xdf")
 
 
+def test_a_reader_that_stalls_costs_bounded_memory_and_its_lines_are_counted(predict):
+    code = f"import sjepa_deploy.cli.stream as s; s.MOST_LINES = 500; s.LAST_LINES_S = 0.5; {CODE}"
+    arguments = ["--source", "synthetic", "--speed", "inf", "--duration", "60", "--hop", "0", "--out", "-", "--quiet"]
+    command = [sys.executable, "-c", code, str(predict.bundle.path), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        told = process.stderr.read()  # until the process ends
+        assert process.wait(60) == 0
+        lines = process.stdout.read().splitlines()
+    n_lost = int(re.search(r"Not written: (\d+) lines", told)[1])
+    assert n_lost > 3000
+    read = [json.loads(line) for line in lines[:-1]]  # the last may be half
+    indices = [line["index"] for line in read if "index" in line]
+    assert indices == list(range(len(indices)))
+
+
+def test_wall_clock_that_jumps_changes_nothing(predict, tmp_path, monkeypatch):
+    def decoded(name):
+        arguments = ["--source", "synthetic", "--speed", "10", "--duration", "15", "--late", "queue", "--quiet"]
+        files = ["--record", tmp_path / f"{name}.xdf", "--out", tmp_path / f"{name}.jsonl"]
+        assert run_stream(predict.bundle.path, *arguments, *files) == 0
+        lines = map(json.loads, (tmp_path / f"{name}.jsonl").read_text().splitlines())
+        return [line for line in lines if "index" in line]
+
+    want = decoded("steady")
+    jumps = itertools.cycle([0.0, 1e9, -1e9, 3600.0])
+    monkeypatch.setattr(time, "time", lambda: next(jumps))
+    monkeypatch.setattr(time, "time_ns", lambda: int(next(jumps) * 1e9))
+    jumped = decoded("jumping")
+    monkeypatch.undo()
+    n = min(len(want), len(jumped))
+    assert n > 100
+    assert [line["prediction"] for line in jumped[:n]] == [line["prediction"] for line in want[:n]]
+    assert all(0 <= line["age"] < 60 for line in jumped)
+    assert run_stream(predict.bundle.path, "--replay", tmp_path / "jumping.xdf") == 0
+
+
 def test_lines_on_a_full_disk_do_not_stop_the_decoder(predict, capsys):
     arguments = ["--source", "synthetic", "--speed", "inf", "--duration", "20", "--out", "/dev/full", "--json"]
     assert run_stream(predict.bundle.path, *arguments) == 0
-    assert json.loads(capsys.readouterr().out)["counters"]["decisions"] > 150
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["not_written"]["lines"] >= summary["counters"]["decisions"] > 150

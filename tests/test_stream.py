@@ -1,8 +1,12 @@
 """The live path beside independent offline ones: SciPy, MNE, NumPy and PyTorch."""
 
+import dataclasses
+import gc
 import itertools
 import json
 import math
+import os
+import sys
 import threading
 from fractions import Fraction
 
@@ -235,6 +239,61 @@ def test_check_command(make_bundle, tmp_path, capsys):
     assert result["chunks"] == ["1", "7", "32", "1000", "random"]
 
 
+def test_no_garbage_is_collected_while_decisions_are_made(make_bundle, tmp_path, monkeypatch):
+    from sjepa_deploy.cli import _command, run_command
+    from sjepa_deploy.cli import stream as command
+
+    seen = []
+    line_of = command._line_of
+    monkeypatch.setattr(command, "_line_of", lambda what: seen.append((gc.isenabled(), sys.getswitchinterval())) or line_of(what))
+    turn = sys.getswitchinterval()
+    arguments = ["--source", "synthetic", "--speed", "inf", "--duration", "5", "--quiet", "--out", str(tmp_path / "lines")]
+    assert run_command(_command("stream"), "sjepa-stream", [str(make_bundle("prelocal").path), *arguments]) == 0
+    assert len(seen) > 20
+    assert not any(enabled for enabled, _ in seen)
+    assert max(switching for _, switching in seen) < turn
+    assert gc.isenabled()
+    assert sys.getswitchinterval() == pytest.approx(turn)
+
+
+def test_a_priority_that_a_user_may_not_have(make_bundle, monkeypatch, capsys):
+    from sjepa_deploy.cli import _command, run_command
+
+    def refuse(pid, policy, parameters):
+        assert (policy, parameters.sched_priority) == (os.SCHED_FIFO, 50)
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    arguments = [str(make_bundle("prelocal").path), "--source", "synthetic", "--priority", "50"]
+    assert run_command(_command("stream"), "sjepa-stream", arguments) == 2
+    assert "may not set a real-time priority. Run as root, or allow it" in capsys.readouterr().err
+
+
+def test_a_kernel_that_stays_is_asked_of_the_backend_that_has_one(make_bundle, monkeypatch, capsys):
+    from sjepa_deploy.cli import _command, run_command
+    from sjepa_deploy.runtime import backend
+
+    opened = []
+
+    def fused(bundle, precision, options):
+        opened.append(options)
+        return backend.open_backend(bundle, "ort-cpu", precision)
+
+    def stream(*arguments):
+        source = ["--source", "synthetic", "--speed", "inf", "--duration", "5", "--quiet"]
+        return run_command(_command("stream"), "sjepa-stream", [str(make_bundle("prelocal").path), *source, *arguments])
+
+    monkeypatch.setitem(backend.BACKENDS, "cuda", backend.BackendEntry(target="fused:open", package="numpy", extra=""))
+    find = backend._find
+    monkeypatch.setattr(backend, "_find", lambda target: fused if target == "fused:open" else find(target))
+    assert stream("--backend", "cuda") == stream("--backend", "cuda", "--persistent") == 0
+    assert [options.persistent for options in opened] == [False, True]
+    for name in ("ort-cpu", "triton:127.0.0.1:1/model"):
+        capsys.readouterr()
+        assert stream("--persistent", "--backend", name) == 2
+        assert f'{name} keeps no kernel on the GPU. Use the backend "cuda", or leave persistent out.' in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- sources
 
 
@@ -313,7 +372,14 @@ def test_bundle_without_names_or_positions(tmp_path, predict):
         decode_samples(placeless, eeg(300), bad_channels="repair")
 
 
-def test_backend_that_does_not_load_is_an_error_before_any_stream_is_looked_for(make_bundle):
+def test_backend_that_does_not_load_is_an_error_before_any_stream_is_looked_for(make_bundle, monkeypatch, capsys):
+    from sjepa_deploy.cli import _command, run_command
+    from sjepa_deploy.runtime import backend
+
+    monkeypatch.setitem(backend.BACKENDS, "tensorrt", dataclasses.replace(backend.BACKENDS["tensorrt"], package="not_there"))
+    arguments = [str(make_bundle("prelocal").path), "--source", "lsl:nobody", "--backend", "tensorrt"]
+    assert run_command(_command("stream"), "sjepa-stream", arguments) == 2
+    assert "needs not_there, which is not installed" in capsys.readouterr().err
     with pytest.raises(BackendError, match="'abacus' is not a backend"):
         Decoder.open(make_bundle("prelocal").path, "lsl:nobody", backend="abacus")
 

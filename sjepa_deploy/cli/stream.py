@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import io
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, print_json
 from sjepa_deploy.cli.live import live_view, summary_table
 from sjepa_deploy.errors import ParityError, StreamError
-from sjepa_deploy.runtime.backend import DEFAULT_BACKEND
+from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, BackendOptions
 from sjepa_deploy.runtime.dashboard import TOKEN_VARIABLE, Dashboard, parse_address
 from sjepa_deploy.runtime.monitor import Monitor
 from sjepa_deploy.runtime.open_source import open_source
@@ -40,6 +41,12 @@ from sjepa_deploy.spec import RUN_PRECISIONS, UNITS_IN_VOLTS, RunPrecision, Unit
 
 COLLECT_EVERY_S = 60.0
 """Seconds from one garbage collection to the next: they run after a decision, never in the middle of one."""
+
+MOST_LINES = 10_000
+"""Lines that wait for a reader of --out that stalls; what is more is left out, and counted."""
+
+LAST_LINES_S = 5.0
+"""Seconds that a reader of --out has at the end."""
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -80,6 +87,7 @@ COLLECT_EVERY_S = 60.0
     help=f"Where, with --dashboard; other machines need the token in {TOKEN_VARIABLE}.  [default: 127.0.0.1:8765]",
 )
 @click.option("--priority", type=click.IntRange(1, 99), help="Real-time priority (SCHED_FIFO) of the decoder's threads.")
+@click.option("--persistent", is_flag=True, help="A kernel that stays on the GPU answers, without a launch: --backend cuda.")
 @click.option("--keep-warm", type=float, help="Seconds after which an idle backend gets a dummy call, for GPUs: 0.005.")
 @click.option("--quiet", is_flag=True, help="No live view.")
 @click.option("--json", "json_output", is_flag=True, help="Print the summary as JSON.")
@@ -110,6 +118,7 @@ def stream(
     dashboard: bool,
     dashboard_address: str | None,
     priority: int | None,
+    persistent: bool,
     keep_warm: float | None,
     quiet: bool,
     json_output: bool,
@@ -135,18 +144,19 @@ def stream(
         keep_warm=keep_warm,
     )
     opened = Bundle.open(bundle)
+    options = BackendOptions(persistent=persistent)
     if check is not None:
-        with load(opened, backend=backend, precision=precision, check_unit=False) as predict:
+        with load(opened, backend=backend, precision=precision, check_unit=False, options=options) as predict:
             _check(screen, predict, check, config, unit, sfreq, json_output)
         return
     if replay is not None:
-        _replay(screen, opened, replay, backend, precision, json_output)
+        _replay(screen, opened, replay, backend, precision, options, json_output)
         return
     assert source is not None
     if priority is not None:
         _set_real_time(priority)
     with contextlib.ExitStack() as closing:
-        predict = load(opened, backend=backend, precision=precision, check_unit=False)
+        predict = load(opened, backend=backend, precision=precision, check_unit=False, options=options)
         closing.callback(predict.close)
         names = None if channels is None else channels.split(",")
         opened_source = open_source(source, opened.spec, unit=unit, ch_names=names, sfreq=sfreq, speed=speed)
@@ -164,7 +174,7 @@ def stream(
             precision=predict.backend.precision,
             version=sjepa_deploy.__version__,
         )
-        recorder = None
+        recorder = lines = None
         if record is not None:
             recorder = Recorder(record, run, math.prod(opened.spec.output_shape), lambda why: _note(opened_source, "record", why))
             closing.callback(recorder.close)
@@ -196,7 +206,9 @@ def stream(
             counters = decoder.run()
             monitor.set_state("stopped")
         elapsed = time.monotonic() - started
-    _report(screen, decoder, monitor, counters, elapsed, recorder, json_output)
+    not_written = {} if recorder is None else {f"{what} in the record": n for what, n in recorder.n_lost.items()}
+    not_written |= {} if lines is None else {"lines": lines.n_lost}
+    _report(screen, decoder, monitor, counters, elapsed, not_written, json_output)
 
 
 def _check(
@@ -234,12 +246,21 @@ def _check(
         raise ParityError(f"The live path differs from the offline one on {recording}.", "Do not decode with this release.")
 
 
-def _replay(screen: Console, bundle: Bundle, path: Path, backend: str, precision: RunPrecision | None, json_output: bool) -> None:
+def _replay(
+    screen: Console,
+    bundle: Bundle,
+    path: Path,
+    backend: str,
+    precision: RunPrecision | None,
+    options: BackendOptions,
+    json_output: bool,
+) -> None:
     record = read_record(path)
     if record.run.bundle_digest != bundle.manifest.digest:
         raise StreamError(f"{path} was decoded with another bundle ({record.run.bundle}).", "Name that bundle.")
     config = dataclasses.replace(record.run.config, late="queue")  # what was late then is decoded now, and not compared
-    with load(bundle, backend=backend, precision=precision or record.run.precision, check_unit=False) as predict:
+    precision = precision or record.run.precision
+    with load(bundle, backend=backend, precision=precision, check_unit=False, options=options) as predict:
         decoder = Decoder(predict, RecordSource(record), config)
         again = {decision.index: decision.prediction for decision in decoder}
     missing = [index for index in record.decisions if index not in again]
@@ -324,40 +345,50 @@ def _undisturbed(decoder: Decoder) -> Iterator[None]:
 
 
 class _Lines:
-    """Appends decisions and events to a file, one JSON object a line, in a thread of its own: a slow disk delays nothing."""
+    """Appends decisions and events to a file, one JSON object a line, in a thread of its own: a slow reader delays nothing.
+
+    Written past Python's buffers, whose lock a reader that has stopped would keep from the end of the process.
+    """
 
     def __init__(self, path: Path, source: Source) -> None:
         self._path, self._source = path, source
         self._queue: queue.SimpleQueue[Decision | Event | None] = queue.SimpleQueue()
         self._failed = False
+        self.n_lost = 0
         try:
-            self._stream = sys.stdout if str(path) == "-" else path.open("a", encoding="utf-8")
+            self._file = io.FileIO(os.dup(1), "a") if str(path) == "-" else io.FileIO(path, "a")
         except OSError as e:
             raise StreamError(f"{path} cannot be written ({e.strerror}).", "Choose another --out.") from e
         self._thread = threading.Thread(target=self._keep_writing, name="lines", daemon=True)
         self._thread.start()
 
     def put(self, what: Decision | Event) -> None:
-        """Write a line soon."""
-        if not self._failed:
+        """Write a line soon, or count it if too many wait already."""
+        if not self._failed and self._queue.qsize() < MOST_LINES:
             self._queue.put(what)
+            return
+        if not (self._failed or self.n_lost):
+            _note(self._source, "out", f"{self._path} is not read fast enough: lines are left out.")
+        self.n_lost += 1
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is left, unless nobody reads it."""
         self._queue.put(None)
-        self._thread.join()
-        if self._stream is not sys.stdout:
-            with contextlib.suppress(OSError):
-                self._stream.close()
+        self._thread.join(LAST_LINES_S)
+        if self._thread.is_alive():
+            self.n_lost += self._queue.qsize()
+        else:
+            self._file.close()
 
     def _keep_writing(self) -> None:
         try:
             while (what := self._queue.get()) is not None:
-                self._stream.write(json.dumps(_line_of(what)) + "\n")
-                if self._queue.empty():
-                    self._stream.flush()
+                line = memoryview(json.dumps(_line_of(what)).encode() + b"\n")
+                while line:
+                    line = line[self._file.write(line) :]
         except OSError as e:  # the disk is full, or the reader of a pipe has gone
             self._failed = True
+            self.n_lost += self._queue.qsize() + 1
             _note(self._source, "out", f"{self._path} takes no more lines: {e.strerror}.")
 
 
@@ -396,13 +427,14 @@ def _report(
     monitor: Monitor,
     counters: Counters,
     elapsed: float,
-    recorder: Recorder | None,
+    not_written: dict[str, int],
     json_output: bool,
 ) -> None:
     shot = monitor.snapshot()
     screen.print(summary_table(counters, shot))
-    if recorder is not None and recorder.n_lost:
-        screen.print(f"[bold red]{recorder.n_lost} samples are not in the record.[/]")
+    for what, n in not_written.items():
+        if n:
+            screen.print(f"[bold red]Not written: {n} {what}.[/]")
     if json_output:
         ages = {f"p{q:g}": shot.percentile("age", q) for q in (50.0, 99.0)} | {"max": shot.age_max}
         print_json(
@@ -413,7 +445,7 @@ def _report(
                 "filter_delay": decoder.windows.delay,
                 "age_of_the_newest_decisions": {name: None if value != value else value for name, value in ages.items()},
                 "elapsed_s": elapsed,
-                "samples_not_recorded": 0 if recorder is None else recorder.n_lost,
+                "not_written": not_written,
             }
         )
 
