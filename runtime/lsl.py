@@ -151,6 +151,10 @@ def read_info(info: Any, *, unit: Unit | None = None, ch_names: Sequence[str] | 
     return StreamInfo(name=name, ch_names=tuple(names), sfreq=info.nominal_srate(), unit=its_own or unit)  # type: ignore[arg-type]
 
 
+class _NoAnswerError(StreamError):
+    """A stream that is announced does not answer, as one that has just gone: it may be back soon."""
+
+
 class LslSource:
     """A stream of the Lab Streaming Layer.
 
@@ -190,7 +194,7 @@ class LslSource:
             inlet.open_stream(5.0)
             self._correction = inlet.time_correction(5.0)
         except (self._pylsl.util.TimeoutError, self._pylsl.util.LostError) as error:
-            raise StreamError(f"{_describe(found)} does not answer ({error}).", "Check its app and the firewall.") from error
+            raise _NoAnswerError(f"{_describe(found)} does not answer ({error}).", "Check its app and the firewall.") from error
         self._inlet = inlet
         self._fresh = True
         self._correct_at = self.clock() + CORRECT_EVERY_S
@@ -252,7 +256,7 @@ class LslSource:
             return
         try:
             info = self._open(found[0])
-        except StreamError:
+        except _NoAnswerError:
             self._inlet = None
             time.sleep(timeout)  # it was announced and is gone again
             return

@@ -69,8 +69,10 @@ class _Watcher:
         monitor, counters = self.monitor, self._decoder.counters
         newest = float(chunk.stamps[-1])
         monitor.received(len(chunk.stamps), newest)
-        if counters.windows != self._seen.windows or counters.samples_lost != self._seen.samples_lost:
+        changed = counters.windows != self._seen.windows or counters.samples_lost != self._seen.samples_lost
+        if changed:
             self._count()
+        if changed or not counters.decisions:
             monitor.set_state("decoding" if counters.decisions else "filling")
         if newest - self._quality_at >= QUALITY_EVERY_S or newest < self._quality_at:
             self._quality_at = newest

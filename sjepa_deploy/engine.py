@@ -380,6 +380,8 @@ def _open_run(folder: Path, config: object, resume: bool) -> Path | None:
                 f"The run in {folder} has another configuration.", f"Use the one in {RUN_FILE}, or choose another --out."
             )
         return last
+    if resume and not run_file.is_file():
+        raise TrainingError(f"{folder} holds no run to go on with.", "Leave out --resume, or name the --out of the run.")
     if (folder.parent / WEIGHTS_FILE).exists():
         raise TrainingError(f"{folder.parent} already holds a model.", "Choose another --out.")
     try:

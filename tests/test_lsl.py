@@ -131,15 +131,19 @@ def test_source_killed_and_restarted(make_bundle, name):
     assert gap >= 1.99  # a whole window of new samples
 
 
-def test_stream_that_comes_back_with_other_channels_is_refused(predict, name):
+@pytest.mark.parametrize(
+    ("unit", "message"),
+    [("volts", "came back with other channels, rate or unit"), ("", "does not state the unit of its channels")],
+)
+def test_stream_that_comes_back_as_another_is_refused(predict, name, unit, message):
     amplifier = Amplifier(name, predict.spec.ch_names)
     source = LslSource(name)
     try:
         while source.read(0.1) is None:
             pass
         amplifier.kill()
-        amplifier = Amplifier(name, predict.spec.ch_names, unit="volts")
-        with pytest.raises(StreamError, match="came back with other channels, rate or unit"):
+        amplifier = Amplifier(name, predict.spec.ch_names, unit=unit)
+        with pytest.raises(StreamError, match=message):
             _read_for_ever(source)
     finally:
         amplifier.kill()

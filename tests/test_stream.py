@@ -470,6 +470,16 @@ def test_monitor_follows_the_decoder(predict):
     assert any("300 samples" in event.text for event in shot.events)
 
 
+def test_monitor_says_that_the_first_window_fills(predict):
+    source = ScriptedSource(info_of(predict.spec), chunks_of(eeg(300), np.arange(300) / 100.0, 50))
+    decoder = Decoder(predict, source, StreamConfig())
+    monitor = watch(decoder)
+    states = [monitor.snapshot().state]
+    decoder.on_chunk(lambda _: states.append(monitor.snapshot().state))
+    decoder.run()
+    assert states == ["waiting", *["filling"] * 3, *["decoding"] * 3]
+
+
 def test_memory_does_not_grow(predict):
     """Two minutes of stream leave no more objects than half a minute."""
     import gc

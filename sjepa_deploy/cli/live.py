@@ -123,11 +123,10 @@ def _header(snapshot: Snapshot) -> Text:
 def _times(snapshot: Snapshot) -> list[Text]:
     facts = snapshot.facts
     latency = [f"{name} {seconds(snapshot.percentile('latency', q))}" for name, q in (("p50", 50), ("p99", 99))]
-    age = [f"{name} {seconds(snapshot.percentile('age', q))}" for name, q in (("p50", 50), ("p99", 99))]
     silence = snapshot.now - snapshot.newest_sample
     lines = [
         Text(f"latency  {'  '.join(latency)}  max {seconds(snapshot.latency_max)}  deadline {seconds(facts.deadline)}"),
-        Text(f"age      {'  '.join(age)}  max {seconds(snapshot.age_max)}  last sample "),
+        Text("newest sample  "),
     ]
     lines[1].append(f"{seconds(silence)} ago", "bold red" if silence > 1 + facts.hop else "")
     return lines

@@ -291,7 +291,7 @@ class Client:
         wanted = self._grpc.InferRequestedOutput(spec.output_name)
         left = _left(ends)
         try:
-            region = None if self._memory is None else self._memory.place(self._server, eeg, shape)
+            region = None if self._memory is None else self._memory.place(self._server, eeg, shape, left)
             if region is None:
                 window.set_data_from_numpy(eeg)
             else:

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import math
 import os
+import time
 import uuid
 from typing import Any
 
@@ -13,6 +14,10 @@ import numpy as np
 
 from sjepa_deploy.errors import ServingError
 from sjepa_deploy.runtime.backend import FloatArray
+
+
+REST_S = 60.0
+"""Seconds after which a server writes no more into the region of a request that it did not answer: it was told to drop it."""
 
 
 class Region:
@@ -38,9 +43,10 @@ class Region:
         except self._shm.SharedMemoryException as e:
             raise ServingError("There is no shared memory for the windows.", "Free some of /dev/shm, or use triton:.") from e
 
-    def register(self, server: Any) -> None:
-        """Tell the server of it."""
-        server.register_system_shared_memory(self.name, self.name, self.input_bytes + self.output_bytes)
+    def register(self, server: Any, timeout: float) -> None:
+        """Tell the server of it, within `timeout` seconds."""
+        size = self.input_bytes + self.output_bytes
+        server.register_system_shared_memory(self.name, self.name, size, client_timeout=timeout)
 
     def write(self, eeg: FloatArray) -> None:
         """Put windows into it."""
@@ -60,21 +66,20 @@ class SharedWindows:
     """The regions of one client, made when a batch size is first met.
 
     After a request without an answer the server may still write into its region. Such a region is never used again: an output
-    that arrives late must not be taken for that of a later window.
+    that arrives late must not be taken for that of a later window. The server keeps it until `REST_S` later.
     """
 
     def __init__(self) -> None:
         self._regions: dict[int, Region] = {}
-        self._known: list[str] = []
+        self._resting: list[tuple[float, str]] = []
 
-    def place(self, server: Any, eeg: FloatArray, output_shape: tuple[int, ...]) -> Region:
-        """Return a region that holds `eeg` and has room for its outputs, known to the server."""
+    def place(self, server: Any, eeg: FloatArray, output_shape: tuple[int, ...], timeout: float) -> Region:
+        """Return a region that holds `eeg` and has room for its outputs, known to the server, which has `timeout` seconds."""
         region = self._regions.get(len(eeg))
         if region is None:
-            region = Region(eeg.shape, output_shape)
-            self._regions[len(eeg)] = region
-            self._known.append(region.name)
-            region.register(server)
+            self._unregister(server, time.monotonic() - REST_S, timeout)
+            region = self._regions[len(eeg)] = Region(eeg.shape, output_shape)
+            region.register(server, timeout)
         region.write(eeg)
         return region
 
@@ -82,12 +87,18 @@ class SharedWindows:
         """Use none of the regions again: the server is another one, or may still write into one."""
         for region in self._regions.values():
             region.remove()
+            self._resting.append((time.monotonic(), region.name))
         self._regions.clear()
 
     def close(self, server: Any) -> None:
         """Let go of everything, and tell the server where it can be told."""
         self.forget()
-        for name in self._known:
-            with contextlib.suppress(importlib.import_module("tritonclient.utils").InferenceServerException):
-                server.unregister_system_shared_memory(name, client_timeout=1.0)
-        self._known.clear()
+        self._unregister(server, time.monotonic(), timeout=1.0)
+
+    def _unregister(self, server: Any, until: float, timeout: float) -> None:
+        """Tell the server to let go of what was forgotten by then; another server knows nothing of it."""
+        error = importlib.import_module("tritonclient.utils").InferenceServerException
+        while self._resting and self._resting[0][0] <= until:
+            _, name = self._resting.pop(0)
+            with contextlib.suppress(error):
+                server.unregister_system_shared_memory(name, client_timeout=timeout)
