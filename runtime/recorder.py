@@ -9,6 +9,7 @@ import json
 import os
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,6 +81,8 @@ class Recorder:
         Values of a prediction.
     on_failure : callable
         Called with one sentence if the disk is full, or takes no more; decoding goes on, recording does not.
+    patient : bool
+        Whether a slow disk is waited for, as for a recording that is decoded as fast as possible.
 
     Attributes
     ----------
@@ -92,8 +95,16 @@ class Recorder:
         If the file exists, or cannot be made.
     """
 
-    def __init__(self, path: Path, run: RunDescription, n_outputs: int, on_failure: Callable[[str], object]) -> None:
-        self._run, self._n_outputs, self._on_failure = run, n_outputs, on_failure
+    def __init__(
+        self,
+        path: Path,
+        run: RunDescription,
+        n_outputs: int,
+        on_failure: Callable[[str], object],
+        *,
+        patient: bool = False,
+    ) -> None:
+        self._run, self._n_outputs, self._on_failure, self._patient = run, n_outputs, on_failure, patient
         self._most_pending = round(MOST_PENDING_S * run.stream.sfreq)
         self._chunks: deque[Chunk] = deque()
         self._decisions: deque[Decision] = deque()
@@ -109,7 +120,7 @@ class Recorder:
         except OSError as e:
             raise StreamError(f"{path} cannot be written ({e.strerror}).", "Choose another --record.") from e
         self._write(b"XDF:" + _xdf_chunk(_FILE_HEADER, b'<?xml version="1.0"?><info><version>1.0</version></info>'))
-        self._stop = threading.Event()
+        self._stop, self._hurry = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._keep_writing, name="recorder", daemon=True)
         self._thread.start()
 
@@ -131,6 +142,9 @@ class Recorder:
 
     def _takes(self, what: str, n: int = 1) -> bool:
         """Whether there is room for more, or count it."""
+        while self._patient and not self._failed and self._n_taken - self._n_written > self._most_pending:
+            self._hurry.set()
+            time.sleep(0.001)
         if self._failed or self._n_taken - self._n_written > self._most_pending:
             self.n_lost[what] += n
             return False
@@ -139,6 +153,7 @@ class Recorder:
     def close(self) -> None:
         """Write what is left and the footers, and bring the file to the disk."""
         self._stop.set()
+        self._hurry.set()
         self._thread.join()
         self._flush()
         if self._dtype is not None:
@@ -149,7 +164,9 @@ class Recorder:
         self._file.close()
 
     def _keep_writing(self) -> None:
-        while not self._stop.wait(FLUSH_S):
+        while not self._stop.is_set():
+            self._hurry.wait(FLUSH_S)
+            self._hurry.clear()
             self._flush()
             with contextlib.suppress(OSError):
                 os.fsync(self._file.fileno())
@@ -163,7 +180,7 @@ class Recorder:
         parts = []
         if chunks and self._dtype is None:
             self._dtype = chunks[0].samples.dtype.newbyteorder("<")
-            parts.append(self._headers())
+            self._write(self._headers())  # on a disk that is full already, a record without samples is still one
         if self._dtype is None:
             self._events.extendleft(reversed(events))  # until the type of the samples is known
             return
@@ -330,12 +347,12 @@ def read_record(path: Path) -> Record:
     decisions, times, n_held = {}, {}, 0
     n_fields = len(_FIELDS)
     rows = np.asarray(by_id[_DECISIONS]["time_series"], np.float64)
-    for row, time in zip(rows, by_id[_DECISIONS]["time_stamps"], strict=True):
+    for row, stamp in zip(rows, by_id[_DECISIONS]["time_stamps"], strict=True):
         if row[_FIELDS.index("held")]:
             n_held += 1
             continue
         decisions[int(row[0])] = row[n_fields:].astype(np.float32)
-        times[int(row[0])] = float(time)
+        times[int(row[0])] = float(stamp)
     events = [decode(Event, json.loads(text[0])) for text in by_id[_EVENTS]["time_series"]]
     return Record(run=run, chunks=chunks, decisions=decisions, stamps=times, n_held=n_held, events=events)
 

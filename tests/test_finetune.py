@@ -189,7 +189,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(tmp_path):
     write_checkpoint(build_model(make_spec("postlocal"), seed=0), tmp_path / "other")
     with pytest.raises(TrainingError, match="other already holds a model"):
         finetune(config, tmp_path / "other")
-    with pytest.raises(TrainingError, match=r"mistyped/lightning holds no run to go on with\. Leave out --resume"):
+    with pytest.raises(TrainingError, match=r"mistyped/training holds no run to go on with\. Leave out --resume"):
         finetune(config, tmp_path / "mistyped", resume=True)
     with pytest.raises(TrainingError, match="has another configuration"):
         finetune(dataclasses.replace(config, n_spat_filters=2), tmp_path, resume=True)

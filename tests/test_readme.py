@@ -55,6 +55,16 @@ def test_make_targets_exist():
         assert line.split()[1] in targets
 
 
+def test_every_fault_of_the_table_has_its_test():
+    rows = [line for line in (ROOT / "docs/faults.md").read_text().splitlines() if line.startswith("| ")][2:]
+    assert len(rows) >= 25
+    for row in rows:
+        tests = re.findall(r"`(\w+\.py)::(\w+)`", row)
+        assert tests, row
+        for file, test in tests:
+            assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(), row
+
+
 def test_links_lead_somewhere():
     for text in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\(([^)#:]+)\)", text.read_text()):

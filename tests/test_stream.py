@@ -177,15 +177,27 @@ RECORDINGS = {
 }
 
 
-@pytest.mark.parametrize("name", RECORDINGS)
-def test_live_path_equals_the_offline_model_on_recordings(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        *((name, "postlocal") for name in RECORDINGS),
+        *((name, "prelocal") for name in RECORDINGS),
+        ("testbva.vhdr", "contextual"),
+        ("openbci8.xdf", "contextual"),
+    ],
+)
+def test_live_path_equals_the_offline_model_on_recordings(name, variant, tmp_path):
     unit = {"unit": "uV"} if name.endswith(".xdf") else {}
     try:
         raw = read_recording(eeg_file(name), **unit)
     except RecordingError:  # an XDF stream without labels
         names = tuple(f"EEG{i}" for i in range(8))
         raw = read_recording(eeg_file(name), ch_names=names, **unit)
-    spec = small_spec("postlocal", n_chans=len(raw.ch_names), ch_names=tuple(raw.ch_names), positions=None, **RECORDINGS[name])
+    n_chans = len(raw.ch_names)
+    places = np.random.default_rng(0).normal(size=(n_chans, 3))
+    places *= 0.09 / np.linalg.norm(places, axis=1, keepdims=True)
+    positions = tuple(map(tuple, places.tolist())) if variant == "contextual" else None
+    spec = small_spec(variant, n_chans=n_chans, ch_names=tuple(raw.ch_names), positions=positions, **RECORDINGS[name])
     bundle = export_small(tmp_path / "bundle", spec)
     with sjepa_deploy.load(bundle, check_unit=False) as predict:
         result = check_streaming(predict, eeg_file(name), StreamConfig(hop=0.5), **unit)
@@ -244,8 +256,7 @@ def test_no_garbage_is_collected_while_decisions_are_made(make_bundle, tmp_path,
     from sjepa_deploy.cli import stream as command
 
     seen = []
-    line_of = command._line_of
-    monkeypatch.setattr(command, "_line_of", lambda what: seen.append((gc.isenabled(), sys.getswitchinterval())) or line_of(what))
+    monkeypatch.setattr(command._Lines, "put", lambda *_: seen.append((gc.isenabled(), sys.getswitchinterval())))
     turn = sys.getswitchinterval()
     arguments = ["--source", "synthetic", "--speed", "inf", "--duration", "5", "--quiet", "--out", str(tmp_path / "lines")]
     assert run_command(_command("stream"), "sjepa-stream", [str(make_bundle("prelocal").path), *arguments]) == 0

@@ -161,7 +161,8 @@ def stream(
         names = None if channels is None else channels.split(",")
         opened_source = open_source(source, opened.spec, unit=unit, ch_names=names, sfreq=sfreq, speed=speed)
         closing.callback(opened_source.close)
-        if speed == float("inf") and hasattr(opened_source, "set_chunk"):
+        offline = speed == float("inf") and hasattr(opened_source, "set_chunk")
+        if offline:
             opened_source.set_chunk(max(1, config.hop_samples(opened.spec)))
         decoder = Decoder(predict, opened_source, config)
         monitor = watch(decoder)
@@ -176,7 +177,8 @@ def stream(
         )
         recorder = lines = None
         if record is not None:
-            recorder = Recorder(record, run, math.prod(opened.spec.output_shape), lambda why: _note(opened_source, "record", why))
+            n_outputs = math.prod(opened.spec.output_shape)
+            recorder = Recorder(record, run, n_outputs, lambda why: _note(opened_source, "record", why), patient=offline)
             closing.callback(recorder.close)
             decoder.on_chunk(recorder.chunk)
             decoder.on_decision(recorder.decision)
@@ -187,7 +189,7 @@ def stream(
             sending = LslOutlet(outlet, opened.spec, {"run": run, "window_s": opened.spec.n_times / opened.spec.sfreq})
             decoder.on_decision(sending.send)
         if out is not None:
-            lines = _Lines(out, opened_source)
+            lines = _Lines(out, opened_source, patient=offline)
             closing.callback(lines.close)
             decoder.on_decision(lines.put)
             decoder.on_event(lines.put)
@@ -347,13 +349,13 @@ def _undisturbed(decoder: Decoder) -> Iterator[None]:
 class _Lines:
     """Appends decisions and events to a file, one JSON object a line, in a thread of its own: a slow reader delays nothing.
 
-    Written past Python's buffers, whose lock a reader that has stopped would keep from the end of the process.
+    Written past Python's buffers, whose lock a reader that has stopped would keep from the end of the process. If `patient`, as
+    for a recording that is decoded as fast as possible, a slow reader is waited for.
     """
 
-    def __init__(self, path: Path, source: Source) -> None:
-        self._path, self._source = path, source
-        self._queue: queue.SimpleQueue[Decision | Event | None] = queue.SimpleQueue()
-        self._failed = False
+    def __init__(self, path: Path, source: Source, *, patient: bool) -> None:
+        self._path, self._source, self._patient = path, source, patient
+        self._queue: queue.Queue[Decision | Event | None] = queue.Queue(MOST_LINES)
         self.n_lost = 0
         try:
             self._file = io.FileIO(os.dup(1), "a") if str(path) == "-" else io.FileIO(path, "a")
@@ -364,17 +366,19 @@ class _Lines:
 
     def put(self, what: Decision | Event) -> None:
         """Write a line soon, or count it if too many wait already."""
-        if not self._failed and self._queue.qsize() < MOST_LINES:
-            self._queue.put(what)
-            return
-        if not (self._failed or self.n_lost):
-            _note(self._source, "out", f"{self._path} is not read fast enough: lines are left out.")
-        self.n_lost += 1
+        try:
+            self._queue.put(what, block=self._patient)
+        except queue.Full:
+            self.n_lost += 1
+            if self.n_lost == 1:
+                _note(self._source, "out", f"{self._path} is not read fast enough: lines are left out.")
 
     def close(self) -> None:
         """Write what is left, unless nobody reads it."""
-        self._queue.put(None)
-        self._thread.join(LAST_LINES_S)
+        ends = time.monotonic() + LAST_LINES_S
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=LAST_LINES_S)
+            self._thread.join(max(0.0, ends - time.monotonic()))
         if self._thread.is_alive():
             self.n_lost += self._queue.qsize()
         else:
@@ -387,9 +391,10 @@ class _Lines:
                 while line:
                     line = line[self._file.write(line) :]
         except OSError as e:  # the disk is full, or the reader of a pipe has gone
-            self._failed = True
-            self.n_lost += self._queue.qsize() + 1
             _note(self._source, "out", f"{self._path} takes no more lines: {e.strerror}.")
+            self.n_lost += 1
+            while self._queue.get() is not None:
+                self.n_lost += 1
 
 
 def _line_of(what: Decision | Event) -> dict[str, object]:
@@ -401,6 +406,7 @@ def _line_of(what: Decision | Event) -> dict[str, object]:
         "due": what.due,
         "received": what.received,
         "decided": what.decided,
+        "infer_s": round(what.infer_s, 6),
         "age": round(what.age, 6),
         "prediction": what.prediction.ravel().tolist(),
         "flags": what.flags,

@@ -15,7 +15,6 @@ import numpy as np
 from sjepa_deploy.errors import ServingError
 from sjepa_deploy.runtime.backend import FloatArray
 
-
 REST_S = 60.0
 """Seconds after which a server writes no more into the region of a request that it did not answer: it was told to drop it."""
 
