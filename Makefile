@@ -3,8 +3,8 @@ PYTHON ?= python3
 PYTHON310 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) python3.10)
 VENV := .venv
 BIN := $(VENV)/bin
-# A recording to decode in the demonstration; without one, synthetic EEG is decoded.
-RECORDING ?= $(wildcard ../shared/eeg/eeglab_data.set)
+# A recording to decode in the demonstration, as in make demo RECORDING=session1.edf; without one, synthetic EEG is decoded.
+RECORDING ?=
 
 .PHONY: demo test browser test-gpu gpu-pack lint types package runtime310 test-3.10 clean
 

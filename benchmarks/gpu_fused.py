@@ -1,6 +1,6 @@
 """The fused kernels on one NVIDIA GPU: parity, determinism, latency in each mode, where the time goes, sanitizers, PyTorch.
 
-    python benchmarks/gpu_fused.py OUT.json [--only contextual:fp16:modes,grid:all:all ...] [--deadline 200] [--seconds 4]
+    python benchmarks/gpu_fused.py OUT.json [--only contextual:fp16:modes,contextual:all:grid ...] [--deadline 200] [--seconds 4]
 
 Models are made on the spot, with random weights; needs PyTorch. A case is VARIANT:PRECISION:WHAT:
 

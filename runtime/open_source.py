@@ -52,7 +52,7 @@ def open_source(
 
         return LslSource(what, unit=unit, ch_names=ch_names)
     if kind == "file" and what:
-        return recording_source(Path(what), unit=unit, ch_names=ch_names or spec.ch_names, sfreq=sfreq, speed=speed, spec=spec)
+        return recording_source(Path(what), unit=unit, ch_names=ch_names or spec.ch_names, sfreq=sfreq, speed=speed)
     if text == "synthetic":
         return synthetic_source(spec, sfreq=sfreq, speed=speed)
     raise StreamError(f"{text!r} is not a source.", "Use lsl:NAME, lsl:type=EEG, file:RECORDING or synthetic.")
@@ -61,7 +61,6 @@ def open_source(
 def recording_source(
     path: Path,
     *,
-    spec: ModelSpec,
     unit: Unit | None = None,
     ch_names: Sequence[str] | None = None,
     sfreq: float | None = None,

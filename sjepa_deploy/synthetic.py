@@ -88,15 +88,12 @@ class PlantedEEG:
         0.6 s + 0.1 s x latent + noise of 0.03 s: at best, R2 is 0.92.
     subject : ndarray of int, shape (n_windows,)
         Subjects differ in gain, and in how strong each source is.
-    topographies : ndarray, shape (n_sources, n_chans)
-        Gain of each source at each channel.
     """
 
     eeg: NDArray[np.float32]
     latent: NDArray[np.float64]
     reaction_time: NDArray[np.float64]
     subject: NDArray[np.intp]
-    topographies: NDArray[np.float64]
 
 
 def planted_eeg(
@@ -143,7 +140,7 @@ def planted_eeg(
     gain = rng.lognormal(0, 0.2, n_subjects)[subject, None, None]
     eeg = np.ascontiguousarray(gain * (topographies.T @ sources + noise), dtype=np.float32)
     reaction_time = 0.6 + 0.1 * latent + rng.normal(0, 0.03, n_total)
-    return PlantedEEG(eeg=eeg, latent=latent, reaction_time=reaction_time, subject=subject, topographies=topographies)
+    return PlantedEEG(eeg=eeg, latent=latent, reaction_time=reaction_time, subject=subject)
 
 
 def _far_apart(points: NDArray[np.float64], n: int) -> NDArray[np.intp]:

@@ -524,7 +524,6 @@ def test_ten_thousand_malformed_requests(server, client, make_bundle):
         for i, answer in enumerate(bystander.outcomes):
             assert isinstance(answer, Answer), answer
             assert_same(answer.output[0], expected[i % len(expected)])
-    print(codes, statuses)
     assert sum(codes.values()) + sum(statuses.values()) - codes[grpc.StatusCode.OK] - statuses[200] >= N_FUZZED
     assert codes[grpc.StatusCode.INVALID_ARGUMENT] > N_FUZZED / 4
     allowed = ("OK", "INVALID_ARGUMENT", "NOT_FOUND", "INTERNAL", "UNAVAILABLE", "UNIMPLEMENTED")

@@ -1,5 +1,6 @@
 """What enters a token, the low-latency contract, and the age of a decision."""
 
+import json
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -22,10 +23,12 @@ from sjepa_deploy.export.window_length import compare_window_lengths
 from sjepa_deploy.models import build_model, reference_mode
 from sjepa_deploy.recording import fit_recording, read_recording, windows
 from sjepa_deploy.runtime.bench_results import AgePart
-from sjepa_deploy.runtime.budget import decision_age, filter_delays, low_latency
+from sjepa_deploy.runtime.budget import LSL_LOOPBACK, decision_age, filter_delays, low_latency
 from sjepa_deploy.runtime.filters import Preprocessor, algorithmic_delay, design_sos
 from sjepa_deploy.spec import EncoderSpec, Preprocessing
 from sjepa_deploy.synthetic import eeg_windows
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 # ---------------------------------------------------------------- what enters a token
 
@@ -230,6 +233,12 @@ def test_the_budget_of_the_default_window():
     assert (parts["window"], parts["model"], parts["hop"], parts["inference"]) == (0.755, 0.48, 0.1, 0.005)
     assert parts["filters"] == delays(100.0, 100.0)["filters"].seconds
     assert age.total_s == pytest.approx(sum(parts.values()))
+
+
+def test_the_part_of_the_transport_is_the_result_that_it_cites():
+    result = json.loads((RESULTS / "streaming_every_sample_2-core-cpu_2026-11-25.json").read_text())
+    (ages,) = (run["age_ms"] for run in result["runs"] if run["variant"] == "prelocal")
+    assert pytest.approx(ages["p99"], abs=0.005) == 1e3 * LSL_LOOPBACK.seconds
 
 
 def test_the_low_latency_window_saves_the_tail_and_nothing_else():
