@@ -34,6 +34,9 @@ from sjepa_deploy.runtime.environment import CpuTimes
 from sjepa_deploy.runtime.sources import synthetic_source
 
 RESULTS = Path(__file__).parent / "results"
+LATE_S = 2e-3
+"""Seconds by which the sender is late when it says so."""
+
 COMMAND = [sys.executable, "-c", "import sys; sys.argv[0] = 'sjepa-stream'; from sjepa_deploy.cli.stream import main; main()"]
 LSL_CONFIG = """[ports]
 IPv6=disable
@@ -50,8 +53,11 @@ level=-3
 """
 
 
-def send(bundle: Path, sfreq: float, name: str, priority: int | None) -> None:
-    """Be the amplifier: push one sample at a time when it is due, stamped at that moment, until killed."""
+def send(bundle: Path, sfreq: float, name: str, priority: int | None, late: Path) -> None:
+    """Be the amplifier: push one sample at a time when it is due, stamped at that moment, until killed.
+
+    How late it is itself goes into a file: a process that sleeps and has priority is late when the machine stands still.
+    """
     import pylsl
 
     if priority is not None:
@@ -64,11 +70,14 @@ def send(bundle: Path, sfreq: float, name: str, priority: int | None) -> None:
     for label in source.info.ch_names:
         channels.append_child("channel").append_child_value("label", label).append_child_value("unit", "microvolts")
     outlet = pylsl.StreamOutlet(info)
+    notes = late.open("w", buffering=1)
     started, i = time.perf_counter(), 0
     while True:
         wait = started + i / sfreq - time.perf_counter()
         if wait > 0:
             time.sleep(wait)
+        if (behind := time.perf_counter() - started - i / sfreq) > LATE_S:
+            notes.write(f"{json.dumps([pylsl.local_clock(), behind])}\n")
         outlet.push_sample(minute[i % len(minute)], pylsl.local_clock())
         i += 1
 
@@ -90,12 +99,10 @@ def live(bundle: Path, sfreq: float, hop: float, minutes: float, priority: int |
         config = Path(folder) / "lsl_api.cfg"
         config.write_text(LSL_CONFIG.format(session=name))
         environment = {**os.environ, "LSLAPICFG": str(config)}
-        lines = Path(folder) / "decisions.jsonl"
+        lines, late = Path(folder) / "decisions.jsonl", Path(folder) / "late.jsonl"
         rights = [] if priority is None else ["--priority", str(priority)]
-        sender = subprocess.Popen(
-            [sys.executable, __file__, "send", "--bundle", bundle, "--sfreq", str(sfreq), "--name", name, *rights],
-            env=environment,
-        )
+        sending = ["--bundle", bundle, "--sfreq", str(sfreq), "--name", name, "--late", late, *rights]
+        sender = subprocess.Popen([sys.executable, __file__, "send", *sending], env=environment)
         arguments = ["--source", f"lsl:{name}", "--hop", str(hop), "--out", lines, "--json", "--quiet", *rights, *extra]
         memory: list[tuple[float, float]] = []
         stop = threading.Event()
@@ -115,7 +122,7 @@ def live(bundle: Path, sfreq: float, hop: float, minutes: float, priority: int |
             sender.kill()
             sender.wait()
         after = CpuTimes.now()
-        rows = [json.loads(line) for line in lines.read_text().splitlines()]
+        rows, late_at = ([json.loads(line) for line in file.read_text().splitlines()] for file in (lines, late))
     summary = json.loads(printed)
     decisions = [row for row in rows if "index" in row]
     ages = np.array([row["decided"] - row["time"] for row in decisions])
@@ -123,6 +130,7 @@ def live(bundle: Path, sfreq: float, hop: float, minutes: float, priority: int |
     inferences = np.array([row["infer_s"] for row in decisions])
     times = np.array([row["time"] for row in decisions])
     tenth = max(1, len(ages) // 10)
+    stolen = after.stolen_during(before)
     return {
         "variant": bundle.name,
         "sfreq": sfreq,
@@ -147,7 +155,9 @@ def live(bundle: Path, sfreq: float, hop: float, minutes: float, priority: int |
         "events": [row for row in rows if "event" in row][:200],
         "accounted": accounted(summary["counters"]),
         "others_cores": after.others_since(before),
-        "stolen_cores": after.stolen_since(before),
+        "stolen_cores": None if stolen is None else stolen[0] / stolen[1],
+        "sender_late": [[at, behind * 1e3] for at, behind in late_at if decisions and at >= times[0]],
+        "oldest": [[times[i], ages[i] * 1e3, latencies[i] * 1e3] for i in np.argsort(ages)[:-11:-1]],
     }
 
 
@@ -211,16 +221,22 @@ def cores(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
+def lateness(run: dict[str, Any]) -> str:
+    late = [behind for _, behind in run["sender_late"]]
+    return f"{len(late)}, {max(late):.1f} ms" if late else "0"
+
+
 def table(runs: list[dict[str, Any]]) -> str:
     rows = []
     if any("age_ms" in run for run in runs):
         rows += [
             "Sample to decision in ms, in the first and last tenth of the run its median; memory in MiB after a tenth of the run",
-            "and at its end; cores that others kept busy, and that the hypervisor took, on average.",
+            "and at its end; cores that others kept busy, and that the hypervisor took, on average; how often the sender, which",
+            f"only sleeps and sends, woke more than {LATE_S * 1e3:g} ms late itself, and by how much at most.",
             "",
             "| variant | Hz | hop | min | decisions | p50 | p99 | p99.9 | max | first -> last tenth | over 5 ms | misses "
-            "| skipped | memory | sum | others | stolen |",
-            "| --- " * 17 + "|",
+            "| skipped | memory | sum | others | stolen | sender late |",
+            "| --- " * 18 + "|",
         ]
     for run in runs:
         counters = run["counters"]
@@ -232,7 +248,7 @@ def table(runs: list[dict[str, Any]]) -> str:
                 f"| {run['variant']} | {run['sfreq']:g} | {run['hop'] or 'sample'} | {run['minutes']:g} | {run['n_decisions']} | "
                 f"{figures} | {run['age_median_first_tenth_ms']:.2f} -> {run['age_median_last_tenth_ms']:.2f} | "
                 f"{run['ages_over_5_ms']} | {counters['misses']} | {skipped} | {growth(run['memory_mib'])} | "
-                f"{run['accounted']} | {cores(run['others_cores'])} | {cores(run['stolen_cores'])} |"
+                f"{run['accounted']} | {cores(run['others_cores'])} | {cores(run['stolen_cores'])} | {lateness(run)} |"
             )
         else:
             rows.append(
@@ -251,6 +267,7 @@ def main() -> None:
     sending.add_argument("--sfreq", type=float)
     sending.add_argument("--name")
     sending.add_argument("--priority", type=int)
+    sending.add_argument("--late", type=Path, help="where to write when it was late, and by how much")
     for name in ("live", "fast"):
         command = commands.add_parser(name)
         command.add_argument("--bundles", type=Path, required=True)
@@ -266,7 +283,7 @@ def main() -> None:
             command.add_argument("--hours", type=float, default=24.0)
     args = parser.parse_args()
     if args.command == "send":
-        send(args.bundle, args.sfreq, args.name, args.priority)
+        send(args.bundle, args.sfreq, args.name, args.priority, args.late)
         return
     machine = describe_machine()
     runs: list[dict[str, Any]] = []

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,26 @@ def test_a_row_comes_from_the_name_and_the_content(script, tmp_path):
         "| bench | `sjepa-bench` | H100 | 2026-01-02 | f | [html](results/bench_H100_2026-01-02.html), "
         "[json](results/bench_H100_2026-01-02.json) |",
     ]
+
+
+def test_the_streaming_benchmark_writes_what_it_measures(make_bundle, tmp_path):
+    """The script as it is, for a few seconds."""
+    (tmp_path / "bundles").mkdir()
+    (tmp_path / "bundles/prelocal").symlink_to(make_bundle("prelocal").path)
+    script = [sys.executable, str(FOLDER / "streaming.py")]
+    common = ["--bundles", "bundles", "--variants", "prelocal", "--sfreqs", "200"]
+    for command in (["live", "--minutes", "0.1", "--hops", "0"], ["fast", "--hours", "0.02", "--extra", "--out /dev/null"]):
+        result = tmp_path / f"streaming_{command[0]}_here_2026-01-02"
+        subprocess.run(
+            [*script, *command, *common, "--out", result.name], cwd=tmp_path, check=True, capture_output=True, timeout=120
+        )
+        (run,) = json.loads(result.with_suffix(".json").read_text())["runs"]
+        assert run["accounted"]
+        assert "| prelocal | 200 |" in (text := result.with_suffix(".md").read_text()) or "0.02 h of stream" in text
+    run = json.loads((tmp_path / "streaming_live_here_2026-01-02.json").read_text())["runs"][0]
+    assert run["n_decisions"] > 20
+    stages = sum(stage["p50"] for stage in run["stages_ms"].values())
+    assert stages == pytest.approx(run["age_ms"]["p50"], rel=0.5)
 
 
 @pytest.mark.parametrize(
