@@ -299,6 +299,8 @@ def test_another_montage_is_no_new_version(server, make_bundle):
 @pytest.mark.parametrize("shared_memory", [False, True])
 def test_a_killed_server_comes_back(server, client, make_bundle, shared_memory):
     """Every window has one outcome, nothing is sent twice that may have been decoded, and subjects keep their answers."""
+    noted = server.repository / "counted" / "1" / "carried_out"
+    noted.unlink(missing_ok=True)
     subjects = [Subject(client("counted", timeout=1.0, shared_memory=shared_memory), number) for number in range(4)]
     for subject in subjects:
         subject.start()
@@ -312,7 +314,7 @@ def test_a_killed_server_comes_back(server, client, make_bundle, shared_memory):
         subject.wait_for(20)
     for subject in subjects:
         subject.stop()
-    carried_out = (server.repository / "counted" / "1" / "carried_out").read_text().split()
+    carried_out = noted.read_text().split()
     assert len(carried_out) == len(set(carried_out)), "by both servers together, no window was decoded twice"
     answers, n_open = set(), 0
     for subject, n_before in zip(subjects, before, strict=True):
@@ -467,7 +469,9 @@ def test_bad_requests_get_their_codes(server):
             assert says in raised.value.message()
 
 
-@pytest.mark.parametrize("wrong", [lambda x: x[0], lambda x: x[:, :7], lambda x: x[..., :100], lambda x: x.astype(np.float64)])
+@pytest.mark.parametrize(
+    "wrong", [lambda x: x[0], lambda x: x[:0], lambda x: x[:, :7], lambda x: x[..., :100], lambda x: x.astype(np.float64)]
+)
 def test_a_client_says_what_is_wrong_with_an_array_before_it_sends_it(server, client, wrong):
     served = client("prelocal")
     before = executions(server, "prelocal")
@@ -497,6 +501,27 @@ def test_one_bad_request_does_not_spoil_its_batch(server, client, make_bundle):
         list(pool.map(ask, range(8)))
     n_windows, n_runs = np.subtract(windows_and_runs(server, "contextual"), (n_windows, n_runs))
     assert n_runs < n_windows
+
+
+def test_a_request_of_no_windows_costs_those_of_its_batch_an_attempt(server, client, make_bundle):
+    """Triton drops the whole batch; our client knows that nothing was decoded and sends again."""
+    window = windows_of(make_bundle("prelocal").spec, 0, 1)
+    nothing = service_pb2.ModelInferRequest(model_name="prelocal")
+    nothing.inputs.add(name="eeg", datatype="FP32", shape=(0, *window.shape[1:]))
+    nothing.raw_input_contents.append(window.tobytes())
+    clients = [client("prelocal") for _ in range(8)]
+    with grpc.insecure_channel(server.endpoints["grpc"]) as channel, ThreadPoolExecutor(8) as pool:
+        spoil = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        answers = []
+        for _ in range(20):
+            spoiling = [spoil.future(nothing.SerializeToString(), timeout=60) for _ in range(8)]
+            answers += pool.map(lambda each: outcome_of(each, window), clients)
+            assert {each.code() for each in spoiling} <= {grpc.StatusCode.INTERNAL, grpc.StatusCode.INVALID_ARGUMENT}
+    expected = local_outputs(make_bundle("prelocal"), window)
+    assert all(isinstance(answer, Answer) for answer in answers), answers
+    for answer in answers:
+        assert_same(answer.output, expected)
+    assert any(answer.attempts > 1 for answer in answers)
 
 
 N_FUZZED = 10_000

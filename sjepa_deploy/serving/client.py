@@ -54,6 +54,7 @@ _NOT_THERE = (
     "is not ready",
     "Server is stopping",
     "Unable to find shared memory region",  # a server that was started again
+    "max allowed is",  # somebody's request of no windows was in the batch: Triton takes its channels for windows and drops all
 )
 _OVERLOADED = ("Exceeds maximum queue size", "Request timeout expired")
 
@@ -186,7 +187,7 @@ class Client:
         ServingError
             If the server failed, or serves another model now.
         """
-        if eeg.dtype != np.float32 or eeg.shape[1:] != self.spec.input_shape:
+        if eeg.dtype != np.float32 or eeg.shape[1:] != self.spec.input_shape or not len(eeg):
             raise InputError(
                 f"{self.name} takes no {eeg.dtype} of shape {eeg.shape}.",
                 f"Send float32 of shape (batch, {', '.join(map(str, self.spec.input_shape))}).",
