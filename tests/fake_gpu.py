@@ -23,6 +23,7 @@ from sjepa_deploy.errors import BackendError
 
 OUT_OF_MEMORY = 2
 NOT_READY = 600
+LAUNCH_FAILED = 719
 
 
 class FakeDriver:
@@ -55,6 +56,7 @@ class FakeDriver:
         CUDA_SUCCESS = 0
         CUDA_ERROR_OUT_OF_MEMORY = OUT_OF_MEMORY
         CUDA_ERROR_NOT_READY = NOT_READY
+        CUDA_ERROR_LAUNCH_FAILED = LAUNCH_FAILED
 
     CUdeviceptr = int
 

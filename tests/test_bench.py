@@ -366,6 +366,20 @@ def test_a_backend_that_breaks_ends_nothing_but_itself(make_bundle):
     assert [c.key.backend for c in report.cells] == [HARNESS, "ort-cpu"]
 
 
+def test_a_backend_that_cannot_be_released_costs_no_figures(make_bundle, caplog):
+    """Neither one that broke while it was opened, nor one that broke later and was closed at the end."""
+    config = BenchConfig(**QUICK | {"backends": ("sticks-at-once", "sticks", "ort-cpu"), "scenarios": ("back-to-back",)})
+    report, _ = run_bench((make_bundle("prelocal"),), config)
+    assert [c.key.backend for c in report.cells] == [HARNESS, "ort-cpu"]
+    assert {entry.reason: entry.what for entry in report.left_out} == {
+        "CUDA error: an illegal memory access was encountered":
+            "bundle on sticks-at-once fp32, back-to-back: bundle on sticks fp32",
+        "CUDA error: the context is lost": "closing: bundle on sticks fp32",
+    }  # fmt: skip
+    closed = [record.getMessage() for record in caplog.records if "could not be closed" in record.getMessage()]
+    assert closed == ["bundle on sticks-at-once fp32 could not be closed", "bundle on sticks fp32 could not be closed"]
+
+
 def test_ctrl_c_writes_what_there_is_and_says_so(make_bundle, sjepa_bench, tmp_path):
     options = ["--scenario", "back-to-back", "--backend", "interrupts", "--backend", "ort-cpu", "--duration", "60", "--json"]
     status, out, err = sjepa_bench(make_bundle("prelocal").path, *options, "--out", tmp_path / "o")

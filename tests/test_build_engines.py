@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 from engine_bundles import small_bundle
-from fake_gpu import FakeDriver, Faults, check_nothing_is_left, fake_tensorrt
+from fake_gpu import LAUNCH_FAILED, FakeDriver, Faults, check_nothing_is_left, fake_tensorrt
 
 import sjepa_deploy
 from sjepa_deploy.bundle import Bundle
@@ -27,6 +27,7 @@ from sjepa_deploy.runtime.bench import BenchConfig, run_bench
 from sjepa_deploy.runtime.engines import BuildSettings, EngineStore, timing_cache_file
 from sjepa_deploy.runtime.peers import ALL_BACKENDS
 
+ONE_THREAD = BackendOptions(n_threads=1)  # on busy cores, threads of small models wait for each other
 VERSIONS = ("8.6.0", "10.9.0", "11.4.0")
 
 
@@ -189,6 +190,17 @@ def test_the_benchmark_measures_engines(rig, bundle, monkeypatch, memory):
     assert entry.what == "b on tensorrt fp16"
     assert "engine" in entry.reason
     assert not rig.driver.allocations
+
+
+def test_a_gpu_that_broke_costs_no_figures(rig, bundle, caplog):
+    rig.driver.cuMemGetInfo = lambda: (LAUNCH_FAILED, 0, 0)
+    rig.driver.cuDevicePrimaryCtxRelease = lambda device: (LAUNCH_FAILED,)
+    config = BenchConfig(
+        backends=("ort-cpu",), precisions=("fp32",), scenarios=("back-to-back",), seconds=0.1, n_blocks=5, options=ONE_THREAD
+    )
+    report, _ = run_bench((bundle,), config)
+    assert [c.key.backend for c in report.cells] == ["nothing", "ort-cpu"]
+    assert "GPU 0 could not be released" in caplog.text
 
 
 class OnGpu:
