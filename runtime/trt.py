@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import closing
@@ -13,7 +12,7 @@ import numpy as np
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, EngineError, InputError
-from sjepa_deploy.runtime.backend import BackendOptions, FloatArray, two_threads
+from sjepa_deploy.runtime.backend import BackendOptions, FloatArray, Turn
 from sjepa_deploy.runtime.bench_results import Split
 from sjepa_deploy.runtime.cuda import Device, DeviceBuffer, Gpu, Graph, HostBuffer, Stream, address_on_gpu, check
 from sjepa_deploy.runtime.engines import EngineStore, Machine
@@ -78,19 +77,15 @@ class EngineRunner:
             self._closing = opened.pop_all()
         self._lanes: dict[int, _Lane] = {}
         self._gpu_lanes: OrderedDict[tuple[int, int], _Launch] = OrderedDict()
-        self._busy = threading.Lock()
-        self._thread = threading.get_ident()
+        self._turn = Turn(device)
 
     def run(self, eeg: FloatArray) -> FloatArray:
         """Run the engine on `eeg`, shape (batch, n_chans, n_times). The result is overwritten by the next call.
 
         If `eeg` is `input_buffer(batch)` itself, nothing is copied.
         """
-        if not self._busy.acquire(blocking=False):
-            raise two_threads()
+        self._turn.begin()
         try:
-            if threading.get_ident() != self._thread:
-                self._move_here()
             lane = self._lanes.get(len(eeg)) or self._open(len(eeg))
             if eeg is not lane.input:
                 np.copyto(lane.input, eeg)
@@ -100,7 +95,7 @@ class EngineRunner:
             self._wait()
             return lane.output
         finally:
-            self._busy.release()
+            self._turn.end()
 
     def run_on_gpu(self, eeg: Any) -> FloatArray:
         """Run the engine on an array on the GPU (DLPack, CUDA array interface) without copying it.
@@ -108,11 +103,8 @@ class EngineRunner:
         An address that is met again is served by a graph; its memory must stay as large as it was. The result is a NumPy array
         that the next call overwrites.
         """
-        if not self._busy.acquire(blocking=False):
-            raise two_threads()
+        self._turn.begin()
         try:
-            if threading.get_ident() != self._thread:
-                self._move_here()
             batch, address = address_on_gpu(eeg, self._stream, self._spec.input_shape)
             lane = self._lanes.get(batch) or self._open(batch)
             launch = self._gpu_lanes.get((batch, address))
@@ -126,11 +118,15 @@ class EngineRunner:
             self._wait()
             return lane.output
         finally:
-            self._busy.release()
+            self._turn.end()
 
     def input_buffer(self, batch: int) -> FloatArray:
         """Return the pinned buffer that `run` reads, shape (batch, n_chans, n_times): fill it in place and pass it to `run`."""
-        return (self._lanes.get(batch) or self._open(batch)).input
+        self._turn.begin()
+        try:
+            return (self._lanes.get(batch) or self._open(batch)).input
+        finally:
+            self._turn.end()
 
     def warmup(self, batches: tuple[int, ...] = (1,), n_runs: int = 10) -> None:
         """Make buffers, context and graph for each of `batches`, and run them so that the GPU's clock rises."""
@@ -141,9 +137,13 @@ class EngineRunner:
 
     def split(self, eeg: FloatArray, n: int) -> Split:
         """Return where the time of `n` calls on `eeg` goes."""
-        lane = self._lanes.get(len(eeg)) or self._open(len(eeg))
-        steps, how = lane.steps()
-        return split_calls(self._device, self._stream, lambda: np.copyto(lane.input, eeg), steps, n, how)
+        self._turn.begin()
+        try:
+            lane = self._lanes.get(len(eeg)) or self._open(len(eeg))
+            steps, how = lane.steps()
+            return split_calls(self._device, self._stream, lambda: np.copyto(lane.input, eeg), steps, n, how)
+        finally:
+            self._turn.end()
 
     def close(self) -> None:
         """Release everything on the GPU."""
@@ -168,10 +168,6 @@ class EngineRunner:
         lane = _Lane(self._device, self._stream, context, batch, self._spec, self._options, self._api)
         self._lanes[batch] = lane
         return lane
-
-    def _move_here(self) -> None:
-        self._device.make_current()
-        self._thread = threading.get_ident()
 
 
 class _Launch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import shutil
@@ -13,7 +14,7 @@ import time
 import numpy as np
 import pytest
 from engine_bundles import small_bundle
-from fake_gpu import LAUNCH_FAILED, FakeDriver, Faults, check_nothing_is_left, fake_tensorrt
+from fake_gpu import LAUNCH_FAILED, FakeDriver, Faults, check_nothing_is_left, fake_tensorrt, in_another_thread
 
 import sjepa_deploy
 from sjepa_deploy.bundle import Bundle
@@ -451,15 +452,24 @@ def test_a_refused_enqueue_is_an_error_and_no_stale_output(rig, bundle):
 def test_two_threads_on_one_backend_are_told_apart(rig, bundle):
     build_engine(bundle, "fp32")
     backend = open_backend(bundle, "tensorrt", "fp32")
-    backend.runner._busy.acquire()
+    backend.runner._turn.begin()
     with pytest.raises(BackendError, match="Two threads call one backend at once"):
         backend.run(eeg(bundle, 1))
-    backend.runner._busy.release()
-    results = []
-    thread = threading.Thread(target=lambda: results.append(backend.run(eeg(bundle, 1)).copy()))
-    thread.start()
-    thread.join()
-    np.testing.assert_array_equal(results[0], outputs(bundle, "fp32", eeg(bundle, 1)))
+    backend.runner._turn.end()
+    backend.close()
+
+
+@pytest.mark.parametrize("first", ["run", "run_on_gpu", "input_buffer", "warmup", "split"])
+def test_a_thread_that_did_not_open_the_backend_may_call_it(rig, bundle, monkeypatch, first):
+    address = lambda array, stream, window: (len(array), array.ctypes.data)  # noqa: E731
+    monkeypatch.setattr("sjepa_deploy.runtime.trt.address_on_gpu", address)
+    build_engine(bundle, "fp32")
+    backend, windows = open_backend(bundle, "tensorrt", "fp32"), eeg(bundle, 1)
+    call = {"input_buffer": lambda: backend.input_buffer(1), "split": lambda: backend.split(windows, 1), "warmup": backend.warmup}
+    call |= {name: functools.partial(getattr(backend, name), windows) for name in ("run", "run_on_gpu")}
+    for _ in range(3):  # a later thread mostly gets the identifier of the one before
+        in_another_thread(call[first])
+    np.testing.assert_array_equal(backend.run(windows), outputs(bundle, "fp32", windows))
     backend.close()
 
 
