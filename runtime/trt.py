@@ -78,6 +78,7 @@ class EngineRunner:
         self._lanes: dict[int, _Lane] = {}
         self._gpu_lanes: OrderedDict[tuple[int, int], _Launch] = OrderedDict()
         self._turn = Turn(device)
+        self._unfinished = False
 
     def run(self, eeg: FloatArray) -> FloatArray:
         """Run the engine on `eeg`, shape (batch, n_chans, n_times). The result is overwritten by the next call.
@@ -86,13 +87,15 @@ class EngineRunner:
         """
         self._turn.begin()
         try:
-            lane = self._lanes.get(len(eeg)) or self._open(len(eeg))
+            lane = self._lane(len(eeg))
             if eeg is not lane.input:
                 np.copyto(lane.input, eeg)
+            self._unfinished = True
             result = lane.launch()
             if result[0]:
                 check(result)
             self._wait()
+            self._unfinished = False
             return lane.output
         finally:
             self._turn.end()
@@ -106,7 +109,7 @@ class EngineRunner:
         self._turn.begin()
         try:
             batch, address = address_on_gpu(eeg, self._stream, self._spec.input_shape)
-            lane = self._lanes.get(batch) or self._open(batch)
+            lane = self._lane(batch)
             launch = self._gpu_lanes.get((batch, address))
             if launch is None:
                 launch = self._gpu_lanes[batch, address] = _Launch(self._stream, lane.enqueue_from(address))
@@ -114,8 +117,10 @@ class EngineRunner:
                     self._gpu_lanes.popitem(last=False)[1].close()
             elif self._options.cuda_graph and launch.graph is None:
                 launch.capture()
+            self._unfinished = True
             check(launch())
             self._wait()
+            self._unfinished = False
             return lane.output
         finally:
             self._turn.end()
@@ -124,7 +129,7 @@ class EngineRunner:
         """Return the pinned buffer that `run` reads, shape (batch, n_chans, n_times): fill it in place and pass it to `run`."""
         self._turn.begin()
         try:
-            return (self._lanes.get(batch) or self._open(batch)).input
+            return self._lane(batch).input
         finally:
             self._turn.end()
 
@@ -139,9 +144,12 @@ class EngineRunner:
         """Return where the time of `n` calls on `eeg` goes."""
         self._turn.begin()
         try:
-            lane = self._lanes.get(len(eeg)) or self._open(len(eeg))
+            lane = self._lane(len(eeg))
             steps, how = lane.steps()
-            return split_calls(self._device, self._stream, lambda: np.copyto(lane.input, eeg), steps, n, how)
+            self._unfinished = True
+            split = split_calls(self._device, self._stream, lambda: np.copyto(lane.input, eeg), steps, n, how)
+            self._unfinished = False
+            return split
         finally:
             self._turn.end()
 
@@ -157,6 +165,13 @@ class EngineRunner:
         self._lanes.clear()
         self._closing.close()
         del self.engine
+
+    def _lane(self, batch: int) -> _Lane:
+        """Return what runs `batch` windows, once a call is over that was interrupted: its flag would end the next one early."""
+        if self._unfinished:
+            self._stream.synchronize()
+            self._unfinished = False
+        return self._lanes.get(batch) or self._open(batch)
 
     def _open(self, batch: int) -> _Lane:
         if not self.min_batch <= batch <= self.max_batch:

@@ -90,6 +90,8 @@ class FakeDriver:
         self.n_launched = 0
         self.recorded: dict[int, float] = {}
         self.busy_polls = 2
+        self.lags = False  # whether work is done only when it is asked for or waited for
+        self.waiting: list[Callable[[], None]] = []
         self._thread = threading.local()
         self._next = 1000
 
@@ -99,7 +101,17 @@ class FakeDriver:
 
     def submit(self, stream: int, work: Callable[[], None]) -> None:
         queue = self.queues[int(stream)]
-        work() if queue is None else queue.append(work)
+        if queue is not None:
+            queue.append(work)
+        elif self.lags:
+            self.waiting.append(work)
+        else:
+            work()
+
+    def catch_up(self) -> None:
+        """Do what was submitted."""
+        while self.waiting:
+            self.waiting.pop(0)()
 
     def cuGetErrorName(self, error: int) -> tuple[int, bytes]:
         return 0, self.CUresult(error).name.encode()
@@ -209,11 +221,14 @@ class FakeDriver:
     @needs_context
     def cuStreamQuery(self, stream: int) -> tuple[int]:
         self.busy_polls = (self.busy_polls + 1) % 3
+        if self.busy_polls == 0:
+            self.catch_up()
         return (0 if self.busy_polls == 0 else NOT_READY,)
 
     @needs_context
     def cuStreamSynchronize(self, stream: int) -> tuple[int]:
         assert self.queues[stream] is None
+        self.catch_up()
         return (0,)
 
     @needs_context
@@ -273,6 +288,7 @@ class FakeDriver:
 
     @needs_context
     def cuEventSynchronize(self, event: int) -> tuple[int]:
+        self.catch_up()
         return (0,)
 
     @needs_context

@@ -162,6 +162,45 @@ def test_calls_are_split_with_events_and_go_on_afterwards(rig, bundle, memory, w
     backend.close()
 
 
+@pytest.mark.parametrize("wait", ["spin", "flag", "block"])
+def test_an_interrupted_call_does_not_end_the_next_one_early(rig, bundle, monkeypatch, wait):
+    """The GPU finishes it some time after the interrupt, and the next call's work only when that is waited for."""
+    build_engine(bundle, "fp32")
+    backend = open_backend(bundle, "tensorrt", "fp32", BackendOptions(wait=wait))
+    runner, windows = backend.runner, eeg(bundle, 3)
+    want = {n: outputs(bundle, "fp32", windows[-n:]) for n in (1, 2, 3)}
+    backend.warmup()
+    lane = runner._lanes[1]
+    launch = lane.launch
+
+    def interrupted(*first):
+        for call in first:
+            call()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sjepa_deploy.runtime.trt.address_on_gpu", lambda array, stream, window: (1, array.ctypes.data))
+    split = "sjepa_deploy.runtime.trt.split_calls"
+    cases = [
+        (backend.run, (lane, "launch"), interrupted, 1),
+        (backend.run, (lane, "launch"), lambda: interrupted(launch), 1),
+        (backend.run, (runner, "_wait"), interrupted, 1),
+        (backend.run, (runner, "_wait"), interrupted, 2),  # a batch size that is new: its first call is not ended early either
+        (backend.run_on_gpu, (runner, "_wait"), interrupted, 1),
+        (lambda window: backend.split(window, 1), (split,), lambda *ignored: interrupted(launch), 3),
+    ]
+    rig.driver.lags = True
+    for call, place, replacement, next_batch in cases:
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, replacement)
+            with pytest.raises(KeyboardInterrupt):
+                call(windows[:1])
+        rig.driver.catch_up()
+        for n in (next_batch, 1):
+            np.testing.assert_array_equal(backend.run(windows[-n:]), want[n])
+            backend.run(windows[:n])
+    backend.close()
+
+
 @pytest.mark.parametrize("memory", ["mapped", "copy"])
 def test_the_benchmark_measures_engines(rig, bundle, monkeypatch, memory):
     """Everything but the hardware: device memory, the split, energy and clocks from NVML."""
