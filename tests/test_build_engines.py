@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import itertools
 import json
+import os
 import shutil
 import threading
 import time
@@ -320,6 +322,27 @@ def test_an_engine_that_differs_after_reloading_is_not_kept_and_the_old_one_stay
     rig.faults.spoil = lambda out: out
     assert calls
     assert EngineStore(bundle=bundle).plan(first)
+    sjepa_deploy.load(bundle, backend="tensorrt").close()
+
+
+def test_a_record_that_cannot_be_written_leaves_the_engine_that_was_there(rig, bundle, monkeypatch):
+    first = build_engine(bundle, "fp32")
+    store = EngineStore(bundle=bundle)
+    files = {file.name: file.read_bytes() for file in store.folder.iterdir()}
+    written = []
+
+    def full(handle):
+        written.append(handle)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    other = dataclasses.replace(first, plan_sha256=sjepa_deploy.runtime.engines.plan_hash(b"another plan"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(EngineError, match="cannot be written .No space left on device."):
+            store.add(other, b"another plan", lambda plan: other)
+    assert len(written) == 2, "the plan was written, and the record was not"
+    assert {file.name: file.read_bytes() for file in store.folder.iterdir()} == files
     sjepa_deploy.load(bundle, backend="tensorrt").close()
 
 
