@@ -209,7 +209,7 @@ class Run:
     def _measurements(self, bench: Bench, subject: Subject, scenario: Scenario, cache: Path) -> Iterator[Measurement]:
         config, n_blocks = self.config, self.config.n_blocks
         if scenario == "cold-start":
-            yield ColdStarts(bench, subject, config.processes, cache, config.options.n_threads)
+            yield ColdStarts(bench, subject, config.processes, cache, config.options)
         elif scenario in ("back-to-back", "throughput"):
             usual = THROUGHPUT_BATCHES if scenario == "throughput" else (1,)
             fitting = [b for b in config.batches or usual if b in subject.sizes] or list(subject.sizes[:1])
@@ -290,7 +290,7 @@ class Run:
             command=self.command,
             seed=self.config.seed,
             partial=self.partial,
-            environment=environment(),
+            environment=environment(self.config.options.device),
             noise=self._noise(cells),
             bundles=self.facts,
             cells=tuple(cells),

@@ -234,6 +234,17 @@ def test_the_benchmark_measures_engines(rig, bundle, monkeypatch, memory):
     assert not rig.driver.allocations
 
 
+def test_the_benchmark_names_the_gpu_that_it_was_asked_for(rig, bundle):
+    rig.driver.cuDeviceGetCount = lambda: (0, 2)
+    rig.driver.cuDeviceGetName = lambda size, device: (0, f"NVIDIA Fake {device}".encode().ljust(size, b"\0"))
+    config = BenchConfig(
+        **{"backends": ("ort-cpu",), "precisions": ("fp32",), "scenarios": ("back-to-back",), "seconds": 0.1, "n_blocks": 5},
+        options=BackendOptions(n_threads=1, device=1),
+    )
+    report, _ = run_bench((bundle,), config)
+    assert report.environment.gpu.startswith("NVIDIA Fake 1,")
+
+
 def test_a_gpu_that_broke_costs_no_figures(rig, bundle, caplog):
     rig.driver.cuMemGetInfo = lambda: (LAUNCH_FAILED, 0, 0)
     rig.driver.cuDevicePrimaryCtxRelease = lambda device: (LAUNCH_FAILED,)
