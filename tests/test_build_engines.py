@@ -103,7 +103,7 @@ def test_out_of_memory_at_any_moment_keeps_nothing(rig, bundle, memory):
 
 
 def test_a_bundle_without_an_engine_keeps_no_context(rig, bundle):
-    with pytest.raises(EngineError, match="no engine"):
+    with pytest.raises(EngineError, match="has no fp32 engine"):
         open_backend(bundle, "tensorrt", "fp32")
     assert rig.driver.n_retained == 0
 
