@@ -38,6 +38,7 @@ from sjepa_deploy.runtime.bench import BenchConfig, run_bench
 from sjepa_deploy.runtime.bench_results import SCENARIOS, BenchReport, LeftOut, Samples, load_report, load_samples, write_report
 from sjepa_deploy.runtime.engines import EngineStore
 from sjepa_deploy.runtime.merge import merge, renamed
+from sjepa_deploy.serialize import decode
 
 VARIANTS = ("prelocal", "postlocal", "contextual")
 PRECISIONS = ("fp32", "tf32", "fp16")
@@ -218,9 +219,9 @@ def duration(text: str) -> tuple[str, float]:
 
 
 def option(text: str) -> tuple[str, Any]:
-    """Return the name and the value of "memory=copy" or "cuda_graph=false"."""
+    """Return the name and the value of "memory=copy", "cuda_graph=false" or "device=1"."""
     name, _, value = text.partition("=")
-    return name, {"true": True, "false": False}.get(value, value)
+    return name, int(value) if value.isdecimal() else {"true": True, "false": False}.get(value, value)
 
 
 def main() -> None:
@@ -281,7 +282,7 @@ def measure(arguments: argparse.Namespace) -> tuple[BenchReport, Samples]:
         processes=arguments.processes,
         time_limit=max(1.0, arguments.deadline - (time.monotonic() - began)),
         seed=arguments.seed,
-        options=BackendOptions(**dict(arguments.option)),
+        options=decode(BackendOptions, dict(arguments.option)),
         **({"rates": tuple(arguments.rate)} if arguments.rate else {}),
     )
     shown = [0.0]

@@ -11,7 +11,7 @@ server that has its cores for itself. On a GPU the time is the host's of a call 
 there.
 
     python benchmarks/serving_simulation.py --measured benchmarks/results/serving_MACHINE_DATE
-        --gpu benchmarks/results/gpu_engines_H200_DATE --out benchmarks/results/serving_simulation_MACHINE_DATE
+        --gpu benchmarks/results/gpu_engines_GPU_DATE --out benchmarks/results/serving_simulation_MACHINE_DATE
 """
 
 from __future__ import annotations
@@ -211,19 +211,25 @@ def check(measured: dict[str, Any], seed: int = 0) -> list[dict[str, Any]]:
 
 
 def gpu_kinds(measured: dict[str, Any]) -> list[Kind]:
-    """One H200 with a plan engine: the host times of a call in the engine benchmark; Triton's own cost is not in them."""
+    """One GPU with a plan engine: the host times of a call in the engine benchmark; Triton's own cost is not in them."""
     kinds = []
+    gpu = measured["tensorrt"]["results"]["machine"]["gpu"]["name"]
     for variant in ("prelocal", "postlocal", "contextual"):
-        row = measured["tensorrt"]["results"][f"latency {variant} tf32 [mapped, graph, spin]"]
-        batches = np.array([1, 3, 8, 64])
-        us = [row[name]["median"] for name in ("with_copy_to_pinned", "batch_3", "batch_8", "batch_64")]
+        us = batch_us(measured["tensorrt"]["results"], f"latency {variant} tf32 [")
 
-        def compute(batch: int, batches: np.ndarray = batches, us: list[float] = us) -> float:
-            return float(np.interp(batch, batches, us)) / 1e6
+        def compute(batch: int, us: dict[int, float] = us) -> float:
+            return float(np.interp(batch, list(us), list(us.values()))) / 1e6
 
-        plan = plan_batching(compute, 64, deadline=DEADLINE, instances=1)
-        kinds.append(Kind(f"{variant}, H200 (tf32 engine)", compute, 1, plan))
+        plan = plan_batching(compute, max(us), deadline=DEADLINE, instances=1)
+        kinds.append(Kind(f"{variant}, {gpu} (tf32 engine)", compute, 1, plan))
     return kinds
+
+
+def batch_us(results: dict[str, Any], start: str) -> dict[int, float]:
+    """Return the median us of a call at each batch size, from the one way to call that gpu_engines.py measured batches with."""
+    (row,) = (row for name, row in results.items() if name.startswith(start) and "batch_3" in row)
+    larger = {int(name.removeprefix("batch_")): times["median"] for name, times in row.items() if name.startswith("batch_")}
+    return {1: row["with_copy_to_pinned"]["median"]} | dict(sorted(larger.items()))
 
 
 def table(rows: list[dict[str, Any]], checked: list[dict[str, Any]]) -> str:

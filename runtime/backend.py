@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, MissingDependencyError, SjepaError
-from sjepa_deploy.runtime.cuda import Wait
+from sjepa_deploy.runtime.cuda import Device, Wait, current
 from sjepa_deploy.spec import RunPrecision
 
 FloatArray = NDArray[np.float32]
@@ -72,6 +74,40 @@ class Backend(Protocol):
 def two_threads() -> BackendError:
     """Return the error of a backend whose buffers a second thread would overwrite."""
     return BackendError("Two threads call one backend at once.", "Load the bundle once in each thread.")
+
+
+class Turn:
+    """The right to call a backend on a GPU, which one thread has at a time, with the GPU's context its current one.
+
+    Each call stands between `begin` and `end`.
+
+    Parameters
+    ----------
+    device : Device
+        The GPU.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._busy = threading.Lock()
+        self.end: Callable[[], None] = self._busy.release
+
+    def begin(self) -> None:
+        """Take the turn.
+
+        Raises
+        ------
+        BackendError
+            If another thread has it.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise two_threads()
+        try:
+            if current.device is not self._device:
+                self._device.make_current()
+        except BaseException:
+            self._busy.release()
+            raise
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,16 @@ from sjepa_deploy.runtime.environment import CpuTimes, Nvml, environment
 from sjepa_deploy.runtime.keep_warm import Clock
 from sjepa_deploy.runtime.noise import Canary, judge
 from sjepa_deploy.runtime.scenarios import Bench, ClosedLoop, ColdStarts, Measurement, Paced, Streams
-from sjepa_deploy.runtime.subjects import TOO_LATE, Subject, bundle_facts, grouped, harness, open_subjects
+from sjepa_deploy.runtime.subjects import (
+    TOO_LATE,
+    Subject,
+    bundle_facts,
+    close_subject,
+    first_line,
+    grouped,
+    harness,
+    open_subjects,
+)
 from sjepa_deploy.spec import RunPrecision
 
 logger = logging.getLogger(__name__)
@@ -200,7 +209,7 @@ class Run:
     def _measurements(self, bench: Bench, subject: Subject, scenario: Scenario, cache: Path) -> Iterator[Measurement]:
         config, n_blocks = self.config, self.config.n_blocks
         if scenario == "cold-start":
-            yield ColdStarts(bench, subject, config.processes, cache, config.options.n_threads)
+            yield ColdStarts(bench, subject, config.processes, cache, config.options)
         elif scenario in ("back-to-back", "throughput"):
             usual = THROUGHPUT_BATCHES if scenario == "throughput" else (1,)
             fitting = [b for b in config.batches or usual if b in subject.sizes] or list(subject.sizes[:1])
@@ -248,8 +257,7 @@ class Run:
             if not isinstance(e, SjepaError):
                 logger.exception("%s failed", measurement.subject.label)
             self.measurements.remove(measurement)
-            reason = (str(e).splitlines() or [type(e).__name__])[0]
-            self.left_out.append(LeftOut(what=f"{measurement.scenario}: {measurement.subject.label}", reason=reason))
+            self.left_out.append(LeftOut(what=f"{measurement.scenario}: {measurement.subject.label}", reason=first_line(e)))
 
     def _measure_loop(self) -> None:
         """Time the loop around a call that does nothing, a hundred times."""
@@ -282,7 +290,7 @@ class Run:
             command=self.command,
             seed=self.config.seed,
             partial=self.partial,
-            environment=environment(),
+            environment=environment(self.config.options.device),
             noise=self._noise(cells),
             bundles=self.facts,
             cells=tuple(cells),
@@ -302,9 +310,8 @@ class Run:
         return judge(self.canary.us, others, None if stolen is None else stolen[0] / stolen[1], cells)
 
     def close(self) -> None:
-        """Release every backend."""
-        for subject in self.subjects:
-            subject.close()
+        """Release every backend. What cannot be released is reported: it loses no figures."""
+        self.left_out += filter(None, map(close_subject, self.subjects))
 
 
 def run_bench(
@@ -348,7 +355,6 @@ def run_bench(
     """
     run = Run(bundles, config, command, clock or Clock())
     with contextlib.ExitStack() as stack:
-        stack.callback(run.close)
         cache = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sjepa-bench-")))
         nvml = _open_gpu(config.options.device, stack.callback)
         bench = Bench(clock=run.clock, nvml=nvml, began=run.began, seconds=config.seconds / config.n_blocks, seed=config.seed)
@@ -358,6 +364,8 @@ def run_bench(
             run.measure(progress)
         except KeyboardInterrupt:
             run.partial = INTERRUPTED
+        finally:
+            run.close()
         return run.report()
 
 
@@ -367,5 +375,12 @@ def _open_gpu(ordinal: int, when_done: Callable[[Callable[[], None]], Any]) -> N
         device = Device(ordinal)
     except SjepaError:
         return None
-    when_done(device.close)
+    when_done(lambda: _release(device))
     return Nvml(device.bus_id)
+
+
+def _release(device: Device) -> None:
+    try:
+        device.close()
+    except SjepaError:  # after a CUDA error that stays: the report tells what it broke
+        logger.exception("GPU %d could not be released", device.ordinal)

@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 from sjepa_deploy.errors import BackendError
+from sjepa_deploy.runtime.backend import BackendOptions, open_backend
 from sjepa_deploy.serialize import DecodeError, decode, encode
 from sjepa_deploy.spec import RunPrecision
 
@@ -53,7 +54,7 @@ class Started:
 
 
 def measure(
-    bundle: Path, backend: str, precision: RunPrecision, *, n_threads: int | None = None, cache: Path | None = None
+    bundle: Path, backend: str, precision: RunPrecision, options: BackendOptions | None = None, *, cache: Path | None = None
 ) -> Started:
     """Start a process that opens `bundle` on `backend` and calls it.
 
@@ -63,8 +64,8 @@ def measure(
         A bundle.
     backend, precision : str
         What runs it.
-    n_threads : int or None
-        See `BackendOptions`.
+    options : BackendOptions or None
+        What is asked of it.
     cache : Path or None
         Where ``torch.compile`` keeps what it compiled; None takes its own place.
 
@@ -73,7 +74,8 @@ def measure(
     BackendError
         If the process fails. The message ends with the last line that it printed.
     """
-    request = {"bundle": str(bundle), "backend": backend, "precision": precision, "n_threads": n_threads}
+    asked = encode(options or BackendOptions())
+    request = {"bundle": str(bundle), "backend": backend, "precision": precision, "options": asked}
     env = os.environ | ({"TORCHINDUCTOR_CACHE_DIR": str(cache)} if cache else {})
     started = time.perf_counter()
     command = [sys.executable, "-c", _CHILD, json.dumps(request)]
@@ -94,7 +96,6 @@ def measure(
 def child(began: float) -> None:
     """Do what `measure` asks for in this process, and print when each step was done."""
     from sjepa_deploy.bundle import Bundle
-    from sjepa_deploy.runtime.backend import BackendOptions, open_backend
     from sjepa_deploy.runtime.peers import ALL_BACKENDS, import_braindecode
     from sjepa_deploy.runtime.subjects import example_windows
 
@@ -108,7 +109,7 @@ def child(began: float) -> None:
     imported = time.perf_counter()
     bundle = Bundle.open(request["bundle"])
     opened_bundle = time.perf_counter()
-    options = BackendOptions(n_threads=request["n_threads"])
+    options = decode(BackendOptions, request["options"])
     backend: Any = open_backend(bundle, request["backend"], request["precision"], options, ALL_BACKENDS)
     opened_backend = time.perf_counter()
     batch = bundle.graph(request["precision"]).static_batch or 1

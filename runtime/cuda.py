@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib
 import math
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -99,6 +100,14 @@ class Gpu:
     memory: int
 
 
+class _Current(threading.local):
+    device: Device | None = None
+
+
+current = _Current()
+"""The `device` whose context is the calling thread's. A new thread has none, even with the identifier of one that ended."""
+
+
 class Device:
     """The primary context of a GPU, shared with PyTorch and every other user of the runtime API in this process.
 
@@ -153,6 +162,7 @@ class Device:
     def make_current(self) -> None:
         """Make this GPU's context that of the calling thread."""
         check(self.cu.cuCtxSetCurrent(self._context))
+        current.device = self
 
     def free_memory(self) -> int:
         """Return the bytes of device memory that are free."""

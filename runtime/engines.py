@@ -278,7 +278,7 @@ class EngineStore:
     def add(self, record: EngineRecord, plan: bytes, judge: Callable[[bytes], EngineRecord]) -> EngineRecord:
         """Write an engine: the plan, which `judge` reads back and completes the record of, then the record.
 
-        If `judge` raises, nothing of it stays, and an engine that was there before does.
+        If `judge` raises, or one of them cannot be written, nothing of it stays, and an engine that was there before does.
 
         Raises
         ------
@@ -292,8 +292,10 @@ class EngineStore:
                 final = judge(self._verified(candidate, record))
                 assert final.identity == record.identity
                 content = json.dumps(encode(final), indent=1, allow_nan=False) + "\n"
-                candidate.replace(file)
-                _write_atomically(self._file(record.identity, "json"), content.encode())
+                described = self._file(record.identity, "json")
+                with _written_beside(described, content.encode()) as waiting:  # once both are on the disk, they take their places
+                    candidate.replace(file)
+                    waiting.replace(described)
             finally:
                 candidate.unlink(missing_ok=True)
         except OSError as e:
@@ -380,16 +382,22 @@ def plan_hash(plan: bytes) -> str:
 
 
 def _write_atomically(file: Path, content: bytes) -> None:
+    with _written_beside(file, content) as waiting:
+        waiting.replace(file)
+
+
+@contextlib.contextmanager
+def _written_beside(file: Path, content: bytes) -> Iterator[Path]:
+    """Give `content` in a file that is on the disk, ready to replace `file`; where it does not, nothing of it stays."""
     handle, name = tempfile.mkstemp(prefix=f".{file.name}.partial-", dir=file.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        Path(name).replace(file)
-    except BaseException:
+        yield Path(name)
+    finally:
         Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _flavour_flag(machine: Machine) -> str:

@@ -51,10 +51,10 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def gpu() -> dict[str, str]:
-    """Return what the first GPU is, or why there is none to use."""
+def gpu(ordinal: int = 0) -> dict[str, str]:
+    """Return what a GPU is, or why it is none to use."""
     try:
-        device = Device()
+        device = Device(ordinal)
         found = device.gpu
         device.close()
     except (BackendError, MissingDependencyError) as e:
@@ -79,9 +79,9 @@ def commit(folder: Path) -> str | None:
     return found + (" with changes" if changed else "")
 
 
-def environment() -> Environment:
-    """Return hardware and software of this process."""
-    graphics = gpu()
+def environment(device: int = 0) -> Environment:
+    """Return hardware and software of this process, and the GPU `device`."""
+    graphics = gpu(device)
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     resolution = time.get_clock_info("perf_counter")
     return Environment(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import threading
 from contextlib import closing
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, InputError
 from sjepa_deploy.runtime import nvrtc
-from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
+from sjepa_deploy.runtime.backend import BackendOptions, FloatArray, Turn
 from sjepa_deploy.runtime.cuda import Device, DeviceBuffer, HostBuffer, Stream, address_on_gpu, check
 from sjepa_deploy.runtime.fused_lane import Lane, Launcher, refuse_persistent
 from sjepa_deploy.runtime.fused_program import Layout, Program, best_layout, make_program, refuse_spec
@@ -172,8 +171,7 @@ class FusedBackend:
         )
         self._lanes: dict[int, Lane] = {}
         self._latest: Lane | None = None
-        self._busy = threading.Lock()
-        self._thread = threading.get_ident()
+        self._turn = Turn(self._device)
 
     def _load(self, weights: Weights, layout: Layout | None) -> None:
         """Compile and load the program, with less of the weights in shared memory if the GPU has too little of it."""
@@ -202,7 +200,7 @@ class FusedBackend:
 
         If `eeg` is `input_buffer(batch)` itself, nothing is copied.
         """
-        self._begin()
+        self._turn.begin()
         try:
             lane = self._lane(len(eeg))
             if eeg is not lane.input:
@@ -210,14 +208,14 @@ class FusedBackend:
             lane.run()
             return lane.output
         finally:
-            self._busy.release()
+            self._turn.end()
 
     def run_on_gpu(self, eeg: Any) -> FloatArray:
         """Run the model on an array on the GPU (DLPack, CUDA array interface) without copying it.
 
         The result is a NumPy array that the next call overwrites.
         """
-        self._begin()
+        self._turn.begin()
         try:
             batch, address = address_on_gpu(eeg, self._launcher.stream, self._spec.input_shape)
             if address % 16 and self._spec.n_times % 4 == 0:
@@ -226,11 +224,15 @@ class FusedBackend:
             lane.run_from(address)
             return lane.output
         finally:
-            self._busy.release()
+            self._turn.end()
 
     def input_buffer(self, batch: int) -> FloatArray:
         """Return the pinned buffer that `run` reads, shape (batch, n_chans, n_times): fill it in place and pass it to `run`."""
-        return self._lane(batch).input
+        self._turn.begin()
+        try:
+            return self._lane(batch).input
+        finally:
+            self._turn.end()
 
     def warmup(self, batches: tuple[int, ...] = (1,), n_runs: int = 10) -> None:
         """Make the buffers for each of `batches`, and run them so that the GPU's clock rises."""
@@ -248,13 +250,6 @@ class FusedBackend:
         self._latest = None
         self._launcher.stream.synchronize()
         self._closing.close()
-
-    def _begin(self) -> None:
-        if not self._busy.acquire(blocking=False):
-            raise BackendError("Two threads call one backend at once.", "Load the bundle once in each thread.")
-        if threading.get_ident() != self._thread:
-            self._device.make_current()
-            self._thread = threading.get_ident()
 
     def _lane(self, batch: int) -> Lane:
         """Return what runs `batch` windows, with no kernel of another batch size on the GPU."""

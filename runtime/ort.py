@@ -19,7 +19,7 @@ import onnxruntime as ort
 
 from sjepa_deploy.bundle import ONNX_CONTRACT_KEY, Bundle, graph_contract
 from sjepa_deploy.errors import BackendError, BundleError
-from sjepa_deploy.runtime.backend import BackendOptions, FloatArray, two_threads
+from sjepa_deploy.runtime.backend import BackendOptions, FloatArray, Turn, two_threads
 from sjepa_deploy.runtime.bench_results import Split
 from sjepa_deploy.runtime.cuda import Device, DeviceBuffer, HostBuffer, Stream, address_on_gpu
 from sjepa_deploy.runtime.split import split_calls
@@ -167,7 +167,7 @@ class OrtCudaBackend:
         self._bound: dict[int, _Binding] = {}
         self._bound_on_gpu: dict[tuple[int, int], tuple[Any, Any]] = {}
         self._n_graphs = 0
-        self._busy = threading.Lock()
+        self._turn = Turn(self._device)
 
     def _probe(self) -> None:
         probe_cuda()
@@ -183,8 +183,7 @@ class OrtCudaBackend:
 
         If `eeg` is `input_buffer(batch)` itself, nothing is copied.
         """
-        if not self._busy.acquire(blocking=False):
-            raise two_threads()
+        self._turn.begin()
         try:
             bound = self._bound.get(len(eeg)) or self._bind(len(eeg))
             if eeg is not bound.input.array:
@@ -192,12 +191,11 @@ class OrtCudaBackend:
             self._run(bound)
             return bound.output.array
         finally:
-            self._busy.release()
+            self._turn.end()
 
     def run_on_gpu(self, eeg: Any) -> FloatArray:
         """Run the model on an array on the GPU (DLPack, CUDA array interface) without copying it."""
-        if not self._busy.acquire(blocking=False):
-            raise two_threads()
+        self._turn.begin()
         try:
             batch, address = address_on_gpu(eeg, self._stream, self._spec.input_shape)
             bound = self._bound.get(batch) or self._bind(batch)
@@ -211,11 +209,15 @@ class OrtCudaBackend:
             self._stream.synchronize()
             return bound.output.array
         finally:
-            self._busy.release()
+            self._turn.end()
 
     def input_buffer(self, batch: int) -> FloatArray:
         """Return the pinned buffer that `run` reads, shape (batch, n_chans, n_times): fill it in place and pass it to `run`."""
-        return (self._bound.get(batch) or self._bind(batch)).input.array
+        self._turn.begin()
+        try:
+            return (self._bound.get(batch) or self._bind(batch)).input.array
+        finally:
+            self._turn.end()
 
     def warmup(self, batches: tuple[int, ...] = (1,), n_runs: int = 10) -> None:
         """Make buffers and graph for each of `batches`, and run them so that the GPU's clock rises."""
@@ -226,19 +228,23 @@ class OrtCudaBackend:
 
     def split(self, eeg: FloatArray, n: int) -> Split:
         """Return where the time of `n` calls on `eeg` goes."""
-        bound = self._bound.get(len(eeg)) or self._bind(len(eeg))
-        steps: dict[str, Callable[[], object]] = {
-            "compute": lambda: self._session.run_with_iobinding(bound.binding, bound.options)
-        }
-        how = "as measured, in mapped memory"
-        if bound.device_buffers:
-            steps = {
-                "h2d": lambda: self._stream.upload(bound.source, bound.input),
-                **steps,
-                "d2h": lambda: self._download(bound),
+        self._turn.begin()
+        try:
+            bound = self._bound.get(len(eeg)) or self._bind(len(eeg))
+            steps: dict[str, Callable[[], object]] = {
+                "compute": lambda: self._session.run_with_iobinding(bound.binding, bound.options)
             }
-            how = "as measured, with copies"
-        return split_calls(self._device, self._stream, lambda: np.copyto(bound.input.array, eeg), steps, n, how)
+            how = "as measured, in mapped memory"
+            if bound.device_buffers:
+                steps = {
+                    "h2d": lambda: self._stream.upload(bound.source, bound.input),
+                    **steps,
+                    "d2h": lambda: self._download(bound),
+                }
+                how = "as measured, with copies"
+            return split_calls(self._device, self._stream, lambda: np.copyto(bound.input.array, eeg), steps, n, how)
+        finally:
+            self._turn.end()
 
     def _run(self, bound: _Binding) -> None:
         if bound.device_buffers:

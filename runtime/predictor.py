@@ -9,7 +9,7 @@ from typing import Literal, NoReturn
 import numpy as np
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.errors import InputError
+from sjepa_deploy.errors import BackendError, InputError
 from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, Backend, BackendOptions, FloatArray, open_backend
 from sjepa_deploy.runtime.cuda import on_gpu
 from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, RunPrecision
@@ -195,9 +195,9 @@ def load(
     precision : {"fp32", "tf32", "fp16", "bf16"} or None
         What to compute in; None takes the bundle's first graph.
     n_threads : int or None
-        CPU threads of one call, see `BackendOptions`.
+        CPU threads of one call: short for ``options=BackendOptions(n_threads=n_threads)``.
     options : BackendOptions or None
-        All that may be asked of a backend, in place of `n_threads`: which GPU, copies or mapped memory, CUDA graph, how to wait.
+        All that may be asked of a backend: threads, which GPU, copies or mapped memory, CUDA graph, how to wait.
     non_finite : {"refuse", "pass"}
         What to do with NaN and infinite samples.
     check_unit : bool
@@ -213,7 +213,7 @@ def load(
     BundleError
         If the bundle is missing, altered or has no such graph.
     BackendError
-        If the backend does not exist or cannot run this graph here.
+        If the backend does not exist or cannot run this graph here, or both `n_threads` and `options` are given.
 
     Examples
     --------
@@ -221,6 +221,8 @@ def load(
     >>> with sjepa_deploy.load("bundle") as predict:  # doctest: +SKIP
     ...     prediction = predict(eeg)
     """
+    if n_threads is not None and options is not None:
+        raise BackendError("Both n_threads and options are given.", "Use options=BackendOptions(n_threads=...).")
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
     options = options or BackendOptions(n_threads=n_threads)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from sjepa_deploy.runtime import cold_start, estimates, latency
-from sjepa_deploy.runtime.backend import FloatArray
+from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
 from sjepa_deploy.runtime.bench_results import (
     Capacity,
     Cell,
@@ -352,18 +352,17 @@ class ColdStarts(Measurement):
 
     scenario = "cold-start"
 
-    def __init__(self, bench: Bench, subject: Subject, n_blocks: int, cache: Path, n_threads: int | None) -> None:
+    def __init__(self, bench: Bench, subject: Subject, n_blocks: int, cache: Path, options: BackendOptions) -> None:
         self._compiles = "compile" in subject.backend.name  # its first process compiles, the others find what it compiled
         super().__init__(bench, subject, n_blocks + self._compiles)
         self._cache = cache / f"{subject.bundle}-{subject.backend.name}-{subject.backend.precision}"
-        self._n_threads = n_threads
+        self._options = options
         self.started: list[cold_start.Started] = []
 
     def run(self) -> None:
         """Start one process."""
         backend, path = self.subject.backend, self.subject.path
-        threads, cache = self._n_threads, self._cache
-        self.started.append(cold_start.measure(path, backend.name, backend.precision, n_threads=threads, cache=cache))
+        self.started.append(cold_start.measure(path, backend.name, backend.precision, self._options, cache=self._cache))
 
     def cells(self) -> list[tuple[Cell, Samples]]:
         """Return one cell."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import RefusedError, StreamError, UnansweredError
-from sjepa_deploy.runtime.backend import DEFAULT_BACKEND
+from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, BackendOptions
 from sjepa_deploy.runtime.keep_warm import KeepWarm
 from sjepa_deploy.runtime.predictor import Predictor, load
 from sjepa_deploy.runtime.sources import Chunk, Event, Source
@@ -242,6 +242,7 @@ class Decoder:
         *,
         backend: str = DEFAULT_BACKEND,
         precision: RunPrecision | None = None,
+        options: BackendOptions | None = None,
     ) -> Decoder:
         """Open a bundle and a stream.
 
@@ -253,12 +254,12 @@ class Decoder:
             "lsl:NAME", "lsl:type=EEG", "file:RECORDING" or "synthetic", see `sjepa_deploy.runtime.open_source`.
         config : StreamConfig or None
             How to decode.
-        backend, precision
+        backend, precision, options
             See `sjepa_deploy.load`.
         """
         from sjepa_deploy.runtime.open_source import open_source
 
-        predict = load(bundle, backend=backend, precision=precision, check_unit=False)
+        predict = load(bundle, backend=backend, precision=precision, options=options, check_unit=False)
         stream: Source | None = None
         try:
             stream = open_source(source, predict.spec)

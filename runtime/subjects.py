@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import closing
 
 import numpy as np
 
@@ -216,8 +216,9 @@ def _open(
         backend = open_backend(bundle, name, precision, options, ALL_BACKENDS)
         subject = Subject(label, bundle, backend, seed=seed)
         subject.judge(bundle)
-        if free is not None:
-            subject.device_bytes = max(0, free - (_free_device_memory(options.device) or 0))
+        left = _free_device_memory(options.device)
+        if free is not None and left is not None:
+            subject.device_bytes = max(0, free - left)
     except SjepaError as e:
         return _left_out(what, e, subject)
     except Exception as e:  # whatever a foreign library raises: the others are measured all the same
@@ -228,20 +229,32 @@ def _open(
 
 def _left_out(what: str, error: Exception, subject: Subject | None) -> LeftOut:
     if subject is not None:
+        close_subject(subject)
+    return LeftOut(what=what, reason=first_line(error))
+
+
+def close_subject(subject: Subject) -> LeftOut | None:
+    """Close `subject`, and return what kept it from closing: after a CUDA error that stays, releasing fails like all else."""
+    try:
         subject.close()
-    text = str(error).strip().splitlines() or [type(error).__name__]
-    return LeftOut(what=what, reason=text[0])
+    except Exception as e:  # whatever a foreign library raises: the others are measured and reported all the same
+        logger.exception("%s could not be closed", subject.label)
+        return LeftOut(what=f"closing: {subject.label}", reason=first_line(e))
+    return None
+
+
+def first_line(error: Exception) -> str:
+    """Return the reason that a report gives for `error`."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _free_device_memory(ordinal: int) -> int | None:
-    """Return the free bytes of the GPU, None without one."""
+    """Return the free bytes of the GPU, None without one that answers."""
     try:
-        device: Any = Device(ordinal)
+        with closing(Device(ordinal)) as device:
+            return device.free_memory()
     except SjepaError:
         return None
-    free: int = device.free_memory()
-    device.close()
-    return free
 
 
 def grouped(left_out: list[LeftOut]) -> tuple[LeftOut, ...]:

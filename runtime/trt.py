@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import closing
@@ -13,7 +12,7 @@ import numpy as np
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, EngineError, InputError
-from sjepa_deploy.runtime.backend import BackendOptions, FloatArray, two_threads
+from sjepa_deploy.runtime.backend import BackendOptions, FloatArray, Turn
 from sjepa_deploy.runtime.bench_results import Split
 from sjepa_deploy.runtime.cuda import Device, DeviceBuffer, Gpu, Graph, HostBuffer, Stream, address_on_gpu, check
 from sjepa_deploy.runtime.engines import EngineStore, Machine
@@ -78,29 +77,28 @@ class EngineRunner:
             self._closing = opened.pop_all()
         self._lanes: dict[int, _Lane] = {}
         self._gpu_lanes: OrderedDict[tuple[int, int], _Launch] = OrderedDict()
-        self._busy = threading.Lock()
-        self._thread = threading.get_ident()
+        self._turn = Turn(device)
+        self._unfinished = False
 
     def run(self, eeg: FloatArray) -> FloatArray:
         """Run the engine on `eeg`, shape (batch, n_chans, n_times). The result is overwritten by the next call.
 
         If `eeg` is `input_buffer(batch)` itself, nothing is copied.
         """
-        if not self._busy.acquire(blocking=False):
-            raise two_threads()
+        self._turn.begin()
         try:
-            if threading.get_ident() != self._thread:
-                self._move_here()
-            lane = self._lanes.get(len(eeg)) or self._open(len(eeg))
+            lane = self._lane(len(eeg))
             if eeg is not lane.input:
                 np.copyto(lane.input, eeg)
+            self._unfinished = True
             result = lane.launch()
             if result[0]:
                 check(result)
             self._wait()
+            self._unfinished = False
             return lane.output
         finally:
-            self._busy.release()
+            self._turn.end()
 
     def run_on_gpu(self, eeg: Any) -> FloatArray:
         """Run the engine on an array on the GPU (DLPack, CUDA array interface) without copying it.
@@ -108,13 +106,10 @@ class EngineRunner:
         An address that is met again is served by a graph; its memory must stay as large as it was. The result is a NumPy array
         that the next call overwrites.
         """
-        if not self._busy.acquire(blocking=False):
-            raise two_threads()
+        self._turn.begin()
         try:
-            if threading.get_ident() != self._thread:
-                self._move_here()
             batch, address = address_on_gpu(eeg, self._stream, self._spec.input_shape)
-            lane = self._lanes.get(batch) or self._open(batch)
+            lane = self._lane(batch)
             launch = self._gpu_lanes.get((batch, address))
             if launch is None:
                 launch = self._gpu_lanes[batch, address] = _Launch(self._stream, lane.enqueue_from(address))
@@ -122,15 +117,21 @@ class EngineRunner:
                     self._gpu_lanes.popitem(last=False)[1].close()
             elif self._options.cuda_graph and launch.graph is None:
                 launch.capture()
+            self._unfinished = True
             check(launch())
             self._wait()
+            self._unfinished = False
             return lane.output
         finally:
-            self._busy.release()
+            self._turn.end()
 
     def input_buffer(self, batch: int) -> FloatArray:
         """Return the pinned buffer that `run` reads, shape (batch, n_chans, n_times): fill it in place and pass it to `run`."""
-        return (self._lanes.get(batch) or self._open(batch)).input
+        self._turn.begin()
+        try:
+            return self._lane(batch).input
+        finally:
+            self._turn.end()
 
     def warmup(self, batches: tuple[int, ...] = (1,), n_runs: int = 10) -> None:
         """Make buffers, context and graph for each of `batches`, and run them so that the GPU's clock rises."""
@@ -141,9 +142,16 @@ class EngineRunner:
 
     def split(self, eeg: FloatArray, n: int) -> Split:
         """Return where the time of `n` calls on `eeg` goes."""
-        lane = self._lanes.get(len(eeg)) or self._open(len(eeg))
-        steps, how = lane.steps()
-        return split_calls(self._device, self._stream, lambda: np.copyto(lane.input, eeg), steps, n, how)
+        self._turn.begin()
+        try:
+            lane = self._lane(len(eeg))
+            steps, how = lane.steps()
+            self._unfinished = True
+            split = split_calls(self._device, self._stream, lambda: np.copyto(lane.input, eeg), steps, n, how)
+            self._unfinished = False
+            return split
+        finally:
+            self._turn.end()
 
     def close(self) -> None:
         """Release everything on the GPU."""
@@ -158,6 +166,13 @@ class EngineRunner:
         self._closing.close()
         del self.engine
 
+    def _lane(self, batch: int) -> _Lane:
+        """Return what runs `batch` windows, once a call is over that was interrupted: its flag would end the next one early."""
+        if self._unfinished:
+            self._stream.synchronize()
+            self._unfinished = False
+        return self._lanes.get(batch) or self._open(batch)
+
     def _open(self, batch: int) -> _Lane:
         if not self.min_batch <= batch <= self.max_batch:
             raise InputError(
@@ -168,10 +183,6 @@ class EngineRunner:
         lane = _Lane(self._device, self._stream, context, batch, self._spec, self._options, self._api)
         self._lanes[batch] = lane
         return lane
-
-    def _move_here(self) -> None:
-        self._device.make_current()
-        self._thread = threading.get_ident()
 
 
 class _Launch:

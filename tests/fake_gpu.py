@@ -1,18 +1,22 @@
 """A GPU made of host memory, and a TensorRT of each version whose engines are ONNX graphs that ONNX Runtime runs.
 
-The fake driver records what is captured and runs the rest at once. The fake TensorRT has the names that its version has and no
+The fake driver records what is captured and runs the rest at once; like the real one it keeps the current context of each thread,
+and most of its calls fail without one. The fake TensorRT has the names that its version has and no
 others (test_tensorrt_api.py compares them with the real bindings), so that code for another version fails.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
 import enum
+import functools
 import json
+import threading
 import time
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -22,7 +26,22 @@ import pytest
 from sjepa_deploy.errors import BackendError
 
 OUT_OF_MEMORY = 2
+INVALID_CONTEXT = 201
 NOT_READY = 600
+LAUNCH_FAILED = 719
+
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def needs_context(call: Call) -> Call:
+    """Let a call of the driver fail in a thread that has no current context."""
+
+    @functools.wraps(call)
+    def checked(driver: FakeDriver, *arguments: Any) -> Any:
+        return call(driver, *arguments) if driver.has_context() else (INVALID_CONTEXT,)
+
+    return checked  # type: ignore[return-value]
 
 
 class FakeDriver:
@@ -54,7 +73,9 @@ class FakeDriver:
     class CUresult(enum.IntEnum):
         CUDA_SUCCESS = 0
         CUDA_ERROR_OUT_OF_MEMORY = OUT_OF_MEMORY
+        CUDA_ERROR_INVALID_CONTEXT = INVALID_CONTEXT
         CUDA_ERROR_NOT_READY = NOT_READY
+        CUDA_ERROR_LAUNCH_FAILED = LAUNCH_FAILED
 
     CUdeviceptr = int
 
@@ -69,6 +90,9 @@ class FakeDriver:
         self.n_launched = 0
         self.recorded: dict[int, float] = {}
         self.busy_polls = 2
+        self.lags = False  # whether work is done only when it is asked for or waited for
+        self.waiting: list[Callable[[], None]] = []
+        self._thread = threading.local()
         self._next = 1000
 
     def _handle(self) -> int:
@@ -77,7 +101,17 @@ class FakeDriver:
 
     def submit(self, stream: int, work: Callable[[], None]) -> None:
         queue = self.queues[int(stream)]
-        work() if queue is None else queue.append(work)
+        if queue is not None:
+            queue.append(work)
+        elif self.lags:
+            self.waiting.append(work)
+        else:
+            work()
+
+    def catch_up(self) -> None:
+        """Do what was submitted."""
+        while self.waiting:
+            self.waiting.pop(0)()
 
     def cuGetErrorName(self, error: int) -> tuple[int, bytes]:
         return 0, self.CUresult(error).name.encode()
@@ -97,8 +131,13 @@ class FakeDriver:
         return (0,)
 
     def cuCtxSetCurrent(self, context: int) -> tuple[int]:
+        self._thread.context = context
         return (0,)
 
+    def has_context(self) -> bool:
+        return getattr(self._thread, "context", None) is not None
+
+    @needs_context
     def cuCtxSynchronize(self) -> tuple[int]:
         return (0,)
 
@@ -114,6 +153,7 @@ class FakeDriver:
     def cuDeviceGetPCIBusId(self, size: int, device: int) -> tuple[int, bytes]:
         return 0, b"0000:4B:00.0".ljust(size, b"\0")
 
+    @needs_context
     def cuMemGetInfo(self) -> tuple[int, int, int]:
         return 0, self.free, 1 << 32
 
@@ -127,70 +167,88 @@ class FakeDriver:
         self.n_allocated += 1
         return address
 
+    @needs_context
     def cuMemHostAlloc(self, size: int, flags: int) -> tuple[int, int]:
         assert flags == 3
         if self.n_allocated == self.fails_at:
             return OUT_OF_MEMORY, 0
         return 0, self._alloc(size)
 
+    @needs_context
     def cuMemHostGetDevicePointer(self, pointer: int, flags: int) -> tuple[int, int]:
         return 0, pointer
 
+    @needs_context
     def cuMemAlloc(self, size: int) -> tuple[int, int]:
         if size > self.free or self.n_allocated == self.fails_at:
             return OUT_OF_MEMORY, 0
         self.free -= size
         return 0, self._alloc(size)
 
+    @needs_context
     def cuMemFree(self, pointer: int) -> tuple[int]:
         self.free += len(self.allocations.pop(int(pointer)))
         return (0,)
 
+    @needs_context
     def cuMemFreeHost(self, pointer: int) -> tuple[int]:
         del self.allocations[int(pointer)]
         return (0,)
 
+    @needs_context
     def cuMemsetD8(self, target: int, value: int, size: int) -> tuple[int]:
         ctypes.memset(target, value, size)
         return (0,)
 
+    @needs_context
     def cuMemcpyHtoDAsync(self, target: int, source: int, size: int, stream: int) -> tuple[int]:
         self.submit(stream, lambda: ctypes.memmove(target, source, size))
         return (0,)
 
     cuMemcpyDtoHAsync = cuMemcpyHtoDAsync
 
+    @needs_context
     def cuStreamCreate(self, flags: int) -> tuple[int, int]:
         handle = self._handle()
         self.queues[handle] = None
         return 0, handle
 
+    @needs_context
     def cuStreamDestroy(self, stream: int) -> tuple[int]:
         del self.queues[stream]
         return (0,)
 
+    @needs_context
     def cuStreamQuery(self, stream: int) -> tuple[int]:
         self.busy_polls = (self.busy_polls + 1) % 3
+        if self.busy_polls == 0:
+            self.catch_up()
         return (0 if self.busy_polls == 0 else NOT_READY,)
 
+    @needs_context
     def cuStreamSynchronize(self, stream: int) -> tuple[int]:
         assert self.queues[stream] is None
+        self.catch_up()
         return (0,)
 
+    @needs_context
     def cuStreamWriteValue32(self, stream: int, address: int, value: int, flags: int) -> tuple[int]:
         self.submit(stream, lambda: ctypes.memmove(address, np.uint32(value).tobytes(), 4))
         return (0,)
 
+    @needs_context
     def cuStreamBeginCapture(self, stream: int, mode: int) -> tuple[int]:
         self.queues[stream] = []
         return (0,)
 
+    @needs_context
     def cuStreamEndCapture(self, stream: int) -> tuple[int, int]:
         queue, self.queues[stream] = self.queues[stream], None
         handle = self._handle()
         self.graphs[handle] = queue or []
         return 0, handle
 
+    @needs_context
     def cuGraphInstantiate(self, graph: int, flags: int) -> tuple[int, int]:
         handle = self._handle()
         self.graphs[handle] = self.graphs[graph]
@@ -202,33 +260,47 @@ class FakeDriver:
 
     cuGraphExecDestroy = cuGraphDestroy
 
+    @needs_context
     def cuGraphUpload(self, graph: int, stream: int) -> tuple[int]:
         return (0,)
 
+    @needs_context
     def cuGraphLaunch(self, graph: int, stream: int) -> tuple[int]:
         self.n_launched += 1
         for work in self.graphs[graph]:
             self.submit(stream, work)
         return (0,)
 
+    @needs_context
     def cuEventCreate(self, flags: int) -> tuple[int, int]:
         assert flags in (0, 3)
         return 0, self._handle()
 
+    @needs_context
     def cuEventRecord(self, event: int, stream: int) -> tuple[int]:
         assert self.queues[int(stream)] is None  # what ran before on this stream is done
         self.recorded[event] = time.perf_counter()
         return (0,)
 
+    @needs_context
     def cuEventElapsedTime(self, start: int, end: int) -> tuple[int, float]:
         return 0, (self.recorded[end] - self.recorded[start]) * 1e3
 
+    @needs_context
     def cuEventSynchronize(self, event: int) -> tuple[int]:
+        self.catch_up()
         return (0,)
 
+    @needs_context
     def cuEventDestroy(self, event: int) -> tuple[int]:
         self.recorded.pop(event, None)
         return (0,)
+
+
+def in_another_thread(call: Callable[[], Any]) -> None:
+    """Call in a new thread, and raise here what it raises."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(call).result()
 
 
 def check_nothing_is_left(driver: FakeDriver, open_run_and_close: Callable[[], None]) -> None:
@@ -475,6 +547,7 @@ def fake_tensorrt(version: str, driver: FakeDriver, faults: Faults) -> types.Sim
             return True
 
         def execute_async_v3(self, stream: int) -> bool:
+            assert driver.has_context(), "the calling thread has no current context"
             assert self._memory, "no memory for activations"
             assert strong or self._has_profile, "8.6 gives the profile to the first context alone"
             if faults.refuse_enqueue:

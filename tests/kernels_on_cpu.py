@@ -9,7 +9,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from fake_gpu import FakeDriver
+from fake_gpu import FakeDriver, needs_context
 
 from sjepa_deploy.runtime import fused_program
 
@@ -52,6 +52,7 @@ class KernelDriver(FakeDriver):
         self.running: threading.Thread | None = None
         self.n_kernels = 0
 
+    @needs_context
     def cuModuleLoadData(self, code: bytes) -> tuple[int, int]:
         if self.load_error:
             return self.CUresult(self.load_error), 0
@@ -63,26 +64,31 @@ class KernelDriver(FakeDriver):
         del self.modules[module]
         return (0,)
 
+    @needs_context
     def cuModuleGetFunction(self, module: int, name: bytes) -> tuple[int, int]:
         handle = self._handle()
         self.functions[handle] = self.modules[module], name.decode()
         return 0, handle
 
+    @needs_context
     def cuMemcpyHtoD(self, target: int, source: int, size: int) -> tuple[int]:
         ctypes.memmove(target, source, size)
         return (0,)
 
     cuMemcpyDtoH = cuMemcpyHtoD
 
+    @needs_context
     def cuFuncSetAttribute(self, function: int, attribute: int, value: int) -> tuple[int]:
         assert attribute == 8
         assert value <= self.shared
         self.shared_limit[function] = value
         return (0,)
 
+    @needs_context
     def cuOccupancyMaxActiveBlocksPerMultiprocessor(self, function: int, threads: int, shared_bytes: int) -> tuple[int, int]:
         return 0, self.shared // shared_bytes
 
+    @needs_context
     def cuLaunchKernel(self, function, x, y, z, threads, ty, tz, shared_bytes, stream, params, extra) -> tuple[int]:
         assert (y, z, ty, tz, extra) == (1, 1, 1, 1, 0)
         library, name = self.functions[function]
@@ -93,6 +99,7 @@ class KernelDriver(FakeDriver):
             return (0,)
         return self._launch(function, x, threads, shared_bytes, stream, params, resident=False)
 
+    @needs_context
     def cuLaunchCooperativeKernel(self, function, x, y, z, threads, ty, tz, shared_bytes, stream, params) -> tuple[int]:
         assert (y, z, ty, tz) == (1, 1, 1, 1)
         assert x <= self.multiprocessors * (self.shared // shared_bytes), "the grid is not resident"
@@ -126,16 +133,19 @@ class KernelDriver(FakeDriver):
         if self.running is not None:
             self.running.join()
 
+    @needs_context
     def cuStreamSynchronize(self, stream: int) -> tuple[int]:
         self._join()
         return super().cuStreamSynchronize(stream)
 
+    @needs_context
     def cuCtxSynchronize(self) -> tuple[int]:
         self._join()
         return super().cuCtxSynchronize()
 
     failed = False
 
+    @needs_context
     def cuStreamQuery(self, stream: int) -> tuple[int]:
         """Return an error once threads were left at a barrier, as a GPU never would: it would hang."""
         if self.running is not None and self.running.is_alive():
@@ -145,6 +155,7 @@ class KernelDriver(FakeDriver):
     class CUresult(enum.IntEnum):
         CUDA_SUCCESS = 0
         CUDA_ERROR_OUT_OF_MEMORY = 2
+        CUDA_ERROR_INVALID_CONTEXT = 201
         CUDA_ERROR_NO_BINARY_FOR_GPU = 209
         CUDA_ERROR_NOT_READY = 600
         CUDA_ERROR_LAUNCH_FAILED = 719

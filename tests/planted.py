@@ -90,6 +90,27 @@ class Breaks(OrtCpuBackend):
         return super().run(eeg)
 
 
+class Sticks(Breaks):
+    """Cannot be released once it is broken, as after a CUDA error that stays."""
+
+    name = "sticks"
+
+    def close(self):
+        if self._calls_left <= 0:
+            raise RuntimeError("CUDA error: the context is lost\nmore")
+        super().close()
+
+
+class SticksAtOnce(Sticks):
+    """Breaks while it is judged."""
+
+    name = "sticks-at-once"
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._calls_left = 1
+
+
 class Interrupts(OrtCpuBackend):
     """Somebody presses Ctrl-C during the 3000th call."""
 
@@ -103,7 +124,7 @@ class Interrupts(OrtCpuBackend):
         return super().run(eeg)
 
 
-BACKENDS = {c.name: c for c in (Slow0, Slow10, Slow1, Stalls, Sleeps, Wrong, Breaks, Interrupts)}
+BACKENDS = {c.name: c for c in (Slow0, Slow10, Slow1, Stalls, Sleeps, Wrong, Breaks, Sticks, SticksAtOnce, Interrupts)}
 
 
 def plant(setitem=dict.__setitem__) -> None:

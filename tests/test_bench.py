@@ -175,8 +175,23 @@ def test_cold_starts_have_their_phases_and_the_memory_of_the_process(whole):
 
 def test_braindecode_starts_in_a_process_of_its_own(make_bundle):
     """Its torchaudio may not load on a machine without CUDA, also where nothing was imported before."""
-    started = cold_start.measure(make_bundle("prelocal").path, "braindecode", "fp32", n_threads=1)
+    started = cold_start.measure(make_bundle("prelocal").path, "braindecode", "fp32", ONE_THREAD)
     assert started.phases["import"] > started.phases["steady call"] > 0
+
+
+def test_cold_starts_have_all_options_of_the_run(make_bundle, monkeypatch):
+    bundle, asked = make_bundle("prelocal"), []
+    with pytest.raises(BackendError, match="The backend ort-cpu keeps no kernel on the GPU"):
+        cold_start.measure(bundle.path, "ort-cpu", "fp32", BackendOptions(persistent=True))
+
+    def measure(path, backend, precision, options, *, cache):
+        asked.append(options)
+        return cold_start.Started(phases={"process": 0.1}, calls_to_steady=1, peak_bytes=None)
+
+    monkeypatch.setattr(cold_start, "measure", measure)
+    options = BackendOptions(n_threads=1, device=1, memory="copy", cuda_graph=False, wait="flag")
+    run_bench((bundle,), BenchConfig(**QUICK | {"scenarios": ("cold-start",), "options": options}))
+    assert asked == [options]
 
 
 def test_environment_noise_and_recommendation_are_told(whole):
@@ -364,6 +379,20 @@ def test_a_backend_that_breaks_ends_nothing_but_itself(make_bundle):
     assert entry.what == "back-to-back: bundle on breaks fp32"
     assert entry.reason == "CUDA error: an illegal memory access was encountered"
     assert [c.key.backend for c in report.cells] == [HARNESS, "ort-cpu"]
+
+
+def test_a_backend_that_cannot_be_released_costs_no_figures(make_bundle, caplog):
+    """Neither one that broke while it was opened, nor one that broke later and was closed at the end."""
+    config = BenchConfig(**QUICK | {"backends": ("sticks-at-once", "sticks", "ort-cpu"), "scenarios": ("back-to-back",)})
+    report, _ = run_bench((make_bundle("prelocal"),), config)
+    assert [c.key.backend for c in report.cells] == [HARNESS, "ort-cpu"]
+    assert {entry.reason: entry.what for entry in report.left_out} == {
+        "CUDA error: an illegal memory access was encountered":
+            "bundle on sticks-at-once fp32, back-to-back: bundle on sticks fp32",
+        "CUDA error: the context is lost": "closing: bundle on sticks fp32",
+    }  # fmt: skip
+    closed = [record.getMessage() for record in caplog.records if "could not be closed" in record.getMessage()]
+    assert closed == ["bundle on sticks-at-once fp32 could not be closed", "bundle on sticks fp32 could not be closed"]
 
 
 def test_ctrl_c_writes_what_there_is_and_says_so(make_bundle, sjepa_bench, tmp_path):
@@ -818,6 +847,9 @@ def test_the_report_of_a_gpu_machine_loses_only_what_hangs_and_goes_on(make_bund
     monkeypatch.setitem(sys.modules, "gpu_latency", script)
     specification.loader.exec_module(script)
     assert len({part.name for part in script.PARTS}) == len(script.PARTS)
+    words = ("memory=copy", "cuda_graph=false", "device=1", "persistent=true")
+    asked = {"memory": "copy", "cuda_graph": False, "device": 1, "persistent": True}
+    assert dict(map(script.option, words)) == asked
     for part in script.PARTS:
         assert set(part.backends.split()) <= set(ALL_BACKENDS)
         assert set(part.scenarios.split()) <= set(SCENARIOS)

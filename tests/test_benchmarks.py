@@ -1,8 +1,11 @@
-"""The index of benchmark results is what the results say."""
+"""The index of benchmark results is what the results say, and scripts read the results that are there."""
 
 import importlib.util
 import json
+<<<<<<< HEAD
 import subprocess
+=======
+>>>>>>> trt
 import sys
 from pathlib import Path
 
@@ -83,3 +86,26 @@ def test_a_result_that_does_not_say_where_it_is_from_is_refused(script, tmp_path
 def test_a_readme_without_marks_is_refused(script):
     with pytest.raises(SystemExit, match="has no marks"):
         script.with_index("# Benchmarks\n", "| a |\n")
+
+
+@pytest.mark.parametrize(
+    ("result", "gpu", "us"),
+    [
+        (
+            "gpu_engines_H100_2026-11-25",
+            "NVIDIA H100 80GB HBM3",
+            [(58, 77, 126, 841), (65, 96, 187, 1109), (331, 444, 666, 3330)],
+        ),
+        ("gpu_engines_H200_2026-11-22", "NVIDIA H200", [(61, 87, 160, 854), (65, 82, 132, 848), (318, 387, 588, 2667)]),
+    ],
+)
+def test_servers_are_simulated_with_the_batches_of_either_run(monkeypatch, result, gpu, us):
+    """They were measured with the first of the ways to call, which changed from one run to the other."""
+    monkeypatch.syspath_prepend(str(FOLDER))  # it imports a module that lies beside it
+    spec = importlib.util.spec_from_file_location("serving_simulation", FOLDER / "serving_simulation.py")
+    simulation = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "serving_simulation", simulation)
+    spec.loader.exec_module(simulation)
+    kinds = simulation.gpu_kinds(json.loads((FOLDER / "results" / f"{result}.json").read_text()))
+    assert [kind.name for kind in kinds] == [f"{v}, {gpu} (tf32 engine)" for v in ("prelocal", "postlocal", "contextual")]
+    assert [tuple(round(kind.compute(batch) * 1e6) for batch in (1, 3, 8, 64)) for kind in kinds] == us

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import functools
 import itertools
 import json
+import os
 import shutil
 import threading
 import time
@@ -13,7 +16,7 @@ import time
 import numpy as np
 import pytest
 from engine_bundles import small_bundle
-from fake_gpu import FakeDriver, Faults, check_nothing_is_left, fake_tensorrt
+from fake_gpu import LAUNCH_FAILED, FakeDriver, Faults, check_nothing_is_left, fake_tensorrt, in_another_thread
 
 import sjepa_deploy
 from sjepa_deploy.bundle import Bundle
@@ -27,6 +30,7 @@ from sjepa_deploy.runtime.bench import BenchConfig, run_bench
 from sjepa_deploy.runtime.engines import BuildSettings, EngineStore, timing_cache_file
 from sjepa_deploy.runtime.peers import ALL_BACKENDS
 
+ONE_THREAD = BackendOptions(n_threads=1)  # on busy cores, threads of small models wait for each other
 VERSIONS = ("8.6.0", "10.9.0", "11.4.0")
 
 
@@ -160,6 +164,45 @@ def test_calls_are_split_with_events_and_go_on_afterwards(rig, bundle, memory, w
     backend.close()
 
 
+@pytest.mark.parametrize("wait", ["spin", "flag", "block"])
+def test_an_interrupted_call_does_not_end_the_next_one_early(rig, bundle, monkeypatch, wait):
+    """The GPU finishes it some time after the interrupt, and the next call's work only when that is waited for."""
+    build_engine(bundle, "fp32")
+    backend = open_backend(bundle, "tensorrt", "fp32", BackendOptions(wait=wait))
+    runner, windows = backend.runner, eeg(bundle, 3)
+    want = {n: outputs(bundle, "fp32", windows[-n:]) for n in (1, 2, 3)}
+    backend.warmup()
+    lane = runner._lanes[1]
+    launch = lane.launch
+
+    def interrupted(*first):
+        for call in first:
+            call()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sjepa_deploy.runtime.trt.address_on_gpu", lambda array, stream, window: (1, array.ctypes.data))
+    split = "sjepa_deploy.runtime.trt.split_calls"
+    cases = [
+        (backend.run, (lane, "launch"), interrupted, 1),
+        (backend.run, (lane, "launch"), lambda: interrupted(launch), 1),
+        (backend.run, (runner, "_wait"), interrupted, 1),
+        (backend.run, (runner, "_wait"), interrupted, 2),  # a batch size that is new: its first call is not ended early either
+        (backend.run_on_gpu, (runner, "_wait"), interrupted, 1),
+        (lambda window: backend.split(window, 1), (split,), lambda *ignored: interrupted(launch), 3),
+    ]
+    rig.driver.lags = True
+    for call, place, replacement, next_batch in cases:
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, replacement)
+            with pytest.raises(KeyboardInterrupt):
+                call(windows[:1])
+        rig.driver.catch_up()
+        for n in (next_batch, 1):
+            np.testing.assert_array_equal(backend.run(windows[-n:]), want[n])
+            backend.run(windows[:n])
+    backend.close()
+
+
 @pytest.mark.parametrize("memory", ["mapped", "copy"])
 def test_the_benchmark_measures_engines(rig, bundle, monkeypatch, memory):
     """Everything but the hardware: device memory, the split, energy and clocks from NVML."""
@@ -189,6 +232,28 @@ def test_the_benchmark_measures_engines(rig, bundle, monkeypatch, memory):
     assert entry.what == "b on tensorrt fp16"
     assert "engine" in entry.reason
     assert not rig.driver.allocations
+
+
+def test_the_benchmark_names_the_gpu_that_it_was_asked_for(rig, bundle):
+    rig.driver.cuDeviceGetCount = lambda: (0, 2)
+    rig.driver.cuDeviceGetName = lambda size, device: (0, f"NVIDIA Fake {device}".encode().ljust(size, b"\0"))
+    config = BenchConfig(
+        **{"backends": ("ort-cpu",), "precisions": ("fp32",), "scenarios": ("back-to-back",), "seconds": 0.1, "n_blocks": 5},
+        options=BackendOptions(n_threads=1, device=1),
+    )
+    report, _ = run_bench((bundle,), config)
+    assert report.environment.gpu.startswith("NVIDIA Fake 1,")
+
+
+def test_a_gpu_that_broke_costs_no_figures(rig, bundle, caplog):
+    rig.driver.cuMemGetInfo = lambda: (LAUNCH_FAILED, 0, 0)
+    rig.driver.cuDevicePrimaryCtxRelease = lambda device: (LAUNCH_FAILED,)
+    config = BenchConfig(
+        backends=("ort-cpu",), precisions=("fp32",), scenarios=("back-to-back",), seconds=0.1, n_blocks=5, options=ONE_THREAD
+    )
+    report, _ = run_bench((bundle,), config)
+    assert [c.key.backend for c in report.cells] == ["nothing", "ort-cpu"]
+    assert "GPU 0 could not be released" in caplog.text
 
 
 class OnGpu:
@@ -268,6 +333,27 @@ def test_an_engine_that_differs_after_reloading_is_not_kept_and_the_old_one_stay
     rig.faults.spoil = lambda out: out
     assert calls
     assert EngineStore(bundle=bundle).plan(first)
+    sjepa_deploy.load(bundle, backend="tensorrt").close()
+
+
+def test_a_record_that_cannot_be_written_leaves_the_engine_that_was_there(rig, bundle, monkeypatch):
+    first = build_engine(bundle, "fp32")
+    store = EngineStore(bundle=bundle)
+    files = {file.name: file.read_bytes() for file in store.folder.iterdir()}
+    written = []
+
+    def full(handle):
+        written.append(handle)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    other = dataclasses.replace(first, plan_sha256=sjepa_deploy.runtime.engines.plan_hash(b"another plan"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(EngineError, match="cannot be written .No space left on device."):
+            store.add(other, b"another plan", lambda plan: other)
+    assert len(written) == 2, "the plan was written, and the record was not"
+    assert {file.name: file.read_bytes() for file in store.folder.iterdir()} == files
     sjepa_deploy.load(bundle, backend="tensorrt").close()
 
 
@@ -439,15 +525,24 @@ def test_a_refused_enqueue_is_an_error_and_no_stale_output(rig, bundle):
 def test_two_threads_on_one_backend_are_told_apart(rig, bundle):
     build_engine(bundle, "fp32")
     backend = open_backend(bundle, "tensorrt", "fp32")
-    backend.runner._busy.acquire()
+    backend.runner._turn.begin()
     with pytest.raises(BackendError, match="Two threads call one backend at once"):
         backend.run(eeg(bundle, 1))
-    backend.runner._busy.release()
-    results = []
-    thread = threading.Thread(target=lambda: results.append(backend.run(eeg(bundle, 1)).copy()))
-    thread.start()
-    thread.join()
-    np.testing.assert_array_equal(results[0], outputs(bundle, "fp32", eeg(bundle, 1)))
+    backend.runner._turn.end()
+    backend.close()
+
+
+@pytest.mark.parametrize("first", ["run", "run_on_gpu", "input_buffer", "warmup", "split"])
+def test_a_thread_that_did_not_open_the_backend_may_call_it(rig, bundle, monkeypatch, first):
+    address = lambda array, stream, window: (len(array), array.ctypes.data)  # noqa: E731
+    monkeypatch.setattr("sjepa_deploy.runtime.trt.address_on_gpu", address)
+    build_engine(bundle, "fp32")
+    backend, windows = open_backend(bundle, "tensorrt", "fp32"), eeg(bundle, 1)
+    call = {"input_buffer": lambda: backend.input_buffer(1), "split": lambda: backend.split(windows, 1), "warmup": backend.warmup}
+    call |= {name: functools.partial(getattr(backend, name), windows) for name in ("run", "run_on_gpu")}
+    for _ in range(3):  # a later thread mostly gets the identifier of the one before
+        in_another_thread(call[first])
+    np.testing.assert_array_equal(backend.run(windows), outputs(bundle, "fp32", windows))
     backend.close()
 
 

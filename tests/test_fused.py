@@ -3,13 +3,12 @@
 import contextlib
 import ctypes
 import dataclasses
-import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from bundles import small_spec
-from fake_gpu import check_nothing_is_left
+from fake_gpu import check_nothing_is_left, in_another_thread
 from kernels_on_cpu import KernelDriver, compiled_for_cpu
 from oracle import randomise
 from safetensors.numpy import load_file
@@ -243,15 +242,26 @@ def test_a_call_allocates_nothing(gpu, make_model):
 def test_a_second_thread_is_refused_while_the_first_is_inside(gpu, make_model):
     bundle, reference, _ = make_model(SPECS["prelocal"])
     backend = backend_for(gpu, bundle)
-    backend._busy.acquire()
+    backend._turn.begin()
     with pytest.raises(BackendError, match="Two threads"):
         backend.run(reference.inputs[:1])
-    backend._busy.release()
-    found = []
-    thread = threading.Thread(target=lambda: found.append(backend.run(reference.inputs[:1]).copy()))
-    thread.start()
-    thread.join()
-    np.testing.assert_array_equal(found[0], backend.run(reference.inputs[:1]))
+    backend._turn.end()
+    backend.close()
+
+
+@pytest.mark.parametrize("first", ["run", "run_on_gpu", "input_buffer", "warmup"])
+def test_a_thread_that_did_not_open_the_backend_may_call_it(gpu, make_model, monkeypatch, first):
+    bundle, reference, _ = make_model(SPECS["prelocal"])
+    backend = backend_for(gpu, bundle)
+    memory = cuda.HostBuffer(backend._device, reference.inputs[:1].shape)
+    memory.array[...] = reference.inputs[:1]
+    monkeypatch.setattr(fused, "address_on_gpu", lambda address, stream, window: (1, address))
+    call = {"input_buffer": lambda: backend.input_buffer(1), "warmup": lambda: backend.warmup(n_runs=1)}
+    call |= {"run": lambda: backend.run(memory.array), "run_on_gpu": lambda: backend.run_on_gpu(memory.address)}
+    for _ in range(3):  # a later thread mostly gets the identifier of the one before
+        in_another_thread(call[first])
+    np.testing.assert_array_equal(backend.run_on_gpu(memory.address), backend.run(memory.array))
+    memory.close()
     backend.close()
 
 

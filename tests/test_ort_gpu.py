@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 from engine_bundles import small_bundle
-from fake_gpu import FakeDriver, check_nothing_is_left
+from fake_gpu import FakeDriver, check_nothing_is_left, in_another_thread
 
 from sjepa_deploy.errors import BackendError
 from sjepa_deploy.runtime import cuda
@@ -76,6 +77,20 @@ def test_arrays_on_the_gpu_are_bound_where_they_are(opened, monkeypatch):
     for _ in range(3):
         np.testing.assert_array_equal(backend.run_on_gpu(windows), on_cpu.run(windows))
         windows += 1
+    backend.close()
+
+
+@pytest.mark.parametrize("first", ["run", "run_on_gpu", "input_buffer", "warmup", "split"])
+def test_a_thread_that_did_not_open_the_backend_may_call_it(opened, monkeypatch, first):
+    monkeypatch.setattr(ort_module, "address_on_gpu", lambda array, stream, window: (len(array), array.ctypes.data))
+    bundle = small_bundle("prelocal")
+    windows = bundle.reference().inputs[:1].copy()
+    backend = open_backend(bundle, "ort-cuda", "fp32")
+    call = {"input_buffer": lambda: backend.input_buffer(1), "split": lambda: backend.split(windows, 1), "warmup": backend.warmup}
+    call |= {name: functools.partial(getattr(backend, name), windows) for name in ("run", "run_on_gpu")}
+    for _ in range(3):  # a later thread mostly gets the identifier of the one before
+        in_another_thread(call[first])
+    np.testing.assert_array_equal(backend.run(windows), open_backend(bundle, "ort-cpu", "fp32").run(windows))
     backend.close()
 
 

@@ -43,6 +43,7 @@ def test_public_names():
     assert sorted(sjepa_deploy.__all__) == sorted(
         [
             "load",
+            "BackendOptions",
             "Predictor",
             "Decoder",
             "StreamConfig",

@@ -161,6 +161,11 @@ def test_volts_are_right_for_a_model_in_volts(make_bundle):
             predict(eeg(2))
 
 
+def test_threads_are_given_once(make_bundle):
+    with pytest.raises(BackendError, match=r"Both n_threads and options are given. Use options=BackendOptions\(n_threads"):
+        sjepa_deploy.load(make_bundle("prelocal"), n_threads=1, options=sjepa_deploy.BackendOptions())
+
+
 def test_the_check_of_the_unit_can_be_left_out(make_bundle):
     with sjepa_deploy.load(make_bundle("prelocal"), check_unit=False) as predict:
         for factor in (1e-6, 1e6, 1e18):

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from eeg_files import eeg_file
 
+import sjepa_deploy
+from sjepa_deploy.runtime.backend import BackendOptions
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -47,6 +50,15 @@ def test_python_example_runs_as_written(folder):
     (example,) = blocks("python")
     check = "\nassert prediction.shape == (1, 1) and np.isfinite(prediction).all()\n"
     subprocess.run([sys.executable, "-W", "error", "-c", example + check], cwd=folder, check=True)
+
+
+def test_examples_of_the_backend_cuda_are_calls(monkeypatch):
+    """There is no GPU here to run them on."""
+    asked = []
+    monkeypatch.setattr(sjepa_deploy, "load", lambda bundle, *, backend, options=None: asked.append((bundle, backend, options)))
+    for example in re.findall(r"^    (sjepa_deploy\..*)$", (ROOT / "docs" / "fused.md").read_text(), re.MULTILINE):
+        exec(f"import sjepa_deploy\n{example}", {})
+    assert asked == [("bundle", "cuda", None), ("bundle", "cuda", BackendOptions(persistent=True))]
 
 
 def test_make_targets_exist():

@@ -393,6 +393,8 @@ def test_backend_that_does_not_load_is_an_error_before_any_stream_is_looked_for(
     assert "needs not_there, which is not installed" in capsys.readouterr().err
     with pytest.raises(BackendError, match="'abacus' is not a backend"):
         Decoder.open(make_bundle("prelocal").path, "lsl:nobody", backend="abacus")
+    with pytest.raises(BackendError, match="The backend ort-cpu keeps no kernel on the GPU"):
+        Decoder.open(make_bundle("prelocal").path, "lsl:nobody", options=sjepa_deploy.BackendOptions(persistent=True))
 
 
 def test_open_closes_what_it_opened(make_bundle, tmp_path):
