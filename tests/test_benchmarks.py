@@ -2,10 +2,7 @@
 
 import importlib.util
 import json
-<<<<<<< HEAD
 import subprocess
-=======
->>>>>>> trt
 import sys
 from pathlib import Path
 

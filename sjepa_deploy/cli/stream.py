@@ -161,8 +161,9 @@ def stream(
         names = None if channels is None else channels.split(",")
         opened_source = open_source(source, opened.spec, unit=unit, ch_names=names, sfreq=sfreq, speed=speed)
         closing.callback(opened_source.close)
-        offline = speed == float("inf") and hasattr(opened_source, "set_chunk")
-        if offline:
+        offline = False
+        if speed == float("inf") and hasattr(opened_source, "set_chunk"):
+            offline = True
             opened_source.set_chunk(max(1, config.hop_samples(opened.spec)))
         decoder = Decoder(predict, opened_source, config)
         monitor = watch(decoder)
