@@ -382,7 +382,8 @@ def _lines(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
 def _messages(overloads: Iterator[dict[str, Any]]) -> str:
     counts: dict[str, int] = {}
     for over in overloads:
-        for message, n in over["messages"].items():
+        for said, n in over["messages"].items():
+            message = re.sub(r"^\[request id: [^]]*\] ", "", said)
             counts[message] = counts.get(message, 0) + n
     return ", ".join(f"{message!r} ({n})" for message, n in counts.items()) or "nothing"
 

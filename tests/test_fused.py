@@ -360,18 +360,18 @@ def test_a_kernel_that_stays_answers_as_launches_do(staying_gpu, make_model, nam
 def test_a_transformer_that_stays_answers_as_launches_do(staying_gpu, make_model, name):
     """In the harder order alone, as these take a minute."""
     staying_gpu.descending = True
-    check_staying(staying_gpu, make_model, name, {})
+    check_staying(staying_gpu, make_model, name, {}, order=(0, 1, 0))
 
 
-def check_staying(staying_gpu, make_model, name, layout):
+def check_staying(staying_gpu, make_model, name, layout, order=(0, 1, 2, 1, 1, 0)):
     bundle, reference, _ = make_model(SPECS[name])
     launched = backend_for(staying_gpu, bundle, **layout)
-    want = [launched.run(window[None]).copy() for window in reference.inputs[:3]]
+    want = [launched.run(window[None]).copy() for window in reference.inputs[: max(order) + 1]]
     launched.close()
     backend = backend_for(staying_gpu, bundle, options=PERSISTENT, **layout)
-    backend.warmup()
+    backend.run(reference.inputs[:1])
     before = staying_gpu.n_kernels
-    for i in (0, 1, 2, 1, 1, 0):
+    for i in order:
         np.testing.assert_array_equal(backend.run(reference.inputs[i : i + 1]), want[i])
     assert staying_gpu.n_kernels == before, "it was launched anew"
     assert staying_gpu.running.is_alive()
