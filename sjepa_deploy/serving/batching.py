@@ -15,8 +15,8 @@ from sjepa_deploy.runtime.backend import BackendOptions, open_backend
 from sjepa_deploy.spec import Precision
 
 REQUEST_OVERHEAD = 0.0005
-"""Seconds that a window costs Triton's Python backend beyond its run. On slow cores, on which PreLocal runs in 0.12 ms, the server
-takes 0.6 to 1.0 ms of processor time more, in part beside the run (benchmarks/results/serving_2-core-cpu_2026-11-25.md)."""
+"""Seconds that a window costs Triton's Python backend beyond its run. On slow cores, on which PreLocal runs in 0.12 ms, the
+server takes 0.6 to 1.0 ms of processor time more, in part beside the run: benchmarks/results/serving_2-core-cpu_2026-11-25.md."""
 
 LARGEST_WAIT = 0.1
 """Share of the deadline that a request waits at most for others to share a run with."""
