@@ -201,7 +201,7 @@ def test_live_path_equals_the_offline_model_on_recordings(name, variant, tmp_pat
     spec = small_spec(variant, n_chans=n_chans, ch_names=tuple(raw.ch_names), positions=positions, **RECORDINGS[name])
     bundle = export_small(tmp_path / "bundle", spec)
     with sjepa_deploy.load(bundle, check_unit=False) as predict:
-        result = check_streaming(predict, eeg_file(name), StreamConfig(hop=2.0 if name == "eeglab_data.set" else 0.5), **unit)
+        result = check_streaming(predict, eeg_file(name), StreamConfig(hop=1.5 if name == "eeglab_data.set" else 0.5), **unit)
     assert result.identical
     assert result.passed
     assert result.max_error <= 1e-5
