@@ -180,7 +180,7 @@ def hard_windows(n_chans: int, n_times: int, sfreq: float, rng: np.random.Genera
 
 
 def main() -> None:
-    """Write a recording of synthetic EEG: ``python -m sjepa_deploy.synthetic eeg.npy``."""
+    """Write a recording of synthetic EEG, as `make demo` does."""
     parser = argparse.ArgumentParser(description="Write synthetic EEG in microvolts as an array (channels, samples).")
     parser.add_argument("out", type=Path, help="the .npy file")
     parser.add_argument("--channels", type=int, default=129)
@@ -190,7 +190,3 @@ def main() -> None:
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
     np.save(args.out, eeg_windows(1, args.channels, round(args.seconds * args.sfreq), args.sfreq, rng)[0])
-
-
-if __name__ == "__main__":
-    main()
