@@ -76,8 +76,8 @@ def send(bundle: Path, sfreq: float, name: str, priority: int | None, late: Path
         wait = started + i / sfreq - time.perf_counter()
         if wait > 0:
             time.sleep(wait)
-        if (behind := time.perf_counter() - started - i / sfreq) > LATE_S:
-            notes.write(f"{json.dumps([pylsl.local_clock(), behind])}\n")
+            if (behind := time.perf_counter() - started - i / sfreq) > LATE_S:
+                notes.write(f"{json.dumps([pylsl.local_clock(), behind])}\n")
         outlet.push_sample(minute[i % len(minute)], pylsl.local_clock())
         i += 1
 
@@ -130,7 +130,6 @@ def live(bundle: Path, sfreq: float, hop: float, minutes: float, priority: int |
     inferences = np.array([row["infer_s"] for row in decisions])
     times = np.array([row["time"] for row in decisions])
     tenth = max(1, len(ages) // 10)
-    stolen = after.stolen_during(before)
     return {
         "variant": bundle.name,
         "sfreq": sfreq,
@@ -155,31 +154,18 @@ def live(bundle: Path, sfreq: float, hop: float, minutes: float, priority: int |
         "events": [row for row in rows if "event" in row][:200],
         "accounted": accounted(summary["counters"]),
         "others_cores": after.others_since(before),
-        "stolen_cores": None if stolen is None else stolen[0] / stolen[1],
+        "stolen_cores": after.stolen_since(before),
         "sender_late": [[at, behind * 1e3] for at, behind in late_at if decisions and at >= times[0]],
         "oldest": [[times[i], ages[i] * 1e3, latencies[i] * 1e3] for i in np.argsort(ages)[:-11:-1]],
     }
 
 
 def fast(bundle: Path, hours: float, hop: float, sfreq: float, extra: list[str]) -> dict[str, Any]:
-    arguments = [
-        "--source",
-        "synthetic",
-        "--sfreq",
-        sfreq,
-        "--speed",
-        "inf",
-        "--duration",
-        hours * 3600,
-        "--hop",
-        hop,
-        "--json",
-        *extra,
-    ]
+    arguments = ["--source", "synthetic", "--sfreq", sfreq, "--speed", "inf", "--duration", hours * 3600, "--hop", hop, *extra]
     memory: list[tuple[float, float]] = []
     stop = threading.Event()
     started = time.monotonic()
-    decoder = subprocess.Popen([*COMMAND, bundle, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    decoder = subprocess.Popen([*COMMAND, bundle, "--json", *map(str, arguments)], stdout=subprocess.PIPE, text=True)
     watcher = threading.Thread(target=watch_memory, args=(decoder.pid, 2.0, memory, stop))
     watcher.start()
     printed, _ = decoder.communicate()

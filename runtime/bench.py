@@ -306,8 +306,7 @@ class Run:
         if self.cpu_before is None or not self.canary.us:
             return None
         now = CpuTimes.now()
-        others, stolen = now.others_since(self.cpu_before), now.stolen_during(self.cpu_before)
-        return judge(self.canary.us, others, None if stolen is None else stolen[0] / stolen[1], cells)
+        return judge(self.canary.us, now.others_since(self.cpu_before), now.stolen_since(self.cpu_before), cells)
 
     def close(self) -> None:
         """Release every backend. What cannot be released is reported: it loses no figures."""

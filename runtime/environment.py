@@ -205,6 +205,11 @@ class CpuTimes:
             return None
         return max(0.0, (self.busy - before.busy) - (self.own - before.own)) / (self.at - before.at)
 
+    def stolen_since(self, before: CpuTimes) -> float | None:
+        """Return how many cores the hypervisor took, on average."""
+        stolen = self.stolen_during(before)
+        return None if stolen is None else stolen[0] / stolen[1]
+
     def stolen_during(self, before: CpuTimes) -> tuple[float, float] | None:
         """Return how many processor seconds the hypervisor took, and the seconds in which it did."""
         if self.stolen is None or before.stolen is None:

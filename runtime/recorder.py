@@ -142,13 +142,16 @@ class Recorder:
 
     def _takes(self, what: str, n: int = 1) -> bool:
         """Whether there is room for more, or count it."""
-        while self._patient and not self._failed and self._n_taken - self._n_written > self._most_pending:
+        while self._patient and not self._failed and self._is_behind():
             self._hurry.set()
             time.sleep(0.001)
-        if self._failed or self._n_taken - self._n_written > self._most_pending:
+        if self._failed or self._is_behind():
             self.n_lost[what] += n
             return False
         return True
+
+    def _is_behind(self) -> bool:
+        return self._n_taken - self._n_written > self._most_pending
 
     def close(self) -> None:
         """Write what is left and the footers, and bring the file to the disk."""

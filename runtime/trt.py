@@ -329,7 +329,8 @@ class TensorRTBackend:
             self._device = opened.enter_context(closing(Device(options.device)))
             store = EngineStore(bundle=bundle)
             self.record = store.choose(precision, machine_of(api, self._device.gpu))
-            self.runner = EngineRunner(api, self._device, store.plan(self.record), bundle.spec, options)
+            runner = EngineRunner(api, self._device, store.plan(self.record), bundle.spec, options)
+            self.runner = opened.enter_context(closing(runner))
             self._closing = opened.pop_all()
         self.run = self.runner.run
         self.run_on_gpu = self.runner.run_on_gpu
@@ -339,7 +340,6 @@ class TensorRTBackend:
 
     def close(self) -> None:
         """Release the engine and everything on the GPU."""
-        self.runner.close()
         self._closing.close()
 
 

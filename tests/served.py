@@ -33,15 +33,6 @@ def windows_of(spec, subject: int, n: int) -> np.ndarray:
     return eeg_windows(n, *spec.input_shape, spec.sfreq, np.random.default_rng(1000 + subject)).astype(np.float32)
 
 
-def executions(server: Server, model: str) -> int:
-    """Return how many requests the server has carried out for `model` since it was loaded, without warm-up."""
-    with server._client() as (client, _):
-        statistics = client.get_inference_statistics(model).model_stats
-        warmup = client.get_model_config(model).config.model_warmup
-    done = sum(each.inference_stats.success.count for each in statistics)
-    return done - sum(each.count * each.batch_size for each in warmup)
-
-
 def windows_and_runs(server: Server, model: str) -> tuple[int, int]:
     """Return how many windows the server has decoded with `model`, and in how many runs."""
     with server._client() as (client, _):

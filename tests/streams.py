@@ -4,6 +4,7 @@ from collections import deque
 
 import numpy as np
 
+from sjepa_deploy.cli import _command, run_command
 from sjepa_deploy.runtime.sources import Chunk, ReplaySource, StreamInfo
 from sjepa_deploy.runtime.stream import Decoder, StreamConfig
 from sjepa_deploy.synthetic import eeg_windows
@@ -12,6 +13,11 @@ from sjepa_deploy.synthetic import eeg_windows
 def eeg(n_samples, n_chans=8, sfreq=100.0, seed=0):
     """Return EEG in microvolts, shape (n_samples, n_chans)."""
     return eeg_windows(1, n_chans, n_samples, sfreq, np.random.default_rng(seed))[0].T.astype(np.float64)
+
+
+def run_stream(*arguments):
+    """Run `sjepa-stream` in this process and return its exit status."""
+    return run_command(_command("stream"), "sjepa-stream", [str(argument) for argument in arguments])
 
 
 def info_of(spec, sfreq=None, **changes):

@@ -292,18 +292,15 @@ def test_fast_and_wrong_is_struck_out(make_bundle, sjepa_bench, tmp_path):
     assert [choice.backend for choice in report.recommendations] == ["ort-cpu"]
 
 
+def opened_on(bundle, *backends, precision="fp32"):
+    """Return the subjects of `bundle` on these backends, or on all."""
+    facts = subjects.bundle_facts((bundle,))
+    return list(subjects.open_subjects((bundle,), facts, backends=backends, precisions=(precision,), options=ONE_THREAD, seed=0))
+
+
 def test_pytorch_is_not_struck_out_for_electrode_offsets_but_said_to_lose_them(make_bundle):
     bundle = make_bundle("postlocal", n_chans=8)
-    opened = list(
-        subjects.open_subjects(
-            (bundle,),
-            subjects.bundle_facts((bundle,)),
-            backends=("torch-eager", "ort-cpu", "wrong"),
-            precisions=("fp32",),
-            options=ONE_THREAD,
-            seed=0,
-        )
-    )
+    opened = opened_on(bundle, "torch-eager", "ort-cpu", "wrong")
     judgements = [subject.judgement for subject in opened]
     eager, ours, wrong = judgements
     assert ours.result.passed
@@ -324,16 +321,7 @@ def test_outputs_that_are_wrong_now_and_then_are_not_put_down_to_offsets(make_bu
     reference = bundle.reference()
     kinds = subjects.without_offsets(reference, bundle.spec).kinds
     index = next(i for i, kind in enumerate(reference.kinds) if (kind in kinds) == (worst == "eeg") and "NaN" not in kind)
-    ours = next(
-        subjects.open_subjects(
-            (bundle,),
-            subjects.bundle_facts((bundle,)),
-            backends=("ort-cpu",),
-            precisions=("fp32",),
-            options=ONE_THREAD,
-            seed=0,
-        )
-    )
+    (ours,) = opened_on(bundle, "ort-cpu")
     right, calls = ours.backend.run, 0
 
     def run(eeg):
@@ -590,36 +578,20 @@ def test_a_share_must_be_one(sjepa_bench):
 @pytest.mark.parametrize("variant", ["prelocal", "postlocal", "contextual", "base"])
 @pytest.mark.parametrize("name", ["torch-eager", "braindecode"])
 def test_peers_give_the_reference_outputs(make_bundle, variant, name):
-    bundle = make_bundle(variant)
-    (subject,) = subjects.open_subjects(
-        (bundle,), subjects.bundle_facts((bundle,)), backends=(name,), precisions=("fp32",), options=ONE_THREAD, seed=0
-    )
+    (subject,) = opened_on(make_bundle(variant), name)
     assert subject.judgement.passed, subject.judgement
     subject.close()
 
 
 def test_torch_compile_gives_the_reference_outputs(make_bundle):
     """Once: it takes seconds."""
-    bundle = make_bundle("prelocal")
-    (subject,) = subjects.open_subjects(
-        (bundle,),
-        subjects.bundle_facts((bundle,)),
-        backends=("torch-compile",),
-        precisions=("fp32",),
-        options=ONE_THREAD,
-        seed=0,
-    )
+    (subject,) = opened_on(make_bundle("prelocal"), "torch-compile")
     assert subject.judgement.passed, subject.judgement
     subject.close()
 
 
 def test_what_cannot_be_measured_is_left_out_with_its_reason(make_bundle):
-    bundle = make_bundle("prelocal")
-    found = list(
-        subjects.open_subjects(
-            (bundle,), subjects.bundle_facts((bundle,)), backends=(), precisions=("tf32",), options=ONE_THREAD, seed=0
-        )
-    )
+    found = opened_on(make_bundle("prelocal"), precision="tf32")
     reasons = {entry.what: entry.reason for entry in subjects.grouped(found)}
     everything = ", ".join(reasons)
     assert all(name in everything for name in ALL_BACKENDS if name not in planted.BACKENDS)
@@ -667,8 +639,9 @@ def test_others_on_the_processor_are_counted():
     after = environment.CpuTimes(at=2.0, own=2.0, busy=14.0, stolen=0.7)
     assert after.others_since(before) == pytest.approx(1.5)
     assert after.stolen_during(before) == (pytest.approx(0.2), 2.0)
+    assert after.stolen_since(before) == pytest.approx(0.1)
     blind = dataclasses.replace(before, busy=None, stolen=None)
-    assert (after.others_since(blind), after.stolen_during(blind)) == (None, None)
+    assert (after.others_since(blind), after.stolen_during(blind), after.stolen_since(blind)) == (None, None, None)
 
 
 def test_processor_times_are_those_that_the_system_counts(monkeypatch, tmp_path):

@@ -12,10 +12,9 @@ import time
 
 import numpy as np
 import pytest
-from streams import ScriptedSource, chunks_of, eeg, info_of, predictions
+from streams import ScriptedSource, chunks_of, eeg, info_of, predictions, run_stream
 
 import sjepa_deploy
-from sjepa_deploy.cli import _command, run_command
 from sjepa_deploy.errors import RecordingError, StreamError
 from sjepa_deploy.recording import read_recording
 from sjepa_deploy.runtime.recorder import Recorder, RunDescription, read_record
@@ -51,10 +50,6 @@ def recorded(predict, path, source, failures=None, **config):
     decoder.on_decision(recorder.decision)
     decoder.on_event(recorder.event)
     return decoder, recorder
-
-
-def run_stream(*arguments):
-    return run_command(_command("stream"), "sjepa-stream", [str(argument) for argument in arguments])
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 from bundles import copy_bundle, export_small, small_spec
-from served import Subject, executions, provide_tritonserver, windows_and_runs, windows_of
+from served import Subject, provide_tritonserver, windows_and_runs, windows_of
 from streams import ScriptedSource, assert_accounted, chunks_of, decode_samples, eeg, info_of, kinds, predictions
 from tritonclient.grpc import service_pb2
 
@@ -474,10 +474,10 @@ def test_bad_requests_get_their_codes(server):
 )
 def test_a_client_says_what_is_wrong_with_an_array_before_it_sends_it(server, client, wrong):
     served = client("prelocal")
-    before = executions(server, "prelocal")
+    before = windows_and_runs(server, "prelocal")
     with pytest.raises(InputError, match=r"takes no .* Send float32 of shape \(batch, 8, 200\)"):
         served(wrong(windows_of(served.spec, 0, 1)))
-    assert executions(server, "prelocal") == before
+    assert windows_and_runs(server, "prelocal") == before
 
 
 def test_one_bad_request_does_not_spoil_its_batch(server, client, make_bundle):

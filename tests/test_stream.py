@@ -18,7 +18,7 @@ from bundles import export_small, small_spec
 from eeg_files import eeg_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from streams import ScriptedSource, chunks_of, decode, decode_samples, eeg, info_of, predictions, replay
+from streams import ScriptedSource, chunks_of, decode, decode_samples, eeg, info_of, predictions, replay, run_stream
 
 import sjepa_deploy
 from sjepa_deploy.errors import BackendError, MissingDependencyError, RecordingError, StreamError
@@ -239,13 +239,11 @@ def test_zero_hop_decides_at_every_sample(predict):
 
 
 def test_check_command(make_bundle, tmp_path, capsys):
-    from sjepa_deploy.cli import _command, run_command
-
     samples = eeg(1500).T.astype(np.float32)
     np.save(tmp_path / "eeg.npy", samples)
     bundle = make_bundle("prelocal").path
     arguments = [str(bundle), "--check", str(tmp_path / "eeg.npy"), "--sfreq", "100", "--unit", "uV", "--json"]
-    assert run_command(_command("stream"), "sjepa-stream", arguments) == 0
+    assert run_stream(*arguments) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["identical"]
     assert result["n_windows"] == 131
@@ -253,14 +251,13 @@ def test_check_command(make_bundle, tmp_path, capsys):
 
 
 def test_no_garbage_is_collected_while_decisions_are_made(make_bundle, tmp_path, monkeypatch):
-    from sjepa_deploy.cli import _command, run_command
     from sjepa_deploy.cli import stream as command
 
     seen = []
     monkeypatch.setattr(command._Lines, "put", lambda *_: seen.append((gc.isenabled(), sys.getswitchinterval())))
     turn = sys.getswitchinterval()
     arguments = ["--source", "synthetic", "--speed", "inf", "--duration", "5", "--quiet", "--out", str(tmp_path / "lines")]
-    assert run_command(_command("stream"), "sjepa-stream", [str(make_bundle("prelocal").path), *arguments]) == 0
+    assert run_stream(make_bundle("prelocal").path, *arguments) == 0
     assert len(seen) > 20
     assert not any(enabled for enabled, _ in seen)
     assert max(switching for _, switching in seen) < turn
@@ -269,20 +266,17 @@ def test_no_garbage_is_collected_while_decisions_are_made(make_bundle, tmp_path,
 
 
 def test_a_priority_that_a_user_may_not_have(make_bundle, monkeypatch, capsys):
-    from sjepa_deploy.cli import _command, run_command
-
     def refuse(pid, policy, parameters):
         assert (policy, parameters.sched_priority) == (os.SCHED_FIFO, 50)
         raise PermissionError
 
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
     arguments = [str(make_bundle("prelocal").path), "--source", "synthetic", "--priority", "50"]
-    assert run_command(_command("stream"), "sjepa-stream", arguments) == 2
+    assert run_stream(*arguments) == 2
     assert "may not set a real-time priority. Run as root, or allow it" in capsys.readouterr().err
 
 
 def test_a_kernel_that_stays_is_asked_of_the_backend_that_has_one(make_bundle, monkeypatch, capsys):
-    from sjepa_deploy.cli import _command, run_command
     from sjepa_deploy.runtime import backend
 
     opened = []
@@ -293,7 +287,7 @@ def test_a_kernel_that_stays_is_asked_of_the_backend_that_has_one(make_bundle, m
 
     def stream(*arguments):
         source = ["--source", "synthetic", "--speed", "inf", "--duration", "5", "--quiet"]
-        return run_command(_command("stream"), "sjepa-stream", [str(make_bundle("prelocal").path), *source, *arguments])
+        return run_stream(make_bundle("prelocal").path, *source, *arguments)
 
     monkeypatch.setitem(backend.BACKENDS, "cuda", backend.BackendEntry(target="fused:open", package="numpy", extra=""))
     find = backend._find
@@ -385,12 +379,11 @@ def test_bundle_without_names_or_positions(tmp_path, predict):
 
 
 def test_backend_that_does_not_load_is_an_error_before_any_stream_is_looked_for(make_bundle, monkeypatch, capsys):
-    from sjepa_deploy.cli import _command, run_command
     from sjepa_deploy.runtime import backend
 
     monkeypatch.setitem(backend.BACKENDS, "tensorrt", dataclasses.replace(backend.BACKENDS["tensorrt"], package="not_there"))
     arguments = [str(make_bundle("prelocal").path), "--source", "lsl:nobody", "--backend", "tensorrt"]
-    assert run_command(_command("stream"), "sjepa-stream", arguments) == 2
+    assert run_stream(*arguments) == 2
     assert "needs not_there, which is not installed" in capsys.readouterr().err
     with pytest.raises(BackendError, match="'abacus' is not a backend"):
         Decoder.open(make_bundle("prelocal").path, "lsl:nobody", backend="abacus")

@@ -97,7 +97,7 @@ class SharedWindows:
     def _unregister(self, server: Any, until: float, timeout: float) -> None:
         """Tell the server to let go of what was forgotten by then; another server knows nothing of it."""
         error = importlib.import_module("tritonclient.utils").InferenceServerException
-        while self._resting and self._resting[0][0] <= until:
-            _, name = self._resting.pop(0)
-            with contextlib.suppress(error):
+        with contextlib.suppress(error):  # a server that is gone has let go of all
+            while self._resting and self._resting[0][0] <= until:
+                _, name = self._resting.pop(0)
                 server.unregister_system_shared_memory(name, client_timeout=timeout)
