@@ -26,8 +26,8 @@ LSL_LOOPBACK = AgePart(
     name="transport", seconds=1.25e-3, source="p99 from sample to decision, LSL on one machine, one sample a push"
 )
 """PreLocal, a decision at every sample of 129 channels at 500 Hz, between two processes of real-time priority on two busy cores:
-``benchmarks/results/streaming_every_sample_2-core-cpu_2026-11-25.json``. The decoder's own work and an inference of some 0.03 ms
-are in it, so it is an upper bound. An amplifier that sends blocks adds their length."""
+``benchmarks/results/streaming_every_sample_2-core-cpu_2026-11-25.json``. The decoder's own work and an inference are in it, so
+it is an upper bound. An amplifier that sends blocks adds their length."""
 
 
 LEFT_OUT = "ages of decisions"
