@@ -18,7 +18,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from gpu_engines import timed
@@ -57,6 +57,10 @@ class Choice:
         Whether the convolutions that TensorRT brings itself are allowed, besides no tactic source at all (8.6).
     aux_streams : int or None
         Streams beside the main one; None for TensorRT's choice.
+    graph : {"fp32"} or None
+        The graph that is built, if not that of the precision: without casts, so that TensorRT may choose the types (8.6).
+    free : {"transformer", "all"} or None
+        Which layers are asked for no type (8.6).
     otherwise : bool
         Whether it is only of interest where the choices before failed.
     """
@@ -67,6 +71,8 @@ class Choice:
     moves: bool = False
     own_tactics: bool = False
     aux_streams: int | None = None
+    graph: RunPrecision | None = None
+    free: Literal["transformer", "all"] | None = None
     otherwise: bool = False
 
 
@@ -81,20 +87,29 @@ HALF = (
 )
 FAST = (
     DEFAULT,
-    Choice(name="own convolutions", own_tactics=True),
-    Choice(name="one stream", aux_streams=0),
     Choice(name="batch 1 alone", settings={"max_batch": 1}),
+    Choice(name="one stream", aux_streams=0),
+    Choice(name="own convolutions", own_tactics=True),
+    Choice(name="level 5", settings={"optimization_level": 5}),
+    Choice(name="batch 1 alone, level 5", settings={"max_batch": 1, "optimization_level": 5}),
+)
+HALF_TRANSFORMER = (
+    HALF[0],
+    Choice(name="batch 1 alone", settings={"max_batch": 1}),
+    Choice(name="no casts, transformer free", graph="fp32", free="transformer"),
+    Choice(name="no casts, transformer free, batch 1 alone", settings={"max_batch": 1}, graph="fp32", free="transformer"),
+    Choice(name="no casts, all free", settings={"held_types": "none"}, graph="fp32", free="all"),
     Choice(name="level 5", settings={"optimization_level": 5}),
 )
 GROUPS: dict[str, tuple[Choice, ...]] = {
     "prelocal:fp16": HALF,
     "postlocal:fp16": HALF,
-    "contextual:fp16": HALF,
+    "contextual:fp16": HALF_TRANSFORMER,
     "postlocal:fp32": FAST,
     "contextual:fp32": FAST,
     "prelocal:fp32": FAST,
 }
-SECONDS = {"prelocal": 60, "postlocal": 60, "contextual": 120}
+SECONDS = {"prelocal": 60, "postlocal": 60, "contextual": 140}
 """How long the process of a graph may take."""
 
 
@@ -122,12 +137,25 @@ class Chosen(TensorRT):
                     layer.precision = dtype
                     for k in range(layer.num_outputs):
                         layer.set_output_type(k, dtype)
+        if choice.free == "transformer":
+            for i in range(first_of_transformer(network), network.num_layers):
+                layer = network.get_layer(i)
+                layer.reset_precision()
+                for k in range(layer.num_outputs):
+                    layer.reset_output_type(k)
+
+
+def first_of_transformer(network: Any) -> int:
+    """Return the index of the product that makes the first queries, keys and values: the second product before a softmax."""
+    kinds = [network.get_layer(i).type.name for i in range(network.num_layers)]
+    products = [i for i, kind in enumerate(kinds[: kinds.index("SOFTMAX")]) if kind == "MATRIX_MULTIPLY"]
+    return products[-2]
 
 
 def try_choice(api: Chosen, bundle: Bundle, precision: RunPrecision, timings: bytes) -> tuple[dict[str, Any], str, bytes]:
     """Build as chosen, without keeping the engine. Return what came of it, the inspector's words and the timings."""
     settings = dataclasses.replace(default_settings(bundle, precision), **api.choice.settings)
-    onnx = bundle.graph_path(precision).read_bytes()
+    onnx = bundle.graph_path(api.choice.graph or precision).read_bytes()
     started = time.monotonic()
     built = api.build(onnx, precision, settings, timings=timings)
     result: dict[str, Any] = {"build_seconds": time.monotonic() - started, "plan_bytes": len(built.plan)}

@@ -7,6 +7,8 @@ Models are made on the spot, with random weights; needs PyTorch. A case is VARIA
     modes      parity, latency launched, from a graph and persistent, paced, with keep-warm; repeated calls; throughput
     where      cycles from mark to mark in the kernel, and other layouts
     grid       parity on every case of the export grid that the backend accepts (PRECISION is ignored)
+    tail       what the slow calls are made of: as they are, on a core of its own, with real-time priority, without the garbage
+               collector; a loop of the same length without a GPU; the cycles in the kernel; paced, kept warm at several periods
     torch      PyTorch with a CUDA graph: latency, throughput at batch 64 and 1024
     long       --calls consecutive persistent calls, each compared to the bit
     memcheck, racecheck, ncu   the tools of the CUDA toolkit over a few calls
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import platform
@@ -239,23 +242,27 @@ def torch_case(model: Any, reference: Reference, precision: Any) -> dict[str, An
     return result
 
 
-def profile(bundle: Any, precision: Any, reference: Reference, layout: Layout) -> dict[str, Any]:
-    """Return the cycles from mark to mark in the kernel, the median block of the median launch."""
+def stamps_of(bundle: Any, precision: Any, reference: Reference, layout: Layout, n: int) -> np.ndarray:
+    """Return the cycle counter at each mark of each block in `n` launches, shape (n, blocks, marks)."""
     backend = FusedBackend(bundle, precision, BackendOptions(), dataclasses.replace(layout, profile=True))
     buffer = backend.input_buffer(1)
     buffer[...] = reference.inputs[:1]
     lane = backend._lanes[1]
     blocks, marks = lane.grid, 2 + 6 * bundle.spec.encoder.n_layers if bundle.spec.needs_positions else 6
-    found = []
-    for _ in range(50):
+    found = np.zeros((n + 10, blocks, marks), np.int64)
+    source = backend._device.cu.CUdeviceptr(lane.buffers["profile"].address)
+    for stamps in found:
         backend.run(buffer)
         backend._device.synchronize()
-        stamps = np.zeros((blocks, marks), np.int64)
-        source = backend._device.cu.CUdeviceptr(lane.buffers["profile"].address)
         check(backend._device.cu.cuMemcpyDtoH(stamps.ctypes.data, source, stamps.nbytes))
-        found.append(stamps)
-    stamps = np.median(np.stack(found[10:]) - np.stack(found[10:])[:, :, :1], axis=0)
     backend.close()
+    return found[10:]
+
+
+def profile(bundle: Any, precision: Any, reference: Reference, layout: Layout) -> dict[str, Any]:
+    """Return the cycles from mark to mark in the kernel, the median block of the median launch."""
+    found = stamps_of(bundle, precision, reference, layout, 40)
+    stamps = np.median(found - found[:, :, :1], axis=0)
     return {"median block": np.median(stamps, axis=0).tolist(), "slowest block": stamps.max(axis=0).tolist()}
 
 
@@ -283,6 +290,85 @@ def where(bundle: Any, reference: Reference, precision: Any) -> dict[str, Any]:
     for changes in variants[bundle.spec.variant]:
         step(result, f"layout {changes}", lambda changes=changes: with_layout(**changes))
     return result
+
+
+def spread(times: np.ndarray) -> dict[str, Any]:
+    """Return percentiles of times in us, and how the slow ones, more than 1.3 times the median, lie in a run of such calls."""
+    p50, p90, p99, p999 = np.percentile(times, (50, 90, 99, 99.9))
+    slow = times > 1.3 * p50
+    ends = np.cumsum(times)
+    apart = np.diff(ends[slow])
+    return {
+        "median": p50, "p90": p90, "p99": p99, "p99.9": p999, "max": times.max(), "n": len(times), "p99 / median": p99 / p50,
+        "share of slow calls": float(slow.mean()),
+        "us between slow calls, quartiles": np.percentile(apart, (25, 50, 75)).tolist() if len(apart) else [],
+        "us longer, quartiles": np.percentile(times[slow] - p50, (25, 50, 75)).tolist() if slow.any() else [],
+    }  # fmt: skip
+
+
+def timed_calls(call: Callable[[], object], n: int) -> np.ndarray:
+    """Return the length of `n` calls back to back, in us."""
+    times = np.empty(n)
+    now = time.perf_counter_ns
+    for i in range(n):
+        start = now()
+        call()
+        times[i] = now() - start
+    return times / 1000
+
+
+def tail(bundle: Any, reference: Reference, precision: Any) -> dict[str, Any]:
+    """What the slow calls are made of."""
+    result: dict[str, Any] = {}
+    cores = os.sched_getaffinity(0)
+    for mode in ("graph", "persistent"):
+        entry = result[mode] = {}
+        backend, call = opened(bundle, precision, reference, persistent=mode == "persistent")
+        timed_calls(call, 2000)
+        step(entry, "as it is", lambda call=call: spread(timed_calls(call, 20_000)))
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        step(entry, "no garbage collector", lambda call=call: spread(timed_calls(call, 20_000)))
+        core = sorted(cores)[len(cores) // 2]
+        os.sched_setaffinity(0, {core})
+        step(entry, f"core {core} of {len(cores)} alone", lambda call=call: spread(timed_calls(call, 20_000)))
+
+        def in_real_time(call: Any = call) -> dict[str, Any]:
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50))
+            try:
+                return spread(timed_calls(call, 20_000))
+            finally:
+                os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+        step(entry, "that, real-time priority", in_real_time)
+        length = int(1000 * entry["as it is"]["median"])
+
+        def spin(length: int = length) -> None:
+            end = time.perf_counter_ns() + length
+            while time.perf_counter_ns() < end:
+                pass
+
+        step(entry, "a loop of this length, no GPU", lambda spin=spin: spread(timed_calls(spin, 20_000)))
+        os.sched_setaffinity(0, cores)
+        gc.enable()
+        for period in (1e-3, 3e-4, 1e-4, 3e-5):
+            key = f"every 10 ms, warm every {period * 1e3:g} ms"
+            step(entry, key, lambda call=call, period=period: latency(call, 300, 0.01, KeepWarm(call, period)))
+        backend.close()
+    usual = FusedBackend(bundle, precision, BackendOptions())
+    layout = usual.layout
+    usual.close()
+    step(result, "in the kernel", lambda: in_kernel(bundle, precision, reference, layout))
+    return result
+
+
+def in_kernel(bundle: Any, precision: Any, reference: Reference, layout: Layout) -> dict[str, Any]:
+    """Return how many cycles launches take from the first mark to the last, in the block that takes longest."""
+    found = stamps_of(bundle, precision, reference, layout, 2000)
+    cycles = (found - found[:, :, :1]).max(axis=(1, 2)).astype(np.float64)
+    to_input = (found[:, :, 1] - found[:, :, 0]).max(axis=1).astype(np.float64)
+    return {"cycles": spread(cycles), "cycles until the input is there": spread(to_input)}
 
 
 def quick(bundle: Any, reference: Reference, precision: Any, persistent: bool) -> dict[str, Any]:
@@ -315,6 +401,8 @@ def run_case(case: str, seconds: float, calls: int) -> None:
                 answer = modes(bundle, model, reference, precision, seconds)
             elif what == "where":
                 answer = where(bundle, reference, precision)
+            elif what == "tail":
+                answer = tail(bundle, reference, precision)
             elif what == "torch":
                 answer = torch_case(model, reference, precision)
             elif what == "long":
