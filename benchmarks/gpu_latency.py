@@ -43,7 +43,7 @@ from sjepa_deploy.serialize import decode
 VARIANTS = ("prelocal", "postlocal", "contextual")
 PRECISIONS = ("fp32", "tf32", "fp16")
 WIDE = "contextual-1024"
-"""The bundle that takes batches of 1024; its part is left out where it is not there."""
+"""The bundle that takes batches of 1024; its parts are left out where it is not there."""
 
 GRACE_S = 20.0
 """A part that has not ended so long after its limit is interrupted, upon which it writes what it has, and later killed."""
@@ -78,8 +78,11 @@ GRAPHS = "ort-cuda torch-cuda-graph"
 LIVE = "back-to-back paced"
 MAIN = f"{LIVE} throughput"
 PERSISTENT = "--rate=100 --option=persistent=true --suffix=-persistent"  # keeps the GPU, so that each model has its own process
+IN_PLACE = "--in-place --suffix=-in-place"
 PARTS = (
     Part("cuda", 90, "cuda", ALL, MAIN, "0.5 paced=5", "--rate=100"),
+    Part("in-place", 25, f"cuda {GRAPHS}", "fp32 fp16", "back-to-back", "0.5", IN_PLACE),
+    Part("in-place-tensorrt", 20, "tensorrt", ALL, "back-to-back", "0.5", IN_PLACE),
     Part("tensorrt", 75, "tensorrt", ALL, MAIN, "0.4 paced=2.5", "--rate=100"),
     Part("graphs", 95, GRAPHS, "fp32 fp16", MAIN, "0.4 paced=1", "--rate=100"),
     *(Part(f"persistent-{v}", 18, "cuda", "fp32", LIVE, "0.5 paced=2.5", f"--variant={v} {PERSISTENT}") for v in VARIANTS),
@@ -87,6 +90,7 @@ PARTS = (
     Part("eager", 30, "torch-eager-cuda ort-cpu", "fp32 fp16", "back-to-back"),
     Part("compile", 55, "torch-compile-cuda", "fp32", "back-to-back"),
     Part("wide", 45, f"cuda {GRAPHS}", "fp32 fp16", "throughput", "1", f"--variant={WIDE} --batch=64 --batch=1024"),
+    Part("wide-tensorrt", 30, "tensorrt", "fp32 fp16", "throughput", "1", f"--variant={WIDE} --batch=64 --batch=1024"),
     Part("tf32", 25, GRAPHS, "tf32", "back-to-back"),
     Part("streams", 40, f"cuda {GRAPHS}", "fp32", "streams", "2"),
     Part("streams-tensorrt", 20, "tensorrt", "fp32", "streams", "2"),
@@ -117,7 +121,7 @@ def make_report(arguments: argparse.Namespace) -> None:
             continue
         file = parts / f"{part.name}.json"
         left = end - time.monotonic()
-        if part.name == "wide" and not (arguments.bundles / WIDE).is_dir():
+        if part.name.startswith("wide") and not (arguments.bundles / WIDE).is_dir():
             print(f"{part.name}: there is no {arguments.bundles / WIDE}", flush=True)
             lost(part, f"There was no bundle {WIDE}.")
             continue
@@ -239,6 +243,7 @@ def main() -> None:
     parser.add_argument("--deadline", type=float, default=540.0, help="seconds after which no block starts")
     parser.add_argument("--processes", type=int, default=1, help="cold starts of each backend")
     parser.add_argument("--option", action="append", default=[], type=option, help="field of BackendOptions, as memory=copy")
+    parser.add_argument("--in-place", action="store_true", help="windows stand in the buffers that backends read before a call")
     parser.add_argument("--suffix", default="", help="of the names of backends in the report, which tells of their options")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-build", action="store_true", help="measure the engines that are there")
@@ -283,6 +288,7 @@ def measure(arguments: argparse.Namespace) -> tuple[BenchReport, Samples]:
         time_limit=max(1.0, arguments.deadline - (time.monotonic() - began)),
         seed=arguments.seed,
         options=decode(BackendOptions, dict(arguments.option)),
+        in_place=arguments.in_place,
         **({"rates": tuple(arguments.rate)} if arguments.rate else {}),
     )
     shown = [0.0]

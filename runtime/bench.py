@@ -91,6 +91,9 @@ class BenchConfig:
         Of the order of blocks, the windows and the phases of streams.
     options : BackendOptions
         For every backend.
+    in_place : bool
+        Whether windows stand in the buffer that a backend reads (pinned, on GPUs), where it has one, before a call. Otherwise a
+        call copies them there.
     """
 
     backends: tuple[str, ...] = ()
@@ -106,6 +109,7 @@ class BenchConfig:
     time_limit: float | None = None
     seed: int = 0
     options: BackendOptions = field(default_factory=BackendOptions)
+    in_place: bool = False
 
     def __post_init__(self) -> None:
         if unknown := [s for s in (*self.scenarios, *self.seconds_of) if s not in SCENARIOS]:
@@ -179,6 +183,7 @@ class Run:
             precisions=config.precisions,
             options=config.options,
             seed=config.seed,
+            in_place=config.in_place,
             late=lambda: self.out_of(0.5),
         )
         for found in opened:

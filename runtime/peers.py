@@ -69,7 +69,7 @@ class TorchEager:
 
         if self.device == "cpu" and precision != "fp32":
             raise BackendError(f"PyTorch is measured in fp32 on the CPU, not in {precision}.", "Use --precision fp32.")
-        self.precision = precision
+        self.precision, self._spec = precision, bundle.spec
         if self.device == "cuda":
             self.device = f"cuda:{options.device}"
         self._n_threads = options.n_threads or (n_cores() if bundle.spec.needs_positions else 1)
@@ -194,7 +194,7 @@ class TorchCudaGraph(TorchEager):
     device = "cuda"
 
     def _prepare(self) -> Callable[[Tensor], Tensor]:
-        self._graphs: dict[int, tuple[Any, Tensor, Tensor, Tensor]] = {}
+        self._graphs: dict[int, tuple[Any, FloatArray, Tensor, Tensor]] = {}
         return super()._prepare()
 
     def run(self, eeg: FloatArray) -> FloatArray:
@@ -202,13 +202,19 @@ class TorchCudaGraph(TorchEager):
         import torch
 
         graph, source, _, target = self._graphs.get(len(eeg)) or self._capture(eeg)
-        np.copyto(source.numpy(), eeg)
+        if eeg is not source:
+            np.copyto(source, eeg)
         graph.replay()
         torch.cuda.synchronize(self.device)
         out: FloatArray = target.numpy()
         return out
 
-    def _capture(self, eeg: FloatArray) -> tuple[Any, Tensor, Tensor, Tensor]:
+    def input_buffer(self, batch: int) -> FloatArray:
+        """Return the pinned buffer that `run` reads, shape (batch, n_chans, n_times): fill it in place and pass it to `run`."""
+        known = self._graphs.get(batch) or self._capture(np.zeros((batch, *self._spec.input_shape), np.float32))
+        return known[1]
+
+    def _capture(self, eeg: FloatArray) -> tuple[Any, FloatArray, Tensor, Tensor]:
         import torch
 
         with torch.inference_mode(), torch.cuda.device(self.device):
@@ -228,7 +234,8 @@ class TorchCudaGraph(TorchEager):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
                 body()
-        self._graphs[len(eeg)] = (graph, source, static, target)  # all that the graph touches: a later capture frees the rest
+        array: FloatArray = source.numpy()  # with what else the graph touches: a later capture frees the rest
+        self._graphs[len(eeg)] = (graph, array, static, target)
         return self._graphs[len(eeg)]
 
     def close(self) -> None:

@@ -86,9 +86,9 @@ class Subject:
         Batch sizes that it takes.
     """
 
-    def __init__(self, label: str, bundle: Bundle, backend: Backend, *, seed: int) -> None:
+    def __init__(self, label: str, bundle: Bundle, backend: Backend, *, seed: int, in_place: bool = False) -> None:
         self.bundle, self.path, self.backend = label, bundle.path, backend
-        self.spec, self._seed = bundle.spec, seed
+        self.spec, self._seed, self._in_place = bundle.spec, seed, in_place
         graph = bundle.graph(backend.precision)
         self.sizes = range(graph.static_batch or 1, graph.max_batch + 1)
         self.judgement: Judgement | None = None
@@ -122,7 +122,11 @@ class Subject:
             activate()
 
     def inputs(self, batch: int) -> list[FloatArray]:
-        """Return different batches to call it with in turn."""
+        """Return different batches to call it with in turn; in place one, in the buffer that the backend reads."""
+        if self._in_place and hasattr(self.backend, "input_buffer"):
+            buffer: FloatArray = self.backend.input_buffer(batch)
+            buffer[...] = np.resize(self._pool, buffer.shape)
+            return [buffer]
         n = max(2, min(N_TURNS, N_WINDOWS // batch))
         if n * batch > len(self._pool):
             self._pool = example_windows(self.spec, n * batch, self._seed)
@@ -161,6 +165,7 @@ def open_subjects(
     precisions: tuple[RunPrecision, ...],
     options: BackendOptions,
     seed: int,
+    in_place: bool = False,
     late: Callable[[], bool] = lambda: False,
 ) -> Iterator[Subject | LeftOut]:
     """Open and judge every combination, one a turn; what cannot be measured here comes as `LeftOut`.
@@ -177,6 +182,8 @@ def open_subjects(
         For every backend.
     seed : int
         Of the windows.
+    in_place : bool
+        Whether windows stand in the buffer that a backend reads, where it has one, before a call.
     late : callable
         Asked before each is opened whether it is too late for that.
 
@@ -203,18 +210,18 @@ def open_subjects(
                 if late():
                     yield LeftOut(what=f"{fact.label} on {name} {precision}", reason=TOO_LATE)
                 else:
-                    yield _open(bundle, fact.label, name, precision, options, seed)
+                    yield _open(bundle, fact.label, name, precision, options, seed, in_place)
 
 
 def _open(
-    bundle: Bundle, label: str, name: str, precision: RunPrecision, options: BackendOptions, seed: int
+    bundle: Bundle, label: str, name: str, precision: RunPrecision, options: BackendOptions, seed: int, in_place: bool
 ) -> Subject | LeftOut:
     what = f"{label} on {name} {precision}"
     subject = None
     try:
         free = _free_device_memory(options.device)
         backend = open_backend(bundle, name, precision, options, ALL_BACKENDS)
-        subject = Subject(label, bundle, backend, seed=seed)
+        subject = Subject(label, bundle, backend, seed=seed, in_place=in_place)
         subject.judge(bundle)
         left = _free_device_memory(options.device)
         if free is not None and left is not None:

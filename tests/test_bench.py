@@ -292,10 +292,13 @@ def test_fast_and_wrong_is_struck_out(make_bundle, sjepa_bench, tmp_path):
     assert [choice.backend for choice in report.recommendations] == ["ort-cpu"]
 
 
-def opened_on(bundle, *backends, precision="fp32"):
+def opened_on(bundle, *backends, precision="fp32", **more):
     """Return the subjects of `bundle` on these backends, or on all."""
     facts = subjects.bundle_facts((bundle,))
-    return list(subjects.open_subjects((bundle,), facts, backends=backends, precisions=(precision,), options=ONE_THREAD, seed=0))
+    found = subjects.open_subjects(
+        (bundle,), facts, backends=backends, precisions=(precision,), options=ONE_THREAD, seed=0, **more
+    )
+    return list(found)
 
 
 def test_pytorch_is_not_struck_out_for_electrode_offsets_but_said_to_lose_them(make_bundle):
@@ -367,6 +370,22 @@ def test_a_backend_that_breaks_ends_nothing_but_itself(make_bundle):
     assert entry.what == "back-to-back: bundle on breaks fp32"
     assert entry.reason == "CUDA error: an illegal memory access was encountered"
     assert [c.key.backend for c in report.cells] == [HARNESS, "ort-cpu"]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_in_place_nothing_is_copied_in_a_call(make_bundle, in_place):
+    """And what is decoded is EEG: a buffer of NaN would be as fast."""
+    bundle = make_bundle("prelocal")
+    config = BenchConfig(**QUICK | {"backends": ("buffers",), "scenarios": ("throughput",), "batches": (1, 4)}, in_place=in_place)
+    report, _ = run_bench((bundle,), config)
+    found = cells(report, backend="buffers")
+    assert [cell.key.batch for cell in found] == [1, 4]
+    for cell in found:
+        (median,) = [p.value.value for p in cell.latency.percentiles if p.percent == 50]
+        assert (median > 5000) is not in_place
+    (subject,) = opened_on(bundle, "buffers", in_place=in_place)
+    assert all(np.isfinite(window).all() and window.std() > 0 for window in subject.inputs(4))
+    subject.close()
 
 
 def test_a_backend_that_cannot_be_released_costs_no_figures(make_bundle, caplog):
