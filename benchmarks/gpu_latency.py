@@ -256,6 +256,8 @@ def main() -> None:
     parser.add_argument("--keep-fastest", action="store_true", help="keep in the bundles what --backend fastest goes by")
     parser.add_argument("--merge", type=Path, nargs="+", help="reports to make one of, in place of a run")
     arguments = parser.parse_args()
+    if arguments.report and arguments.keep_fastest:
+        parser.error("--keep-fastest takes a run or --merge: parts of a --report have several Pythons.")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     if arguments.report:
         make_report(arguments)

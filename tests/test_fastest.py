@@ -536,13 +536,14 @@ def test_the_script_for_gpu_machines_keeps_of_a_run_and_of_merged_reports(make_b
     for name in ("click", "rich"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('no {name} here')")
 
-    def run(out, *arguments):
+    def run(out, *arguments, status=0):
         command = [sys.executable, ROOT / "benchmarks" / "gpu_latency.py", tmp_path / "bundles", tmp_path / out, *arguments]
         paths = os.pathsep.join([str(tmp_path), *sys.path])
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": paths})
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == status, done.stderr
         return done.stdout
 
+    run("r", "--report", "--keep-fastest", status=2)
     plan = ("--precision=fp32", "--variant=prelocal", "--scenario=throughput", "--batch=1", "--duration=0.1", "--keep-fastest")
     assert "prelocal: There is nothing to choose from on prelocal: " in run("a", "--backend=ort-cpu", *plan)
     run("b", "--backend=torch", *plan[:-1])
