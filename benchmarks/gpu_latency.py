@@ -4,6 +4,7 @@
         --python "COMMAND" --tensorrt-python "COMMAND"
     python benchmarks/gpu_latency.py BUNDLES OUT/others --backend ort-cuda --backend torch-cuda-graph ... [--scenario paced]
     python benchmarks/gpu_latency.py BUNDLES OUT/latency_H100_DATE --merge OUT/tensorrt.json OUT/others.json
+    python benchmarks/gpu_latency.py BUNDLES OUT/fastest --backend cuda --backend tensorrt --scenario throughput --keep-fastest
 
 BUNDLES holds one bundle a folder (`benchmarks/pack_bundles.py` makes them on any machine). OUT is a name without suffix: .json
 and .npz are written, and `sjepa-bench --render OUT.json BUNDLES/*` makes the pages of them.
@@ -12,6 +13,9 @@ and .npz are written, and `sjepa-bench --render OUT.json BUNDLES/*` makes the pa
 needs another Python than PyTorch, and a backend that hangs or breaks the GPU's context takes its own part only. COMMAND is what a
 shell runs in front of this script's name. After each part the report of all so far is written; what does not fit before the
 deadline is not begun, and a part that is there from an earlier call is not measured again.
+
+--keep-fastest keeps in each bundle which backend is the fastest at each batch, as in `sjepa-bench`: of a run or, with --merge, of
+reports of this machine. The Python that keeps is the one that decodes: it must have what was chosen.
 
 Engines that are missing are built where TensorRT is asked for, unless --no-build. A run ends at its deadline with what it has,
 all cells with as many blocks; opening takes at most half of it.
@@ -37,6 +41,7 @@ from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.bench import BenchConfig, run_bench
 from sjepa_deploy.runtime.bench_results import SCENARIOS, BenchReport, LeftOut, Samples, load_report, load_samples, write_report
 from sjepa_deploy.runtime.engines import EngineStore
+from sjepa_deploy.runtime.fastest import keep
 from sjepa_deploy.runtime.merge import merge, renamed
 from sjepa_deploy.serialize import decode
 
@@ -253,8 +258,11 @@ def main() -> None:
     parser.add_argument("--tensorrt-python", default=shlex.quote(sys.executable), help="with --report: runs parts with TensorRT")
     parser.add_argument("--parts", type=Path, help="with --report: folder of the parts.  [default: parts, beside OUT]")
     parser.add_argument("--only", help="with --report: names of parts, separated by commas")
+    parser.add_argument("--keep-fastest", action="store_true", help="keep in the bundles what --backend fastest goes by")
     parser.add_argument("--merge", type=Path, nargs="+", help="reports to make one of, in place of a run")
     arguments = parser.parse_args()
+    if arguments.report and arguments.keep_fastest:
+        parser.error("--keep-fastest takes a run or --merge: parts of a --report have several Pythons.")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     if arguments.report:
         make_report(arguments)
@@ -266,6 +274,23 @@ def main() -> None:
         report = write_report(measured, samples, arguments.out.parent / f"{arguments.out.name}.json")
     if not arguments.quiet:
         summary(report)
+    if arguments.keep_fastest:
+        for variant in arguments.variant or VARIANTS:
+            keep_fastest(report, arguments.bundles / variant, arguments)
+
+
+def keep_fastest(report: BenchReport, path: Path, arguments: argparse.Namespace) -> None:
+    """Keep in a bundle which backend is the fastest, and print it, or why there is none."""
+    device = dict(arguments.option).get("device", 0)
+    try:
+        bundle = Bundle.open(path)
+        for kept in keep(report, bundle, backends=arguments.backend, precisions=arguments.precision, device=device):
+            if isinstance(kept, LeftOut):
+                print(f"{kept.what} is not kept: {kept.reason}")
+            else:
+                print(f"the fastest for {path.name} in {kept.precision} is {kept}")
+    except SjepaError as e:
+        print(f"{path.name}: {e}")
 
 
 def measure(arguments: argparse.Namespace) -> tuple[BenchReport, Samples]:

@@ -124,12 +124,15 @@ class BackendEntry:
         Extra of sjepa-deploy that installs it.
     probe : str
         "module:function" that raises what keeps the backend from running on this machine, whatever the bundle.
+    depends_on : tuple of str
+        What its speed depends on: names of packages, "processor", "cores", "gpu", "driver". See `sjepa_deploy.runtime.fastest`.
     """
 
     target: str
     package: str
     extra: str
     probe: str = ""
+    depends_on: tuple[str, ...] = ()
 
     def why_not(self) -> SjepaError | None:
         """Return what keeps the backend from running on this machine, or None if nothing does."""
@@ -148,43 +151,59 @@ def _find(target: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+_ON_CPU = ("processor", "cores")
+_ON_GPU = ("gpu", "driver")
+
 BACKENDS: dict[str, BackendEntry] = {
-    "ort-cpu": BackendEntry(target="sjepa_deploy.runtime.ort:OrtCpuBackend", package="onnxruntime", extra=""),
-    "torch": BackendEntry(target="sjepa_deploy.runtime.reference:TorchBackend", package="torch", extra="export"),
+    "ort-cpu": BackendEntry(
+        target="sjepa_deploy.runtime.ort:OrtCpuBackend", package="onnxruntime", extra="", depends_on=(*_ON_CPU, "onnxruntime")
+    ),
+    "torch": BackendEntry(
+        target="sjepa_deploy.runtime.reference:TorchBackend", package="torch", extra="export", depends_on=(*_ON_CPU, "torch")
+    ),
     "ort-cuda": BackendEntry(
         target="sjepa_deploy.runtime.ort:OrtCudaBackend",
         package="onnxruntime",
         extra="gpu",
         probe="sjepa_deploy.runtime.ort:probe_cuda",
+        depends_on=(*_ON_GPU, "onnxruntime"),
     ),
     "ort-tensorrt": BackendEntry(
         target="sjepa_deploy.runtime.ort:OrtTensorRTBackend",
         package="onnxruntime",
         extra="gpu",
         probe="sjepa_deploy.runtime.ort:probe_tensorrt",
+        depends_on=(*_ON_GPU, "onnxruntime"),
     ),
     "tensorrt": BackendEntry(
         target="sjepa_deploy.runtime.trt:TensorRTBackend",
         package="tensorrt",
         extra="gpu",
         probe="sjepa_deploy.runtime.trt:probe",
+        depends_on=(*_ON_GPU, "tensorrt"),
     ),
     "tensorrt-rtx": BackendEntry(
         target="sjepa_deploy.runtime.trt:TensorRTRTXBackend",
         package="tensorrt_rtx",
         extra="rtx",
         probe="sjepa_deploy.runtime.trt:probe_rtx",
+        depends_on=(*_ON_GPU, "tensorrt-rtx"),
     ),
     "cuda": BackendEntry(
         target="sjepa_deploy.runtime.fused:FusedBackend",
         package="cuda",
         extra="gpu",
         probe="sjepa_deploy.runtime.fused:probe",
+        depends_on=(*_ON_GPU, "nvidia-cuda-nvrtc", "sjepa-deploy"),
     ),
+    "fastest": BackendEntry(target="sjepa_deploy.runtime.fastest:FastestBackend", package="numpy", extra=""),
 }
 """Every backend by name."""
 
 DEFAULT_BACKEND = "ort-cpu"
+
+FASTEST_BACKEND = "fastest"
+"""The one that runs each batch size on another of them, as was measured."""
 
 
 SERVER_SCHEMES = ("triton", "triton-shm")

@@ -213,9 +213,7 @@ def recommend(report: BenchReport) -> tuple[Recommendation, ...]:
         field = sorted((c for c in field if _at(c, percent) is not None), key=lambda c: _figure(c, percent).value)
         if not field:
             continue
-        fastest = _figure(field[0], percent)
-        limit = fastest.value if fastest.high is None else fastest.high
-        equal = [c for c in field if (low := _figure(c, percent).low) is not None and low <= limit] or field[:1]
+        equal = equally_fast(field, percent)
         best = min(equal, key=_preference)
         rest = [c for c in field if c is not best]
         found.append(
@@ -227,6 +225,14 @@ def recommend(report: BenchReport) -> tuple[Recommendation, ...]:
             )
         )
     return tuple(found)
+
+
+def equally_fast(cells: list[Cell], percent: float) -> list[Cell]:
+    """Return those of `cells` that cannot be told from the fastest one, the fastest first: their intervals overlap."""
+    ordered = sorted(cells, key=lambda c: _figure(c, percent).value)
+    fastest = _figure(ordered[0], percent)
+    limit = fastest.value if fastest.high is None else fastest.high
+    return [c for c in ordered if (low := _figure(c, percent).low) is not None and low <= limit] or ordered[:1]
 
 
 def _comparable(cells: list[Cell]) -> list[Cell]:

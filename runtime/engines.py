@@ -287,7 +287,7 @@ class EngineStore:
         """
         file, candidate = self._file(record.identity, "plan"), self._file(record.identity, "candidate")
         try:
-            _write_atomically(candidate, plan)
+            write_atomically(candidate, plan)
             try:
                 final = judge(self._verified(candidate, record))
                 assert final.identity == record.identity
@@ -368,7 +368,7 @@ def write_timing_cache(machine: Machine, content: bytes) -> None:
     """Keep timings for `machine`. The last of two builds wins; both caches are whole."""
     file = timing_cache_file(machine)
     file.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomically(file, content)
+    write_atomically(file, content)
 
 
 def now() -> str:
@@ -381,7 +381,8 @@ def plan_hash(plan: bytes) -> str:
     return hashlib.sha256(plan).hexdigest()
 
 
-def _write_atomically(file: Path, content: bytes) -> None:
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write a file in an existing folder, which is replaced whole or not at all."""
     with _written_beside(file, content) as waiting:
         waiting.replace(file)
 

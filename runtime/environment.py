@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,11 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    except (
+        importlib.metadata.PackageNotFoundError
+    ):  # TensorRT and ONNX Runtime come under other names as well: what was imported tells
+        version: str | None = getattr(sys.modules.get(package.replace("-", "_")), "__version__", None)
+        return version
 
 
 def processor() -> str:

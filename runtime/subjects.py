@@ -11,7 +11,7 @@ import numpy as np
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, SjepaError
-from sjepa_deploy.runtime.backend import Backend, BackendOptions, FloatArray, open_backend
+from sjepa_deploy.runtime.backend import FASTEST_BACKEND, Backend, BackendOptions, FloatArray, open_backend
 from sjepa_deploy.runtime.bench_results import HARNESS, BundleFacts, Judgement, LeftOut
 from sjepa_deploy.runtime.cuda import Device
 from sjepa_deploy.runtime.parity import ParityResult, Reference, batch_sizes, check_parity
@@ -199,6 +199,8 @@ def open_subjects(
         reason = ALL_BACKENDS[name].why_not()
         if name == REFERENCE_BACKEND and not backends:
             yield LeftOut(what=name, reason=f"The float64 reference is slow by design; ask for it with --backend {name}.")
+        elif name == FASTEST_BACKEND and not backends:
+            yield LeftOut(what=name, reason=f"It runs what others are; ask for it with --backend {name}.")
         elif reason is not None:
             yield LeftOut(what=name, reason=str(reason))
         else:

@@ -18,13 +18,14 @@ from rich.table import Table
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, print_json
 from sjepa_deploy.errors import BenchmarkError, MissingDependencyError, RegressionError, listed
-from sjepa_deploy.runtime.backend import BackendOptions
+from sjepa_deploy.runtime.backend import BACKENDS, FASTEST_BACKEND, BackendOptions
 from sjepa_deploy.runtime.bench import BenchConfig, run_bench
 from sjepa_deploy.runtime.bench_results import (
     SCENARIOS,
     BenchReport,
     Cell,
     Estimate,
+    LeftOut,
     Samples,
     Scenario,
     load_report,
@@ -33,6 +34,7 @@ from sjepa_deploy.runtime.bench_results import (
 )
 from sjepa_deploy.runtime.budget import with_budgets
 from sjepa_deploy.runtime.compare import Comparison, compare, regressions
+from sjepa_deploy.runtime.fastest import FastestRecord, keep
 from sjepa_deploy.runtime.report import write_comparison, write_html, write_markdown
 from sjepa_deploy.spec import RUN_PRECISIONS, RunPrecision
 
@@ -108,6 +110,14 @@ class Duration(click.ParamType[str]):
 )
 @click.option("--name", default="bench", help="Of the files in it.")
 @click.option("--recommend", is_flag=True, help="Measure only what tells which backend to use, and say which.")
+@click.option(
+    "--keep-fastest",
+    is_flag=True,
+    help="Measure the throughput, and keep in each bundle which backend is the fastest at each batch: for --backend fastest.",
+)
+@click.option(
+    "--from", "source", type=click.Path(path_type=Path), help="With --keep-fastest: use this report (.json), do not run."
+)
 @click.option("--compare", "compared", type=click.Path(path_type=Path), nargs=2, help="Compare two reports (.json).")
 @click.option("--render", "rendered", type=click.Path(path_type=Path), help="Write the pages of a report (.json) anew.")
 @click.option("--fail-above", type=Share(), help="With --compare: exit status 1 for a slowdown above this, e.g. 10%.")
@@ -130,6 +140,8 @@ def bench(
     out: Path | None,
     name: str,
     recommend: bool,
+    keep_fastest: bool,
+    source: Path | None,
     compared: tuple[Path, Path] | None,
     rendered: Path | None,
     fail_above: float | None,
@@ -152,11 +164,28 @@ def bench(
         raise click.UsageError("--fail-above needs --compare.")
     if not bundles:
         raise click.UsageError("Name a bundle, or two reports with --compare.")
+    if source is not None and not keep_fastest:
+        raise click.UsageError("--from needs --keep-fastest.")
+    opened = tuple(Bundle.open(bundle) for bundle in bundles)
+
+    def keep_of(report: BenchReport) -> None:
+        for bundle in opened:
+            for kept in keep(report, bundle, backends=backends, precisions=precisions, device=device):
+                _print_kept(bundle, kept, screen)
+
+    if source is not None:
+        keep_of(load_report(source))
+        return
+    if keep_fastest and backends and len({*backends} & {*BACKENDS} - {FASTEST_BACKEND}) < 2:
+        raise click.UsageError("--keep-fastest needs two backends or more that decode.")
+    if keep_fastest and scenarios and "throughput" not in scenarios:
+        raise click.UsageError("--keep-fastest needs --scenario throughput.")
+    chosen: tuple[Scenario, ...] = (("back-to-back", "paced") if recommend else ()) + (("throughput",) if keep_fastest else ())
     defaults = BenchConfig()
     config = BenchConfig(
         backends=backends,
         precisions=precisions,
-        scenarios=scenarios or (("back-to-back", "paced") if recommend else SCENARIOS),
+        scenarios=scenarios or chosen or SCENARIOS,
         batches=batches,
         rates=rates or (defaults.rates[-1:] if recommend else defaults.rates),
         deadline=deadline,
@@ -166,7 +195,6 @@ def bench(
         seed=seed,
         options=BackendOptions(n_threads=threads, device=device),
     )
-    opened = tuple(Bundle.open(bundle) for bundle in bundles)
     folder = out or Path(f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     _make(folder)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -189,6 +217,8 @@ def bench(
         print_json(report)
     if report.interrupted:
         raise KeyboardInterrupt
+    if keep_fastest:
+        keep_of(report)
 
 
 def _seconds(durations: tuple[str, ...], usual: float) -> dict[str, Any]:
@@ -279,6 +309,13 @@ def _print_report(report: BenchReport, screen: Console) -> None:
 
 def _who(cell: Cell) -> str:
     return f"{cell.key.backend} {cell.key.precision}"
+
+
+def _print_kept(bundle: Bundle, kept: FastestRecord | LeftOut, screen: Console) -> None:
+    if isinstance(kept, LeftOut):
+        screen.print(f"not kept: {escape(kept.what)}. {escape(kept.reason)}", soft_wrap=True)
+    else:
+        screen.print(f"{escape(str(bundle.path))}: the fastest in {kept.precision} is {kept}", soft_wrap=True)
 
 
 def _print_recommendations(report: BenchReport, screen: Console) -> None:
