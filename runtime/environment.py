@@ -33,9 +33,8 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
-    except (
-        importlib.metadata.PackageNotFoundError
-    ):  # TensorRT and ONNX Runtime come under other names as well: what was imported tells
+    except importlib.metadata.PackageNotFoundError:
+        # TensorRT and ONNX Runtime come under other names as well: what was imported tells.
         version: str | None = getattr(sys.modules.get(package.replace("-", "_")), "__version__", None)
         return version
 
