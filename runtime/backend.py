@@ -71,6 +71,31 @@ class Backend(Protocol):
         ...
 
 
+@runtime_checkable
+class RollingBackend(Backend, Protocol):
+    """A backend that keeps the newest window of a stream, so that a call takes its newest samples alone.
+
+    `roll` takes C-contiguous float32 samples (n_chans, n), 1 <= n <= n_times, that follow those of the last `roll`, and returns
+    the bits that `run` returns for the window that ends with them. A whole window follows any. `restart`, and every error, let it
+    be the only one that is taken next.
+
+    Attributes
+    ----------
+    persistent : bool
+        Whether a kernel stays on the GPU, which a call of another size makes leave.
+    """
+
+    persistent: bool
+
+    def roll(self, eeg: FloatArray) -> FloatArray:
+        """Run the model on the window that ends with `eeg`."""
+        ...
+
+    def restart(self) -> None:
+        """Take a whole window next."""
+        ...
+
+
 def two_threads() -> BackendError:
     """Return the error of a backend whose buffers a second thread would overwrite."""
     return BackendError("Two threads call one backend at once.", "Load the bundle once in each thread.")
