@@ -562,12 +562,12 @@ def test_the_order_of_threads_changes_no_bit_of_a_stream(gpu, make_model, name, 
 
 
 def test_a_window_that_is_overwritten_while_it_is_read_is_found(gpu, make_model, monkeypatch):
-    """The comparison above can fail: without the barrier between reading and writing it does."""
-    barrier = "  __syncthreads();\n  for (int i = thread(); i < n; i += THREADS) history"
+    """The comparison above can fail: with the barrier between reading and writing behind both it does."""
+    barrier, write = "  __syncthreads();\n", "  for (int i = thread(); i < n; i += THREADS) history[i] = shared[i];\n"
 
     def without(source, architecture):
-        assert source.count(barrier) == 1
-        return compiled_for_cpu(source.replace(barrier, barrier.partition("\n")[2]), architecture)
+        assert source.count(barrier + write) == 1
+        return compiled_for_cpu(source.replace(barrier + write, write + barrier), architecture)
 
     monkeypatch.setattr(nvrtc, "compiled", without)
     bundle, _, _ = make_model(SPECS["postlocal"])
