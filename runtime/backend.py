@@ -40,7 +40,7 @@ class BackendOptions:
         GPU backends: how a call waits, see `sjepa_deploy.runtime.cuda.Wait`.
     persistent : bool
         Backend "cuda": whether a kernel stays on the GPU and answers calls of one window without a launch. It keeps the GPU to
-        itself until the host is silent for two seconds, another batch size is called or the backend is closed.
+        itself until the host is silent for two seconds, a call of another size comes or the backend is closed.
     """
 
     n_threads: int | None = None

@@ -191,7 +191,8 @@ DEVICE void load_signals(float* shared, const float* input, int count) {
 #if ROLLS
 // The same of a stream whose window before, without offset removed, is in `history` at the first of these signals: `input` holds the
 // newest `fresh` samples of each alone. No other block touches these signals of the history, so that it can be brought up to date here.
-// Samples are kept and not what the first convolution makes of them: each window loses its own first sample, to the last bit.
+// Kept are samples, not outputs of the first convolution: no two windows share those, as each loses its own first sample before the
+// products, without which float32 would lose digits to the electrode offset.
 template <int MOST>
 DEVICE void load_newest(float* shared, const float* input, float* history, int fresh, int count) {
   constexpr int LOADS = (MOST * N_TIMES + THREADS - 1) / THREADS, AT_ONCE = LOADS < 8 ? LOADS : 8;

@@ -161,6 +161,7 @@ class Decoder:
     """Decodes a stream: iterate over it, or register callbacks and call `run`.
 
     One decoder serves one stream in one thread. Several in one process share nothing but the predictor's weights, if even that.
+    Where the predictor rolls, of a window that follows the last one decoded the new samples alone are handed to it.
 
     Parameters
     ----------

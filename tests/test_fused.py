@@ -13,16 +13,18 @@ from fake_gpu import check_nothing_is_left, in_another_thread
 from kernels_on_cpu import KernelDriver, compiled_for_cpu
 from oracle import randomise
 from safetensors.numpy import load_file
+from streams import decode_samples, eeg
 
 from sjepa_deploy.checkpoint import write_checkpoint
 from sjepa_deploy.errors import BackendError, InputError, MissingDependencyError
 from sjepa_deploy.export.rewrite import rewrite
 from sjepa_deploy.models import build_model
-from sjepa_deploy.runtime import cuda, fused, fused_program, nvrtc
+from sjepa_deploy.runtime import cuda, fused, fused_program, nvrtc, stream
 from sjepa_deploy.runtime.backend import BACKENDS, BackendOptions, open_backend
 from sjepa_deploy.runtime.fused_program import Layout, best_layout, make_program
 from sjepa_deploy.runtime.fused_weights import _tiles, pack, read_safetensors
 from sjepa_deploy.runtime.parity import Reference, check_parity
+from sjepa_deploy.runtime.predictor import Predictor
 from sjepa_deploy.runtime.reference import run_reference
 from sjepa_deploy.spec import EncoderSpec
 from sjepa_deploy.synthetic import eeg_windows, hard_windows
@@ -711,6 +713,22 @@ def test_a_stream_goes_on_after_memory_was_short(gpu, make_model):
     gpu.fails_at = None
     check_rolls(backend, bundle.spec, (200, 7), backend.run)
     backend.close()
+
+
+def test_a_decoder_sends_new_samples_alone_and_decides_the_same(gpu, make_model, monkeypatch):
+    bundle, _, model = make_model(SPECS["postlocal"])
+    bundle.graph = lambda precision: SimpleNamespace(max_batch=4, static_batch=None)
+    samples = eeg(240)
+    monkeypatch.setattr(stream, "N_WARM_UP", 1)
+    backend = backend_for(gpu, bundle, threads=128)
+    predict = Predictor(bundle, backend, check_unit=False)
+    sizes = []
+    monkeypatch.setattr(backend, "roll", lambda eeg: [sizes.append(eeg.shape[1]), fused.FusedBackend.roll(backend, eeg)][1])
+    _, decisions, _ = decode_samples(predict, samples, hop=0.1, late="queue")
+    backend.close()
+    assert sizes == [200, 10, 200, 10, 10, 10, 10]  # the first two warm up
+    windows = np.stack([np.float32(samples[10 * i : 10 * i + 200].T) for i in range(5)])
+    np.testing.assert_allclose([d.prediction for d in decisions], run_reference(model.double(), windows), rtol=1e-4, atol=1e-5)
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------------
