@@ -302,6 +302,8 @@ class FusedBackend:
     def close(self) -> None:
         """Release everything on the GPU."""
         self._device.make_current()
+        if self._latest is not None:
+            self._latest.leave()  # before another lane waits for the stream that they share
         for lane in (*self._lanes.values(), *self._rolling.values()):
             lane.close()
         self._lanes.clear()

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import itertools
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ from fake_gpu import check_nothing_is_left, in_another_thread
 from kernels_on_cpu import KernelDriver, compiled_for_cpu
 from oracle import randomise
 from safetensors.numpy import load_file
-from streams import decode_samples, eeg
+from streams import decode_samples, eeg, info_of
 
 from sjepa_deploy.checkpoint import write_checkpoint
 from sjepa_deploy.errors import BackendError, InputError, MissingDependencyError
@@ -27,6 +28,7 @@ from sjepa_deploy.runtime.parity import Reference, check_parity
 from sjepa_deploy.runtime.predictor import Predictor
 from sjepa_deploy.runtime.reference import run_reference
 from sjepa_deploy.spec import EncoderSpec
+from sjepa_deploy.streaming_parity import causal_preprocessing
 from sjepa_deploy.synthetic import eeg_windows, hard_windows
 
 SMALL = EncoderSpec(conv_layers=((8, 32, 8), (12, 2, 2), (16, 3, 3), (32, 2, 2)), spat_dim=6, time_dim=10, n_layers=2, n_heads=4)
@@ -597,7 +599,7 @@ def test_a_transformer_that_stays_takes_new_samples(staying_gpu, make_model):
 
 def check_rolls_of_a_kernel_that_stays(staying_gpu, make_model, name, hops, **layout):
     """It leaves for another number of samples alone."""
-    bundle, reference, _ = make_model(SPECS[name])
+    bundle, _, _ = make_model(SPECS[name])
     launched = backend_for(staying_gpu, bundle, **layout)
     backend = backend_for(staying_gpu, bundle, options=PERSISTENT, **layout)
     samples, stop, n_kernels = stream_of(bundle.spec, sum(hops)), 0, []
@@ -614,21 +616,35 @@ def check_rolls_of_a_kernel_that_stays(staying_gpu, make_model, name, hops, **la
     for i in range(1, len(hops)):
         assert (n_kernels[i] == n_kernels[i - 1]) == (hops[i] == hops[i - 1])
     assert staying_gpu.running.is_alive()
-    backend.run(reference.inputs[:1])
     backend.close()
     assert not staying_gpu.running.is_alive()
+
+
+@pytest.mark.parametrize("first", ["a stream", "another batch"])
+def test_closing_asks_the_kernel_that_stays_to_leave(staying_gpu, make_model, first):
+    """It does not wait until the kernel leaves by itself, which takes 100 s here."""
+    bundle, reference, _ = make_model(SPECS["postlocal"])
+    backend = backend_for(staying_gpu, bundle, options=PERSISTENT, threads=128)
+    backend.run(reference.inputs[:2] if first == "another batch" else reference.inputs[:1])
+    if first == "another batch":
+        backend.run(reference.inputs[:1])
+    else:
+        backend.roll(reference.inputs[0])
+    assert staying_gpu.running.is_alive()
+    began = time.monotonic()
+    backend.close()
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("moment", ["before the start", "after the start", "while it waits", "while it copies"])
 def test_an_interrupted_call_asks_for_a_whole_window(staying_gpu, make_model, monkeypatch, persistent, moment):
-    bundle, _, _ = make_model(SPECS["prelocal"])
-    backend = backend_for(staying_gpu, bundle, options=BackendOptions(persistent=persistent))
+    bundle, _, _ = make_model(SPECS["postlocal"])
+    backend = backend_for(staying_gpu, bundle, options=BackendOptions(persistent=persistent), threads=128)
     samples = stream_of(bundle.spec, 250)
-    want = [backend.run(samples[None, :, i : i + 200].copy()).tobytes() for i in (0, 7, 14, 28, 35)]
+    want = [backend.run(samples[None, :, i : i + 200].copy()).tobytes() for i in (0, 7, 21, 28)]
     assert backend.roll(samples[:, :200].copy()).tobytes() == want[0]
     assert backend.roll(samples[:, 200:207].copy()).tobytes() == want[1]
-    assert backend.roll(samples[:, 207:214].copy()).tobytes() == want[2]
     lane = backend._rolling[7]
     start = lane._start
 
@@ -643,12 +659,12 @@ def test_an_interrupted_call_asks_for_a_whole_window(staying_gpu, make_model, mo
         else:
             patch.setattr(lane, "_finish" if moment == "while it waits" else "_start", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            backend.roll(samples[:, 214:221].copy())
+            backend.roll(samples[:, 207:214].copy())
     for _ in range(2):  # and the error is one too
         with pytest.raises(InputError, match="no window that 7 new samples could follow"):
-            backend.roll(samples[:, 221:228].copy())
-    assert backend.roll(samples[:, 28:228].copy()).tobytes() == want[3]
-    assert backend.roll(samples[:, 228:235].copy()).tobytes() == want[4]
+            backend.roll(samples[:, 214:221].copy())
+    assert backend.roll(samples[:, 21:221].copy()).tobytes() == want[2]
+    assert backend.roll(samples[:, 221:228].copy()).tobytes() == want[3]
     backend.close()
 
 
@@ -727,7 +743,8 @@ def test_a_decoder_sends_new_samples_alone_and_decides_the_same(gpu, make_model,
     _, decisions, _ = decode_samples(predict, samples, hop=0.1, late="queue")
     backend.close()
     assert sizes == [200, 10, 200, 10, 10, 10, 10]  # the first two warm up
-    windows = np.stack([np.float32(samples[10 * i : 10 * i + 200].T) for i in range(5)])
+    filtered = causal_preprocessing(samples, info_of(bundle.spec), bundle.spec)
+    windows = np.stack([filtered[:, 10 * i : 10 * i + 200] for i in range(5)])
     np.testing.assert_allclose([d.prediction for d in decisions], run_reference(model.double(), windows), rtol=1e-4, atol=1e-5)
 
 
