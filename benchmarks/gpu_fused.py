@@ -4,7 +4,8 @@
 
 Models are made on the spot, with random weights; needs PyTorch. A case is VARIANT:PRECISION:WHAT:
 
-    modes      parity, latency launched, from a graph and persistent, paced, with keep-warm; repeated calls; throughput
+    modes      parity, latency launched, from a graph and persistent, paced, with keep-warm; of a stream's new samples alone
+               (roll), and whether they give the bits of the whole window; repeated calls; throughput
     where      cycles from mark to mark in the kernel, and other layouts
     grid       parity on every case of the export grid that the backend accepts (PRECISION is ignored)
     tail       what the slow calls are made of: as they are, on a core of its own, with real-time priority, without the garbage
@@ -157,6 +158,26 @@ def repeat(backend: Any, reference: Reference, seconds: float, most: int = 2**62
     return {"calls": calls, "differ": int(differ), "seconds": time.perf_counter() - began}
 
 
+def bits_of_rolls(backend: Any, spec: ModelSpec, hop: int, n_hops: int = 200) -> dict[str, Any]:
+    """Return how many windows of a stream differ in any bit between `roll` and `run`."""
+    began = time.perf_counter()
+    samples = hard_windows(spec.n_chans, spec.n_times + n_hops * hop, spec.sfreq, np.random.default_rng(2))["eeg 0"]
+    starts = range(0, n_hops * hop + 1, hop)
+    want = [backend.run(samples[None, :, start : start + spec.n_times].copy()).tobytes() for start in starts]
+    differ = backend.roll(samples[:, : spec.n_times].copy()).tobytes() != want[0]
+    for start, bits in zip(starts[1:], want[1:], strict=True):
+        stop = start + spec.n_times
+        differ += backend.roll(samples[:, stop - hop : stop].copy()).tobytes() != bits
+    return {"calls": n_hops + 1, "differ": int(differ), "seconds": time.perf_counter() - began}
+
+
+def latency_of_rolls(backend: Any, window: Any, hop: int) -> dict[str, float]:
+    """Return the latency of `roll` with `hop` new samples."""
+    backend.roll(window[0])
+    new = window[0, :, :hop].copy()
+    return latency(lambda: backend.roll(new), 5000)
+
+
 def modes(bundle: Any, model: Any, reference: Reference, precision: Any, seconds: float) -> dict[str, Any]:
     """Parity and latency launched, from a graph, persistent; paced; throughput."""
     result: dict[str, Any] = {}
@@ -178,6 +199,9 @@ def modes(bundle: Any, model: Any, reference: Reference, precision: Any, seconds
             "paced 10 ms": lambda call=call: latency(call, 150, 0.01),
             "paced 10 ms, warm": lambda call=call: latency(call, 150, 0.01, KeepWarm(call, 0.001)),
         }
+        for hop in (1, 10):
+            steps[f"roll {hop}"] = lambda b=backend, window=window, hop=hop: latency_of_rolls(b, window, hop)
+            steps[f"roll {hop}, bits"] = lambda b=backend, hop=hop: bits_of_rolls(b, bundle.spec, hop)
         if name == "launch":
             steps = {"in place": steps["in place"]}
         for key, work in steps.items():

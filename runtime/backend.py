@@ -40,7 +40,7 @@ class BackendOptions:
         GPU backends: how a call waits, see `sjepa_deploy.runtime.cuda.Wait`.
     persistent : bool
         Backend "cuda": whether a kernel stays on the GPU and answers calls of one window without a launch. It keeps the GPU to
-        itself until the host is silent for two seconds, another batch size is called or the backend is closed.
+        itself until the host is silent for two seconds, a call of another size comes or the backend is closed.
     """
 
     n_threads: int | None = None
@@ -68,6 +68,31 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release what the backend holds."""
+        ...
+
+
+@runtime_checkable
+class RollingBackend(Backend, Protocol):
+    """A backend that keeps the newest window of a stream, so that a call takes its newest samples alone.
+
+    `roll` takes C-contiguous float32 samples (n_chans, n), 1 <= n <= n_times, that follow those of the last `roll`, and returns
+    the bits that `run` returns for the window that ends with them. A whole window follows any. `restart`, and every error, let it
+    be the only one that is taken next.
+
+    Attributes
+    ----------
+    persistent : bool
+        Whether a kernel stays on the GPU, which a call of another size makes leave.
+    """
+
+    persistent: bool
+
+    def roll(self, eeg: FloatArray) -> FloatArray:
+        """Run the model on the window that ends with `eeg`."""
+        ...
+
+    def restart(self) -> None:
+        """Take a whole window next."""
         ...
 
 

@@ -213,7 +213,7 @@ DEVICE void prepare(const Arguments& a, Shared& s) {
 DEVICE void encode_phase(const Arguments& a, Shared& s) {
   for (int item = blockIdx.x; item < (int)a.calls.batch * N_CHANS; item += gridDim.x) {
     const int window = item / N_CHANS, channel = item % N_CHANS;
-    load_signals<1>(s.encoder.signal, a.input + item * N_TIMES, 1);
+    take_signals<1>(s.encoder.signal, a.input, a.calls, item, 1);
     remove_offset(s.encoder.signal);
     const float* features = encode(s.encoder, a.weights);
     const float* position = a.weights + AT_POSITIONS + channel * N_TOKENS * EMB;

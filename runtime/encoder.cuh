@@ -188,6 +188,32 @@ DEVICE void load_signals(float* shared, const float* input, int count) {
   __syncthreads();
 }
 
+#if ROLLS
+// The same of a stream whose window before, without offset removed, is in `history` at the first of these signals: `input` holds the
+// newest `fresh` samples of each alone. No other block touches these signals of the history, so that it can be brought up to date here.
+// Kept are samples, not outputs of the first convolution: no two windows share those, as each loses its own first sample before the
+// products, without which float32 would lose digits to the electrode offset.
+template <int MOST>
+DEVICE void load_newest(float* shared, const float* input, float* history, int fresh, int count) {
+  constexpr int LOADS = (MOST * N_TIMES + THREADS - 1) / THREADS, AT_ONCE = LOADS < 8 ? LOADS : 8;
+  const int n = count * N_TIMES, kept = N_TIMES - fresh;
+  for (int first = thread(); first < n; first += AT_ONCE * THREADS) {
+    float v[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int at = first + i * THREADS, signal = at / N_TIMES, t = at % N_TIMES;
+      if (at < n) v[i] = load_input(t < kept ? history + at + fresh : input + signal * fresh + t - kept);
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i)
+      if (first + i * THREADS < n) shared[first + i * THREADS] = v[i];
+  }
+  copies_arrived();
+  __syncthreads();
+  for (int i = thread(); i < n; i += THREADS) history[i] = shared[i];
+}
+#endif
+
 // Subtract the first sample of a signal from all: the normalisation removes any offset, but float32 would lose digits to it.
 // Ends with a barrier.
 DEVICE void remove_offset(float* signal) {
@@ -223,6 +249,10 @@ struct Calls {
   unsigned last;                      // the call before the first of a resident launch
   unsigned residency;                 // number of this resident launch
   unsigned batch;
+#if ROLLS
+  unsigned fresh;                     // newest samples of each channel, which are in the input
+  float* history;                     // (N_CHANS, N_TIMES), the window before
+#endif
 };
 
 constexpr long long IDLE_NS = 1000000ll * IDLE_MS, BUSY_NS = 100000;
@@ -265,6 +295,16 @@ DEVICE bool next_call(const Calls& calls, unsigned& number, unsigned* word) {
   cluster_sync();  // no block writes its words, or ends, before the others have read them
   number = next;
   return !end;
+}
+
+// Signals `first` to `first + count`, at most MOST, of all windows to shared memory.
+template <int MOST>
+DEVICE void take_signals(float* shared, const float* input, const Calls& calls, int first, int count) {
+#if ROLLS
+  load_newest<MOST>(shared, input + first * (int)calls.fresh, calls.history + first * N_TIMES, calls.fresh, count);
+#else
+  load_signals<MOST>(shared, input + first * N_TIMES, count);
+#endif
 }
 
 // Whether this block is the last of `n` that arrive here for `window`; then it sees what the others wrote before.

@@ -1,7 +1,8 @@
 """The fused backend: one kernel from the window in pinned memory to the prediction in pinned memory.
 
 The kernels (runtime/*.cu) are compiled for the GPU and the model at hand when the backend is opened, and cached. A call writes
-the window where the GPU reads it, launches, and watches words in host memory that the kernel writes last.
+the window where the GPU reads it, launches, and watches words in host memory that the kernel writes last. Of a stream the GPU
+keeps the window, and a call writes its newest samples alone.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
@@ -115,8 +117,9 @@ class Module:
 class FusedBackend:
     """A bundle on the fused kernels.
 
-    Buffers are made once for each batch size, so that a call allocates nothing. `BackendOptions.wait` "spin" and "flag" are the
-    same here: both watch the word that the kernel writes. One thread at a time: a second one gets an error.
+    Buffers are made once for each batch size and each number of new samples, so that a call allocates nothing.
+    `BackendOptions.wait` "spin" and "flag" are the same here: both watch the word that the kernel writes. One thread at a time: a
+    second one gets an error.
 
     Parameters
     ----------
@@ -129,6 +132,11 @@ class FusedBackend:
         GPU, memory, graph, wait, persistent.
     layout : Layout or None
         How work is spread; None: as is best for the GPU.
+
+    Attributes
+    ----------
+    persistent : bool
+        Whether a kernel stays on the GPU, which another number of windows or of new samples makes leave.
 
     Raises
     ------
@@ -144,6 +152,7 @@ class FusedBackend:
         refuse_spec(bundle.spec, precision)
         refuse_persistent(options)
         self.precision = precision
+        self.persistent = options.persistent
         self._spec, self._options = bundle.spec, options
         self._max_batch = bundle.graph(precision).max_batch
         weights = read_safetensors(bundle.checkpoint / WEIGHTS_FILE)
@@ -169,13 +178,16 @@ class FusedBackend:
             weights=uploaded,
             max_batch=self._max_batch,
         )
-        self._lanes: dict[int, Lane] = {}
+        self._lanes: dict[int, Lane] = {}  # by batch size
+        self._rolling: dict[int, Lane] = {}  # by number of new samples
+        self._roller: Launcher | None = None
+        self._follows = False  # whether the window that the GPU keeps is the stream's newest
         self._latest: Lane | None = None
         self._turn = Turn(self._device)
 
     def _load(self, weights: Weights, layout: Layout | None) -> None:
         """Compile and load the program, with less of the weights in shared memory if the GPU has too little of it."""
-        architecture = architecture_of(self._device)
+        architecture = self._architecture = architecture_of(self._device)
         layout = layout or best_layout(self._spec, self.precision, self._device.attribute("MULTIPROCESSOR_COUNT"), architecture)
         most = self._device.attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
         for smaller in ({}, {"qkv_in_shared": False}, {"qkv_in_shared": False, "encoder_in_shared": False}):
@@ -226,6 +238,52 @@ class FusedBackend:
         finally:
             self._turn.end()
 
+    def roll(self, eeg: FloatArray) -> FloatArray:
+        """Run the model on the window that ends with new samples of a stream, shape (n_chans, n), 1 <= n <= n_times.
+
+        They follow those of the last `roll`; a whole window, n = n_times, may follow any. `run` may be called in between. The
+        first call of all compiles a program of its own, and the first of each n makes buffers.
+
+        Parameters
+        ----------
+        eeg : array of float32, shape (n_chans, n)
+            C-contiguous, in the unit of the spec.
+
+        Returns
+        -------
+        array of float32, shape (1, n_outputs)
+            The same bits as `run` gives of the whole window. The next call overwrites it.
+
+        Raises
+        ------
+        InputError
+            If n is out of range, or less than a window and no window is there: at the start, and after a `roll` that failed.
+        """
+        self._turn.begin()
+        try:
+            n, n_times = eeg.shape[1], self._spec.n_times
+            follows, self._follows = self._follows, False
+            if not 1 <= n <= n_times:
+                raise InputError(f"There are {n} new samples, not 1 to {n_times}.", "Give at most a window at once.")
+            if n < n_times and not follows:
+                raise InputError(
+                    f"There is no window that {n} new samples could follow.",
+                    f"Give the whole window of {n_times} first, and after every error.",
+                )
+            lane = self._rolling.get(n)
+            if lane is None or lane is not self._latest:
+                lane = self._enter(lane, lambda: self._open_rolling(n))
+            np.copyto(lane.input, eeg)
+            lane.run()
+            self._follows = True
+            return lane.output
+        finally:
+            self._turn.end()
+
+    def restart(self) -> None:
+        """Let the next `roll` be one of a whole window: samples were left out."""
+        self._follows = False
+
     def input_buffer(self, batch: int) -> FloatArray:
         """Return the pinned buffer that `run` reads, shape (batch, n_chans, n_times): fill it in place and pass it to `run`."""
         self._turn.begin()
@@ -244,21 +302,30 @@ class FusedBackend:
     def close(self) -> None:
         """Release everything on the GPU."""
         self._device.make_current()
-        for lane in self._lanes.values():
+        if self._latest is not None:
+            self._latest.leave()  # before another lane waits for the stream that they share
+        for lane in (*self._lanes.values(), *self._rolling.values()):
             lane.close()
         self._lanes.clear()
+        self._rolling.clear()
+        self._follows = False
         self._latest = None
         self._launcher.stream.synchronize()
         self._closing.close()
 
     def _lane(self, batch: int) -> Lane:
-        """Return what runs `batch` windows, with no kernel of another batch size on the GPU."""
+        """Return what runs `batch` windows, with no kernel of another lane on the GPU."""
         lane = self._lanes.get(batch)
         if lane is None or lane is not self._latest:
-            if self._latest is not None:
-                self._latest.leave()
-            lane = self._latest = lane or self._open(batch)
+            lane = self._enter(lane, lambda: self._open(batch))
         return lane
+
+    def _enter(self, lane: Lane | None, opened: Callable[[], Lane]) -> Lane:
+        """Let the kernel of the latest lane leave, and make another one the latest."""
+        if self._latest is not None:
+            self._latest.leave()
+        self._latest = lane or opened()
+        return self._latest
 
     def _open(self, batch: int) -> Lane:
         if not 1 <= batch <= self._max_batch:
@@ -268,3 +335,27 @@ class FusedBackend:
             raise InputError(f"A batch of {batch} windows of this length is too large for the fused kernels.", "Split it.")
         lane = self._lanes[batch] = Lane(self._launcher, self._spec, self._options, batch)
         return lane
+
+    def _open_rolling(self, n: int) -> Lane:
+        self._roller = self._roller or self._load_rolling()
+        lane = self._rolling[n] = Lane(self._roller, self._spec, self._options, 1, n)
+        return lane
+
+    def _load_rolling(self) -> Launcher:
+        """Compile and load the program of streams, and make room for their newest window."""
+        program = self.program.rolling()
+        with contextlib.ExitStack() as opened:
+            module = Module(self._device, program, self.layout.threads, self._architecture)
+            opened.callback(module.close)
+            history = opened.enter_context(closing(DeviceBuffer(self._device, 4 * self._spec.n_chans * self._spec.n_times)))
+            check(self._device.cu.cuMemsetD8(self._device.cu.CUdeviceptr(history.address), 0, history.nbytes))
+            self._device.synchronize()  # it may return before, and our stream does not wait for the default one
+            self._closing.enter_context(opened.pop_all())
+        return dataclasses.replace(
+            self._launcher,
+            program=program,
+            function=module.function,
+            shared_bytes=module.shared_bytes,
+            blocks_at_once=module.blocks_at_once,
+            history=history,
+        )

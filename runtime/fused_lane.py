@@ -1,4 +1,4 @@
-"""One batch size of the fused backend: pinned input and output, scratch memory, and how a call starts and ends.
+"""One batch size of the fused backend, or number of new samples: pinned input and output, scratch memory, how a call runs.
 
 A call is a launch, mostly from a CUDA graph, or a number written for a kernel that stays on the GPU. It ends when the host sees
 the call's number beside every output, or, of many outputs, in one word that the kernel writes after them.
@@ -58,7 +58,7 @@ def refuse_persistent(options: BackendOptions) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Launcher:
-    """What all batch sizes launch.
+    """What all batch sizes launch, or all numbers of new samples.
 
     Attributes
     ----------
@@ -76,6 +76,8 @@ class Launcher:
         The program's.
     max_batch : int
         Windows that the program's counters are for.
+    history : DeviceBuffer or None
+        The newest window of a stream, of a program that rolls.
     """
 
     device: Device
@@ -87,10 +89,11 @@ class Launcher:
     blocks_at_once: int
     weights: DeviceBuffer
     max_batch: int
+    history: DeviceBuffer | None = None
 
 
 class Lane:
-    """One batch size.
+    """One batch size, or one number of new samples.
 
     Parameters
     ----------
@@ -102,11 +105,13 @@ class Lane:
         Memory, graph, wait, persistent.
     batch : int
         Windows of a call.
+    fresh : int
+        Of a program that rolls: new samples of a call. 0 for whole windows.
 
     Attributes
     ----------
     input, output : array of float32
-        Windows and predictions.
+        Windows, or new samples, and predictions.
     persistent : bool
         Whether calls are answered by a kernel that stays: those of one window, if the options say so.
     grid : int
@@ -115,7 +120,7 @@ class Lane:
         Scratch memory.
     """
 
-    def __init__(self, launcher: Launcher, spec: ModelSpec, options: BackendOptions, batch: int) -> None:
+    def __init__(self, launcher: Launcher, spec: ModelSpec, options: BackendOptions, batch: int, fresh: int = 0) -> None:
         self._cu, self._stream = launcher.device.cu, launcher.stream
         self.persistent = options.persistent and batch == 1
         self._number = self._residency = 0
@@ -123,18 +128,17 @@ class Lane:
         self._graph: Graph | None = None
         self._closing = contextlib.ExitStack()
         try:
-            self._allocate(launcher, spec, options, batch)
+            self._allocate(launcher, spec, options, batch, fresh)
             self._prepare(launcher, options, batch)
-            self._begin(options)
+            self._begin(options, fresh)
         except BaseException:
             self._release()
             raise
 
-    def _allocate(self, launcher: Launcher, spec: ModelSpec, options: BackendOptions, batch: int) -> None:
+    def _allocate(self, launcher: Launcher, spec: ModelSpec, options: BackendOptions, batch: int, fresh: int) -> None:
         device, program, keep = launcher.device, launcher.program, self._closing.enter_context
-        self._in, self._out = (
-            keep(closing(HostBuffer(device, (batch, *shape)))) for shape in (spec.input_shape, spec.output_shape)
-        )
+        shape = (spec.n_chans, fresh) if fresh else (batch, *spec.input_shape)
+        self._in, self._out = (keep(closing(HostBuffer(device, s))) for s in (shape, (batch, *spec.output_shape)))
         self.input = self._in.array
         n_outputs = self._out.nbytes // 4
         self._report_buffer, request = (keep(closing(HostBuffer(device, (2,)))) for _ in range(2))
@@ -168,6 +172,7 @@ class Lane:
             report=self._report_buffer.address,
             batch=batch,
             **{name: buffer.address for name, buffer in self.buffers.items()},
+            **({"history": launcher.history.address} if launcher.history else {}),
         )
         self._params = (ctypes.c_void_p * 1)(ctypes.addressof(self._arguments))
         self.grid = program.grid(batch, launcher.blocks_at_once)
@@ -178,9 +183,11 @@ class Lane:
         self._start: Callable[[], Any] = self._enqueue
         self._finish = self._watch if options.wait != "block" else self._block
 
-    def _begin(self, options: BackendOptions) -> None:
-        """Make the first call, which loads the code, and choose how later ones start."""
+    def _begin(self, options: BackendOptions, fresh: int) -> None:
+        """Make the first call, which loads the code, and choose how later ones start. Of a stream it takes no sample."""
         self.run()
+        if fresh:
+            self._arguments.fresh = fresh
         if self.persistent:
             self._start = self._ask
         elif options.cuda_graph:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,8 @@ class Program:
         Channels or tokens of a window: more blocks have nothing to do.
     least_blocks : int
         How many blocks must be resident at once.
+    rolls : bool
+        Whether the input are the newest samples of a stream's window, whose others the kernel has kept.
     """
 
     name: str
@@ -98,6 +101,14 @@ class Program:
     blocks: int | None
     items: int
     least_blocks: int
+    rolls: bool = False
+
+    def rolling(self) -> Program:
+        """Return the program of the same model that takes the newest samples of a stream.
+
+        A program of its own: as a branch in the other it would take registers from every call.
+        """
+        return dataclasses.replace(self, source=f"#define ROLLS 1\n{self.source}", rolls=True)
 
     def grid(self, batch: int, blocks_at_once: int) -> int:
         """Return how many blocks run `batch` windows on a GPU that holds `blocks_at_once`."""
@@ -111,7 +122,8 @@ class Program:
         pointers += ["ready"] if self.n_ready else []
         fields = [(name, ctypes.c_void_p) for name in [*pointers, "request", "marked", "counters", "report"]]
         numbers = [(name, ctypes.c_uint) for name in ("last", "residency", "batch")]
-        return type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, *numbers]})
+        stream = [("fresh", ctypes.c_uint), ("history", ctypes.c_void_p)] if self.rolls else []
+        return type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, *numbers, *stream]})
 
 
 THREADS = {"prelocal": 1024, "postlocal": 512, "contextual": 512, "base": 512}

@@ -32,7 +32,7 @@ DEVICE void answer(const Arguments& a, Shared& s, unsigned number, float bias, i
   for (int item = blockIdx.x; item < (int)a.calls.batch * N_CHANS; item += gridDim.x) {
     const int window = item / N_CHANS, channel = item % N_CHANS;
     if (channel != held) fetch_head(a, s, held = channel);
-    load_signals<1>(s.encoder.signal, a.input + item * N_TIMES, 1);
+    take_signals<1>(s.encoder.signal, a.input, a.calls, item, 1);
     remove_offset(s.encoder.signal);
     MARK(1);
     const float* tokens = encode(s.encoder, a.weights);

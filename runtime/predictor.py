@@ -10,7 +10,7 @@ import numpy as np
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, InputError
-from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, Backend, BackendOptions, FloatArray, open_backend
+from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, Backend, BackendOptions, FloatArray, RollingBackend, open_backend
 from sjepa_deploy.runtime.cuda import on_gpu
 from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, RunPrecision
 
@@ -39,6 +39,14 @@ class Predictor:
         Windows with NaN or infinite samples are refused, or passed on: their outputs are NaN, as with PyTorch.
     check_unit : bool
         Whether to refuse windows whose amplitude is impossible in the unit of the spec.
+
+    Attributes
+    ----------
+    rolling : RollingBackend or None
+        The backend if `roll` is offered, else None: it must keep windows, as "cuda" does, and `check_unit` be off, as the
+        amplitude of a window is not to be had from its newest samples.
+    n_rolls : int
+        Calls of `roll` so far. Of several that share a predictor, each sees by it whether another has called since.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, *, non_finite: NonFinite = "refuse", check_unit: bool = True) -> None:
@@ -55,6 +63,8 @@ class Predictor:
         n_samples = self.spec.n_chans * self.spec.n_times
         self._energy_from = n_samples * (SMALLEST_RMS_V * volt) ** 2 if check_unit else 0.0
         self._energy_to = n_samples * (LARGEST_RMS_V * volt) ** 2 if check_unit else float(np.finfo(np.float32).max)
+        self.rolling = backend if isinstance(backend, RollingBackend) and not check_unit else None
+        self.n_rolls = 0
 
     def __call__(self, eeg: FloatArray) -> FloatArray:
         """Decode one batch of windows.
@@ -93,6 +103,55 @@ class Predictor:
             energy = np.vdot(row, row)  # unlike dot, it overflows to infinity without a warning
             if not self._energy_from <= energy <= self._energy_to:
                 self._judge(row)
+        return eeg
+
+    def roll(self, eeg: FloatArray) -> FloatArray:
+        """Decode the window of a stream that ends with new samples: the backend has kept the others.
+
+        Parameters
+        ----------
+        eeg : array of float32, shape (n_chans, n), 1 <= n <= n_times
+            Samples that follow those of the last `roll`, in the unit of the spec. A whole window, n = n_times, may follow any.
+
+        Returns
+        -------
+        array of float32, shape (1, n_outputs)
+            The same bits as a call with the whole window gives. The array may be overwritten by the next call.
+
+        Raises
+        ------
+        InputError
+            If shape or dtype are wrong, samples are not finite, or n is less than a window and no window is there: at the start,
+            and after any error.
+        BackendError
+            If it is not offered, see `rolling`.
+        """
+        self.n_rolls += 1
+        if self.rolling is None:
+            why = "checks the unit of whole windows" if isinstance(self.backend, RollingBackend) else "keeps no window"
+            raise BackendError(
+                f"The backend {self.backend.name} {why}.", 'Call it on whole windows, or load "cuda" with check_unit=False.'
+            )
+        try:
+            eeg = self._check_new(eeg)
+        except InputError:
+            self.rolling.restart()  # these samples are missing now
+            raise
+        return self.rolling.roll(eeg)
+
+    def _check_new(self, eeg: FloatArray) -> FloatArray:
+        if not isinstance(eeg, np.ndarray) or eeg.dtype != np.float32:
+            self._refuse_type(eeg)
+        n_chans, n_times = self._window
+        if eeg.ndim != 2 or eeg.shape[0] != n_chans or not 1 <= eeg.shape[1] <= n_times:
+            raise InputError(
+                f"The new samples have shape {eeg.shape}, not ({n_chans}, 1 to {n_times}).",
+                "Give those of one stream without a batch axis.",
+            )
+        if not eeg.flags.c_contiguous:
+            eeg = np.ascontiguousarray(eeg)
+        if not np.vdot(eeg, eeg) <= self._energy_to:
+            self._judge(eeg)
         return eeg
 
     def _run_on_gpu(self, eeg: object) -> FloatArray:

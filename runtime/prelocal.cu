@@ -48,7 +48,7 @@ DEVICE void head(const Arguments& a, const Shared& s, const float* tokens, int f
 DEVICE void answer(const Arguments& a, Shared& s, unsigned number, float bias) {
   const int rank = blockIdx.x % BLOCKS, window = blockIdx.x / BLOCKS;
   const int first = rank * SHARE, count = larger(0, N_CHANS - first < SHARE ? N_CHANS - first : SHARE);
-  load_signals<SHARE>(s.input, a.input + (window * N_CHANS + first) * N_TIMES, count);
+  take_signals<SHARE>(s.input, a.input, a.calls, window * N_CHANS + first, count);
   MARK(1);
 
   for (int t = thread(); t < N_TIMES; t += THREADS) {

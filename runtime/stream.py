@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -160,6 +161,7 @@ class Decoder:
     """Decodes a stream: iterate over it, or register callbacks and call `run`.
 
     One decoder serves one stream in one thread. Several in one process share nothing but the predictor's weights, if even that.
+    Where the predictor rolls, of a window that follows the last one decoded the new samples alone are handed to it.
 
     Parameters
     ----------
@@ -224,8 +226,16 @@ class Decoder:
         self._last: Decision | None = None
         self._misses = 0
         window = self.windows.eeg().copy()
-        for _ in range(N_WARM_UP):
-            predict(window)
+        keeps_warm = self.config.keep_warm is not None
+        # Dummy calls are of whole windows: a kernel that stays would leave for each.
+        self._rolls = predict.rolling is not None and not (predict.rolling.persistent and keeps_warm)
+        self._rolled: tuple[int, int] | None = None  # the last window decoded, and the predictor's count of calls then
+        calls = [partial(predict, window)]
+        if self._rolls:
+            calls += [partial(predict.roll, window[0, :, :n].copy()) for n in (self.spec.n_times, self.hop)]
+        for call in calls:
+            for _ in range(N_WARM_UP):
+                call()
         self._keep_warm: KeepWarm | None = None
         if self.config.keep_warm is not None and not self.config.keep_warm > 0:
             raise StreamError(f"A keep_warm of {self.config.keep_warm:g} s is none.", "Use a positive time, such as 0.005.")
@@ -358,7 +368,7 @@ class Decoder:
                 held=True,
             )
         try:
-            prediction = self.predict(self.windows.eeg())[0].copy()
+            prediction = self._predict(window)[0].copy()
         except (RefusedError, UnansweredError) as e:  # of a server, which may answer the next window
             counters.failed += 1
             self._count_miss(missed=True)
@@ -385,6 +395,15 @@ class Decoder:
             window.bad_channels,
         )
         return decision
+
+    def _predict(self, window: Window) -> NDArray[np.float32]:
+        if not self._rolls:
+            return self.predict(self.windows.eeg())
+        # Between windows that were due one after the other there is no gap, as after one the next window is not whole.
+        follows = self._rolled == (window.index - 1, self.predict.n_rolls)
+        outputs = self.predict.roll(self.windows.newest(self.hop if follows else self.spec.n_times))
+        self._rolled = window.index, self.predict.n_rolls
+        return outputs
 
     def _count_miss(self, *, missed: bool) -> None:
         if not missed:

@@ -105,7 +105,7 @@ class Ring:
         self._n_times = n_times
         self._data = np.zeros((n_chans, 8 * n_times), np.float32)
         self._stop = n_times
-        self._window = np.zeros((1, n_chans, n_times), np.float32)
+        self._newest = np.zeros(n_chans * n_times, np.float32)
 
     def extend(self, samples: NDArray[np.float64]) -> None:
         """Append samples of shape (n_samples, n_chans)."""
@@ -119,8 +119,14 @@ class Ring:
 
     def window(self) -> NDArray[np.float32]:
         """Return the newest window, shape (1, n_chans, n_times), contiguous. The next call overwrites it."""
-        self._window[0] = self._data[:, self._stop - self._n_times : self._stop]
-        return self._window
+        return self.newest(self._n_times)[None]
+
+    def newest(self, n: int) -> NDArray[np.float32]:
+        """Return the newest n samples, shape (n_chans, n), contiguous. The next call, also of `window`, overwrites them."""
+        n_chans = len(self._data)
+        newest = self._newest[: n_chans * n].reshape(n_chans, n)
+        newest[...] = self._data[:, self._stop - n : self._stop]
+        return newest
 
 
 class WindowStream:
@@ -207,6 +213,10 @@ class WindowStream:
     def eeg(self) -> NDArray[np.float32]:
         """Return the newest window, shape (1, n_chans, n_times)."""
         return self._ring.window()
+
+    def newest(self, n: int) -> NDArray[np.float32]:
+        """Return the newest n samples, at most a window, shape (n_chans, n). The next call, also of `eeg`, overwrites them."""
+        return self._ring.newest(n)
 
     def push(self, chunk: Chunk) -> Iterator[Window]:
         """Take a chunk and give each whole window that is due, while its samples are the newest in `eeg`."""

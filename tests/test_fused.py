@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import dataclasses
+import itertools
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,19 +14,22 @@ from fake_gpu import check_nothing_is_left, in_another_thread
 from kernels_on_cpu import KernelDriver, compiled_for_cpu
 from oracle import randomise
 from safetensors.numpy import load_file
+from streams import decode_samples, eeg, info_of
 
 from sjepa_deploy.checkpoint import write_checkpoint
 from sjepa_deploy.errors import BackendError, InputError, MissingDependencyError
 from sjepa_deploy.export.rewrite import rewrite
 from sjepa_deploy.models import build_model
-from sjepa_deploy.runtime import cuda, fused, fused_program, nvrtc
+from sjepa_deploy.runtime import cuda, fused, fused_program, nvrtc, stream
 from sjepa_deploy.runtime.backend import BACKENDS, BackendOptions, open_backend
 from sjepa_deploy.runtime.fused_program import Layout, best_layout, make_program
 from sjepa_deploy.runtime.fused_weights import _tiles, pack, read_safetensors
 from sjepa_deploy.runtime.parity import Reference, check_parity
+from sjepa_deploy.runtime.predictor import Predictor
 from sjepa_deploy.runtime.reference import run_reference
 from sjepa_deploy.spec import EncoderSpec
-from sjepa_deploy.synthetic import hard_windows
+from sjepa_deploy.streaming_parity import causal_preprocessing
+from sjepa_deploy.synthetic import eeg_windows, hard_windows
 
 SMALL = EncoderSpec(conv_layers=((8, 32, 8), (12, 2, 2), (16, 3, 3), (32, 2, 2)), spat_dim=6, time_dim=10, n_layers=2, n_heads=4)
 BLOCKS = {"prelocal": 4, "postlocal": 3, "contextual": 17, "base": 33}
@@ -249,7 +254,7 @@ def test_a_second_thread_is_refused_while_the_first_is_inside(gpu, make_model):
     backend.close()
 
 
-@pytest.mark.parametrize("first", ["run", "run_on_gpu", "input_buffer", "warmup"])
+@pytest.mark.parametrize("first", ["run", "run_on_gpu", "input_buffer", "warmup", "roll"])
 def test_a_thread_that_did_not_open_the_backend_may_call_it(gpu, make_model, monkeypatch, first):
     bundle, reference, _ = make_model(SPECS["prelocal"])
     backend = backend_for(gpu, bundle)
@@ -257,6 +262,7 @@ def test_a_thread_that_did_not_open_the_backend_may_call_it(gpu, make_model, mon
     memory.array[...] = reference.inputs[:1]
     monkeypatch.setattr(fused, "address_on_gpu", lambda address, stream, window: (1, address))
     call = {"input_buffer": lambda: backend.input_buffer(1), "warmup": lambda: backend.warmup(n_runs=1)}
+    call |= {"roll": lambda: backend.roll(memory.array[0])}
     call |= {"run": lambda: backend.run(memory.array), "run_on_gpu": lambda: backend.run_on_gpu(memory.address)}
     for _ in range(3):  # a later thread mostly gets the identifier of the one before
         in_another_thread(call[first])
@@ -453,6 +459,295 @@ def test_the_number_of_a_call_may_wrap(staying_gpu, make_model):
     backend.close()
 
 
+# ---- streams --------------------------------------------------------------------------------------------------------------
+
+
+def in_pieces(backend, *pieces):
+    """Return a `run` that takes each window in pieces, and the rest of it, after another window."""
+
+    def run(windows):
+        outputs = []
+        for window in windows:
+            backend.roll(window[:, ::-1].copy())
+            edges = [0, *np.cumsum(pieces), window.shape[1]]
+            for start, stop in itertools.pairwise(edges):
+                output = backend.roll(window[:, start:stop].copy())
+            outputs.append(output.copy())
+        return np.concatenate(outputs)
+
+    return run
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_parity_of_windows_that_come_in_pieces(gpu, make_model, name):
+    bundle, reference, _ = make_model(SPECS[name])
+    backend = backend_for(gpu, bundle)
+    run = in_pieces(backend, 1, 7)
+    if bundle.spec.needs_positions:  # half a second a launch
+        few = [reference.kinds.index(kind) for kind in ("eeg with 20 mV offsets", "one NaN")]
+        reference = Reference(
+            kinds=tuple(reference.kinds[i] for i in few), inputs=reference.inputs[few], outputs=reference.outputs[few]
+        )
+    result = check_parity(run, reference, backend="cuda", precision="fp32", sizes=(1,))
+    backend.close()
+    assert result.passed, result
+
+
+def stream_of(spec, n_samples):
+    """EEG with electrode offsets of up to 20 mV, shape (n_chans, n_samples)."""
+    offsets = np.linspace(-20_000, 20_000, spec.n_chans)[:, None]
+    return np.float32(eeg_windows(1, spec.n_chans, n_samples, spec.sfreq, np.random.default_rng(3))[0] + offsets)
+
+
+def check_rolls(backend, spec, hops, run, among=lambda: None):
+    """Compare `roll` with `run` of the whole window, to the bit. `among` is called before each."""
+    samples = stream_of(spec, sum(hops))
+    stop = 0
+    for n in hops:
+        among()
+        stop += n
+        rolled = backend.roll(samples[:, stop - n : stop].copy()).copy()
+        window = samples[None, :, stop - spec.n_times : stop].copy()
+        assert rolled.tobytes() == run(window).tobytes(), (n, stop)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("prelocal", {}),
+        ("prelocal", {"cluster": False}),
+        ("prelocal", {"cluster": False, "blocks": 3, "threads": 128}),
+        ("prelocal, odd sizes", {}),
+        ("prelocal, two tokens, another encoder", {"cluster": False}),
+        ("prelocal, one channel", {}),
+        ("postlocal", {}),
+        ("postlocal, odd sizes", {"threads": 128, "encoder_in_shared": False}),
+    ],
+)
+def test_new_samples_give_the_bits_of_the_whole_window(gpu, make_model, name, layout):
+    """Of any number, whether it came before or not, and whatever is called in between."""
+    bundle, reference, _ = make_model(SPECS[name])
+    n_times = bundle.spec.n_times
+    backend = backend_for(gpu, bundle, **layout)
+    hops = (n_times, 1, 7, 1, 1, n_times - 1, 7, n_times, n_times, 1)
+    check_rolls(backend, bundle.spec, hops, backend.run, lambda: backend.run(reference.inputs[:2]))
+    backend.close()
+
+
+@pytest.mark.parametrize(("name", "precision"), [("contextual", "fp32"), ("contextual", "fp16"), ("base", "fp32")])
+def test_new_samples_give_the_bits_of_the_whole_window_with_a_transformer(gpu, make_model, name, precision):
+    bundle, _, _ = make_model(SPECS[name])
+    backend = backend_for(gpu, bundle, precision)
+    check_rolls(backend, bundle.spec, (bundle.spec.n_times, 7, 1, bundle.spec.n_times - 1), backend.run)
+    backend.close()
+
+
+@pytest.mark.parametrize(
+    "options", [BackendOptions(cuda_graph=False), BackendOptions(memory="copy"), BackendOptions(wait="block")]
+)
+def test_options_change_no_bit_of_a_stream(gpu, make_model, options):
+    bundle, _, _ = make_model(SPECS["prelocal"])
+    usual, other = backend_for(gpu, bundle), backend_for(gpu, bundle, options=options)
+    check_rolls(other, bundle.spec, (200, 7, 7, 1), usual.run)
+    usual.close()
+    other.close()
+
+
+@pytest.mark.parametrize(("name", "layout"), [("prelocal", {}), ("prelocal", {"cluster": False}), ("postlocal", {})])
+def test_the_order_of_threads_changes_no_bit_of_a_stream(gpu, make_model, name, layout):
+    bundle, _, _ = make_model(SPECS[name])
+    backend = backend_for(gpu, bundle, **layout)
+
+    def other_order():
+        gpu.descending = not gpu.descending
+
+    check_rolls(backend, bundle.spec, (200, 7, 7, 150, 1), backend.run, other_order)
+    backend.close()
+
+
+def test_a_window_that_is_overwritten_while_it_is_read_is_found(gpu, make_model, monkeypatch):
+    """The comparison above can fail: with the barrier between reading and writing behind both it does."""
+    barrier, write = "  __syncthreads();\n", "  for (int i = thread(); i < n; i += THREADS) history[i] = shared[i];\n"
+
+    def without(source, architecture):
+        assert source.count(barrier + write) == 1
+        return compiled_for_cpu(source.replace(barrier + write, write + barrier), architecture)
+
+    monkeypatch.setattr(nvrtc, "compiled", without)
+    bundle, _, _ = make_model(SPECS["postlocal"])
+    backend = backend_for(gpu, bundle)
+    gpu.descending = True
+    with pytest.raises(AssertionError, match="7, 207"):
+        check_rolls(backend, bundle.spec, (200, 7), backend.run)
+    backend.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("prelocal", {}), ("prelocal", {"cluster": False, "threads": 128}), ("postlocal", {"threads": 128})],
+)
+@pytest.mark.parametrize("descending", [False, True])
+def test_a_kernel_that_stays_takes_new_samples(staying_gpu, make_model, name, layout, descending):
+    staying_gpu.descending = descending
+    check_rolls_of_a_kernel_that_stays(staying_gpu, make_model, name, (200, 7, 7, 7, 1, 1, 7, 7, 200, 200), **layout)
+
+
+def test_a_transformer_that_stays_takes_new_samples(staying_gpu, make_model):
+    staying_gpu.descending = True
+    check_rolls_of_a_kernel_that_stays(staying_gpu, make_model, "contextual", (200, 7, 7))
+
+
+def check_rolls_of_a_kernel_that_stays(staying_gpu, make_model, name, hops, **layout):
+    """It leaves for another number of samples alone."""
+    bundle, _, _ = make_model(SPECS[name])
+    launched = backend_for(staying_gpu, bundle, **layout)
+    backend = backend_for(staying_gpu, bundle, options=PERSISTENT, **layout)
+    samples, stop, n_kernels = stream_of(bundle.spec, sum(hops)), 0, []
+    want = []
+    for n in hops:
+        stop += n
+        want.append(launched.run(samples[None, :, stop - 200 : stop].copy()).tobytes())
+    launched.close()
+    stop = 0
+    for n, bits in zip(hops, want, strict=True):
+        stop += n
+        assert backend.roll(samples[:, stop - n : stop].copy()).tobytes() == bits, stop
+        n_kernels.append(staying_gpu.n_kernels)
+    for i in range(1, len(hops)):
+        assert (n_kernels[i] == n_kernels[i - 1]) == (hops[i] == hops[i - 1])
+    assert staying_gpu.running.is_alive()
+    backend.close()
+    assert not staying_gpu.running.is_alive()
+
+
+@pytest.mark.parametrize("first", ["a stream", "another batch"])
+def test_closing_asks_the_kernel_that_stays_to_leave(staying_gpu, make_model, first):
+    """It does not wait until the kernel leaves by itself, which takes 100 s here."""
+    bundle, reference, _ = make_model(SPECS["postlocal"])
+    backend = backend_for(staying_gpu, bundle, options=PERSISTENT, threads=128)
+    backend.run(reference.inputs[:2] if first == "another batch" else reference.inputs[:1])
+    if first == "another batch":
+        backend.run(reference.inputs[:1])
+    else:
+        backend.roll(reference.inputs[0])
+    assert staying_gpu.running.is_alive()
+    began = time.monotonic()
+    backend.close()
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("moment", ["before the start", "after the start", "while it waits", "while it copies"])
+def test_an_interrupted_call_asks_for_a_whole_window(staying_gpu, make_model, monkeypatch, persistent, moment):
+    bundle, _, _ = make_model(SPECS["postlocal"])
+    backend = backend_for(staying_gpu, bundle, options=BackendOptions(persistent=persistent), threads=128)
+    samples = stream_of(bundle.spec, 250)
+    want = [backend.run(samples[None, :, i : i + 200].copy()).tobytes() for i in (0, 7, 21, 28)]
+    assert backend.roll(samples[:, :200].copy()).tobytes() == want[0]
+    assert backend.roll(samples[:, 200:207].copy()).tobytes() == want[1]
+    lane = backend._rolling[7]
+    start = lane._start
+
+    def interrupted(*arguments):
+        if moment == "after the start":
+            start()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if moment == "while it copies":
+            patch.setattr(np, "copyto", interrupted)
+        else:
+            patch.setattr(lane, "_finish" if moment == "while it waits" else "_start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            backend.roll(samples[:, 207:214].copy())
+    for _ in range(2):  # and the error is one too
+        with pytest.raises(InputError, match="no window that 7 new samples could follow"):
+            backend.roll(samples[:, 214:221].copy())
+    assert backend.roll(samples[:, 21:221].copy()).tobytes() == want[2]
+    assert backend.roll(samples[:, 221:228].copy()).tobytes() == want[3]
+    backend.close()
+
+
+def test_a_stream_begins_with_a_whole_window(gpu, make_model):
+    bundle, _, _ = make_model(SPECS["prelocal"])
+    backend = backend_for(gpu, bundle)
+    samples = stream_of(bundle.spec, 210)
+    with pytest.raises(InputError, match="Give the whole window of 200 first"):
+        backend.roll(samples[:, :7].copy())
+    backend.roll(samples[:, :200].copy())
+    backend.restart()
+    with pytest.raises(InputError, match="Give the whole window of 200 first"):
+        backend.roll(samples[:, 200:207].copy())
+    for n in (0, 201):
+        backend.roll(samples[:, :200].copy())
+        with pytest.raises(InputError, match=f"There are {n} new samples"):
+            backend.roll(samples[:, :n].copy())
+        with pytest.raises(InputError, match="Give the whole window"):
+            backend.roll(samples[:, :1].copy())
+    backend.close()
+
+
+def test_a_roll_allocates_nothing(gpu, make_model):
+    bundle, _, _ = make_model(SPECS["prelocal"])
+    backend = backend_for(gpu, bundle)
+    check_rolls(backend, bundle.spec, (200, 7), backend.run)
+    before, n_modules = gpu.n_allocated, len(gpu.modules)
+    check_rolls(backend, bundle.spec, (200, 7, 7, 200, 7), backend.run)
+    assert gpu.n_allocated == before
+    assert len(gpu.modules) == n_modules == 2
+    backend.close()
+
+
+@pytest.mark.parametrize("options", [BackendOptions(), BackendOptions(memory="copy")])
+def test_out_of_memory_at_any_moment_of_a_stream_keeps_nothing(gpu, make_model, options):
+    bundle, _, _ = make_model(SPECS["prelocal"])
+    samples = stream_of(bundle.spec, 207)
+
+    def decode():
+        with contextlib.closing(backend_for(gpu, bundle, options=options)) as backend:
+            backend.roll(samples[:, :200].copy())
+            backend.roll(samples[:, 200:].copy())
+
+    check_nothing_is_left(gpu, decode)
+    assert not gpu.modules
+
+
+def test_a_stream_goes_on_after_memory_was_short(gpu, make_model):
+    bundle, _, _ = make_model(SPECS["prelocal"])
+    backend = backend_for(gpu, bundle)
+    backend.run(stream_of(bundle.spec, 200)[None])
+    samples = stream_of(bundle.spec, 200)
+    for i in range(30):
+        gpu.fails_at = gpu.n_allocated + i
+        try:
+            backend.roll(samples)
+        except BackendError as e:
+            assert "out of memory" in str(e)  # noqa: PT017 - at each allocation in turn
+        else:
+            break
+    assert i > 5
+    gpu.fails_at = None
+    check_rolls(backend, bundle.spec, (200, 7), backend.run)
+    backend.close()
+
+
+def test_a_decoder_sends_new_samples_alone_and_decides_the_same(gpu, make_model, monkeypatch):
+    bundle, _, model = make_model(SPECS["postlocal"])
+    bundle.graph = lambda precision: SimpleNamespace(max_batch=4, static_batch=None)
+    samples = eeg(240)
+    monkeypatch.setattr(stream, "N_WARM_UP", 1)
+    backend = backend_for(gpu, bundle, threads=128)
+    predict = Predictor(bundle, backend, check_unit=False)
+    sizes = []
+    monkeypatch.setattr(backend, "roll", lambda eeg: [sizes.append(eeg.shape[1]), fused.FusedBackend.roll(backend, eeg)][1])
+    _, decisions, _ = decode_samples(predict, samples, hop=0.1, late="queue")
+    backend.close()
+    assert sizes == [200, 10, 200, 10, 10, 10, 10]  # the first two warm up
+    filtered = causal_preprocessing(samples, info_of(bundle.spec), bundle.spec)
+    windows = np.stack([filtered[:, 10 * i : 10 * i + 200] for i in range(5)])
+    np.testing.assert_allclose([d.prediction for d in decisions], run_reference(model.double(), windows), rtol=1e-4, atol=1e-5)
+
+
 # ---- refusals -------------------------------------------------------------------------------------------------------------
 
 
@@ -545,13 +840,12 @@ def test_nvrtc_compiles_without_spills(make_model, name, precision, architecture
     weights = read_safetensors(bundle.checkpoint / "model.safetensors")
     layout = best_layout(bundle.spec, precision, 132, architecture)
     program = make_program(bundle.spec, weights, precision, 64, layout)
-    code, log = nvrtc.compile_source(
-        program.source, (f"--gpu-architecture=sm_{architecture}", *nvrtc.OPTIONS, "--ptxas-options=-v")
-    )
-    assert code[:4] == b"\x7fELF"
-    assert "0 bytes spill stores" in log
-    assert log.count("bytes spill stores") == log.count(" 0 bytes spill stores")
-    assert "warning" not in log
+    for source in (program.source, program.rolling().source):
+        code, log = nvrtc.compile_source(source, (f"--gpu-architecture=sm_{architecture}", *nvrtc.OPTIONS, "--ptxas-options=-v"))
+        assert code[:4] == b"\x7fELF"
+        assert "0 bytes spill stores" in log
+        assert log.count("bytes spill stores") == log.count(" 0 bytes spill stores")
+        assert "warning" not in log
 
 
 def test_source_that_does_not_compile_is_shown_with_its_error():
@@ -640,12 +934,15 @@ def test_tiles_lie_as_the_manual_of_ptx_says(half, k):
                         assert tiles[row_tile, column_tile, lane, register, part] == want
 
 
-def test_the_argument_has_the_layout_of_the_kernel(make_model):
+@pytest.mark.parametrize("rolls", [False, True])
+def test_the_argument_has_the_layout_of_the_kernel(make_model, rolls):
     """g++ and ctypes agree on its size, field by field in the same order: a pointer a buffer, then the batch."""
     for name in ("prelocal", "postlocal", "contextual"):
         bundle, _, _ = make_model(SPECS[name])
         weights = read_safetensors(bundle.checkpoint / "model.safetensors")
         program = make_program(bundle.spec, weights, "fp32", 4, Layout(n_multiprocessors=33))
+        if rolls:
+            program = program.rolling()
         library = ctypes.CDLL(compiled_for_cpu(program.source, 90).decode())
         assert ctypes.c_uint.in_dll(library, "argument_bytes").value == ctypes.sizeof(program.arguments())
         declared, calls = (program.source.split(f"struct {kind} {{")[1].split("};")[0] for kind in ("Arguments", "Calls"))

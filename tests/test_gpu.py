@@ -20,6 +20,7 @@ from sjepa_deploy.runtime.cuda import Device, DeviceBuffer, HostBuffer, Stream
 from sjepa_deploy.runtime.engines import BuildSettings, EngineStore, plan_hash
 from sjepa_deploy.runtime.parity import batch_sizes, check_parity
 from sjepa_deploy.runtime.peers import PEERS
+from sjepa_deploy.synthetic import eeg_windows
 
 pytestmark = pytest.mark.gpu
 GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda", "cuda")
@@ -137,6 +138,27 @@ def test_torch_tensors_on_the_gpu(ready):
     with pytest.raises(InputError, match="not float32 of shape"):
         backend.run_on_gpu(tensor.double())
     backend.close()
+
+
+@pytest.mark.parametrize("options", [BackendOptions(), BackendOptions(memory="copy"), BackendOptions(persistent=True)])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_new_samples_give_the_bits_of_the_whole_window(bundle, precision, options):
+    if reason := why_not(bundle, "cuda", precision):
+        pytest.skip(reason)
+    n_chans, n_times = bundle.spec.input_shape
+    hops = [n_times, *[1] * 100, *[10] * 50, n_times - 1, *[7] * 49]
+    samples = eeg_windows(1, n_chans, sum(hops), bundle.spec.sfreq, np.random.default_rng(0))[0]
+    stops = np.cumsum(hops)
+    with contextlib.closing(open_backend(bundle, "cuda", precision)) as whole:
+        want = [whole.run(samples[None, :, stop - n_times : stop].copy()).copy() for stop in stops]
+    rolling, device, free = open_backend(bundle, "cuda", precision, options), Device(), []
+    for _ in range(2):
+        for n, stop, outputs in zip(hops, stops, want, strict=True):
+            np.testing.assert_array_equal(rolling.roll(samples[:, stop - n : stop].copy()), outputs)
+        free.append(device.free_memory())
+    assert free[0] == free[1]
+    rolling.close()
+    device.close()
 
 
 def test_graphs_of_pytorch_outlive_those_captured_after_them(bundle):

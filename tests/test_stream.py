@@ -530,6 +530,7 @@ def test_idle_backend_is_kept_warm_and_decisions_stay_the_same(predict):
 
     class Counting:
         spec, bundle, backend = predict.spec, predict.bundle, predict.backend
+        rolling = None
         seen = ()
 
         def __call__(self, eeg):

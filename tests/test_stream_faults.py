@@ -401,7 +401,7 @@ class SlowPredict:
 
     def __init__(self, predict, seconds):
         self._predict, self._seconds, self.source = predict, seconds, None
-        self.spec, self.bundle, self.backend = predict.spec, predict.bundle, predict.backend
+        self.spec, self.bundle, self.backend, self.rolling = predict.spec, predict.bundle, predict.backend, None
 
     def __call__(self, eeg):
         if self.source is not None:
