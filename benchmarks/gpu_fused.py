@@ -53,7 +53,7 @@ from sjepa_deploy.serialize import encode
 from sjepa_deploy.spec import ModelSpec
 from sjepa_deploy.synthetic import hard_windows
 
-SECONDS = 45
+SECONDS = 60
 TOOLS = ("memcheck", "racecheck", "ncu")
 PRECISIONS = {"prelocal": ("fp32",), "postlocal": ("fp32",), "contextual": ("fp32", "fp16")}
 GRID = [(129, 200, 4, 1), (129, 152, 4, 2), (62, 2048, 4, 4), (32, 408, 8, 2), (8, 280, 2, 3), (1, 200, 1, 1)]
