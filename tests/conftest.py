@@ -1,6 +1,9 @@
 import functools
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +47,14 @@ def make_bundle(tmp_path_factory):
         return export(small_spec(variant, **fields), **chosen)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def default_contextual(tmp_path_factory):
+    """Return the bundle that the README's first command writes, in a process of its own. It takes a minute."""
+    folder = tmp_path_factory.mktemp("readme")
+    subprocess.run([Path(sys.executable).parent / "sjepa-export", "--variant", "contextual"], cwd=folder, check=True)
+    return Bundle.open(folder / "sjepa-contextual")
 
 
 @pytest.fixture(scope="session")
