@@ -59,16 +59,17 @@ def bootstrap(values: Array, blocks: Blocks, percents: Sequence[float], rng: np.
     names, block = np.unique(blocks, return_inverse=True)
     n_blocks = len(names)
     order = np.argsort(values)
-    ordered, owner = values[order], block[order]
-    result = np.empty((N_RESAMPLES, len(percents)))
-    fractions = np.asarray(percents) / 100
-    for row in result:
-        drawn = np.bincount(rng.integers(n_blocks, size=n_blocks), minlength=n_blocks)
-        cumulative = np.cumsum(drawn[owner])
-        # the first value at which enough of the pool is reached; the rounding would ask for one sample more
-        wanted = np.ceil(fractions * cumulative[-1] - 1e-9)
-        row[:] = ordered[np.minimum(np.searchsorted(cumulative, wanted), len(ordered) - 1)]
-    return result
+    ordered = values[order]
+    seen = (block[order, None] == np.arange(n_blocks)).cumsum(axis=0)  # of each block, the samples up to each one
+    drawn = np.stack([np.bincount(row, minlength=n_blocks) for row in rng.integers(n_blocks, size=(N_RESAMPLES, n_blocks))])
+    # the first value at which enough of the pool is reached; the rounding would ask for one sample more
+    wanted = np.ceil(np.asarray(percents) / 100 * (drawn @ seen[-1])[:, None] - 1e-9)
+    low, high = np.zeros(wanted.shape, np.intp), np.full(wanted.shape, len(ordered) - 1)
+    while (low < high).any():
+        middle = (low + high) // 2
+        enough = np.einsum("rb,rpb->rp", drawn, seen[middle]) >= wanted
+        low, high = np.where(enough, low, middle + 1), np.where(enough, middle, high)
+    return ordered[low]
 
 
 def _thinned(values: Array, blocks: Blocks) -> tuple[Array, Blocks]:

@@ -1,15 +1,37 @@
 import functools
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 from bundles import export_small, small_spec
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from sjepa_deploy.bundle import Bundle
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start, as below
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """The tensors are small: on two busy cores, two threads wait for each other nine times as long. Some tests leave two."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_registry():
+    """Let exports share the registry of operators that each would build anew, in a third of the time of a small one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield
 
 
 @pytest.fixture(scope="session")
 def make_bundle(tmp_path_factory):
-    """Return a function that exports a small model, once for each set of arguments: make_bundle(variant, **spec).
+    """Return a function that exports a small model, once for each model and set of options: make_bundle(variant, **spec).
 
     `model_seed` and the options of `to_bundle` may stand among the fields of the spec. Tests share what it returns, and alter
     copies of it only.
@@ -17,12 +39,22 @@ def make_bundle(tmp_path_factory):
     options = ("model_seed", "precisions", "max_batch", "static_batch", "parity_windows")
 
     @functools.cache
+    def export(spec, **chosen) -> Bundle:
+        return export_small(tmp_path_factory.mktemp(spec.variant) / "bundle", spec, **chosen)
+
     def make(variant="prelocal", **fields) -> Bundle:
         chosen = {name: fields.pop(name) for name in options if name in fields}
-        path = tmp_path_factory.mktemp(variant) / "bundle"
-        return export_small(path, small_spec(variant, **fields), **chosen)
+        return export(small_spec(variant, **fields), **chosen)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def default_contextual(tmp_path_factory):
+    """Return the bundle that the README's first command writes, in a process of its own. It takes a minute."""
+    folder = tmp_path_factory.mktemp("readme")
+    subprocess.run([Path(sys.executable).parent / "sjepa-export", "--variant", "contextual"], cwd=folder, check=True)
+    return Bundle.open(folder / "sjepa-contextual")
 
 
 @pytest.fixture(scope="session")

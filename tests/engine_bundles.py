@@ -17,7 +17,7 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="sjepa-engine-tests-")
 
 
 @functools.cache
-def small_bundle(variant: Variant, max_batch: int = 8) -> Bundle:
+def small_bundle(variant: Variant) -> Bundle:
     """Return a bundle of a model with 10 channels, two transformer layers and three outputs."""
     positions = tuple(map(tuple, np.random.default_rng(0).uniform(-0.1, 0.1, (10, 3)).tolist()))
     spec = ModelSpec(
@@ -31,6 +31,4 @@ def small_bundle(variant: Variant, max_batch: int = 8) -> Bundle:
         encoder=EncoderSpec(n_layers=2, n_decoder_layers=1),
     )
     weights = Provenance(source="random", format="initialisation", seed=0)
-    return to_bundle(
-        build_model(spec, seed=0), Path(_FOLDER.name) / f"{variant}-{max_batch}", weights=weights, max_batch=max_batch
-    )
+    return to_bundle(build_model(spec, seed=0), Path(_FOLDER.name) / variant, weights=weights, max_batch=8)

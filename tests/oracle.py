@@ -17,7 +17,6 @@ from sjepa_deploy.runtime.peers import import_braindecode
 from sjepa_deploy.spec import ModelSpec
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when braindecode imports it: only local folders are loaded here
-torch.set_num_threads(1)  # the tensors are small: on two busy cores, two threads wait for each other nine times as long
 
 signal_jepa = import_braindecode()
 

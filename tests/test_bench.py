@@ -302,7 +302,7 @@ def opened_on(bundle, *backends, precision="fp32", **more):
 
 
 def test_pytorch_is_not_struck_out_for_electrode_offsets_but_said_to_lose_them(make_bundle):
-    bundle = make_bundle("postlocal", n_chans=8)
+    bundle = make_bundle("postlocal")
     opened = opened_on(bundle, "torch-eager", "ort-cpu", "wrong")
     judgements = [subject.judgement for subject in opened]
     eager, ours, wrong = judgements
@@ -757,11 +757,11 @@ def test_peers_on_the_gpu_have_tensorfloat_32_in_tf32_alone(precision, allowed):
 
 
 def test_a_bundle_of_one_batch_is_measured_at_that_batch(make_bundle):
-    bundle = make_bundle("prelocal", static_batch=2)
+    bundle = make_bundle("prelocal", static_batch=4)
     config = BenchConfig(**QUICK | {"scenarios": ("back-to-back", "paced", "streams")})
     report, _ = run_bench((Bundle.open(bundle.path),), config)
     (cell,) = cells(report, backend="ort-cpu")
-    assert (cell.key.scenario, cell.key.batch) == ("back-to-back", 2)
+    assert (cell.key.scenario, cell.key.batch) == ("back-to-back", 4)
     assert {entry.what for entry in report.left_out} == {"paced: bundle on ort-cpu fp32, streams: bundle on ort-cpu fp32"}
 
 

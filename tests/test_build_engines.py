@@ -15,6 +15,7 @@ import time
 
 import numpy as np
 import pytest
+from bundles import copy_bundle
 from engine_bundles import small_bundle
 from fake_gpu import LAUNCH_FAILED, FakeDriver, Faults, check_nothing_is_left, fake_tensorrt, in_another_thread
 
@@ -432,9 +433,9 @@ def test_engines_of_another_machine_are_named(rig, bundle):
         assert f"sjepa-build {bundle.path} --precision fp32" in str(e.value)
 
 
-def test_a_stale_engine_beside_a_new_graph_is_refused(rig, bundle, tmp_path):
+def test_a_stale_engine_beside_a_new_graph_is_refused(rig, bundle, make_bundle, tmp_path):
     build_engine(bundle, "fp32")
-    shutil.copytree(small_bundle("prelocal", 4).path, tmp_path / "new")
+    copy_bundle(make_bundle("prelocal"), tmp_path / "new")
     shutil.copytree(bundle.path / "engines", tmp_path / "new" / "engines")
     with pytest.raises(EngineError, match="onnx_sha256 is .* in the engine and .* here"):
         sjepa_deploy.load(tmp_path / "new", backend="tensorrt")

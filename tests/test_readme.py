@@ -25,13 +25,14 @@ def commands(start):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(default_contextual):
     """Return a folder in which the README's commands ran, with the recording that they name."""
-    folder = tmp_path_factory.mktemp("readme")
+    folder = default_contextual.path.parent
     for suffix in (".set", ".fdt"):
         shutil.copy(eeg_file(f"eeglab_data{suffix}"), folder)
-    lines = commands("sjepa-")
-    assert len(lines) >= 4
+    exported, *lines = commands("sjepa-")
+    assert exported == "sjepa-export --variant contextual"
+    assert len(lines) >= 3
     scripts = Path(sys.executable).parent
     for line in lines:
         name, *arguments = line.split()

@@ -35,6 +35,8 @@ from sjepa_deploy.serving import Answer, Client, Server
 
 VARIANTS = ("prelocal", "postlocal", "contextual")
 
+PATIENT = {"deadline": 10.0, "instances": 1}  # on a busy machine a small model may take long
+
 NO_ANSWER = (UnansweredError, RefusedError)
 
 # In place of our model: it takes its time, so that what happens to requests in work and in the queue does not depend on speed.
@@ -63,22 +65,44 @@ class TritonPythonModel(Model):
 
 @pytest.fixture(scope="module")
 def server(make_bundle, tmp_path_factory, pytestconfig):
-    """Return a running server with every kind of model. A test that stops it starts it again."""
+    """Return a running server with every kind of model."""
     provide_tritonserver(pytestconfig.cache.mkdir("tritonserver"))
     repository = tmp_path_factory.mktemp("repository")
-    patient = {"deadline": 10.0, "instances": 1}  # on a busy machine a small model may take long
     for variant in VARIANTS:
-        to_triton(make_bundle(variant), repository, name=variant, **patient)
-    to_triton(make_bundle("contextual"), repository, name="alone", batched=False, **patient)
-    to_triton(make_bundle("prelocal", max_batch=3, static_batch=3), repository, name="static", **patient)
-    to_triton(make_bundle("prelocal", class_names=("left", "right", "rest")), repository, name="volts", from_unit="V", **patient)
-    to_triton(make_bundle("prelocal"), repository, name="slow", batched=False, **patient)
-    (repository / "slow" / "1" / "model.py").write_text(SLOW)
-    edit_config(repository / "slow", lambda queue: setattr(queue.default_queue_policy, "max_queue_size", 2))
-    to_triton(make_bundle("contextual"), repository, name="counted", **patient)
-    (repository / "counted" / "1" / "model.py").write_text(COUNTED)
+        to_triton(make_bundle(variant), repository, name=variant, **PATIENT)
+    to_triton(make_bundle("prelocal", max_batch=3, static_batch=3), repository, name="static", **PATIENT)
+    to_triton(make_bundle("prelocal", class_names=("left", "right", "rest")), repository, name="volts", from_unit="V", **PATIENT)
+    add_odd_models(make_bundle, repository)
+    answer_soon(repository)
     with Server(repository) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def mortal(server, make_bundle, tmp_path_factory):
+    """Return a running server for tests that stop it and start it again, with few models: it starts fast."""
+    repository = tmp_path_factory.mktemp("mortal")
+    add_odd_models(make_bundle, repository)
+    to_triton(make_bundle("contextual"), repository, name="counted", **PATIENT)
+    (repository / "counted" / "1" / "model.py").write_text(COUNTED)
+    answer_soon(repository)
+    with Server(repository) as running:
+        yield running
+
+
+def add_odd_models(make_bundle, repository: Path) -> None:
+    """Add one that takes no batches, and one that is slow and has a short queue."""
+    to_triton(make_bundle("contextual"), repository, name="alone", batched=False, **PATIENT)
+    to_triton(make_bundle("prelocal"), repository, name="slow", batched=False, **PATIENT)
+    (repository / "slow" / "1" / "model.py").write_text(SLOW)
+    edit_config(repository / "slow", lambda queue: setattr(queue.default_queue_policy, "max_queue_size", 2))
+
+
+def answer_soon(repository: Path) -> None:
+    """Let no request wait for others for more than 5 ms: a share of such patient deadlines would be most of what tests take."""
+    for file in repository.glob("*/config.pbtxt"):
+        if read_config(file).HasField("dynamic_batching"):
+            edit_config(file.parent, lambda queue: setattr(queue, "max_queue_delay_microseconds", 5000))
 
 
 def edit_config(model: Path, edit) -> None:
@@ -93,8 +117,8 @@ def client(server):
     """Return a function that opens a client, and closes it after the test."""
     opened = []
 
-    def open_client(model, **options):
-        opened.append(Client(f"{server.endpoints['grpc']}/{model}", **{"timeout": 20.0} | options))
+    def open_client(model, at=server, **options):
+        opened.append(Client(f"{at.endpoints['grpc']}/{model}", **{"timeout": 20.0} | options))
         return opened[-1]
 
     yield open_client
@@ -266,6 +290,7 @@ def test_a_version_is_unloaded_and_reloaded_under_load(server, client, make_bund
     bundles = {"1": make_bundle("postlocal"), "2": make_bundle("postlocal", model_seed=1)}
     for version, bundle in bundles.items():
         added = to_triton(bundle, server.repository, name="reloaded", deadline=10.0, instances=1)
+        answer_soon(server.repository)
         assert added.version == version
         if version == "1":
             server.load("reloaded")
@@ -293,23 +318,23 @@ def test_a_version_is_unloaded_and_reloaded_under_load(server, client, make_bund
 
 def test_another_montage_is_no_new_version(server, make_bundle):
     with pytest.raises(sjepa_deploy.SjepaError, match="with another montage"):
-        to_triton(make_bundle("prelocal", sfreq=128.0), server.repository, name="postlocal", deadline=10.0)
+        to_triton(make_bundle("prelocal", sfreq=250.0), server.repository, name="postlocal", deadline=10.0)
 
 
 @pytest.mark.parametrize("shared_memory", [False, True])
-def test_a_killed_server_comes_back(server, client, make_bundle, shared_memory):
+def test_a_killed_server_comes_back(mortal, client, make_bundle, shared_memory):
     """Every window has one outcome, nothing is sent twice that may have been decoded, and subjects keep their answers."""
-    noted = server.repository / "counted" / "1" / "carried_out"
+    noted = mortal.repository / "counted" / "1" / "carried_out"
     noted.unlink(missing_ok=True)
-    subjects = [Subject(client("counted", timeout=1.0, shared_memory=shared_memory), number) for number in range(4)]
+    subjects = [Subject(client("counted", mortal, timeout=1.0, shared_memory=shared_memory), number) for number in range(4)]
     for subject in subjects:
         subject.start()
     for subject in subjects:
         subject.wait_for(10)
-    server.kill()
+    mortal.kill()
     before = [len(subject.outcomes) for subject in subjects]
     subjects[0].wait_for(1)
-    server.start()
+    mortal.start()
     for subject in subjects:
         subject.wait_for(20)
     for subject in subjects:
@@ -333,40 +358,40 @@ def test_a_killed_server_comes_back(server, client, make_bundle, shared_memory):
     assert len(set(carried_out) - answers) <= n_open, "what was decoded without an answer was reported as open"
 
 
-def test_a_window_that_a_killed_server_had_is_sent_again_on_request(server, client, make_bundle):
+def test_a_window_that_a_killed_server_had_is_sent_again_on_request(mortal, client, make_bundle):
     window = windows_of(make_bundle("prelocal").spec, 0, 1)
-    careful, eager = client("slow", timeout=60.0), client("slow", timeout=60.0, resend_unanswered=True)
+    careful, eager = client("slow", mortal, timeout=60.0), client("slow", mortal, timeout=60.0, resend_unanswered=True)
     with ThreadPoolExecutor(2) as pool:
         outcomes = [pool.submit(outcome_of, each, window) for each in (careful, eager)]
         time.sleep(0.25)  # one is in work, one in the queue
-        server.kill()
-        server.start()
+        mortal.kill()
+        mortal.start()
         lost, answered = (outcome.result() for outcome in outcomes)
     assert isinstance(lost, UnansweredError), lost
     assert answered.attempts > 1
     np.testing.assert_array_equal(answered.output, local_outputs(make_bundle("prelocal"), window))
 
 
-def test_a_server_that_ends_answers_what_it_has(server, client, make_bundle):
+def test_a_server_that_ends_answers_what_it_has(mortal, client, make_bundle):
     windows = windows_of(make_bundle("prelocal").spec, 0, 3)
-    clients = [client("slow", timeout=60.0) for _ in windows]
+    clients = [client("slow", mortal, timeout=60.0) for _ in windows]
     with ThreadPoolExecutor(3) as pool:
         outcomes = [pool.submit(outcome_of, each, windows[i : i + 1]) for i, each in enumerate(clients)]
         time.sleep(0.25)  # one is in work, two in the queue
-        server.stop()
+        mortal.stop()
         answers = [outcome.result() for outcome in outcomes]
-    server.start()
+    mortal.start()
     np.testing.assert_array_equal([answer.output[0] for answer in answers], local_outputs(make_bundle("prelocal"), windows))
 
 
-def test_a_live_stream_goes_on_when_its_server_was_killed(server, make_bundle):
+def test_a_live_stream_goes_on_when_its_server_was_killed(mortal, make_bundle):
     """Each window is decided as here, or is counted and reported."""
     bundle = make_bundle("contextual")
     samples = eeg(1000)
     with sjepa_deploy.load(bundle, n_threads=1, check_unit=False) as predict:
         _, expected, _ = decode_samples(predict, samples, late="queue")
     stop_at, start_at = 30, 32
-    address = f"triton:{server.endpoints['grpc']}/alone"
+    address = f"triton:{mortal.endpoints['grpc']}/alone"
     with sjepa_deploy.load(bundle, backend=address, check_unit=False) as predict:
         source = ScriptedSource(info_of(predict.spec), chunks_of(samples, np.arange(1000) / 100.0))
         decoder = Decoder(predict, source, StreamConfig(late="queue"))
@@ -375,8 +400,8 @@ def test_a_live_stream_goes_on_when_its_server_was_killed(server, make_bundle):
         for decision in decoder:
             decisions.append(decision)
             if decision.index == stop_at:
-                server.kill()
-                decoder.on_event(lambda _: server.process or decoder.counters.failed < start_at - stop_at or server.start())
+                mortal.kill()
+                decoder.on_event(lambda _: mortal.process or decoder.counters.failed < start_at - stop_at or mortal.start())
     assert_accounted(decoder.counters, decisions)
     lost = {d.index for d in expected} - {d.index for d in decisions}
     assert lost == set(range(stop_at + 1, start_at + 1))
