@@ -23,7 +23,7 @@ from sjepa_deploy.runtime.engines import (
 )
 from sjepa_deploy.runtime.parity import NOT_FINITE, ParityResult, Reference, check_parity
 from sjepa_deploy.runtime.tensorrt_api import TensorRT
-from sjepa_deploy.runtime.trt import EngineRunner, machine_of
+from sjepa_deploy.runtime.trt import CaptureError, EngineRunner, machine_of
 from sjepa_deploy.spec import RunPrecision
 
 logger = logging.getLogger(__name__)
@@ -201,16 +201,23 @@ class _Judge:
         self._api, self._device, self._sizes = api, device, engine_batch_sizes(settings)
 
     def __call__(self, plan: bytes, when: str) -> ParityResult:
-        runner = EngineRunner(self._api, self._device, plan, self._bundle.spec, BackendOptions())
         try:
-            result = check_parity(
+            result = self._compare(plan, BackendOptions())
+        except CaptureError as e:
+            logger.warning("%s It is judged without a graph.", e.problem)
+            result = self._compare(plan, BackendOptions(cuda_graph=False))
+        if not result.passed:
+            raise EngineParityError(result, when)
+        return result
+
+    def _compare(self, plan: bytes, options: BackendOptions) -> ParityResult:
+        runner = EngineRunner(self._api, self._device, plan, self._bundle.spec, options)
+        try:
+            return check_parity(
                 runner.run, self._reference, backend=self._api.flavour, precision=self._precision, sizes=self._sizes
             )
         finally:
             runner.close()
-        if not result.passed:
-            raise EngineParityError(result, when)
-        return result
 
 
 class _Steps:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sjepa_deploy.runtime.backend import BACKENDS
 from sjepa_deploy.runtime.bench_results import HARNESS, BenchReport, Cell, CellKey, Estimate, Recommendation, Samples
 from sjepa_deploy.runtime.estimates import ratio
+from sjepa_deploy.runtime.tables import number
 from sjepa_deploy.spec import RUN_PRECISIONS
 
 SMALLEST_CLAIM = 0.03
@@ -264,13 +265,13 @@ def _preference(cell: Cell) -> tuple[int, int]:
 def _why(best: Cell, rest: list[Cell], n_equal: int, percent: float, wrong: list[str], careful: list[str]) -> str:
     key, figure = best.key, _figure(best, percent)
     where = f"at {key.rate:g} windows a second" if key.rate is not None else f"back to back at batch {key.batch}"
-    span = "" if figure.low is None or figure.high is None else f" ({figure.low:.4g} to {figure.high:.4g})"
-    words = [f"p{percent:g} of {figure.value:.4g} us{span} {where}."]
+    span = "" if figure.low is None or figure.high is None else f" ({number(figure.low)} to {number(figure.high)})"
+    words = [f"p{percent:g} of {number(figure.value)} us{span} {where}."]
     if n_equal > 1:
         words.append(f"{n_equal - 1} more cannot be told from it; the higher precision and our own backends come first.")
     if rest:
         second = rest[0]
-        words.append(f"Next: {second.key.backend} {second.key.precision} with {_figure(second, percent).value:.4g} us.")
+        words.append(f"Next: {second.key.backend} {second.key.precision} with {number(_figure(second, percent).value)} us.")
     if wrong:
         words.append(f"Struck out for wrong outputs: {', '.join(wrong)}.")
     if careful:

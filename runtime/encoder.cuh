@@ -189,8 +189,12 @@ DEVICE void load_signals(float* shared, const float* input, int count) {
 }
 
 #if ROLLS
+// How many numbers apart the newest samples of two signals lie: no two share a line of 128 bytes. Where they did, one sample of each
+// took 20 us longer than whole windows, most likely as the GPU keeps no line of host memory and reads it anew for each warp in turn.
+DEVICE int apart(int fresh) { return (fresh + 31) / 32 * 32; }
+
 // The same of a stream whose window before, without offset removed, is in `history` at the first of these signals: `input` holds the
-// newest `fresh` samples of each alone. No other block touches these signals of the history, so that it can be brought up to date here.
+// newest `fresh` samples of each alone, `apart`. No other block touches these signals of the history, so that it can be brought up to date here.
 // Kept are samples, not outputs of the first convolution: no two windows share those, as each loses its own first sample before the
 // products, without which float32 would lose digits to the electrode offset.
 template <int MOST>
@@ -202,7 +206,7 @@ DEVICE void load_newest(float* shared, const float* input, float* history, int f
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
       const int at = first + i * THREADS, signal = at / N_TIMES, t = at % N_TIMES;
-      if (at < n) v[i] = load_input(t < kept ? history + at + fresh : input + signal * fresh + t - kept);
+      if (at < n) v[i] = load_input(t < kept ? history + at + fresh : input + signal * apart(fresh) + t - kept);
     }
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i)
@@ -250,7 +254,7 @@ struct Calls {
   unsigned residency;                 // number of this resident launch
   unsigned batch;
 #if ROLLS
-  unsigned fresh;                     // newest samples of each channel, which are in the input
+  unsigned fresh;                     // newest samples of each channel, which are in the input, `apart`
   float* history;                     // (N_CHANS, N_TIMES), the window before
 #endif
 };
@@ -301,7 +305,7 @@ DEVICE bool next_call(const Calls& calls, unsigned& number, unsigned* word) {
 template <int MOST>
 DEVICE void take_signals(float* shared, const float* input, const Calls& calls, int first, int count) {
 #if ROLLS
-  load_newest<MOST>(shared, input + first * (int)calls.fresh, calls.history + first * N_TIMES, calls.fresh, count);
+  load_newest<MOST>(shared, input + first * apart(calls.fresh), calls.history + first * N_TIMES, calls.fresh, count);
 #else
   load_signals<MOST>(shared, input + first * N_TIMES, count);
 #endif

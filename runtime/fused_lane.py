@@ -31,6 +31,9 @@ POLLS = 20_000
 MOST_MARKED = 8
 """Outputs of a call that carry its number; of more, looking at each takes longer than one word behind a fence."""
 
+LINE = 32
+"""Float32 numbers in a line of memory: new samples of two channels share none (`apart` in runtime/encoder.cuh)."""
+
 LEAVE = 1 << 32
 """Above the number of a call: the kernel that stays is to end."""
 
@@ -137,9 +140,9 @@ class Lane:
 
     def _allocate(self, launcher: Launcher, spec: ModelSpec, options: BackendOptions, batch: int, fresh: int) -> None:
         device, program, keep = launcher.device, launcher.program, self._closing.enter_context
-        shape = (spec.n_chans, fresh) if fresh else (batch, *spec.input_shape)
+        shape = (spec.n_chans, -(-fresh // LINE) * LINE) if fresh else (batch, *spec.input_shape)
         self._in, self._out = (keep(closing(HostBuffer(device, s))) for s in (shape, (batch, *spec.output_shape)))
-        self.input = self._in.array
+        self.input = self._in.array[:, :fresh] if fresh else self._in.array
         n_outputs = self._out.nbytes // 4
         self._report_buffer, request = (keep(closing(HostBuffer(device, (2,)))) for _ in range(2))
         self._report = keep(_words(self._report_buffer, np.uint32))

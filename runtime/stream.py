@@ -65,6 +65,9 @@ class StreamConfig:
     keep_warm : float or None
         Seconds between calls of the backend below which it does not fall asleep: dummy calls fill longer pauses, as far as they
         end before the next window is due. For GPUs, whose clock falls when they idle. None makes none.
+    roll : bool
+        Whether the backend is given new samples alone, where a window follows the last one: it must keep the others (see
+        `Predictor.rolling`). Decisions are the same to the bit.
     """
 
     hop: float = 0.1
@@ -78,6 +81,7 @@ class StreamConfig:
     silence: float = 2.0
     give_up: float | None = None
     keep_warm: float | None = None
+    roll: bool = False
 
     def hop_samples(self, spec: ModelSpec) -> int:
         """Return the hop in samples of the model.
@@ -226,12 +230,11 @@ class Decoder:
         self._last: Decision | None = None
         self._misses = 0
         window = self.windows.eeg().copy()
-        keeps_warm = self.config.keep_warm is not None
-        # Dummy calls are of whole windows: a kernel that stays would leave for each.
-        self._rolls = predict.rolling is not None and not (predict.rolling.persistent and keeps_warm)
+        if self.config.roll:
+            self._refuse_to_roll()
         self._rolled: tuple[int, int] | None = None  # the last window decoded, and the predictor's count of calls then
         calls = [partial(predict, window)]
-        if self._rolls:
+        if self.config.roll:
             calls += [partial(predict.roll, window[0, :, :n].copy()) for n in (self.spec.n_times, self.hop)]
         for call in calls:
             for _ in range(N_WARM_UP):
@@ -396,8 +399,21 @@ class Decoder:
         )
         return decision
 
+    def _refuse_to_roll(self) -> None:
+        """Raise what keeps the backend from being given new samples alone."""
+        if self.predict.rolling is None:
+            raise StreamError(
+                f"The backend {self.predict.backend.name} keeps no window of a stream.",
+                "Use the backend cuda, or leave roll out.",
+            )
+        if self.predict.rolling.persistent and self.config.keep_warm is not None:
+            raise StreamError(
+                "For the dummy calls of keep_warm, which are of whole windows, a kernel that stays would leave each time.",
+                "Leave keep_warm or roll out.",
+            )
+
     def _predict(self, window: Window) -> NDArray[np.float32]:
-        if not self._rolls:
+        if not self.config.roll:
             return self.predict(self.windows.eeg())
         # Between windows that were due one after the other there is no gap, as after one the next window is not whole.
         follows = self._rolled == (window.index - 1, self.predict.n_rolls)

@@ -185,6 +185,10 @@ class EngineRunner:
         return lane
 
 
+class CaptureError(BackendError):
+    """A batch size of an engine that TensorRT takes into no CUDA graph: 8.6 refuses some large ones."""
+
+
 class _Launch:
     """What starts one call: a function that enqueues, replaced by its graph once it is captured."""
 
@@ -243,7 +247,13 @@ class _Lane:
             check(start())  # TensorRT prepares itself in a first run, which must not be captured
             stream.wait()
             if options.cuda_graph:
-                start.capture()
+                try:
+                    start.capture()
+                except BackendError as e:
+                    raise CaptureError(
+                        f"The engine cannot be captured in a CUDA graph at batch {batch}: {e.problem}",
+                        "Load it with options=BackendOptions(cuda_graph=False), or use smaller batches.",
+                    ) from e
                 check(start())
                 stream.wait()
             assert start.graph is not None or not options.cuda_graph

@@ -42,6 +42,13 @@ WRONG = ("contextual", "torch-compile")
 CAREFUL = ("prelocal", "braindecode")
 
 
+def measure_quickly(patch):
+    """Warm up with two calls, and wait for nothing: for tests that look at what is written, not at how steady it is."""
+    patch.setattr("sjepa_deploy.runtime.latency.warm_up", lambda call, windows, clock: [call(w) for w in windows] != [])
+    patch.setattr("sjepa_deploy.runtime.bench.SETTLE_S", 0.001)
+    patch.setattr("sjepa_deploy.runtime.estimates.N_RESAMPLES", 200)
+
+
 def latency(values, jitter=None) -> Latency:
     def found(percent):
         if len(values) < samples_needed(percent):

@@ -11,6 +11,8 @@ from bundles import export_small, small_spec
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.cli import run_command
+from sjepa_deploy.cli.bench import bench
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start, as below
 
@@ -72,3 +74,15 @@ def browser():
 
     with chromium() as started:
         yield started
+
+
+@pytest.fixture
+def sjepa_bench(capsys):
+    """Return a function that runs sjepa-bench, and returns its exit status, what it printed and its errors."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        status = run_command(bench, "sjepa-bench", [str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return run

@@ -326,6 +326,7 @@ class Faults:
     def __init__(self) -> None:
         self.spoil: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]] = lambda out: out
         self.refuse_enqueue = False
+        self.refuse_capture_above: int | None = None  # batch
         self.layer_type: str | None = None
         self.no_plan: str | None = None
         self.n_builds = 0
@@ -550,7 +551,9 @@ def fake_tensorrt(version: str, driver: FakeDriver, faults: Faults) -> types.Sim
             assert driver.has_context(), "the calling thread has no current context"
             assert self._memory, "no memory for activations"
             assert strong or self._has_profile, "8.6 gives the profile to the first context alone"
-            if faults.refuse_enqueue:
+            largest = faults.refuse_capture_above
+            captures = driver.queues[int(stream)] is not None
+            if faults.refuse_enqueue or (captures and largest is not None and self._shape[0] > largest):
                 return False
             addresses, shape, session = dict(self._addresses), self._shape, self._engine._session
 

@@ -17,11 +17,11 @@ import numpy as np
 import planted
 import pytest
 import torch
+from bench_reports import measure_quickly
 from bundles import copy_bundle, flip_byte
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.cli import run_command
-from sjepa_deploy.cli.bench import Share, bench
+from sjepa_deploy.cli.bench import Share
 from sjepa_deploy.errors import BackendError, BenchmarkError
 from sjepa_deploy.runtime import cold_start, environment, noise, scenarios, subjects
 from sjepa_deploy.runtime.backend import BackendOptions
@@ -58,22 +58,9 @@ def planted_backends(monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_machine():
-    """Warm up with two calls, and wait for nothing: these tests look at what is written, not at how steady it is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sjepa_deploy.runtime.latency.warm_up", lambda call, windows, clock: [call(w) for w in windows] != [])
-        patch.setattr("sjepa_deploy.runtime.bench.SETTLE_S", 0.001)
-        patch.setattr("sjepa_deploy.runtime.estimates.N_RESAMPLES", 200)
+        measure_quickly(patch)
         yield
-
-
-@pytest.fixture
-def sjepa_bench(capsys):
-    def run(*arguments):
-        capsys.readouterr()
-        status = run_command(bench, "sjepa-bench", [str(argument) for argument in arguments])
-        return status, *capsys.readouterr()
-
-    return run
 
 
 def cells(report, **fields):

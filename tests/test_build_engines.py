@@ -523,6 +523,26 @@ def test_a_refused_enqueue_is_an_error_and_no_stale_output(rig, bundle):
             predict(eeg(bundle, 2))
 
 
+def test_large_batches_that_no_graph_takes(rig, bundle, caplog):
+    """As TensorRT 8.6 had with 1024 windows in fp16: the engine is judged and kept, and decodes them without a graph."""
+    rig.faults.refuse_capture_above = 4
+    record = build_engine(bundle, "fp32")
+    assert 8 in record.parity[-1].batch_sizes
+    assert all(result.passed for result in record.parity)
+    assert "cannot be captured in a CUDA graph at batch 8" in caplog.text
+    windows, want = eeg(bundle, 8), outputs(bundle, "fp32", eeg(bundle, 8))
+    with sjepa_deploy.load(bundle, backend="tensorrt", check_unit=False) as predict:
+        np.testing.assert_array_equal(predict(windows[:4]), want[:4])
+        for _ in range(2):
+            with pytest.raises(BackendError, match=r"in a CUDA graph at batch 8: .*BackendOptions\(cuda_graph=False\)"):
+                predict(windows)
+        np.testing.assert_array_equal(predict(windows[:4]), want[:4])
+    options = BackendOptions(cuda_graph=False)
+    with sjepa_deploy.load(bundle, backend="tensorrt", check_unit=False, options=options) as predict:
+        np.testing.assert_array_equal(predict(windows), want)
+    assert not rig.driver.allocations, "everything was released"
+
+
 def test_two_threads_on_one_backend_are_told_apart(rig, bundle):
     build_engine(bundle, "fp32")
     backend = open_backend(bundle, "tensorrt", "fp32")

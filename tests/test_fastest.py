@@ -14,12 +14,11 @@ import numpy as np
 import planted
 import pytest
 import torch
+from bench_reports import measure_quickly
 from bundles import copy_bundle
 
 import sjepa_deploy
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.cli import run_command
-from sjepa_deploy.cli.bench import bench
 from sjepa_deploy.errors import BackendError, BenchmarkError
 from sjepa_deploy.models import build_model
 from sjepa_deploy.runtime import environment, fastest, subjects
@@ -39,20 +38,7 @@ QUICK = {"scenarios": ("throughput",), "seconds": 0.1, "precisions": ("fp32",), 
 
 @pytest.fixture(autouse=True)
 def quick_machine(monkeypatch):
-    """Warm up with two calls, and wait for nothing: these tests look at what is chosen, not at how steady it is."""
-    monkeypatch.setattr("sjepa_deploy.runtime.latency.warm_up", lambda call, windows, clock: [call(w) for w in windows] != [])
-    monkeypatch.setattr("sjepa_deploy.runtime.bench.SETTLE_S", 0.001)
-    monkeypatch.setattr("sjepa_deploy.runtime.estimates.N_RESAMPLES", 200)
-
-
-@pytest.fixture
-def sjepa_bench(capsys):
-    def run(*arguments):
-        capsys.readouterr()
-        status = run_command(bench, "sjepa-bench", [str(argument) for argument in arguments])
-        return status, *capsys.readouterr()
-
-    return run
+    measure_quickly(monkeypatch)
 
 
 def cell(backend, batch, median, *, within=0.02, scenario="throughput", precision="fp32", bundle="b", **more):
@@ -420,7 +406,7 @@ def test_a_backend_that_cannot_be_opened_is_named_and_the_others_are_released(cr
     with pytest.raises(BackendError, match=message):
         sjepa_deploy.load(bundle, backend="fastest")
     assert closed == ["ort-cpu"]
-    monkeypatch.delitem(BACKENDS, "torch")
+    monkeypatch.setattr("sjepa_deploy.runtime.fastest.BACKENDS", {name: BACKENDS[name] for name in BACKENDS if name != "torch"})
     with pytest.raises(BackendError, match="stale: torch is no backend of this release"):
         sjepa_deploy.load(bundle, backend="fastest")
 

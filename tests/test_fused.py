@@ -740,7 +740,7 @@ def test_a_decoder_sends_new_samples_alone_and_decides_the_same(gpu, make_model,
     predict = Predictor(bundle, backend, check_unit=False)
     sizes = []
     monkeypatch.setattr(backend, "roll", lambda eeg: [sizes.append(eeg.shape[1]), fused.FusedBackend.roll(backend, eeg)][1])
-    _, decisions, _ = decode_samples(predict, samples, hop=0.1, late="queue")
+    _, decisions, _ = decode_samples(predict, samples, hop=0.1, late="queue", roll=True)
     backend.close()
     assert sizes == [200, 10, 200, 10, 10, 10, 10]  # the first two warm up
     filtered = causal_preprocessing(samples, info_of(bundle.spec), bundle.spec)

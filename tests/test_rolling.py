@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from streams import ScriptedSource, assert_accounted, eeg, info_of, predictions
 
-from sjepa_deploy.errors import BackendError, InputError, UnansweredError
+from sjepa_deploy.errors import BackendError, InputError, StreamError, UnansweredError
 from sjepa_deploy.runtime.backend import BackendOptions, RollingBackend
 from sjepa_deploy.runtime.predictor import Predictor
 from sjepa_deploy.runtime.reference import TorchBackend
@@ -67,6 +67,7 @@ def bundle(make_bundle):
 
 
 def decoder_of(backend, source, **config):
+    config = {"roll": isinstance(backend[1], Rolling)} | config
     decoder = Decoder(Predictor(backend[0], backend[1], check_unit=False), source, StreamConfig(**config))
     if isinstance(backend[1], Rolling):
         backend[1].sizes.clear()
@@ -186,7 +187,7 @@ def test_after_an_error_the_whole_window_is_sent(bundle, error):
 def test_two_streams_on_one_predictor_do_not_see_each_other(bundle):
     alone = [sizes_of(bundle, eeg(300, seed=seed), hop=0.1)[1] for seed in (0, 1)]
     predict = Predictor(bundle, Rolling(bundle), check_unit=False)
-    decoders = [Decoder(predict, source_of(bundle, eeg(300, seed=seed)), StreamConfig(hop=0.1)) for seed in (0, 1)]
+    decoders = [Decoder(predict, source_of(bundle, eeg(300, seed=seed)), StreamConfig(hop=0.1, roll=True)) for seed in (0, 1)]
     together = [[], []]
     for _ in range(40):
         for decoder, decisions in zip(decoders, together, strict=True):
@@ -196,16 +197,31 @@ def test_two_streams_on_one_predictor_do_not_see_each_other(bundle):
     assert predictions(together[0]) != predictions(together[1])
 
 
-@pytest.mark.parametrize(("persistent", "keep_warm", "rolls"), [(True, None, True), (False, 0.01, True), (True, 0.01, False)])
-def test_dummy_calls_do_not_make_a_kernel_that_stays_leave(bundle, persistent, keep_warm, rolls):
-    """With both, whole windows are decoded."""
+@pytest.mark.parametrize(("persistent", "keep_warm"), [(True, None), (False, 0.01)])
+def test_dummy_calls_of_whole_windows_may_stand_between(bundle, persistent, keep_warm):
     backend = Rolling(bundle)
     backend.persistent = persistent
     samples = eeg(230)
     decisions = list(decoder_of((bundle, backend), source_of(bundle, samples), hop=0.1, keep_warm=keep_warm))
-    assert backend.sizes == ([200, 10, 10, 10] if rolls else [])
+    assert backend.sizes == [200, 10, 10, 10]
     whole = list(decoder_of((bundle, Whole(bundle)), source_of(bundle, samples), hop=0.1))
     assert predictions(decisions) == predictions(whole)
+
+
+def test_whole_windows_are_sent_unless_asked(bundle):
+    sizes, decisions = sizes_of(bundle, eeg(230), roll=False)
+    assert sizes == []
+    assert predictions(decisions) == predictions(sizes_of(bundle, eeg(230))[1])
+
+
+def test_what_cannot_be_given_new_samples_alone_is_refused(bundle):
+    source = source_of(bundle, eeg(230))
+    with pytest.raises(StreamError, match="The backend torch keeps no window of a stream"):
+        decoder_of((bundle, Whole(bundle)), source, roll=True)
+    backend = Rolling(bundle)
+    backend.persistent = True
+    with pytest.raises(StreamError, match="a kernel that stays would leave each time"):
+        decoder_of((bundle, backend), source, keep_warm=0.01)
 
 
 # ---------------------------------------------------------------- the predictor

@@ -530,11 +530,13 @@ def test_one_bad_request_does_not_spoil_its_batch(server, client, make_bundle):
 
 def test_a_request_of_no_windows_costs_those_of_its_batch_an_attempt(server, client, make_bundle):
     """Triton drops the whole batch; our client knows that nothing was decoded and sends again."""
+    to_triton(make_bundle("prelocal"), server.repository, name="waits", deadline=2.0, instances=1)  # long enough to form batches
+    server.load("waits")
     window = windows_of(make_bundle("prelocal").spec, 0, 1)
-    nothing = service_pb2.ModelInferRequest(model_name="prelocal")
+    nothing = service_pb2.ModelInferRequest(model_name="waits")
     nothing.inputs.add(name="eeg", datatype="FP32", shape=(0, *window.shape[1:]))
     nothing.raw_input_contents.append(window.tobytes())
-    clients = [client("prelocal") for _ in range(8)]
+    clients = [client("waits") for _ in range(8)]
     with grpc.insecure_channel(server.endpoints["grpc"]) as channel, ThreadPoolExecutor(8) as pool:
         spoil = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
         answers = []

@@ -88,6 +88,7 @@ LAST_LINES_S = 5.0
 )
 @click.option("--priority", type=click.IntRange(1, 99), help="Real-time priority (SCHED_FIFO) of the decoder's threads.")
 @click.option("--persistent", is_flag=True, help="A kernel that stays on the GPU answers, without a launch: --backend cuda.")
+@click.option("--roll", is_flag=True, help="Give the backend new samples alone, it keeps the others: --backend cuda.")
 @click.option("--keep-warm", type=float, help="Seconds after which an idle backend gets a dummy call, for GPUs: 0.005.")
 @click.option("--quiet", is_flag=True, help="No live view.")
 @click.option("--json", "json_output", is_flag=True, help="Print the summary as JSON.")
@@ -119,6 +120,7 @@ def stream(
     dashboard_address: str | None,
     priority: int | None,
     persistent: bool,
+    roll: bool,
     keep_warm: float | None,
     quiet: bool,
     json_output: bool,
@@ -142,6 +144,7 @@ def stream(
         max_jitter=max_jitter,
         give_up=give_up,
         keep_warm=keep_warm,
+        roll=roll,
     )
     opened = Bundle.open(bundle)
     options = BackendOptions(persistent=persistent)
@@ -261,7 +264,8 @@ def _replay(
     record = read_record(path)
     if record.run.bundle_digest != bundle.manifest.digest:
         raise StreamError(f"{path} was decoded with another bundle ({record.run.bundle}).", "Name that bundle.")
-    config = dataclasses.replace(record.run.config, late="queue")  # what was late then is decoded now, and not compared
+    # What was late then is decoded now, and not compared; whole windows give the bits that new samples alone gave.
+    config = dataclasses.replace(record.run.config, late="queue", roll=False)
     precision = precision or record.run.precision
     with load(bundle, backend=backend, precision=precision, check_unit=False, options=options) as predict:
         decoder = Decoder(predict, RecordSource(record), config)
