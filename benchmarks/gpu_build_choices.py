@@ -18,7 +18,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from gpu_engines import timed
@@ -59,8 +59,8 @@ class Choice:
         Streams beside the main one; None for TensorRT's choice.
     graph : {"fp32"} or None
         The graph that is built, if not that of the precision: without casts, so that TensorRT may choose the types (8.6).
-    free : {"transformer", "all"} or None
-        Which layers are asked for no type (8.6).
+    free_transformer : bool
+        Whether the layers of the transformer are asked for no type (8.6).
     otherwise : bool
         Whether it is only of interest where the choices before failed.
     """
@@ -72,7 +72,7 @@ class Choice:
     own_tactics: bool = False
     aux_streams: int | None = None
     graph: RunPrecision | None = None
-    free: Literal["transformer", "all"] | None = None
+    free_transformer: bool = False
     otherwise: bool = False
 
 
@@ -96,9 +96,9 @@ FAST = (
 HALF_TRANSFORMER = (
     HALF[0],
     Choice(name="batch 1 alone", settings={"max_batch": 1}),
-    Choice(name="no casts, transformer free", graph="fp32", free="transformer"),
-    Choice(name="no casts, transformer free, batch 1 alone", settings={"max_batch": 1}, graph="fp32", free="transformer"),
-    Choice(name="no casts, all free", settings={"held_types": "none"}, graph="fp32", free="all"),
+    Choice(name="no casts, transformer free", graph="fp32", free_transformer=True),
+    Choice(name="no casts, transformer free, batch 1 alone", settings={"max_batch": 1}, graph="fp32", free_transformer=True),
+    Choice(name="no casts, all free", settings={"held_types": "none"}, graph="fp32"),
     Choice(name="level 5", settings={"optimization_level": 5}),
 )
 GROUPS: dict[str, tuple[Choice, ...]] = {
@@ -137,7 +137,7 @@ class Chosen(TensorRT):
                     layer.precision = dtype
                     for k in range(layer.num_outputs):
                         layer.set_output_type(k, dtype)
-        if choice.free == "transformer":
+        if choice.free_transformer:
             for i in range(first_of_transformer(network), network.num_layers):
                 layer = network.get_layer(i)
                 layer.reset_precision()

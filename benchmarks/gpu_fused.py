@@ -110,8 +110,8 @@ def write_weights(model: Any, file: Path) -> None:
     file.write_bytes(len(content).to_bytes(8, "little") + content + b"".join(parts))
 
 
-def latency(call: Callable[[], object], n: int = 2000, pause: float = 0.0, warm: KeepWarm | None = None) -> dict[str, float]:
-    """Return the distribution of `n` calls, back to back or every `pause` seconds."""
+def timed(call: Callable[[], object], n: int, pause: float = 0.0, warm: KeepWarm | None = None) -> np.ndarray:
+    """Return the length of `n` calls in us, back to back or every `pause` seconds, after a hundred that are not timed."""
     for _ in range(100):
         call()
     times = np.empty(n)
@@ -128,8 +128,18 @@ def latency(call: Callable[[], object], n: int = 2000, pause: float = 0.0, warm:
         if warm is not None:
             warm.saw(start / 1e9, end / 1e9)
         times[i] = (end - start) / 1000
+    return times
+
+
+def distribution(times: np.ndarray) -> dict[str, Any]:
+    """Return what times are like."""
     p50, p90, p99, p999 = np.percentile(times, (50, 90, 99, 99.9))
-    return {"median": p50, "p90": p90, "p99": p99, "p99.9": p999, "max": times.max(), "mean": times.mean(), "n": n}
+    return {"median": p50, "p90": p90, "p99": p99, "p99.9": p999, "max": times.max(), "mean": times.mean(), "n": len(times)}
+
+
+def latency(call: Callable[[], object], n: int = 2000, pause: float = 0.0, warm: KeepWarm | None = None) -> dict[str, Any]:
+    """Return the distribution of `n` calls, back to back or every `pause` seconds."""
+    return distribution(timed(call, n, pause, warm))
 
 
 def opened(bundle: Any, precision: Any, reference: Reference, layout: Layout | None = None, **options: Any) -> Any:
@@ -171,7 +181,7 @@ def bits_of_rolls(backend: Any, spec: ModelSpec, hop: int, n_hops: int = 200) ->
     return {"calls": n_hops + 1, "differ": int(differ), "seconds": time.perf_counter() - began}
 
 
-def latency_of_rolls(backend: Any, window: Any, hop: int) -> dict[str, float]:
+def latency_of_rolls(backend: Any, window: Any, hop: int) -> dict[str, Any]:
     """Return the latency of `roll` with `hop` new samples."""
     backend.roll(window[0])
     new = window[0, :, :hop].copy()
@@ -317,28 +327,17 @@ def where(bundle: Any, reference: Reference, precision: Any) -> dict[str, Any]:
 
 
 def spread(times: np.ndarray) -> dict[str, Any]:
-    """Return percentiles of times in us, and how the slow ones, more than 1.3 times the median, lie in a run of such calls."""
-    p50, p90, p99, p999 = np.percentile(times, (50, 90, 99, 99.9))
-    slow = times > 1.3 * p50
-    ends = np.cumsum(times)
-    apart = np.diff(ends[slow])
-    return {
-        "median": p50, "p90": p90, "p99": p99, "p99.9": p999, "max": times.max(), "n": len(times), "p99 / median": p99 / p50,
+    """Return what times in us are like, and how the slow ones, more than 1.3 times the median, lie in a run of such calls."""
+    found = distribution(times)
+    median = found["median"]
+    slow = times > 1.3 * median
+    apart = np.diff(np.cumsum(times)[slow])
+    return found | {
+        "p99 / median": found["p99"] / median,
         "share of slow calls": float(slow.mean()),
         "us between slow calls, quartiles": np.percentile(apart, (25, 50, 75)).tolist() if len(apart) else [],
-        "us longer, quartiles": np.percentile(times[slow] - p50, (25, 50, 75)).tolist() if slow.any() else [],
-    }  # fmt: skip
-
-
-def timed_calls(call: Callable[[], object], n: int) -> np.ndarray:
-    """Return the length of `n` calls back to back, in us."""
-    times = np.empty(n)
-    now = time.perf_counter_ns
-    for i in range(n):
-        start = now()
-        call()
-        times[i] = now() - start
-    return times / 1000
+        "us longer, quartiles": np.percentile(times[slow] - median, (25, 50, 75)).tolist() if slow.any() else [],
+    }
 
 
 def tail(bundle: Any, reference: Reference, precision: Any) -> dict[str, Any]:
@@ -348,20 +347,20 @@ def tail(bundle: Any, reference: Reference, precision: Any) -> dict[str, Any]:
     for mode in ("graph", "persistent"):
         entry = result[mode] = {}
         backend, call = opened(bundle, precision, reference, persistent=mode == "persistent")
-        timed_calls(call, 2000)
-        step(entry, "as it is", lambda call=call: spread(timed_calls(call, 20_000)))
+        timed(call, 2000)
+        step(entry, "as it is", lambda call=call: spread(timed(call, 20_000)))
         gc.collect()
         gc.freeze()
         gc.disable()
-        step(entry, "no garbage collector", lambda call=call: spread(timed_calls(call, 20_000)))
+        step(entry, "no garbage collector", lambda call=call: spread(timed(call, 20_000)))
         core = sorted(cores)[len(cores) // 2]
         os.sched_setaffinity(0, {core})
-        step(entry, f"core {core} of {len(cores)} alone", lambda call=call: spread(timed_calls(call, 20_000)))
+        step(entry, f"core {core} of {len(cores)} alone", lambda call=call: spread(timed(call, 20_000)))
 
         def in_real_time(call: Any = call) -> dict[str, Any]:
             os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50))
             try:
-                return spread(timed_calls(call, 20_000))
+                return spread(timed(call, 20_000))
             finally:
                 os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
@@ -373,7 +372,7 @@ def tail(bundle: Any, reference: Reference, precision: Any) -> dict[str, Any]:
             while time.perf_counter_ns() < end:
                 pass
 
-        step(entry, "a loop of this length, no GPU", lambda spin=spin: spread(timed_calls(spin, 20_000)))
+        step(entry, "a loop of this length, no GPU", lambda spin=spin: spread(timed(spin, 20_000)))
         os.sched_setaffinity(0, cores)
         gc.enable()
         for period in (1e-3, 3e-4, 1e-4, 3e-5):

@@ -194,7 +194,8 @@ DEVICE void load_signals(float* shared, const float* input, int count) {
 DEVICE int apart(int fresh) { return (fresh + 31) / 32 * 32; }
 
 // The same of a stream whose window before, without offset removed, is in `history` at the first of these signals: `input` holds the
-// newest `fresh` samples of each alone, `apart`. No other block touches these signals of the history, so that it can be brought up to date here.
+// newest `fresh` samples of each alone, `apart`. No other block touches these signals of the history, so that it can be brought up to
+// date here.
 // Kept are samples, not outputs of the first convolution: no two windows share those, as each loses its own first sample before the
 // products, without which float32 would lose digits to the electrode offset.
 template <int MOST>
