@@ -84,6 +84,7 @@ LIVE = "back-to-back paced"
 MAIN = f"{LIVE} throughput"
 PERSISTENT = "--rate=100 --option=persistent=true --suffix=-persistent"  # keeps the GPU, so that each model has its own process
 IN_PLACE = "--in-place --suffix=-in-place"
+NO_GRAPH = "--option=cuda_graph=false --suffix=-no-graph"  # TensorRT 8.6 takes some large batches into none
 PARTS = (
     Part("cuda", 90, "cuda", ALL, MAIN, "0.5 paced=5", "--rate=100"),
     Part("in-place", 25, f"cuda {GRAPHS}", "fp32 fp16", "back-to-back", "0.5", IN_PLACE),
@@ -96,6 +97,7 @@ PARTS = (
     Part("compile", 55, "torch-compile-cuda", "fp32", "back-to-back"),
     Part("wide", 45, f"cuda {GRAPHS}", "fp32 fp16", "throughput", "1", f"--variant={WIDE} --batch=64 --batch=1024"),
     Part("wide-tensorrt", 30, "tensorrt", "fp32 fp16", "throughput", "1", f"--variant={WIDE} --batch=64 --batch=1024"),
+    Part("wide-no-graph", 25, "tensorrt", "fp16", "throughput", "1", f"--variant={WIDE} --batch=64 --batch=1024 {NO_GRAPH}"),
     Part("tf32", 25, GRAPHS, "tf32", "back-to-back"),
     Part("streams", 40, f"cuda {GRAPHS}", "fp32", "streams", "2"),
     Part("streams-tensorrt", 20, "tensorrt", "fp32", "streams", "2"),
