@@ -51,6 +51,9 @@ ALL_BACKENDS = BACKENDS | PEERS
 REFERENCE_BACKEND = "torch"
 """The float64 reference: slow by design, and measured only where it is asked for."""
 
+COMPILATIONS = 8
+"""How often a function may be compiled, `recompile_limit` of PyTorch: for other batch sizes, say."""
+
 
 class TorchEager:
     """PyTorch as it is, on the CPU: one call of the module.
@@ -135,6 +138,11 @@ class TorchCompile(TorchEager):
         with warnings.catch_warnings():  # torch's own modules warn about each other
             warnings.simplefilter("ignore")
             forward = torch.compile(super()._prepare(), mode=self.mode)
+            from torch._dynamo import config
+        # PyTorch counts compilations by the code of a function, which these backends share, and runs what is beyond its limit
+        # eagerly: each adds its own share, and beyond that it is an error.
+        config.recompile_limit += COMPILATIONS
+        config.fail_on_recompile_limit_hit = True
         known: set[int] = set()
 
         def compiled(eeg: Tensor) -> Tensor:
@@ -145,7 +153,7 @@ class TorchCompile(TorchEager):
                     warnings.simplefilter("ignore")
                     out = forward(eeg)
             except Exception as e:  # what is raised without a compiler, or by an unsupported model, differs between versions
-                raise BackendError(f"torch.compile failed: {str(e).splitlines()[0]}", "Install a C++ compiler.") from e
+                raise BackendError(f"torch.compile failed: {str(e).splitlines()[0]}", "It needs a C++ compiler.") from e
             known.add(len(eeg))
             return out
 

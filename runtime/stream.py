@@ -65,9 +65,10 @@ class StreamConfig:
     keep_warm : float or None
         Seconds between calls of the backend below which it does not fall asleep: dummy calls fill longer pauses, as far as they
         end before the next window is due. For GPUs, whose clock falls when they idle. None makes none.
-    roll : bool
+    roll : bool or None
         Whether the backend is given new samples alone, where a window follows the last one: it must keep the others (see
-        `Predictor.rolling`). Decisions are the same to the bit.
+        `Predictor.rolling`), and a kernel that stays takes no `keep_warm` beside it. None: where it can. Decisions are the same
+        to the bit.
     """
 
     hop: float = 0.1
@@ -81,7 +82,7 @@ class StreamConfig:
     silence: float = 2.0
     give_up: float | None = None
     keep_warm: float | None = None
-    roll: bool = False
+    roll: bool | None = None
 
     def hop_samples(self, spec: ModelSpec) -> int:
         """Return the hop in samples of the model.
@@ -230,11 +231,13 @@ class Decoder:
         self._last: Decision | None = None
         self._misses = 0
         window = self.windows.eeg().copy()
-        if self.config.roll:
-            self._refuse_to_roll()
+        against = self._against_rolling()
+        if self.config.roll and against is not None:
+            raise against
+        self._rolls = self.config.roll is not False and against is None
         self._rolled: tuple[int, int] | None = None  # the last window decoded, and the predictor's count of calls then
         calls = [partial(predict, window)]
-        if self.config.roll:
+        if self._rolls:
             calls += [partial(predict.roll, window[0, :, :n].copy()) for n in (self.spec.n_times, self.hop)]
         for call in calls:
             for _ in range(N_WARM_UP):
@@ -399,21 +402,22 @@ class Decoder:
         )
         return decision
 
-    def _refuse_to_roll(self) -> None:
-        """Raise what keeps the backend from being given new samples alone."""
+    def _against_rolling(self) -> StreamError | None:
+        """Return what keeps the backend from being given new samples alone."""
         if self.predict.rolling is None:
-            raise StreamError(
+            return StreamError(
                 f"The backend {self.predict.backend.name} keeps no window of a stream.",
                 "Use the backend cuda, or leave roll out.",
             )
         if self.predict.rolling.persistent and self.config.keep_warm is not None:
-            raise StreamError(
+            return StreamError(
                 "For the dummy calls of keep_warm, which are of whole windows, a kernel that stays would leave each time.",
                 "Leave keep_warm or roll out.",
             )
+        return None
 
     def _predict(self, window: Window) -> NDArray[np.float32]:
-        if not self.config.roll:
+        if not self._rolls:
             return self.predict(self.windows.eeg())
         # Between windows that were due one after the other there is no gap, as after one the next window is not whole.
         follows = self._rolled == (window.index - 1, self.predict.n_rolls)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from sjepa_deploy.runtime.bench_results import (
 from sjepa_deploy.runtime.keep_warm import Clock
 from sjepa_deploy.runtime.latency import Served
 from sjepa_deploy.runtime.merge import merge, told_together
-from sjepa_deploy.runtime.peers import ALL_BACKENDS, PEERS, TorchEagerCuda
+from sjepa_deploy.runtime.peers import ALL_BACKENDS, PEERS, TorchCompile, TorchEagerCuda
 from sjepa_deploy.runtime.report import to_markdown
 from sjepa_deploy.serialize import encode, json_schema
 
@@ -594,6 +595,32 @@ def test_torch_compile_gives_the_reference_outputs(make_bundle):
     (subject,) = opened_on(make_bundle("prelocal"), "torch-compile")
     assert subject.judgement.passed, subject.judgement
     subject.close()
+
+
+def test_every_compiled_model_runs_compiled_however_many_there_are(make_bundle, monkeypatch):
+    """PyTorch runs what is beyond its limit eagerly, and counts models whose forward has the same code together."""
+    from torch._dynamo import config
+
+    calls = []
+
+    def backend(graph, inputs):
+        return lambda *args: [calls.append(1), graph(*args)][1]
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    bundle = make_bundle("prelocal")
+    window = bundle.reference().inputs[:1]
+    with config.patch(recompile_limit=1, fail_on_recompile_limit_hit=False):
+        for n_threads in (1, 2, 1):  # PyTorch compiles anew for another number of threads
+            compiled = TorchCompile(bundle, "fp32", BackendOptions(n_threads=n_threads))
+            compiled.activate()
+            before = len(calls)
+            compiled.run(window)
+            assert len(calls) > before
+        compiled = TorchCompile(bundle, "fp32", BackendOptions(n_threads=3))
+        config.recompile_limit = 1
+        with pytest.raises(BackendError, match="limit"):
+            compiled.run(window)
+    torch.set_num_threads(1)
 
 
 def test_what_cannot_be_measured_is_left_out_with_its_reason(make_bundle):

@@ -67,7 +67,6 @@ def bundle(make_bundle):
 
 
 def decoder_of(backend, source, **config):
-    config = {"roll": isinstance(backend[1], Rolling)} | config
     decoder = Decoder(Predictor(backend[0], backend[1], check_unit=False), source, StreamConfig(**config))
     if isinstance(backend[1], Rolling):
         backend[1].sizes.clear()
@@ -187,7 +186,7 @@ def test_after_an_error_the_whole_window_is_sent(bundle, error):
 def test_two_streams_on_one_predictor_do_not_see_each_other(bundle):
     alone = [sizes_of(bundle, eeg(300, seed=seed), hop=0.1)[1] for seed in (0, 1)]
     predict = Predictor(bundle, Rolling(bundle), check_unit=False)
-    decoders = [Decoder(predict, source_of(bundle, eeg(300, seed=seed)), StreamConfig(hop=0.1, roll=True)) for seed in (0, 1)]
+    decoders = [Decoder(predict, source_of(bundle, eeg(300, seed=seed)), StreamConfig(hop=0.1)) for seed in (0, 1)]
     together = [[], []]
     for _ in range(40):
         for decoder, decisions in zip(decoders, together, strict=True):
@@ -208,7 +207,7 @@ def test_dummy_calls_of_whole_windows_may_stand_between(bundle, persistent, keep
     assert predictions(decisions) == predictions(whole)
 
 
-def test_whole_windows_are_sent_unless_asked(bundle):
+def test_whole_windows_are_sent_if_asked(bundle):
     sizes, decisions = sizes_of(bundle, eeg(230), roll=False)
     assert sizes == []
     assert predictions(decisions) == predictions(sizes_of(bundle, eeg(230))[1])
@@ -221,7 +220,16 @@ def test_what_cannot_be_given_new_samples_alone_is_refused(bundle):
     backend = Rolling(bundle)
     backend.persistent = True
     with pytest.raises(StreamError, match="a kernel that stays would leave each time"):
-        decoder_of((bundle, backend), source, keep_warm=0.01)
+        decoder_of((bundle, backend), source, keep_warm=0.01, roll=True)
+
+
+def test_whole_windows_are_sent_where_a_kernel_that_stays_is_kept_warm(bundle):
+    backend = Rolling(bundle)
+    backend.persistent = True
+    samples = eeg(230)
+    decisions = list(decoder_of((bundle, backend), source_of(bundle, samples), hop=0.1, keep_warm=0.01))
+    assert backend.sizes == []
+    assert predictions(decisions) == predictions(sizes_of(bundle, samples, hop=0.1)[1])
 
 
 # ---------------------------------------------------------------- the predictor

@@ -88,7 +88,11 @@ LAST_LINES_S = 5.0
 )
 @click.option("--priority", type=click.IntRange(1, 99), help="Real-time priority (SCHED_FIFO) of the decoder's threads.")
 @click.option("--persistent", is_flag=True, help="A kernel that stays on the GPU answers, without a launch: --backend cuda.")
-@click.option("--roll", is_flag=True, help="Give the backend new samples alone, it keeps the others: --backend cuda.")
+@click.option(
+    "--roll/--no-roll",
+    default=None,
+    help="Whether the backend is given new samples alone, and keeps the others: --backend cuda.  [default: where it can]",
+)
 @click.option("--keep-warm", type=float, help="Seconds after which an idle backend gets a dummy call, for GPUs: 0.005.")
 @click.option("--quiet", is_flag=True, help="No live view.")
 @click.option("--json", "json_output", is_flag=True, help="Print the summary as JSON.")
@@ -120,7 +124,7 @@ def stream(
     dashboard_address: str | None,
     priority: int | None,
     persistent: bool,
-    roll: bool,
+    roll: bool | None,
     keep_warm: float | None,
     quiet: bool,
     json_output: bool,
