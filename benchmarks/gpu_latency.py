@@ -1,6 +1,6 @@
 """How fast is every backend of a GPU machine? `sjepa-bench` where there is neither click nor an installed package.
 
-    python benchmarks/gpu_latency.py BUNDLES OUT/latency_H100_DATE --report --deadline 330 \
+    python benchmarks/gpu_latency.py BUNDLES OUT/latency_H100_DATE --report --deadline 570 \
         --python "COMMAND" --tensorrt-python "COMMAND"
     python benchmarks/gpu_latency.py BUNDLES OUT/others --backend ort-cuda --backend torch-cuda-graph ... [--scenario paced]
     python benchmarks/gpu_latency.py BUNDLES OUT/latency_H100_DATE --merge OUT/tensorrt.json OUT/others.json
@@ -86,22 +86,22 @@ PERSISTENT = "--rate=100 --option=persistent=true --suffix=-persistent"  # keeps
 IN_PLACE = "--in-place --suffix=-in-place"
 NO_GRAPH = "--option=cuda_graph=false --suffix=-no-graph"  # TensorRT 8.6 takes some large batches into none
 PARTS = (
-    Part("cuda", 90, "cuda", ALL, MAIN, "0.5 paced=5", "--rate=100"),
+    Part("cuda", 100, "cuda", ALL, MAIN, "0.5 paced=5", "--rate=100"),
     Part("in-place", 25, f"cuda {GRAPHS}", "fp32 fp16", "back-to-back", "0.5", IN_PLACE),
     Part("in-place-tensorrt", 20, "tensorrt", ALL, "back-to-back", "0.5", IN_PLACE),
-    Part("tensorrt", 75, "tensorrt", ALL, MAIN, "0.4 paced=2.5", "--rate=100"),
-    Part("graphs", 95, GRAPHS, "fp32 fp16", MAIN, "0.4 paced=1", "--rate=100"),
+    Part("tensorrt", 115, "tensorrt", ALL, MAIN, "0.4 paced=2.5", "--rate=100"),
+    Part("graphs", 100, GRAPHS, "fp32 fp16", MAIN, "0.4 paced=1", "--rate=100"),
     *(Part(f"persistent-{v}", 18, "cuda", "fp32", LIVE, "0.5 paced=2.5", f"--variant={v} {PERSISTENT}") for v in VARIANTS),
     Part("persistent-fp16", 18, "cuda", "fp16", LIVE, "0.5 paced=2.5", f"--variant=contextual {PERSISTENT}"),
     Part("eager", 30, "torch-eager-cuda ort-cpu", "fp32 fp16", "back-to-back"),
-    Part("compile", 55, "torch-compile-cuda", "fp32", "back-to-back"),
-    Part("wide", 45, f"cuda {GRAPHS}", "fp32 fp16", "throughput", "1", f"--variant={WIDE} --batch=64 --batch=1024"),
-    Part("wide-tensorrt", 30, "tensorrt", "fp32 fp16", "throughput", "1", f"--variant={WIDE} --batch=64 --batch=1024"),
-    Part("wide-no-graph", 25, "tensorrt", "fp16", "throughput", "1", f"--variant={WIDE} --batch=64 --batch=1024 {NO_GRAPH}"),
+    Part("compile", 100, "torch-compile-cuda", "fp32", "back-to-back"),
+    Part("wide", 120, f"cuda {GRAPHS}", "fp32 fp16", "throughput", "1", f"--variant={WIDE} --batch=64 --batch=1024"),
+    Part("wide-tensorrt", 60, "tensorrt", "fp32 fp16", "throughput", "1", f"--variant={WIDE} --batch=64 --batch=1024"),
+    Part("wide-no-graph", 60, "tensorrt", "fp16", "throughput", "1", f"--variant={WIDE} --batch=64 --batch=1024 {NO_GRAPH}"),
     Part("tf32", 25, GRAPHS, "tf32", "back-to-back"),
     Part("streams", 40, f"cuda {GRAPHS}", "fp32", "streams", "2"),
     Part("streams-tensorrt", 20, "tensorrt", "fp32", "streams", "2"),
-    Part("slow", 50, f"cuda {GRAPHS}", "fp32", "paced", "2.5", "--rate=10"),
+    Part("slow", 60, f"cuda {GRAPHS}", "fp32", "paced", "2.5", "--rate=10"),
     Part("slow-tensorrt", 25, "tensorrt", "fp32", "paced", "2.5", "--rate=10"),
     Part("cold", 70, f"cuda {GRAPHS}", "fp32", "cold-start"),
     Part("cold-tensorrt", 20, "tensorrt", "fp32", "cold-start"),

@@ -57,11 +57,6 @@ DEVICE void copy16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global) : "memory");
 }
 
-// The same of 4 bytes.
-DEVICE void copy4(void* shared, const void* global) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global) : "memory");
-}
-
 DEVICE void copies_arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // A number and a mark in one access of 8 bytes, which the memory model keeps whole: who sees the mark has the number, with neither a

@@ -200,22 +200,18 @@ DEVICE int apart(int fresh) { return (fresh + 31) / 32 * 32; }
 // products, without which float32 would lose digits to the electrode offset.
 template <int MOST>
 DEVICE void load_newest(float* shared, const float* input, float* history, int fresh, int count) {
-  constexpr int LOADS = (MOST + WARPS - 1) / WARPS, AT_ONCE = LOADS < 4 ? LOADS : 4;
-  const int n = count * N_TIMES, kept = N_TIMES - fresh, lines = apart(fresh) / 32;
-  for (int at = thread(); at < n; at += THREADS)
-    if (at % N_TIMES < kept) copy4(shared + at, history + at + fresh);
-  for (int first = warp(); first < count * lines; first += AT_ONCE * WARPS) {  // a line each, which no other warp reads
+  constexpr int LOADS = (MOST * N_TIMES + THREADS - 1) / THREADS, AT_ONCE = LOADS < 8 ? LOADS : 8;
+  const int n = count * N_TIMES, kept = N_TIMES - fresh;
+  for (int first = thread(); first < n; first += AT_ONCE * THREADS) {
     float v[AT_ONCE];
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
-      const int line = first + i * WARPS;
-      if (line < count * lines && line % lines * 32 + lane() < fresh) v[i] = load_input(input + line * 32 + lane());
+      const int at = first + i * THREADS, signal = at / N_TIMES, t = at % N_TIMES;
+      if (at < n) v[i] = load_input(t < kept ? history + at + fresh : input + signal * apart(fresh) + t - kept);
     }
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      const int line = first + i * WARPS, k = line % lines * 32 + lane();
-      if (line < count * lines && k < fresh) shared[line / lines * N_TIMES + kept + k] = v[i];
-    }
+    for (int i = 0; i < AT_ONCE; ++i)
+      if (first + i * THREADS < n) shared[first + i * THREADS] = v[i];
   }
   copies_arrived();
   __syncthreads();

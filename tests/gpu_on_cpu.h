@@ -104,7 +104,6 @@ DEVICE float4 load_fresh4(const float4* p) { return *p; }
 DEVICE float load_input(const float* p) { return *p; }
 DEVICE float4 load_input4(const float4* p) { return *p; }
 DEVICE void copy16(void* shared, const void* global) { std::memcpy(shared, global, 16); }
-DEVICE void copy4(void* shared, const void* global) { std::memcpy(shared, global, 4); }
 DEVICE void copies_arrived() {}
 DEVICE uint4 load_fresh_bits4(const uint4* p) { return *p; }
 DEVICE unsigned load_acquire(const unsigned* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
