@@ -28,7 +28,8 @@ endif
 	@echo "The fine-tuned model is in demo/model, the bundle in demo/bundle, its predictions in demo/predictions.tsv."
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not gpu and not alone"
+	$(BIN)/python -m pytest -m "alone and not gpu"
 
 # What the tests look at pages with: Debian's Chromium, installed where there is none (as root).
 browser:

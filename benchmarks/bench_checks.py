@@ -7,7 +7,7 @@
 - stalls: one call in a thousand takes 20 ms. What do closed loop and open loop show?
 
 Each part adds itself to OUT.json when it is done, and the table is written anew: an interrupt loses the part that runs. BUNDLES
-is the folder that `pack_bundles.py` makes. All three take about seven minutes.
+is the folder that `pack_bundles.py` makes. All three take about eight minutes.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def noise(report: BenchReport) -> dict[str, Any]:
 def slowdown(bundles: tuple[Bundle, ...], seconds: float) -> dict[str, Any]:
     """A backend in one run, and one that is slower by what was planted under its name in another."""
     planted.plant()
-    plan = replace(CELLS, scenarios=("back-to-back",), seconds=2 * seconds, n_blocks=20)
+    plan = replace(CELLS, scenarios=("back-to-back",), seconds=4 * seconds, n_blocks=20)
     found = {}
     plain = run_bench(bundles, replace(plan, backends=("slow-0",)))
     for name in ("slow-10", "slow-1"):
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("bundles", type=Path)
     parser.add_argument("parts", nargs="+", choices=list(PARTS))
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="may be repeated; all by default")
-    parser.add_argument("--seconds", type=float, default=3.0, help="in a cell; twice as long for slowdown, ten times for stalls")
+    parser.add_argument("--seconds", type=float, default=3.0, help="in a cell; four times as long for slowdown, ten times for stalls")
     parser.add_argument("--out", type=Path, required=True, help="path without suffix; .json and .md are written")
     args = parser.parse_args()
     file = args.out.with_suffix(".json")

@@ -42,6 +42,8 @@ from sjepa_deploy.runtime.peers import ALL_BACKENDS, PEERS, TorchCompile, TorchE
 from sjepa_deploy.runtime.report import to_markdown
 from sjepa_deploy.serialize import encode, json_schema
 
+pytestmark = pytest.mark.alone
+
 SCHEMA = json.loads(resources.files("sjepa_deploy").joinpath("data", "benchmark.schema.json").read_text(encoding="utf-8"))
 ROOT = Path(__file__).parents[1]
 ONE_THREAD = BackendOptions(n_threads=1)  # on busy cores, threads of small models wait for each other

@@ -25,6 +25,8 @@ from sjepa_deploy.runtime.dashboard import Dashboard, is_loopback, parse_address
 from sjepa_deploy.runtime.dashboard_server import Feed
 from sjepa_deploy.runtime.monitor import ChannelState, Monitor
 
+pytestmark = pytest.mark.alone
+
 TOKEN = "not-a-secret-0123456789"
 
 

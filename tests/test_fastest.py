@@ -31,6 +31,8 @@ from sjepa_deploy.runtime.parity import TOLERANCE
 from sjepa_deploy.runtime.reference import TorchBackend
 from sjepa_deploy.synthetic import eeg_windows
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[1]
 ONE_THREAD = BackendOptions(n_threads=1)
 QUICK = {"scenarios": ("throughput",), "seconds": 0.1, "precisions": ("fp32",), "batches": (1, 3), "options": ONE_THREAD}

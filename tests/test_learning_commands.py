@@ -24,6 +24,8 @@ from sjepa_deploy.pretrain import PretrainConfig
 from sjepa_deploy.resolve import resolve_spec
 from sjepa_deploy.serialize import encode
 
+pytestmark = pytest.mark.alone
+
 
 def call(capsys, *arguments):
     status = run_command(group, "sjepa", [str(a) for a in arguments])

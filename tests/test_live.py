@@ -11,6 +11,8 @@ from sjepa_deploy.cli.live import draw_snapshot, live_view, seconds
 from sjepa_deploy.montage import read_montage
 from sjepa_deploy.runtime.monitor import ChannelState, Monitor
 
+pytestmark = pytest.mark.alone
+
 HYDROCEL = read_montage("GSN-HydroCel-129").ch_names
 
 

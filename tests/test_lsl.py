@@ -20,6 +20,8 @@ from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.lsl import LslOutlet, LslSource, find_stream
 from sjepa_deploy.runtime.stream import Decision, Decoder, StreamConfig
 
+pytestmark = pytest.mark.alone
+
 CONFIG = f"""[ports]
 IPv6=disable
 [multicast]

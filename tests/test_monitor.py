@@ -12,6 +12,8 @@ from monitors import facts
 
 from sjepa_deploy.runtime.monitor import LATENCY_EDGES, ChannelState, Monitor
 
+pytestmark = pytest.mark.alone
+
 
 class Clock:
     def __init__(self):

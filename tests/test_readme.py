@@ -12,6 +12,8 @@ from eeg_files import eeg_file
 import sjepa_deploy
 from sjepa_deploy.runtime.backend import BackendOptions
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 

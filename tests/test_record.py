@@ -20,6 +20,8 @@ from sjepa_deploy.recording import read_recording
 from sjepa_deploy.runtime.recorder import Recorder, RunDescription, read_record
 from sjepa_deploy.runtime.stream import Decoder, StreamConfig
 
+pytestmark = pytest.mark.alone
+
 CODE = "import sys; sys.argv[0] = 'sjepa-stream'; from sjepa_deploy.cli.stream import main; main()"
 
 

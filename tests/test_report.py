@@ -28,6 +28,8 @@ from sjepa_deploy.runtime.compare import Change, Comparison
 from sjepa_deploy.runtime.report import comparison_to_markdown, to_markdown, warnings, write_comparison, write_html
 from sjepa_deploy.spec import ModelSpec
 
+pytestmark = pytest.mark.alone
+
 EVIL = """<img src=x onerror="document.title='run'">|`x`*b*</script>&amp;"""
 
 

@@ -33,6 +33,8 @@ from sjepa_deploy.runtime.parity import TOLERANCE, batch_sizes, check_parity
 from sjepa_deploy.runtime.stream import Decoder, StreamConfig
 from sjepa_deploy.serving import Answer, Client, Server
 
+pytestmark = pytest.mark.alone
+
 VARIANTS = ("prelocal", "postlocal", "contextual")
 
 PATIENT = {"deadline": 10.0, "instances": 1}  # on a busy machine a small model may take long

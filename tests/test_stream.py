@@ -35,6 +35,8 @@ from sjepa_deploy.runtime.watching import watch
 from sjepa_deploy.spec import Preprocessing
 from sjepa_deploy.streaming_parity import check_streaming
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def predict(make_bundle):

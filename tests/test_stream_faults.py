@@ -18,6 +18,8 @@ from sjepa_deploy.errors import RefusedError, StreamError, UnansweredError
 from sjepa_deploy.runtime.sources import Chunk
 from sjepa_deploy.runtime.stream import Decoder, StreamConfig
 
+pytestmark = pytest.mark.alone
+
 N = 1500
 STAMPS = np.arange(N) / 100.0
 SAMPLES = eeg(N)
