@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("bundles", type=Path)
     parser.add_argument("parts", nargs="+", choices=list(PARTS))
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="may be repeated; all by default")
-    parser.add_argument("--seconds", type=float, default=3.0, help="in a cell; four times as long for slowdown, ten times for stalls")
+    parser.add_argument("--seconds", type=float, default=3.0, help="in a cell; four times that for slowdown, ten for stalls")
     parser.add_argument("--out", type=Path, required=True, help="path without suffix; .json and .md are written")
     args = parser.parse_args()
     file = args.out.with_suffix(".json")
