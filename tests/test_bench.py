@@ -541,7 +541,7 @@ def test_two_reports_are_compared(make_bundle, sjepa_bench, tmp_path, monkeypatc
     a, b = tmp_path / "a" / "bench.json", tmp_path / "b" / "bench.json"
     status, out, _ = sjepa_bench("--compare", a, a, "--fail-above", "0%")
     assert status == 0
-    assert re.search(r"slow-10.*\+0\.0%.*Changes within 3% are not claimed", out, re.DOTALL)
+    assert re.search(r"slow-10.*\+0\.0%.*Changes within 5% are not claimed", out, re.DOTALL)
     status, out, err = sjepa_bench("--compare", a, b, "--fail-above", "50%", "--json")
     assert status == 1
     assert "back-to-back batch 1: bundle slow-10 fp32 (slower)" in err
