@@ -245,7 +245,7 @@ class Run:
         while waiting := [m for m in self.measurements if not m.finished]:
             for index in self.rng.permutation(len(waiting)):
                 if self.out_of(1.0):
-                    late = f"The time limit of {self.config.time_limit:g} s passed after {done} of {total} blocks."
+                    late = f"The time limit of {self.config.time_limit:.0f} s passed after {done} of {total} blocks."
                     self.partial = late if self.partial is None else f"{self.partial} {late}"
                     return
                 measurement = waiting[index]

@@ -44,12 +44,12 @@ def merge(runs: Sequence[tuple[BenchReport, Samples]]) -> tuple[BenchReport, Sam
         if "canary_us" in arrays:
             samples["canary_us"] = np.concatenate([samples.get("canary_us", np.empty(0)), arrays["canary_us"]])
     reports = [run for run, _ in runs]
-    partial = [f"{i}: {run.partial}" for i, run in enumerate(reports, 1) if run.partial]
+    partial = [f"Run {i}: {run.partial}" for i, run in enumerate(reports, 1) if run.partial]
     merged = replace(
         first,
         seconds=sum(run.seconds for run in reports),
         command=" && ".join(run.command for run in reports),
-        partial=f"Run {'; run '.join(partial)}" if partial else None,
+        partial=" ".join(partial) or None,
         environment=_environment(reports),
         noise=_noise(reports, samples),
         bundles=tuple(bundles.values()),
@@ -137,9 +137,20 @@ def told_together(reasons: Sequence[tuple[int, str]]) -> tuple[str, ...]:
     told = []
     for group in alike.values():
         _, worst, reason = max(group)
-        runs = ", ".join(str(run) for _, run, _ in group)
+        runs = spans([run for _, run, _ in group])
         told.append(f"Run {worst}: {reason}" if len(group) == 1 else f"Runs {runs}, the most in run {worst}: {reason}")
     return tuple(told)
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Return rising numbers as text, those in a row together: "1 to 3, 5"."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][-1] + 1:
+            found[-1].append(number)
+        else:
+            found.append([number])
+    return ", ".join(f"{first}{f' to {rest[-1]}' if rest else ''}" for first, *rest in found)
 
 
 def _left_out(reports: list[BenchReport]) -> tuple[LeftOut, ...]:
