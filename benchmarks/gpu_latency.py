@@ -84,7 +84,7 @@ LIVE = "back-to-back paced"
 MAIN = f"{LIVE} throughput"
 PERSISTENT = "--rate=100 --option=persistent=true --suffix=-persistent"  # keeps the GPU, so that each model has its own process
 IN_PLACE = "--in-place --suffix=-in-place"
-NO_GRAPH = "--option=cuda_graph=false --suffix=-no-graph"  # TensorRT 8.6 takes some large batches into none
+NO_GRAPH = "--option=cuda_graph=false --suffix=-no-graph"  # TensorRT 8.6 takes some engines into none
 PARTS = (
     Part("cuda", 100, "cuda", ALL, MAIN, "0.5 paced=5", "--rate=100"),
     Part("in-place", 25, f"cuda {GRAPHS}", "fp32 fp16", "back-to-back", "0.5", IN_PLACE),

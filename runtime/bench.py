@@ -46,6 +46,7 @@ from sjepa_deploy.runtime.subjects import (
     harness,
     open_subjects,
 )
+from sjepa_deploy.runtime.tables import number
 from sjepa_deploy.spec import RunPrecision
 
 logger = logging.getLogger(__name__)
@@ -245,7 +246,8 @@ class Run:
         while waiting := [m for m in self.measurements if not m.finished]:
             for index in self.rng.permutation(len(waiting)):
                 if self.out_of(1.0):
-                    late = f"The time limit of {self.config.time_limit:.0f} s passed after {done} of {total} blocks."
+                    assert self.config.time_limit is not None
+                    late = f"The time limit of {number(self.config.time_limit)} s passed after {done} of {total} blocks."
                     self.partial = late if self.partial is None else f"{self.partial} {late}"
                     return
                 measurement = waiting[index]

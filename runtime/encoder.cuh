@@ -189,9 +189,9 @@ DEVICE void load_signals(float* shared, const float* input, int count) {
 }
 
 #if ROLLS
-// How many numbers apart the newest samples of two signals lie: no two share a line of 128 bytes. Where they did, one sample of each
+// How many numbers apart the newest samples of two signals lie: no two share a line of memory. Where they did, one sample of each
 // took 20 us longer than whole windows, most likely as the GPU keeps no line of host memory and reads it anew for each warp in turn.
-DEVICE int apart(int fresh) { return (fresh + 31) / 32 * 32; }
+DEVICE int apart(int fresh) { return (fresh + LINE - 1) / LINE * LINE; }
 
 // The same of a stream whose window before, without offset removed, is in `history` at the first of these signals: `input` holds the
 // newest `fresh` samples of each alone, `apart`. No other block touches these signals of the history, so that it can be brought up to

@@ -20,7 +20,7 @@ import numpy as np
 from sjepa_deploy.errors import BackendError
 from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
 from sjepa_deploy.runtime.cuda import Device, DeviceBuffer, Graph, HostBuffer, Stream, check
-from sjepa_deploy.runtime.fused_program import Program
+from sjepa_deploy.runtime.fused_program import LINE, Program
 from sjepa_deploy.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -30,9 +30,6 @@ POLLS = 20_000
 
 MOST_MARKED = 8
 """Outputs of a call that carry its number; of more, looking at each takes longer than one word behind a fence."""
-
-LINE = 32
-"""Float32 numbers in a line of memory: new samples of two channels share none (`apart` in runtime/encoder.cuh)."""
 
 LEAVE = 1 << 32
 """Above the number of a call: the kernel that stays is to end."""

@@ -24,6 +24,8 @@ FEED_FORWARD = 2048
 LARGEST_GROUP = 40
 """Tokens that a block takes through the feed-forward product at a time: 5 tiles of 8."""
 
+LINE = 32
+"""Float32 numbers in a line of memory: new samples of two channels share none (`apart` in runtime/encoder.cuh)."""
 
 IDLE_MS = 2000
 """Silence of the host after which a kernel that stays ends by itself."""
@@ -108,7 +110,7 @@ class Program:
 
         A program of its own: as a branch in the other it would take registers from every call.
         """
-        return dataclasses.replace(self, source=f"#define ROLLS 1\n{self.source}", rolls=True)
+        return dataclasses.replace(self, source=f"#define ROLLS 1\n#define LINE {LINE}\n{self.source}", rolls=True)
 
     def grid(self, batch: int, blocks_at_once: int) -> int:
         """Return how many blocks run `batch` windows on a GPU that holds `blocks_at_once`."""

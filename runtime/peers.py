@@ -153,7 +153,7 @@ class TorchCompile(TorchEager):
                     warnings.simplefilter("ignore")
                     out = forward(eeg)
             except Exception as e:  # what is raised without a compiler, or by an unsupported model, differs between versions
-                raise BackendError(f"torch.compile failed: {str(e).splitlines()[0]}", "It needs a C++ compiler.") from e
+                raise BackendError(f"torch.compile failed: {str(e).splitlines()[0]}", "Install a C++ compiler.") from e
             known.add(len(eeg))
             return out
 

@@ -186,7 +186,7 @@ class EngineRunner:
 
 
 class CaptureError(BackendError):
-    """A batch size of an engine that TensorRT takes into no CUDA graph: 8.6 refuses some large ones."""
+    """An engine that TensorRT takes into no CUDA graph: 8.6 refuses some that are for large batches, at any batch size."""
 
 
 class _Launch:
@@ -252,7 +252,7 @@ class _Lane:
                 except BackendError as e:
                     raise CaptureError(
                         f"The engine cannot be captured in a CUDA graph at batch {batch}: {e.problem}",
-                        "Load it with options=BackendOptions(cuda_graph=False), or use smaller batches.",
+                        "Load it with options=BackendOptions(cuda_graph=False), or build it with a smaller --max-batch.",
                     ) from e
                 check(start())
                 stream.wait()
