@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 	$(BIN)/sjepa-export --checkpoint demo/model --out demo/bundle
 	$(BIN)/sjepa-verify demo/bundle
 ifeq ($(RECORDING),)
-	$(BIN)/python -c "from sjepa_deploy.synthetic import main; main()" demo/eeg.npy
+	$(BIN)/python -c "from sjepa_deploy.eeg.synthetic import main; main()" demo/eeg.npy
 	$(BIN)/sjepa-run demo/bundle demo/eeg.npy --sfreq 100 --unit uV --hop 0.5 --out demo/predictions.tsv
 else
 	$(BIN)/sjepa-run demo/bundle $(RECORDING) --interpolate --hop 0.5 --out demo/predictions.tsv

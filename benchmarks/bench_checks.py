@@ -27,10 +27,10 @@ import planted
 from machine import describe_machine, write_result
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.runtime.bench import BenchConfig, run_bench
-from sjepa_deploy.runtime.bench_results import HARNESS, BenchReport, CellKey, load_report, load_samples
-from sjepa_deploy.runtime.compare import compare
-from sjepa_deploy.runtime.merge import renamed
+from sjepa_deploy.runtime.bench.compare import compare
+from sjepa_deploy.runtime.bench.merge import renamed
+from sjepa_deploy.runtime.bench.results import HARNESS, BenchReport, CellKey, load_report, load_samples
+from sjepa_deploy.runtime.bench.run import BenchConfig, run_bench
 
 VARIANTS = ("prelocal", "postlocal", "contextual")
 

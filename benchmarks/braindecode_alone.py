@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sjepa_deploy.pretrain import JEPA
+from sjepa_deploy.learning.pretrain import JEPA
 
 
 def load_braindecode(file: Path) -> types.ModuleType:

@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 from machine import describe_machine, write_result
 
-from sjepa_deploy.montage import read_montage
-from sjepa_deploy.runtime.dashboard import Dashboard, describe, describe_state
-from sjepa_deploy.runtime.monitor import Monitor, StreamFacts, resident_memory
+from sjepa_deploy.eeg.montage import read_montage
+from sjepa_deploy.runtime.watch.dashboard import Dashboard, describe, describe_state
+from sjepa_deploy.runtime.watch.monitor import Monitor, StreamFacts, resident_memory
 
 HOP = 0.01
 CLIENT = """
@@ -90,7 +90,7 @@ def run_loop(monitor: Monitor, seconds: float) -> np.ndarray:
 def serve_in_a_thread(monitor: Monitor) -> Iterator[int]:
     import uvicorn
 
-    from sjepa_deploy.runtime.dashboard_server import Feed, make_app
+    from sjepa_deploy.runtime.watch.dashboard_server import Feed, make_app
 
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]

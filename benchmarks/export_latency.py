@@ -30,10 +30,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from machine import describe_machine, write_result
 from oracle import braindecode_model
 
+from sjepa_deploy.eeg.montage import read_montage
 from sjepa_deploy.export.rewrite import rewrite
 from sjepa_deploy.export.to_onnx import DEFAULT_OPSET, to_onnx
-from sjepa_deploy.models import build_model, reference_mode
-from sjepa_deploy.montage import read_montage
+from sjepa_deploy.models.networks import build_model, reference_mode
 from sjepa_deploy.spec import ModelSpec
 
 VARIANTS = ("prelocal", "postlocal", "contextual")

@@ -31,11 +31,11 @@ from typing import Any
 import numpy as np
 
 from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.eeg.synthetic import eeg_windows
+from sjepa_deploy.parity import check_parity
 from sjepa_deploy.runtime.backend import BackendOptions, open_backend
-from sjepa_deploy.runtime.cuda import Device, check
-from sjepa_deploy.runtime.parity import check_parity
+from sjepa_deploy.runtime.gpu.cuda import Device, check
 from sjepa_deploy.serialize import encode
-from sjepa_deploy.synthetic import eeg_windows
 
 VARIANTS = ("prelocal", "postlocal", "contextual")
 PRECISIONS = ("fp32", "tf32", "fp16")
@@ -206,8 +206,8 @@ OPTIONS = [
 def run_tensorrt(report: Report, bundles: dict[str, Bundle], wanted: list[tuple[str, str]], arguments: Any) -> None:
     """Build, judge, reload, judge again, then measure; all builds of a kind before slower ones."""
     from sjepa_deploy.export.to_tensorrt import build_engine, default_settings, engine_batch_sizes
-    from sjepa_deploy.runtime.tensorrt_api import TensorRT
-    from sjepa_deploy.runtime.trt import machine_of
+    from sjepa_deploy.runtime.backends.tensorrt_api import TensorRT
+    from sjepa_deploy.runtime.backends.trt import machine_of
 
     layers: dict[str, Any] = {}
     report.step("tensorrt", lambda: TensorRT(arguments.flavour).version)
@@ -227,7 +227,7 @@ def run_tensorrt(report: Report, bundles: dict[str, Bundle], wanted: list[tuple[
             continue
 
         def inspect(bundle: Bundle = bundle, precision: Any = precision, settings: Any = settings, name: str = name) -> Any:
-            from sjepa_deploy.runtime.engines import EngineStore
+            from sjepa_deploy.runtime.backends.engines import EngineStore
 
             api, device = TensorRT(arguments.flavour), Device()
             store = EngineStore(bundle=bundle)
@@ -313,7 +313,7 @@ def run_torch(report: Report, bundles: dict[str, Bundle], wanted: list[tuple[str
     """PyTorch on the same GPU: eager, and one CUDA graph with pinned copies inside."""
     import torch
 
-    from sjepa_deploy.checkpoint import load_model, read_checkpoint
+    from sjepa_deploy.models.checkpoint import load_model, read_checkpoint
 
     device = arguments.torch_device
     for variant, precision in wanted:

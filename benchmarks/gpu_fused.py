@@ -40,18 +40,18 @@ from typing import Any
 
 import numpy as np
 
+from sjepa_deploy.eeg.synthetic import hard_windows
 from sjepa_deploy.errors import BackendError
-from sjepa_deploy.models import build_model
+from sjepa_deploy.models.networks import build_model
+from sjepa_deploy.parity import Reference, check_parity
 from sjepa_deploy.runtime.backend import BackendOptions
-from sjepa_deploy.runtime.cuda import check
-from sjepa_deploy.runtime.fused import FusedBackend
-from sjepa_deploy.runtime.fused_program import Layout
+from sjepa_deploy.runtime.backends.reference import run_reference
+from sjepa_deploy.runtime.fused.backend import FusedBackend
+from sjepa_deploy.runtime.fused.program import Layout
+from sjepa_deploy.runtime.gpu.cuda import check
 from sjepa_deploy.runtime.keep_warm import KeepWarm
-from sjepa_deploy.runtime.parity import Reference, check_parity
-from sjepa_deploy.runtime.reference import run_reference
 from sjepa_deploy.serialize import encode
 from sjepa_deploy.spec import ModelSpec
-from sjepa_deploy.synthetic import hard_windows
 
 SECONDS = 60
 TOOLS = ("memcheck", "racecheck", "ncu")

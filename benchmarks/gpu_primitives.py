@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from sjepa_deploy.runtime import nvrtc
-from sjepa_deploy.runtime.cuda import Device, DeviceBuffer, HostBuffer, Stream, check
+from sjepa_deploy.runtime.gpu import nvrtc
+from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, HostBuffer, Stream, check
 
 SOURCE = Path(__file__).with_suffix(".cu")
 SECONDS = 20

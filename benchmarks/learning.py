@@ -30,16 +30,16 @@ from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from sjepa_deploy.checkpoint import load_model, read_checkpoint
-from sjepa_deploy.data import DataConfig, Synthetic, Target, split_windows
-from sjepa_deploy.engine import Engine
-from sjepa_deploy.finetune import FinetuneConfig, finetune
-from sjepa_deploy.loading import load_windows
-from sjepa_deploy.masking import Masking
-from sjepa_deploy.models import build_model, reference_mode
-from sjepa_deploy.montage import read_montage
-from sjepa_deploy.pretrain import PretrainConfig, pretrain
-from sjepa_deploy.resolve import resolve_spec
+from sjepa_deploy.eeg.montage import read_montage
+from sjepa_deploy.learning.data import DataConfig, Synthetic, Target, split_windows
+from sjepa_deploy.learning.finetune import FinetuneConfig, finetune
+from sjepa_deploy.learning.loading import load_windows
+from sjepa_deploy.learning.loop import Engine
+from sjepa_deploy.learning.masking import Masking
+from sjepa_deploy.learning.pretrain import PretrainConfig, pretrain
+from sjepa_deploy.models.checkpoint import load_model, read_checkpoint
+from sjepa_deploy.models.networks import build_model, reference_mode
+from sjepa_deploy.models.resolve import resolve_spec
 from sjepa_deploy.serialize import encode
 from sjepa_deploy.spec import EncoderSpec
 

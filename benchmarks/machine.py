@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sjepa_deploy.runtime.environment import commit, n_cores, processor, versions
+from sjepa_deploy.runtime.machine import commit, n_cores, processor, versions
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("sjepa-deploy", "torch", "onnx", "onnxruntime", "numpy", "braindecode")

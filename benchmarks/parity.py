@@ -19,10 +19,10 @@ import torch
 from machine import describe_machine, write_result
 
 from sjepa_deploy.bundle import Provenance
+from sjepa_deploy.eeg.montage import read_montage
+from sjepa_deploy.eeg.recording import fit_recording, read_recording, windows
 from sjepa_deploy.export.to_bundle import ExportParityError, to_bundle
-from sjepa_deploy.models import SignalJEPAModule, build_model
-from sjepa_deploy.montage import read_montage
-from sjepa_deploy.recording import fit_recording, read_recording, windows
+from sjepa_deploy.models.networks import SignalJEPAModule, build_model
 from sjepa_deploy.spec import PRECISIONS, VARIANTS, ModelSpec
 
 GRID = [(129, 200, 4, 1), (129, 152, 4, 2), (62, 2048, 4, 4), (32, 408, 8, 2), (8, 280, 2, 3), (1, 200, 1, 1)]

@@ -33,14 +33,14 @@ from tritonclient.grpc import service_pb2
 
 import sjepa_deploy
 from sjepa_deploy.bundle import Bundle, Provenance
+from sjepa_deploy.eeg.montage import read_montage
+from sjepa_deploy.eeg.synthetic import eeg_windows
 from sjepa_deploy.errors import ServingError
 from sjepa_deploy.export.to_bundle import to_bundle
 from sjepa_deploy.export.to_triton import to_triton
-from sjepa_deploy.models import build_model
-from sjepa_deploy.montage import read_montage
+from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.serving import Client, Server
 from sjepa_deploy.spec import ModelSpec
-from sjepa_deploy.synthetic import eeg_windows
 
 RATE = 10.0
 DEADLINE = 0.05

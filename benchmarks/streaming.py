@@ -30,8 +30,8 @@ import numpy as np
 from machine import describe_machine, write_result
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.runtime.environment import CpuTimes
-from sjepa_deploy.runtime.sources import synthetic_source
+from sjepa_deploy.runtime.live.sources import synthetic_source
+from sjepa_deploy.runtime.machine import CpuTimes
 
 RESULTS = Path(__file__).parent / "results"
 LATE_S = 2e-3

@@ -54,10 +54,10 @@ import_sjepa()
 
 from braindecode_alone import BraindecodeJEPA, load_braindecode  # noqa: E402
 
-from sjepa_deploy.engine import Engine, SeedEpochs  # noqa: E402
-from sjepa_deploy.masking import Masking  # noqa: E402
-from sjepa_deploy.montage import read_montage  # noqa: E402
-from sjepa_deploy.pretrain import PretrainConfig, PretrainModule  # noqa: E402
+from sjepa_deploy.eeg.montage import read_montage  # noqa: E402
+from sjepa_deploy.learning.loop import Engine, SeedEpochs  # noqa: E402
+from sjepa_deploy.learning.masking import Masking  # noqa: E402
+from sjepa_deploy.learning.pretrain import PretrainConfig, PretrainModule  # noqa: E402
 from sjepa_deploy.spec import EncoderSpec, ModelSpec  # noqa: E402
 
 MONTAGES = {129: "GSN-HydroCel-129", 62: "sjepa-62"}

@@ -20,16 +20,16 @@ import torch
 from machine import describe_machine, write_result
 from sklearn.metrics import r2_score
 
-from sjepa_deploy.checkpoint import load_model, read_checkpoint
-from sjepa_deploy.data import DataConfig, Synthetic, Target
-from sjepa_deploy.engine import Engine
+from sjepa_deploy.eeg.montage import read_montage
+from sjepa_deploy.eeg.recording import fit_recording, read_recording, windows
 from sjepa_deploy.export.window_length import compare_window_lengths
-from sjepa_deploy.finetune import FinetuneConfig, finetune
-from sjepa_deploy.loading import load_windows
-from sjepa_deploy.models import SignalJEPAModule, build_model, reference_mode
-from sjepa_deploy.montage import read_montage
-from sjepa_deploy.recording import fit_recording, read_recording, windows
-from sjepa_deploy.resolve import resolve_spec
+from sjepa_deploy.learning.data import DataConfig, Synthetic, Target
+from sjepa_deploy.learning.finetune import FinetuneConfig, finetune
+from sjepa_deploy.learning.loading import load_windows
+from sjepa_deploy.learning.loop import Engine
+from sjepa_deploy.models.checkpoint import load_model, read_checkpoint
+from sjepa_deploy.models.networks import SignalJEPAModule, build_model, reference_mode
+from sjepa_deploy.models.resolve import resolve_spec
 from sjepa_deploy.serialize import encode
 from sjepa_deploy.spec import EncoderSpec
 

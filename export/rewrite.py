@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812, PyTorch's own convention
 
-from sjepa_deploy.models import (
+from sjepa_deploy.models.networks import (
     FeatureEncoder,
     SignalJEPA_PreLocal,
     SignalJEPAModule,

@@ -25,18 +25,18 @@ from sjepa_deploy.bundle import (
     new_bundle,
     write_manifest,
 )
-from sjepa_deploy.checkpoint import write_checkpoint
+from sjepa_deploy.eeg.synthetic import hard_windows
 from sjepa_deploy.errors import ParityError
 from sjepa_deploy.export.emulate import emulate_bf16
 from sjepa_deploy.export.rewrite import rewrite
 from sjepa_deploy.export.to_onnx import DEFAULT_OPSET, count_nodes, to_onnx
-from sjepa_deploy.models import SignalJEPAModule
+from sjepa_deploy.models.checkpoint import write_checkpoint
+from sjepa_deploy.models.networks import SignalJEPAModule
+from sjepa_deploy.parity import ParityResult, Reference, batch_sizes, check_parity
 from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
-from sjepa_deploy.runtime.ort import OrtCpuBackend
-from sjepa_deploy.runtime.parity import ParityResult, Reference, batch_sizes, check_parity
-from sjepa_deploy.runtime.reference import run_reference
+from sjepa_deploy.runtime.backends.ort import OrtCpuBackend
+from sjepa_deploy.runtime.backends.reference import run_reference
 from sjepa_deploy.spec import UNITS_IN_VOLTS, Precision
-from sjepa_deploy.synthetic import hard_windows
 
 MAX_PARITY_WINDOWS = 64
 """How many of the windows that a user gives for parity are kept, evenly spaced."""

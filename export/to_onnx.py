@@ -17,7 +17,7 @@ import torch
 from sjepa_deploy.bundle import ONNX_CONTRACT_KEY, graph_contract
 from sjepa_deploy.errors import ExportError
 from sjepa_deploy.export.rewrite import set_precision
-from sjepa_deploy.models import SignalJEPAModule, reference_mode
+from sjepa_deploy.models.networks import SignalJEPAModule, reference_mode
 from sjepa_deploy.spec import Precision
 
 DEFAULT_OPSET = 17

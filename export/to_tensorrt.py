@@ -10,9 +10,9 @@ from collections.abc import Callable
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, EngineError, MissingDependencyError, ParityError
 from sjepa_deploy.export.engine_precision import judge_types, stored_weights, summarise_layers, weight_samples
+from sjepa_deploy.parity import NOT_FINITE, ParityResult, Reference, check_parity
 from sjepa_deploy.runtime.backend import BackendOptions
-from sjepa_deploy.runtime.cuda import Device
-from sjepa_deploy.runtime.engines import (
+from sjepa_deploy.runtime.backends.engines import (
     BuildSettings,
     EngineRecord,
     EngineStore,
@@ -21,9 +21,9 @@ from sjepa_deploy.runtime.engines import (
     read_timing_cache,
     write_timing_cache,
 )
-from sjepa_deploy.runtime.parity import NOT_FINITE, ParityResult, Reference, check_parity
-from sjepa_deploy.runtime.tensorrt_api import TensorRT
-from sjepa_deploy.runtime.trt import CaptureError, EngineRunner, machine_of
+from sjepa_deploy.runtime.backends.tensorrt_api import TensorRT
+from sjepa_deploy.runtime.backends.trt import CaptureError, EngineRunner, machine_of
+from sjepa_deploy.runtime.gpu.cuda import Device
 from sjepa_deploy.spec import RunPrecision
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from sjepa_deploy.bundle import Bundle, Manifest
 from sjepa_deploy.errors import EngineError, ExportError, MissingDependencyError
 from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, BackendOptions
-from sjepa_deploy.runtime.engines import EngineRecord, EngineStore
+from sjepa_deploy.runtime.backends.engines import EngineRecord, EngineStore
 from sjepa_deploy.serving.batching import LARGEST_WAIT, REQUEST_OVERHEAD, Batching, measure_compute, plan_batching
 from sjepa_deploy.serving.contract import CONTRACT_KEY, Contract
 from sjepa_deploy.serving.model import BUNDLE_FOLDER, WINDOWS, TritonPythonModel

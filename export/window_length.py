@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sjepa_deploy.models import SignalJEPAModule, build_model
+from sjepa_deploy.models.networks import SignalJEPAModule, build_model
 from sjepa_deploy.runtime.backend import FloatArray
-from sjepa_deploy.runtime.reference import run_reference
+from sjepa_deploy.runtime.backends.reference import run_reference
 
 MAX_WINDOWS = 128
 """How many windows are compared, evenly spaced."""

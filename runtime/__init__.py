@@ -1,1 +1,1 @@
-"""What decodes: backends, parity, and nothing that needs PyTorch at import."""
+"""Runs bundles: backends, live decoding, benchmarks. Importing it never imports PyTorch."""

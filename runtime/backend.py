@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, MissingDependencyError, SjepaError
-from sjepa_deploy.runtime.cuda import Device, Wait, current
+from sjepa_deploy.runtime.gpu.cuda import Device, Wait, current
 from sjepa_deploy.spec import RunPrecision
 
 FloatArray = NDArray[np.float32]
@@ -37,7 +37,7 @@ class BackendOptions:
     cuda_graph : bool
         GPU backends: whether a call replays a captured graph, or enqueues kernel by kernel.
     wait : {"spin", "flag", "block"}
-        GPU backends: how a call waits, see `sjepa_deploy.runtime.cuda.Wait`.
+        GPU backends: how a call waits, see `sjepa_deploy.runtime.gpu.cuda.Wait`.
     persistent : bool
         Backend "cuda": whether a kernel stays on the GPU and answers calls of one window without a launch. It keeps the GPU to
         itself until the host is silent for two seconds, a call of another size comes or the backend is closed.
@@ -150,7 +150,8 @@ class BackendEntry:
     probe : str
         "module:function" that raises what keeps the backend from running on this machine, whatever the bundle.
     depends_on : tuple of str
-        What its speed depends on: names of packages, "processor", "cores", "gpu", "driver". See `sjepa_deploy.runtime.fastest`.
+        What its speed depends on: names of packages, "processor", "cores", "gpu", "driver".
+        `sjepa_deploy.runtime.backends.fastest` compares them.
     """
 
     target: str
@@ -181,47 +182,53 @@ _ON_GPU = ("gpu", "driver")
 
 BACKENDS: dict[str, BackendEntry] = {
     "ort-cpu": BackendEntry(
-        target="sjepa_deploy.runtime.ort:OrtCpuBackend", package="onnxruntime", extra="", depends_on=(*_ON_CPU, "onnxruntime")
+        target="sjepa_deploy.runtime.backends.ort:OrtCpuBackend",
+        package="onnxruntime",
+        extra="",
+        depends_on=(*_ON_CPU, "onnxruntime"),
     ),
     "torch": BackendEntry(
-        target="sjepa_deploy.runtime.reference:TorchBackend", package="torch", extra="export", depends_on=(*_ON_CPU, "torch")
+        target="sjepa_deploy.runtime.backends.reference:TorchBackend",
+        package="torch",
+        extra="export",
+        depends_on=(*_ON_CPU, "torch"),
     ),
     "ort-cuda": BackendEntry(
-        target="sjepa_deploy.runtime.ort:OrtCudaBackend",
+        target="sjepa_deploy.runtime.backends.ort:OrtCudaBackend",
         package="onnxruntime",
         extra="gpu",
-        probe="sjepa_deploy.runtime.ort:probe_cuda",
+        probe="sjepa_deploy.runtime.backends.ort:probe_cuda",
         depends_on=(*_ON_GPU, "onnxruntime"),
     ),
     "ort-tensorrt": BackendEntry(
-        target="sjepa_deploy.runtime.ort:OrtTensorRTBackend",
+        target="sjepa_deploy.runtime.backends.ort:OrtTensorRTBackend",
         package="onnxruntime",
         extra="gpu",
-        probe="sjepa_deploy.runtime.ort:probe_tensorrt",
+        probe="sjepa_deploy.runtime.backends.ort:probe_tensorrt",
         depends_on=(*_ON_GPU, "onnxruntime"),
     ),
     "tensorrt": BackendEntry(
-        target="sjepa_deploy.runtime.trt:TensorRTBackend",
+        target="sjepa_deploy.runtime.backends.trt:TensorRTBackend",
         package="tensorrt",
         extra="gpu",
-        probe="sjepa_deploy.runtime.trt:probe",
+        probe="sjepa_deploy.runtime.backends.trt:probe",
         depends_on=(*_ON_GPU, "tensorrt"),
     ),
     "tensorrt-rtx": BackendEntry(
-        target="sjepa_deploy.runtime.trt:TensorRTRTXBackend",
+        target="sjepa_deploy.runtime.backends.trt:TensorRTRTXBackend",
         package="tensorrt_rtx",
         extra="rtx",
-        probe="sjepa_deploy.runtime.trt:probe_rtx",
+        probe="sjepa_deploy.runtime.backends.trt:probe_rtx",
         depends_on=(*_ON_GPU, "tensorrt-rtx"),
     ),
     "cuda": BackendEntry(
-        target="sjepa_deploy.runtime.fused:FusedBackend",
+        target="sjepa_deploy.runtime.fused.backend:FusedBackend",
         package="cuda",
         extra="gpu",
-        probe="sjepa_deploy.runtime.fused:probe",
+        probe="sjepa_deploy.runtime.fused.backend:probe",
         depends_on=(*_ON_GPU, "nvidia-cuda-nvrtc", "sjepa-deploy"),
     ),
-    "fastest": BackendEntry(target="sjepa_deploy.runtime.fastest:FastestBackend", package="numpy", extra=""),
+    "fastest": BackendEntry(target="sjepa_deploy.runtime.backends.fastest:FastestBackend", package="numpy", extra=""),
 }
 """Every backend by name."""
 
@@ -258,7 +265,7 @@ def open_backend(
     options : BackendOptions or None
         What may be asked of it.
     among : dict of str to BackendEntry
-        Where to look it up: a benchmark knows more than those that decode (`sjepa_deploy.runtime.peers`).
+        Where to look it up: a benchmark knows more than those that decode (`sjepa_deploy.runtime.bench.baselines`).
 
     Raises
     ------

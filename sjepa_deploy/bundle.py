@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sjepa_deploy.errors import BundleError, ExportError
-from sjepa_deploy.runtime.parity import ParityResult, Reference
+from sjepa_deploy.parity import ParityResult, Reference
 from sjepa_deploy.serialize import DecodeError, decode, encode
 from sjepa_deploy.spec import ModelSpec, Precision, RunPrecision, graph_precision
 

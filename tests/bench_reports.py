@@ -4,7 +4,9 @@ import dataclasses
 
 import numpy as np
 
-from sjepa_deploy.runtime.bench_results import (
+from sjepa_deploy.parity import ParityResult
+from sjepa_deploy.runtime.bench.decision_age import decision_age, low_latency
+from sjepa_deploy.runtime.bench.results import (
     HARNESS,
     PERCENTS,
     SCHEMA_VERSION,
@@ -30,8 +32,6 @@ from sjepa_deploy.runtime.bench_results import (
     Split,
     samples_needed,
 )
-from sjepa_deploy.runtime.budget import decision_age, low_latency
-from sjepa_deploy.runtime.parity import ParityResult
 from sjepa_deploy.spec import ModelSpec
 
 MEDIANS = {
@@ -44,9 +44,9 @@ CAREFUL = ("prelocal", "braindecode")
 
 def measure_quickly(patch):
     """Warm up with two calls, and wait for nothing: for tests that look at what is written, not at how steady it is."""
-    patch.setattr("sjepa_deploy.runtime.latency.warm_up", lambda call, windows, clock: [call(w) for w in windows] != [])
-    patch.setattr("sjepa_deploy.runtime.bench.SETTLE_S", 0.001)
-    patch.setattr("sjepa_deploy.runtime.estimates.N_RESAMPLES", 200)
+    patch.setattr("sjepa_deploy.runtime.bench.loops.warm_up", lambda call, windows, clock: [call(w) for w in windows] != [])
+    patch.setattr("sjepa_deploy.runtime.bench.run.SETTLE_S", 0.001)
+    patch.setattr("sjepa_deploy.runtime.bench.estimates.N_RESAMPLES", 200)
 
 
 def latency(values, jitter=None) -> Latency:

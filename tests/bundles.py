@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sjepa_deploy.bundle import Bundle, Provenance
+from sjepa_deploy.eeg.montage import read_montage
 from sjepa_deploy.export.to_bundle import to_bundle
-from sjepa_deploy.models import build_model
-from sjepa_deploy.montage import read_montage
+from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.spec import EncoderSpec, ModelSpec
 
 MONTAGE = read_montage("sjepa-62").pick(["F3", "Fz", "F4", "C3", "Cz", "C4", "P3", "P4"])

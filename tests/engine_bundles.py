@@ -10,7 +10,7 @@ import numpy as np
 
 from sjepa_deploy.bundle import Bundle, Provenance
 from sjepa_deploy.export.to_bundle import to_bundle
-from sjepa_deploy.models import build_model
+from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.spec import EncoderSpec, ModelSpec, Variant
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="sjepa-engine-tests-")

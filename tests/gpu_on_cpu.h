@@ -1,4 +1,4 @@
-// Stands in for runtime/device.cuh: kernels compiled with g++, each thread of a block a fiber.
+// Stands in for runtime/fused/device.cuh: kernels compiled with g++, each thread of a block a fiber.
 //
 // A fiber runs until it meets a barrier, a warp's exchange or a wait. A barrier that not all threads of the block reach, or a wait
 // for what never comes, ends the launch with an error. Threads run in ascending or in descending order between barriers: results

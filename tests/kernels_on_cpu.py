@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fake_gpu import FakeDriver, needs_context
 
-from sjepa_deploy.runtime import fused_program
+from sjepa_deploy.runtime.fused import program as fused_program
 
 HERE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function")
@@ -23,7 +23,7 @@ def _folder() -> Path:
 
 
 def compiled_for_cpu(source: str, architecture: int) -> bytes:
-    """Compile the source of a program with g++, in place of `sjepa_deploy.runtime.nvrtc.compiled`; returns the library's path."""
+    """Compile the source of a program with g++, in place of `gpu.nvrtc.compiled`; returns the library's path."""
     on_gpu = (fused_program.HERE / "device.cuh").read_text()
     assert on_gpu in source
     source = source.replace(on_gpu, (HERE / "gpu_on_cpu.h").read_text()) + (HERE / "gpu_on_cpu_launch.h").read_text()

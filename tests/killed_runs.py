@@ -9,9 +9,9 @@ import os
 import signal
 import sys
 
-from sjepa_deploy.engine import SeedEpochs
-from sjepa_deploy.finetune import FinetuneConfig, finetune
-from sjepa_deploy.pretrain import PretrainConfig, pretrain
+from sjepa_deploy.learning.finetune import FinetuneConfig, finetune
+from sjepa_deploy.learning.loop import SeedEpochs
+from sjepa_deploy.learning.pretrain import PretrainConfig, pretrain
 from sjepa_deploy.serialize import decode
 
 KINDS = {"pretrain": (PretrainConfig, pretrain), "finetune": (FinetuneConfig, finetune)}

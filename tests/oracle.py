@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from sjepa_deploy.models import reference_mode
-from sjepa_deploy.runtime.peers import braindecode_model as braindecode_model
-from sjepa_deploy.runtime.peers import import_braindecode
+from sjepa_deploy.models.networks import reference_mode
+from sjepa_deploy.runtime.bench.baselines import braindecode_model as braindecode_model
+from sjepa_deploy.runtime.bench.baselines import import_braindecode
 from sjepa_deploy.spec import ModelSpec
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when braindecode imports it: only local folders are loaded here

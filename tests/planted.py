@@ -8,8 +8,8 @@ import time
 import numpy as np
 
 from sjepa_deploy.runtime.backend import BackendEntry
-from sjepa_deploy.runtime.ort import OrtCpuBackend
-from sjepa_deploy.runtime.peers import ALL_BACKENDS
+from sjepa_deploy.runtime.backends.ort import OrtCpuBackend
+from sjepa_deploy.runtime.bench.baselines import ALL_BACKENDS
 
 
 def spin(seconds):

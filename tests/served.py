@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from sjepa_deploy.eeg.synthetic import eeg_windows
 from sjepa_deploy.errors import SjepaError
 from sjepa_deploy.serving.server import INSTALL, Server
-from sjepa_deploy.synthetic import eeg_windows
 
 ROOT = Path(__file__).parents[1]
 

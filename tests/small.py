@@ -2,12 +2,12 @@
 
 import dataclasses
 
-from sjepa_deploy.data import DataConfig, Synthetic, Target
-from sjepa_deploy.engine import Engine
-from sjepa_deploy.finetune import FinetuneConfig
-from sjepa_deploy.masking import Masking
-from sjepa_deploy.montage import read_montage
-from sjepa_deploy.pretrain import PretrainConfig
+from sjepa_deploy.eeg.montage import read_montage
+from sjepa_deploy.learning.data import DataConfig, Synthetic, Target
+from sjepa_deploy.learning.finetune import FinetuneConfig
+from sjepa_deploy.learning.loop import Engine
+from sjepa_deploy.learning.masking import Masking
+from sjepa_deploy.learning.pretrain import PretrainConfig
 from sjepa_deploy.spec import EncoderSpec, ModelSpec, Preprocessing
 
 ENCODER = EncoderSpec(

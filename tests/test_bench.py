@@ -24,10 +24,15 @@ from bundles import copy_bundle, flip_byte
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli.bench import Share
 from sjepa_deploy.errors import BackendError, BenchmarkError
-from sjepa_deploy.runtime import cold_start, environment, noise, scenarios, subjects
+from sjepa_deploy.runtime import machine as environment
 from sjepa_deploy.runtime.backend import BackendOptions
-from sjepa_deploy.runtime.bench import BenchConfig, run_bench
-from sjepa_deploy.runtime.bench_results import (
+from sjepa_deploy.runtime.bench import cold_start, noise, scenarios
+from sjepa_deploy.runtime.bench import contenders as subjects
+from sjepa_deploy.runtime.bench.baselines import ALL_BACKENDS, PEERS, TorchCompile, TorchEagerCuda
+from sjepa_deploy.runtime.bench.loops import Served
+from sjepa_deploy.runtime.bench.merge import merge, told_together
+from sjepa_deploy.runtime.bench.report import to_markdown
+from sjepa_deploy.runtime.bench.results import (
     HARNESS,
     SCENARIOS,
     BenchReport,
@@ -35,16 +40,13 @@ from sjepa_deploy.runtime.bench_results import (
     load_samples,
     write_report,
 )
+from sjepa_deploy.runtime.bench.run import BenchConfig, run_bench
 from sjepa_deploy.runtime.keep_warm import Clock
-from sjepa_deploy.runtime.latency import Served
-from sjepa_deploy.runtime.merge import merge, told_together
-from sjepa_deploy.runtime.peers import ALL_BACKENDS, PEERS, TorchCompile, TorchEagerCuda
-from sjepa_deploy.runtime.report import to_markdown
 from sjepa_deploy.serialize import encode, json_schema
 
 pytestmark = pytest.mark.alone
 
-SCHEMA = json.loads(resources.files("sjepa_deploy").joinpath("data", "benchmark.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads(resources.files("sjepa_deploy").joinpath("assets", "benchmark.schema.json").read_text(encoding="utf-8"))
 ROOT = Path(__file__).parents[1]
 ONE_THREAD = BackendOptions(n_threads=1)  # on busy cores, threads of small models wait for each other
 QUICK = {

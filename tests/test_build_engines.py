@@ -25,11 +25,12 @@ from sjepa_deploy.cli import run_command
 from sjepa_deploy.cli.build import build
 from sjepa_deploy.errors import BackendError, EngineError, InputError
 from sjepa_deploy.export.to_tensorrt import EngineParityError, build_engine
-from sjepa_deploy.runtime import cuda, tensorrt_api
 from sjepa_deploy.runtime.backend import BACKENDS, BackendOptions, open_backend
-from sjepa_deploy.runtime.bench import BenchConfig, run_bench
-from sjepa_deploy.runtime.engines import BuildSettings, EngineStore, timing_cache_file
-from sjepa_deploy.runtime.peers import ALL_BACKENDS
+from sjepa_deploy.runtime.backends import tensorrt_api
+from sjepa_deploy.runtime.backends.engines import BuildSettings, EngineStore, timing_cache_file
+from sjepa_deploy.runtime.bench.baselines import ALL_BACKENDS
+from sjepa_deploy.runtime.bench.run import BenchConfig, run_bench
+from sjepa_deploy.runtime.gpu import cuda
 
 ONE_THREAD = BackendOptions(n_threads=1)  # on busy cores, threads of small models wait for each other
 VERSIONS = ("8.6.0", "10.9.0", "11.4.0")
@@ -181,8 +182,8 @@ def test_an_interrupted_call_does_not_end_the_next_one_early(rig, bundle, monkey
             call()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sjepa_deploy.runtime.trt.address_on_gpu", lambda array, stream, window: (1, array.ctypes.data))
-    split = "sjepa_deploy.runtime.trt.split_calls"
+    monkeypatch.setattr("sjepa_deploy.runtime.backends.trt.address_on_gpu", lambda array, stream, window: (1, array.ctypes.data))
+    split = "sjepa_deploy.runtime.backends.trt.split_calls"
     cases = [
         (backend.run, (lane, "launch"), interrupted, 1),
         (backend.run, (lane, "launch"), lambda: interrupted(launch), 1),
@@ -209,7 +210,7 @@ def test_the_benchmark_measures_engines(rig, bundle, monkeypatch, memory):
     """Everything but the hardware: device memory, the split, energy and clocks from NVML."""
     build_engine(bundle, "fp32")
     monkeypatch.setitem(ALL_BACKENDS, "tensorrt", BACKENDS["tensorrt"])
-    monkeypatch.setattr("sjepa_deploy.runtime.environment.Nvml._ask", lambda nvml, function, *which: next(ticks) * 1000)
+    monkeypatch.setattr("sjepa_deploy.runtime.machine.Nvml._ask", lambda nvml, function, *which: next(ticks) * 1000)
     ticks = itertools.count()
     config = BenchConfig(
         backends=("tensorrt",),
@@ -270,7 +271,7 @@ def test_takes_arrays_on_the_gpu_in_place(rig, bundle, monkeypatch):
         assert array.array.shape[1:] == window
         return len(array.array), array.array.ctypes.data
 
-    monkeypatch.setattr("sjepa_deploy.runtime.trt.address_on_gpu", address)  # cuda.core asks the real driver
+    monkeypatch.setattr("sjepa_deploy.runtime.backends.trt.address_on_gpu", address)  # cuda.core asks the real driver
     build_engine(bundle, "fp32")
     with sjepa_deploy.load(bundle, backend="tensorrt") as predict:
         windows = eeg(bundle, 2)
@@ -321,7 +322,7 @@ def test_an_engine_that_differs_is_not_kept(rig, bundle, spoil, what):
 
 def test_an_engine_that_differs_after_reloading_is_not_kept_and_the_old_one_stays(rig, bundle, monkeypatch):
     first = build_engine(bundle, "fp32")
-    original, calls = sjepa_deploy.runtime.engines.EngineStore.add, []
+    original, calls = sjepa_deploy.runtime.backends.engines.EngineStore.add, []
 
     def add(self, record, plan, judge):
         rig.faults.spoil = lambda out: out + 1
@@ -348,7 +349,7 @@ def test_a_record_that_cannot_be_written_leaves_the_engine_that_was_there(rig, b
         if len(written) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    other = dataclasses.replace(first, plan_sha256=sjepa_deploy.runtime.engines.plan_hash(b"another plan"))
+    other = dataclasses.replace(first, plan_sha256=sjepa_deploy.runtime.backends.engines.plan_hash(b"another plan"))
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(EngineError, match="cannot be written .No space left on device."):
@@ -458,7 +459,7 @@ def test_damaged_engines_are_refused(rig, bundle):
 
 def test_a_plan_that_tensorrt_refuses_is_an_error(rig, bundle):
     record = build_engine(bundle, "fp32")
-    bad = dataclasses.replace(record, plan_sha256=sjepa_deploy.runtime.engines.plan_hash(b"nonsense"))
+    bad = dataclasses.replace(record, plan_sha256=sjepa_deploy.runtime.backends.engines.plan_hash(b"nonsense"))
     store = EngineStore(bundle=bundle)
     store.add(bad, b"nonsense", lambda plan: bad)
     with pytest.raises(EngineError, match=r"TensorRT 11.4.0 refuses the plan: magic tag does not match"):
@@ -556,7 +557,7 @@ def test_two_threads_on_one_backend_are_told_apart(rig, bundle):
 @pytest.mark.parametrize("first", ["run", "run_on_gpu", "input_buffer", "warmup", "split"])
 def test_a_thread_that_did_not_open_the_backend_may_call_it(rig, bundle, monkeypatch, first):
     address = lambda array, stream, window: (len(array), array.ctypes.data)  # noqa: E731
-    monkeypatch.setattr("sjepa_deploy.runtime.trt.address_on_gpu", address)
+    monkeypatch.setattr("sjepa_deploy.runtime.backends.trt.address_on_gpu", address)
     build_engine(bundle, "fp32")
     backend, windows = open_backend(bundle, "tensorrt", "fp32"), eeg(bundle, 1)
     call = {"input_buffer": lambda: backend.input_buffer(1), "split": lambda: backend.split(windows, 1), "warmup": backend.warmup}

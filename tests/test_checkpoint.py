@@ -10,11 +10,11 @@ import torch
 from oracle import braindecode_model, difference, eeg, make_spec, outputs, randomise
 from safetensors.torch import load_file, save_file
 
-from sjepa_deploy.checkpoint import load_model, read_checkpoint, write_checkpoint
+from sjepa_deploy.eeg.montage import read_montage
 from sjepa_deploy.errors import CheckpointError, SjepaError, SpecError
-from sjepa_deploy.models import build_model
-from sjepa_deploy.montage import read_montage
-from sjepa_deploy.resolve import resolve_spec
+from sjepa_deploy.models.checkpoint import load_model, read_checkpoint, write_checkpoint
+from sjepa_deploy.models.networks import build_model
+from sjepa_deploy.models.resolve import resolve_spec
 from sjepa_deploy.spec import VARIANTS, EncoderSpec, Preprocessing
 
 SMALL = EncoderSpec(n_layers=2, n_decoder_layers=1)

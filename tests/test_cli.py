@@ -18,13 +18,13 @@ from bundles import MONTAGE, copy_bundle, edit_manifest, flip_byte, listing, reh
 from eeg_files import eeg_file
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.checkpoint import write_checkpoint
 from sjepa_deploy.cli import COMMANDS, _command, group, run_command
-from sjepa_deploy.models import build_model
-from sjepa_deploy.montage import read_montage
+from sjepa_deploy.eeg.montage import read_montage
+from sjepa_deploy.eeg.synthetic import eeg_windows
+from sjepa_deploy.models.checkpoint import write_checkpoint
+from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.runtime.backend import BACKENDS
 from sjepa_deploy.spec import EncoderSpec, Preprocessing
-from sjepa_deploy.synthetic import eeg_windows
 
 SMALL = ("--channels", ",".join(MONTAGE.ch_names), "--montage", "sjepa-62", "--max-batch", "2", "--precision", "fp32")
 

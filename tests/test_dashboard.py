@@ -20,10 +20,10 @@ from monitors import PretendDecoder, facts
 from prometheus_client.parser import text_string_to_metric_families
 
 from sjepa_deploy.errors import DashboardError, MissingDependencyError
-from sjepa_deploy.runtime import dashboard as dashboard_module
-from sjepa_deploy.runtime.dashboard import Dashboard, is_loopback, parse_address
-from sjepa_deploy.runtime.dashboard_server import Feed
-from sjepa_deploy.runtime.monitor import ChannelState, Monitor
+from sjepa_deploy.runtime.watch import dashboard as dashboard_module
+from sjepa_deploy.runtime.watch.dashboard import Dashboard, is_loopback, parse_address
+from sjepa_deploy.runtime.watch.dashboard_server import Feed
+from sjepa_deploy.runtime.watch.monitor import ChannelState, Monitor
 
 pytestmark = pytest.mark.alone
 
@@ -445,8 +445,8 @@ def test_a_server_that_dies_is_started_again(monkeypatch, caplog):
 def test_the_server_ends_with_its_decoder():
     """Even where the decoder is killed."""
     script = (
-        "import time; from monitors import facts; from sjepa_deploy.runtime.monitor import Monitor; "
-        "from sjepa_deploy.runtime.dashboard import Dashboard\n"
+        "import time; from monitors import facts; from sjepa_deploy.runtime.watch.monitor import Monitor; "
+        "from sjepa_deploy.runtime.watch.dashboard import Dashboard\n"
         "with Dashboard(Monitor(facts()), port=0) as d:\n"
         "    while d.server_pid is None: time.sleep(0.01)\n"
         "    print(d.server_pid, flush=True); time.sleep(600)"

@@ -9,13 +9,13 @@ import pytest
 from eeg_files import eeg_file
 from small import CH_NAMES, DATA
 
-from sjepa_deploy.data import DataConfig, Synthetic, Target, encode_targets, split_windows
+from sjepa_deploy.eeg.montage import read_montage
+from sjepa_deploy.eeg.recording import fit_recording, read_recording
 from sjepa_deploy.errors import DataError, RecordingError
-from sjepa_deploy.loading import load_windows
-from sjepa_deploy.montage import read_montage
-from sjepa_deploy.recording import fit_recording, read_recording
+from sjepa_deploy.learning.data import DataConfig, Synthetic, Target, encode_targets, split_windows
+from sjepa_deploy.learning.loading import load_windows
+from sjepa_deploy.learning.targets import reaction_times
 from sjepa_deploy.spec import ModelSpec, Preprocessing
-from sjepa_deploy.targets import reaction_times
 
 UNTOUCHED = Preprocessing(reference="none", l_freq=None, h_freq=None)
 REACTION = Target(stimulus=("square",), response=("rt",))

@@ -4,9 +4,8 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sjepa_deploy.runtime import estimates
-from sjepa_deploy.runtime.bench_results import samples_needed
-from sjepa_deploy.runtime.estimates import (
+from sjepa_deploy.runtime.bench import estimates
+from sjepa_deploy.runtime.bench.estimates import (
     bootstrap,
     has_trend,
     interval,
@@ -17,6 +16,7 @@ from sjepa_deploy.runtime.estimates import (
     ratio,
     t_quantile,
 )
+from sjepa_deploy.runtime.bench.results import samples_needed
 
 
 def clustered(rng, n_blocks=12, n=200, between=0.03, within=0.1, level=100.0):

@@ -19,17 +19,19 @@ from bundles import copy_bundle
 
 import sjepa_deploy
 from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.eeg.synthetic import eeg_windows
 from sjepa_deploy.errors import BackendError, BenchmarkError
-from sjepa_deploy.models import build_model
-from sjepa_deploy.runtime import environment, fastest, subjects
+from sjepa_deploy.models.networks import build_model
+from sjepa_deploy.parity import TOLERANCE
+from sjepa_deploy.runtime import machine as environment
 from sjepa_deploy.runtime.backend import BACKENDS, BackendEntry, BackendOptions, open_backend
-from sjepa_deploy.runtime.bench import BenchConfig, run_bench
-from sjepa_deploy.runtime.bench_results import Cell, CellKey, Estimate, Latency, LeftOut, Percentile, load_report, write_report
-from sjepa_deploy.runtime.fastest import FastestRecord, choose, find, keep
-from sjepa_deploy.runtime.ort import OrtCpuBackend
-from sjepa_deploy.runtime.parity import TOLERANCE
-from sjepa_deploy.runtime.reference import TorchBackend
-from sjepa_deploy.synthetic import eeg_windows
+from sjepa_deploy.runtime.backends import fastest
+from sjepa_deploy.runtime.backends.fastest import FastestRecord, choose, find, keep
+from sjepa_deploy.runtime.backends.ort import OrtCpuBackend
+from sjepa_deploy.runtime.backends.reference import TorchBackend
+from sjepa_deploy.runtime.bench import contenders as subjects
+from sjepa_deploy.runtime.bench.results import Cell, CellKey, Estimate, Latency, LeftOut, Percentile, load_report, write_report
+from sjepa_deploy.runtime.bench.run import BenchConfig, run_bench
 
 pytestmark = pytest.mark.alone
 
@@ -408,7 +410,9 @@ def test_a_backend_that_cannot_be_opened_is_named_and_the_others_are_released(cr
     with pytest.raises(BackendError, match=message):
         sjepa_deploy.load(bundle, backend="fastest")
     assert closed == ["ort-cpu"]
-    monkeypatch.setattr("sjepa_deploy.runtime.fastest.BACKENDS", {name: BACKENDS[name] for name in BACKENDS if name != "torch"})
+    monkeypatch.setattr(
+        "sjepa_deploy.runtime.backends.fastest.BACKENDS", {name: BACKENDS[name] for name in BACKENDS if name != "torch"}
+    )
     with pytest.raises(BackendError, match="stale: torch is no backend of this release"):
         sjepa_deploy.load(bundle, backend="fastest")
 

@@ -13,17 +13,17 @@ from lightning.pytorch.callbacks import Callback
 from small import DATA, FINETUNE, PRETRAIN, make_spec
 from torch._dynamo.backends.debugging import aot_eager
 
-from sjepa_deploy import engine
-from sjepa_deploy.checkpoint import TRAINING_KEY, load_model, read_checkpoint, write_checkpoint
-from sjepa_deploy.data import DataConfig, Synthetic, Target, split_windows
 from sjepa_deploy.errors import DataError, TrainingError
-from sjepa_deploy.finetune import FinetuneConfig, FinetuneModule, finetune
-from sjepa_deploy.loading import load_windows
-from sjepa_deploy.models import build_model, reference_mode
-from sjepa_deploy.pretrain import pretrain
-from sjepa_deploy.resolve import resolve_spec
+from sjepa_deploy.learning import loop as engine
+from sjepa_deploy.learning.data import DataConfig, Synthetic, Target, split_windows
+from sjepa_deploy.learning.finetune import FinetuneConfig, FinetuneModule, finetune
+from sjepa_deploy.learning.loading import load_windows
+from sjepa_deploy.learning.pretrain import pretrain
+from sjepa_deploy.models.checkpoint import TRAINING_KEY, load_model, read_checkpoint, write_checkpoint
+from sjepa_deploy.models.networks import build_model, reference_mode
+from sjepa_deploy.models.resolve import resolve_spec
+from sjepa_deploy.models.transfer import NEW_PARTS
 from sjepa_deploy.serialize import encode
-from sjepa_deploy.transfer import NEW_PARTS
 
 
 @pytest.fixture(scope="module")

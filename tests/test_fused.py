@@ -16,20 +16,23 @@ from oracle import randomise
 from safetensors.numpy import load_file
 from streams import decode_samples, eeg, info_of
 
-from sjepa_deploy.checkpoint import write_checkpoint
+from sjepa_deploy.eeg.synthetic import eeg_windows, hard_windows
 from sjepa_deploy.errors import BackendError, InputError, MissingDependencyError
 from sjepa_deploy.export.rewrite import rewrite
-from sjepa_deploy.models import build_model
-from sjepa_deploy.runtime import cuda, fused, fused_program, nvrtc, stream
+from sjepa_deploy.models.checkpoint import write_checkpoint
+from sjepa_deploy.models.networks import build_model
+from sjepa_deploy.parity import Reference, check_parity
 from sjepa_deploy.runtime.backend import BACKENDS, BackendOptions, open_backend
-from sjepa_deploy.runtime.fused_program import Layout, best_layout, make_program
-from sjepa_deploy.runtime.fused_weights import _tiles, pack, read_safetensors
-from sjepa_deploy.runtime.parity import Reference, check_parity
+from sjepa_deploy.runtime.backends.reference import run_reference
+from sjepa_deploy.runtime.fused import backend as fused
+from sjepa_deploy.runtime.fused import program as fused_program
+from sjepa_deploy.runtime.fused.program import Layout, best_layout, make_program
+from sjepa_deploy.runtime.fused.weights import _tiles, pack, read_safetensors
+from sjepa_deploy.runtime.gpu import cuda, nvrtc
+from sjepa_deploy.runtime.live import decoder as stream
+from sjepa_deploy.runtime.live.check import causal_preprocessing
 from sjepa_deploy.runtime.predictor import Predictor
-from sjepa_deploy.runtime.reference import run_reference
 from sjepa_deploy.spec import EncoderSpec
-from sjepa_deploy.streaming_parity import causal_preprocessing
-from sjepa_deploy.synthetic import eeg_windows, hard_windows
 
 SMALL = EncoderSpec(conv_layers=((8, 32, 8), (12, 2, 2), (16, 3, 3), (32, 2, 2)), spat_dim=6, time_dim=10, n_layers=2, n_heads=4)
 BLOCKS = {"prelocal": 4, "postlocal": 3, "contextual": 17, "base": 33}

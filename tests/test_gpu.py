@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.eeg.synthetic import eeg_windows
 from sjepa_deploy.errors import EngineError, InputError, SjepaError
+from sjepa_deploy.parity import batch_sizes, check_parity
 from sjepa_deploy.runtime.backend import BACKENDS, BackendOptions, open_backend, why_not
-from sjepa_deploy.runtime.cuda import Device, DeviceBuffer, HostBuffer, Stream
-from sjepa_deploy.runtime.engines import BuildSettings, EngineStore, plan_hash
-from sjepa_deploy.runtime.parity import batch_sizes, check_parity
-from sjepa_deploy.runtime.peers import PEERS
-from sjepa_deploy.synthetic import eeg_windows
+from sjepa_deploy.runtime.backends.engines import BuildSettings, EngineStore, plan_hash
+from sjepa_deploy.runtime.bench.baselines import PEERS
+from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, HostBuffer, Stream
 
 pytestmark = pytest.mark.gpu
 GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda", "cuda")

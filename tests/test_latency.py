@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from virtual_clock import VirtualClock
 
-from sjepa_deploy.runtime import latency
-from sjepa_deploy.runtime.estimates import percentile
+from sjepa_deploy.runtime.bench import loops as latency
+from sjepa_deploy.runtime.bench.estimates import percentile
 from sjepa_deploy.runtime.keep_warm import Clock, KeepWarm
 
 WINDOWS = [np.zeros((1, 2, 3), np.float32)] * 2

@@ -8,8 +8,8 @@ from monitors import facts
 from rich.console import Console
 
 from sjepa_deploy.cli.live import draw_snapshot, live_view, seconds
-from sjepa_deploy.montage import read_montage
-from sjepa_deploy.runtime.monitor import ChannelState, Monitor
+from sjepa_deploy.eeg.montage import read_montage
+from sjepa_deploy.runtime.watch.monitor import ChannelState, Monitor
 
 pytestmark = pytest.mark.alone
 

@@ -17,8 +17,8 @@ from streams import assert_accounted, kinds
 
 import sjepa_deploy
 from sjepa_deploy.errors import StreamError
-from sjepa_deploy.runtime.lsl import LslOutlet, LslSource, find_stream
-from sjepa_deploy.runtime.stream import Decision, Decoder, StreamConfig
+from sjepa_deploy.runtime.live.decoder import Decision, Decoder, StreamConfig
+from sjepa_deploy.runtime.live.lsl import LslOutlet, LslSource, find_stream
 
 pytestmark = pytest.mark.alone
 
@@ -291,7 +291,7 @@ def test_command_over_lsl_ends_well_on_a_signal(make_bundle, predict, name, tmp_
     counters = json.loads(printed)["counters"]
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert counters["decisions"] == sum("index" in line for line in lines) >= 5
-    from sjepa_deploy.runtime.recorder import read_record
+    from sjepa_deploy.runtime.live.recorder import read_record
 
     record = read_record(tmp_path / "run.xdf")
     assert len(record.decisions) == counters["decisions"]

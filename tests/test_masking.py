@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from sjepa_deploy.eeg.montage import fit_sphere, read_montage
 from sjepa_deploy.errors import SpecError
-from sjepa_deploy.masking import Masking, MaskSampler, within_radius
-from sjepa_deploy.montage import fit_sphere, read_montage
+from sjepa_deploy.learning.masking import Masking, MaskSampler, within_radius
 
 POSITIONS = {name: read_montage(name).positions for name in ("sjepa-62", "GSN-HydroCel-129")}
 

@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from oracle import braindecode_model, difference, eeg, make_spec, outputs, randomise
 
+from sjepa_deploy.eeg.montage import read_montage
 from sjepa_deploy.errors import SpecError
-from sjepa_deploy.models import MODELS, SignalJEPA_Contextual, build_model, encode_positions, encode_time, reference_mode
-from sjepa_deploy.montage import read_montage
+from sjepa_deploy.models.networks import MODELS, SignalJEPA_Contextual, build_model, encode_positions, encode_time, reference_mode
 from sjepa_deploy.spec import VARIANTS, EncoderSpec, ModelSpec
 
 FLOAT64_TOLERANCE = 1e-12

@@ -12,8 +12,8 @@ from eeg_files import mne_template
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sjepa_deploy.eeg.montage import Montage, read_montage, scalp_map
 from sjepa_deploy.errors import MissingDependencyError, MontageError
-from sjepa_deploy.montage import Montage, read_montage, scalp_map
 
 
 def assert_equals_mne(montage: Montage, oracle: mne.channels.DigMontage) -> None:
@@ -52,7 +52,7 @@ def test_shipped_pretraining_montage_is_braindecodes():
 def test_shipped_montages_need_no_mne():
     code = (
         "import sys; sys.modules.update(mne=None, torch=None, scipy=None)\n"
-        "from sjepa_deploy.montage import read_montage\n"
+        "from sjepa_deploy.eeg.montage import read_montage\n"
         "assert len(read_montage('GSN-HydroCel-129').ch_names) == 129 and len(read_montage('sjepa-62').positions) == 62"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

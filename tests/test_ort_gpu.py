@@ -12,9 +12,9 @@ from engine_bundles import small_bundle
 from fake_gpu import FakeDriver, check_nothing_is_left, in_another_thread
 
 from sjepa_deploy.errors import BackendError
-from sjepa_deploy.runtime import cuda
-from sjepa_deploy.runtime import ort as ort_module
 from sjepa_deploy.runtime.backend import BackendOptions, open_backend
+from sjepa_deploy.runtime.backends import ort as ort_module
+from sjepa_deploy.runtime.gpu import cuda
 
 
 @pytest.fixture

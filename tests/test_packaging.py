@@ -23,7 +23,7 @@ def test_every_package_folder_is_listed():
             inside = init.parent.relative_to(ROOT / folder).parts
             if not (folder == "sjepa_deploy" and inside[:1] in (("export",), ("runtime",))):
                 found.add(".".join((package, *inside)))
-    found |= {"sjepa_deploy.configs", "sjepa_deploy.data"}  # files without code
+    found |= {"sjepa_deploy.configs", "sjepa_deploy.assets"}  # files without code
     assert found == set(PROJECT["tool"]["setuptools"]["packages"])
 
 

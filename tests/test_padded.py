@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from sjepa_deploy.padded import attend, decoder_layer, encoder_layer
+from sjepa_deploy.learning.padded import attend, decoder_layer, encoder_layer
 
 EMBEDDINGS, HEADS = 64, 8
 

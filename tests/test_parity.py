@@ -14,8 +14,8 @@ from sjepa_deploy.errors import BundleError
 from sjepa_deploy.export import rewrite as rewrites
 from sjepa_deploy.export.emulate import emulate_bf16
 from sjepa_deploy.export.to_bundle import ExportParityError, make_reference
-from sjepa_deploy.models import build_model
-from sjepa_deploy.runtime.parity import TOLERANCE, Reference, batch_sizes, check_parity
+from sjepa_deploy.models.networks import build_model
+from sjepa_deploy.parity import TOLERANCE, Reference, batch_sizes, check_parity
 
 N_WINDOWS, N_OUTPUTS = 10, 3
 RNG = np.random.default_rng(0)

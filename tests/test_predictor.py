@@ -11,11 +11,11 @@ from bundles import small_spec
 
 import sjepa_deploy
 from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.eeg.synthetic import eeg_windows
 from sjepa_deploy.errors import BackendError, BundleError, InputError, MissingDependencyError, SjepaError
-from sjepa_deploy.models import build_model
+from sjepa_deploy.models.networks import build_model
+from sjepa_deploy.parity import TOLERANCE
 from sjepa_deploy.runtime.backend import Backend, BackendOptions, open_backend, why_not
-from sjepa_deploy.runtime.parity import TOLERANCE
-from sjepa_deploy.synthetic import eeg_windows
 
 VARIANTS = ("prelocal", "postlocal", "contextual", "base")
 

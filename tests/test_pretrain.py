@@ -10,15 +10,15 @@ from sklearn.preprocessing import StandardScaler
 from small import DATA, ENCODER, PRETRAIN, make_spec
 from torch._dynamo.backends.debugging import aot_eager
 
-from sjepa_deploy import engine
-from sjepa_deploy.checkpoint import load_model, read_checkpoint
-from sjepa_deploy.data import DataConfig, Synthetic, Target, split_windows
 from sjepa_deploy.errors import DataError, SpecError
-from sjepa_deploy.finetune import FinetuneConfig, finetune
-from sjepa_deploy.loading import load_windows
-from sjepa_deploy.masking import Masking, MaskSampler
-from sjepa_deploy.models import build_model, reference_mode
-from sjepa_deploy.pretrain import JEPA, PretrainConfig, PretrainModule, pretrain, spread_of
+from sjepa_deploy.learning import loop as engine
+from sjepa_deploy.learning.data import DataConfig, Synthetic, Target, split_windows
+from sjepa_deploy.learning.finetune import FinetuneConfig, finetune
+from sjepa_deploy.learning.loading import load_windows
+from sjepa_deploy.learning.masking import Masking, MaskSampler
+from sjepa_deploy.learning.pretrain import JEPA, PretrainConfig, PretrainModule, pretrain, spread_of
+from sjepa_deploy.models.checkpoint import load_model, read_checkpoint
+from sjepa_deploy.models.networks import build_model, reference_mode
 
 
 def make_jepa(target_layers=1, seed=0):

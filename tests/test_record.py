@@ -15,10 +15,10 @@ import pytest
 from streams import ScriptedSource, chunks_of, eeg, info_of, predictions, run_stream
 
 import sjepa_deploy
+from sjepa_deploy.eeg.recording import read_recording
 from sjepa_deploy.errors import RecordingError, StreamError
-from sjepa_deploy.recording import read_recording
-from sjepa_deploy.runtime.recorder import Recorder, RunDescription, read_record
-from sjepa_deploy.runtime.stream import Decoder, StreamConfig
+from sjepa_deploy.runtime.live.decoder import Decoder, StreamConfig
+from sjepa_deploy.runtime.live.recorder import Recorder, RunDescription, read_record
 
 pytestmark = pytest.mark.alone
 
@@ -260,7 +260,7 @@ def test_a_reader_that_stalls_costs_bounded_memory_and_its_lines_are_counted(pre
 
 def test_a_recording_is_decoded_no_faster_than_its_lines_and_record_are_written(predict, tmp_path, monkeypatch, capsys):
     from sjepa_deploy.cli import stream
-    from sjepa_deploy.runtime import recorder
+    from sjepa_deploy.runtime.live import recorder
 
     monkeypatch.setattr(stream, "MOST_LINES", 10)
     monkeypatch.setattr(recorder, "MOST_PENDING_S", 2.0)

@@ -10,9 +10,9 @@ from eeg_files import eeg_file, mne_template
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sjepa_deploy.eeg.montage import read_montage
+from sjepa_deploy.eeg.recording import fit_recording, read_recording, window_starts, windows
 from sjepa_deploy.errors import InputError, MissingDependencyError, RecordingError
-from sjepa_deploy.montage import read_montage
-from sjepa_deploy.recording import fit_recording, read_recording, window_starts, windows
 from sjepa_deploy.spec import ModelSpec, Preprocessing
 
 UNTOUCHED = Preprocessing(reference="none", l_freq=None, h_freq=None)

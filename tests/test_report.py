@@ -13,8 +13,11 @@ from bench_reports import MEDIANS, WRONG, make_report
 
 from sjepa_deploy.cli import _command, run_command
 from sjepa_deploy.errors import BenchmarkError, MissingDependencyError
-from sjepa_deploy.runtime import report_plots, report_tables, tables
-from sjepa_deploy.runtime.bench_results import (
+from sjepa_deploy.runtime.bench import report_plots, report_tables, tables
+from sjepa_deploy.runtime.bench.compare import Change, Comparison
+from sjepa_deploy.runtime.bench.decision_age import LEFT_OUT, budgets, with_budgets
+from sjepa_deploy.runtime.bench.report import comparison_to_markdown, to_markdown, warnings, write_comparison, write_html
+from sjepa_deploy.runtime.bench.results import (
     CellKey,
     Estimate,
     LeftOut,
@@ -23,9 +26,6 @@ from sjepa_deploy.runtime.bench_results import (
     load_report,
     write_report,
 )
-from sjepa_deploy.runtime.budget import LEFT_OUT, budgets, with_budgets
-from sjepa_deploy.runtime.compare import Change, Comparison
-from sjepa_deploy.runtime.report import comparison_to_markdown, to_markdown, warnings, write_comparison, write_html
 from sjepa_deploy.spec import ModelSpec
 
 pytestmark = pytest.mark.alone
@@ -334,7 +334,7 @@ def test_a_missing_package_names_the_extra(monkeypatch, made, tmp_path, package,
 def test_markdown_needs_neither_matplotlib_nor_jinja():
     code = (
         "import sys; sys.modules.update(matplotlib=None, jinja2=None, scipy=None, torch=None);"
-        "import sjepa_deploy.runtime.report, sjepa_deploy.runtime.budget"
+        "import sjepa_deploy.runtime.bench.report, sjepa_deploy.runtime.bench.decision_age"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -2,11 +2,11 @@ import pytest
 import torch
 from oracle import make_spec
 
-from sjepa_deploy.checkpoint import load_model, read_checkpoint, write_checkpoint
+from sjepa_deploy.eeg.montage import Montage, read_montage
 from sjepa_deploy.errors import CheckpointError, SpecError
-from sjepa_deploy.models import build_model
-from sjepa_deploy.montage import Montage, read_montage
-from sjepa_deploy.resolve import resolve_spec
+from sjepa_deploy.models.checkpoint import load_model, read_checkpoint, write_checkpoint
+from sjepa_deploy.models.networks import build_model
+from sjepa_deploy.models.resolve import resolve_spec
 from sjepa_deploy.spec import EncoderSpec, Preprocessing
 
 NAMES = ("Fp1", "Cz", "Pz", "Oz")

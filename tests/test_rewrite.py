@@ -31,7 +31,7 @@ from sjepa_deploy.export.rewrite import (
     set_precision,
     spatial_conv_as_product,
 )
-from sjepa_deploy.models import build_model, reference_mode
+from sjepa_deploy.models.networks import build_model, reference_mode
 from sjepa_deploy.spec import EncoderSpec, ModelSpec
 
 SMALL = EncoderSpec(n_layers=2, n_decoder_layers=1)

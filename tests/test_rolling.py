@@ -12,11 +12,11 @@ from streams import ScriptedSource, assert_accounted, eeg, info_of, predictions
 
 from sjepa_deploy.errors import BackendError, InputError, StreamError, UnansweredError
 from sjepa_deploy.runtime.backend import BackendOptions, RollingBackend
+from sjepa_deploy.runtime.backends.reference import TorchBackend
+from sjepa_deploy.runtime.live.decoder import Decoder, StreamConfig
+from sjepa_deploy.runtime.live.sources import Chunk
+from sjepa_deploy.runtime.live.windows import Ring
 from sjepa_deploy.runtime.predictor import Predictor
-from sjepa_deploy.runtime.reference import TorchBackend
-from sjepa_deploy.runtime.sources import Chunk
-from sjepa_deploy.runtime.stream import Decoder, StreamConfig
-from sjepa_deploy.runtime.windows import Ring
 
 N_TIMES = 200
 torch.set_num_threads(1)  # the tensors are small: see oracle.py

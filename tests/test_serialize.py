@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sjepa_deploy.bundle import Graph, Manifest, Provenance
 from sjepa_deploy.errors import SpecError
-from sjepa_deploy.runtime.parity import ParityResult
+from sjepa_deploy.parity import ParityResult
 from sjepa_deploy.serialize import DecodeError, decode, encode, json_schema
 from sjepa_deploy.spec import EncoderSpec, ModelSpec, Preprocessing
 
@@ -16,12 +16,12 @@ SCHEMA = json_schema(Manifest)
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 REGENERATE = (
     'python -c "import json; from sjepa_deploy.bundle import Manifest; from sjepa_deploy.serialize import json_schema; '
-    'print(json.dumps(json_schema(Manifest), indent=1))" > sjepa_deploy/data/manifest.schema.json'
+    'print(json.dumps(json_schema(Manifest), indent=1))" > sjepa_deploy/assets/manifest.schema.json'
 )
 
 
 def test_the_shipped_schema_describes_the_dataclasses():
-    shipped = resources.files("sjepa_deploy").joinpath("data", "manifest.schema.json").read_text(encoding="utf-8")
+    shipped = resources.files("sjepa_deploy").joinpath("assets", "manifest.schema.json").read_text(encoding="utf-8")
     assert shipped == json.dumps(SCHEMA, indent=1) + "\n", f"Write it again with: {REGENERATE}"
 
 

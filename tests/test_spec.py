@@ -7,8 +7,8 @@ from bundles import small_spec
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from sjepa_deploy.eeg.montage import read_montage
 from sjepa_deploy.errors import SpecError
-from sjepa_deploy.montage import read_montage
 from sjepa_deploy.spec import EncoderSpec, ModelSpec, Preprocessing
 
 LAYER = (64, 4, 2)

@@ -21,19 +21,19 @@ from hypothesis import strategies as st
 from streams import ScriptedSource, chunks_of, decode, decode_samples, eeg, info_of, predictions, replay, run_stream
 
 import sjepa_deploy
+from sjepa_deploy.eeg import causal as filters
+from sjepa_deploy.eeg.causal import Preprocessor, RateReducer, design_sos
+from sjepa_deploy.eeg.interpolation import mixing_matrix, on_sphere, spline_weights
+from sjepa_deploy.eeg.montage import fit_sphere, read_montage
+from sjepa_deploy.eeg.recording import read_recording
 from sjepa_deploy.errors import BackendError, MissingDependencyError, RecordingError, StreamError
-from sjepa_deploy.montage import fit_sphere, read_montage
-from sjepa_deploy.recording import read_recording
-from sjepa_deploy.runtime import filters
-from sjepa_deploy.runtime.filters import Preprocessor, RateReducer, design_sos
-from sjepa_deploy.runtime.interpolation import mixing_matrix, on_sphere, spline_weights
-from sjepa_deploy.runtime.monitor import ChannelState
-from sjepa_deploy.runtime.open_source import open_source
-from sjepa_deploy.runtime.sources import ReplaySource, StreamInfo, synthetic_source
-from sjepa_deploy.runtime.stream import Decoder, StreamConfig
-from sjepa_deploy.runtime.watching import watch
+from sjepa_deploy.runtime.live.check import check_streaming
+from sjepa_deploy.runtime.live.decoder import Decoder, StreamConfig
+from sjepa_deploy.runtime.live.open_source import open_source
+from sjepa_deploy.runtime.live.sources import ReplaySource, StreamInfo, synthetic_source
+from sjepa_deploy.runtime.watch.monitor import ChannelState
+from sjepa_deploy.runtime.watch.watching import watch
 from sjepa_deploy.spec import Preprocessing
-from sjepa_deploy.streaming_parity import check_streaming
 
 pytestmark = pytest.mark.alone
 
@@ -135,7 +135,7 @@ def test_spline_weights_are_those_of_mne():
 
 def test_channels_of_another_net_are_interpolated_by_their_names():
     """As `sjepa-run --interpolate` does it for the same recording."""
-    from sjepa_deploy.recording import fit_recording
+    from sjepa_deploy.eeg.recording import fit_recording
 
     montage = read_montage("GSN-HydroCel-129")
     spec = small_spec(

@@ -12,14 +12,14 @@ import pytest
 import torch
 from onnx import TensorProto
 
+from sjepa_deploy.eeg.montage import read_montage
+from sjepa_deploy.eeg.synthetic import eeg_windows
 from sjepa_deploy.errors import ExportError
 from sjepa_deploy.export.rewrite import rewrite
 from sjepa_deploy.export.to_onnx import DEFAULT_OPSET, OPSETS, SHAPE_OPS, check_graph, count_nodes, to_onnx
-from sjepa_deploy.models import build_model, reference_mode
-from sjepa_deploy.montage import read_montage
-from sjepa_deploy.runtime.parity import TOLERANCE
+from sjepa_deploy.models.networks import build_model, reference_mode
+from sjepa_deploy.parity import TOLERANCE
 from sjepa_deploy.spec import EncoderSpec, ModelSpec
-from sjepa_deploy.synthetic import eeg_windows
 
 SMALL = EncoderSpec(n_layers=1, n_decoder_layers=1)  # more repeat the same: every bundle that tests export has two
 TYPES = ("fp32", "fp16", "bf16")

@@ -17,7 +17,7 @@ from sjepa_deploy.cli.export import export
 from sjepa_deploy.cli.serve import serve
 from sjepa_deploy.errors import EngineError, ExportError, ServingError
 from sjepa_deploy.export.to_triton import PLATFORMS, to_triton
-from sjepa_deploy.runtime.engines import BuildSettings, EngineRecord, EngineStore, LayerSummary, Machine, now, plan_hash
+from sjepa_deploy.runtime.backends.engines import BuildSettings, EngineRecord, EngineStore, LayerSummary, Machine, now, plan_hash
 from sjepa_deploy.serving.batching import LARGEST_WAIT, plan_batching
 from sjepa_deploy.serving.contract import CONTRACT_KEY, Contract
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from small import CH_NAMES, ENCODER, make_spec
 
-from sjepa_deploy.checkpoint import TRAINING_KEY, read_checkpoint, write_checkpoint
+from sjepa_deploy.eeg.montage import read_montage
 from sjepa_deploy.errors import CheckpointError
-from sjepa_deploy.models import build_model
-from sjepa_deploy.montage import read_montage
-from sjepa_deploy.transfer import base_encoder, transfer
+from sjepa_deploy.models.checkpoint import TRAINING_KEY, read_checkpoint, write_checkpoint
+from sjepa_deploy.models.networks import build_model
+from sjepa_deploy.models.transfer import base_encoder, transfer
 
 HEAD = ("spatial_conv", "final_layer")
 

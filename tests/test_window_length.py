@@ -15,18 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.checkpoint import write_checkpoint
 from sjepa_deploy.cli import _command, run_command
 from sjepa_deploy.cli.export import _length_note
+from sjepa_deploy.eeg.causal import Preprocessor, algorithmic_delay, design_sos
+from sjepa_deploy.eeg.recording import fit_recording, read_recording, windows
+from sjepa_deploy.eeg.synthetic import eeg_windows
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.export.window_length import compare_window_lengths
-from sjepa_deploy.models import build_model, reference_mode
-from sjepa_deploy.recording import fit_recording, read_recording, windows
-from sjepa_deploy.runtime.bench_results import AgePart
-from sjepa_deploy.runtime.budget import LSL_LOOPBACK, decision_age, filter_delays, low_latency
-from sjepa_deploy.runtime.filters import Preprocessor, algorithmic_delay, design_sos
+from sjepa_deploy.models.checkpoint import write_checkpoint
+from sjepa_deploy.models.networks import build_model, reference_mode
+from sjepa_deploy.runtime.bench.decision_age import LSL_LOOPBACK, decision_age, filter_delays, low_latency
+from sjepa_deploy.runtime.bench.results import AgePart
 from sjepa_deploy.spec import EncoderSpec, Preprocessing
-from sjepa_deploy.synthetic import eeg_windows
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sjepa_deploy.errors import SjepaError
-from sjepa_deploy.runtime.parity import ParityResult
+from sjepa_deploy.parity import ParityResult
 from sjepa_deploy.serialize import encode
 
 COMMANDS = ("pretrain", "finetune", "export", "build", "verify", "run", "stream", "bench", "serve", "doctor")

@@ -19,8 +19,11 @@ from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, print_json
 from sjepa_deploy.errors import BenchmarkError, MissingDependencyError, RegressionError, listed
 from sjepa_deploy.runtime.backend import BACKENDS, FASTEST_BACKEND, BackendOptions
-from sjepa_deploy.runtime.bench import BenchConfig, run_bench
-from sjepa_deploy.runtime.bench_results import (
+from sjepa_deploy.runtime.backends.fastest import FastestRecord, keep
+from sjepa_deploy.runtime.bench.compare import Comparison, compare, regressions
+from sjepa_deploy.runtime.bench.decision_age import with_budgets
+from sjepa_deploy.runtime.bench.report import write_comparison, write_html, write_markdown
+from sjepa_deploy.runtime.bench.results import (
     SCENARIOS,
     BenchReport,
     Cell,
@@ -32,10 +35,7 @@ from sjepa_deploy.runtime.bench_results import (
     load_samples,
     write_report,
 )
-from sjepa_deploy.runtime.budget import with_budgets
-from sjepa_deploy.runtime.compare import Comparison, compare, regressions
-from sjepa_deploy.runtime.fastest import FastestRecord, keep
-from sjepa_deploy.runtime.report import write_comparison, write_html, write_markdown
+from sjepa_deploy.runtime.bench.run import BenchConfig, run_bench
 from sjepa_deploy.spec import RUN_PRECISIONS, RunPrecision
 
 QUICK_S = 2.0

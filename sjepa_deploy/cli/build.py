@@ -14,8 +14,8 @@ from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, parity_table, print_json
 from sjepa_deploy.errors import EngineError
 from sjepa_deploy.export.to_tensorrt import build_engine, default_settings
-from sjepa_deploy.runtime.engines import EngineRecord
-from sjepa_deploy.runtime.tensorrt_api import MODULES
+from sjepa_deploy.runtime.backends.engines import EngineRecord
+from sjepa_deploy.runtime.backends.tensorrt_api import MODULES
 from sjepa_deploy.spec import RUN_PRECISIONS, RunPrecision
 
 

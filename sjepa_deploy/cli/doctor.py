@@ -10,7 +10,7 @@ from rich.table import Table
 
 from sjepa_deploy.cli import console, entry, print_json
 from sjepa_deploy.runtime.backend import BACKENDS
-from sjepa_deploy.runtime.environment import gpu, n_cores, processor, versions
+from sjepa_deploy.runtime.machine import gpu, n_cores, processor, versions
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -12,13 +12,13 @@ from rich.markup import escape
 
 from sjepa_deploy.bundle import check_writable
 from sjepa_deploy.cli import console, entry, parity_table, print_json
+from sjepa_deploy.eeg.montage import Montage, read_montage
 from sjepa_deploy.errors import ExportError, InputError, MissingDependencyError, RecordingError
-from sjepa_deploy.montage import Montage, read_montage
 from sjepa_deploy.spec import PRECISIONS, UNITS_IN_VOLTS, VARIANTS, ModelSpec, Precision
 
 if TYPE_CHECKING:
     from sjepa_deploy.bundle import Bundle
-    from sjepa_deploy.models import SignalJEPAModule
+    from sjepa_deploy.models.networks import SignalJEPAModule
     from sjepa_deploy.runtime.backend import FloatArray
 
 TRITON_PLATFORMS = ("python", "onnxruntime", "tensorrt")
@@ -106,11 +106,11 @@ def _export_one(
     **flags: Any,
 ) -> Bundle:
     from sjepa_deploy.bundle import Provenance
-    from sjepa_deploy.checkpoint import load_model, read_checkpoint
     from sjepa_deploy.cli.build import parse_precisions
     from sjepa_deploy.export.to_bundle import ExportParityError, to_bundle
-    from sjepa_deploy.models import build_model
-    from sjepa_deploy.resolve import resolve_spec
+    from sjepa_deploy.models.checkpoint import load_model, read_checkpoint
+    from sjepa_deploy.models.networks import build_model
+    from sjepa_deploy.models.resolve import resolve_spec
 
     screen = console(json_output)
     precisions = _precisions(precision)
@@ -174,7 +174,7 @@ def _build_engines(screen: Any, bundle: Bundle, asked: str) -> None:
         return
     from sjepa_deploy.cli.build import build_engines, parse_precisions
     from sjepa_deploy.export.to_tensorrt import why_no_engines
-    from sjepa_deploy.runtime.tensorrt_api import TensorRT
+    from sjepa_deploy.runtime.backends.tensorrt_api import TensorRT
 
     if asked != "auto":
         build_engines(bundle, parse_precisions(asked), screen)
@@ -233,8 +233,8 @@ def _length_note(
     known: dict[str, Any], model: SignalJEPAModule, eeg: FloatArray | None, parity_data: Path | None, seed: int
 ) -> tuple[str, ...]:
     """Say what another length than the trained one changes, measured on the parity data where they are long enough."""
+    from sjepa_deploy.eeg.synthetic import eeg_windows
     from sjepa_deploy.export.window_length import MAX_WINDOWS, compare_window_lengths
-    from sjepa_deploy.synthetic import eeg_windows
 
     spec = model.spec
     trained: int = known.get("n_times", spec.n_times)
@@ -256,7 +256,7 @@ def _length_note(
 
 def _parity_eeg(path: Path, spec: ModelSpec) -> FloatArray:
     """Return EEG in the unit of the spec: windows (n, n_chans, n_times) of an array, or a recording (n_chans, n_samples)."""
-    from sjepa_deploy.recording import fit_recording, read_recording
+    from sjepa_deploy.eeg.recording import fit_recording, read_recording
 
     if path.suffix == ".npy":
         try:
@@ -273,7 +273,7 @@ def _parity_eeg(path: Path, spec: ModelSpec) -> FloatArray:
 
 def _stretches(eeg: FloatArray, n_times: int, hop: int) -> FloatArray:
     """Cut a recording; windows stay as they are."""
-    from sjepa_deploy.recording import windows
+    from sjepa_deploy.eeg.recording import windows
 
     return windows(eeg, n_times, hop) if eeg.ndim == 2 else eeg
 

@@ -51,10 +51,10 @@ def finetune(
 ) -> None:
     """Fine-tune a variant, by default on synthetic reaction times, and write its checkpoint into --out."""
     require_training()
-    from sjepa_deploy.data import Target
-    from sjepa_deploy.engine import overridden, read_config
-    from sjepa_deploy.finetune import FinetuneConfig
-    from sjepa_deploy.finetune import finetune as run
+    from sjepa_deploy.learning.data import Target
+    from sjepa_deploy.learning.finetune import FinetuneConfig
+    from sjepa_deploy.learning.finetune import finetune as run
+    from sjepa_deploy.learning.loop import overridden, read_config
 
     config = read_config(FinetuneConfig, config_file)
     target = {

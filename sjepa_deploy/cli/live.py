@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sjepa_deploy.errors import listed
-from sjepa_deploy.runtime.monitor import ChannelState, Monitor, Snapshot
-from sjepa_deploy.runtime.windows import Counters
+from sjepa_deploy.runtime.live.windows import Counters
+from sjepa_deploy.runtime.watch.monitor import ChannelState, Monitor, Snapshot
 
 REFRESH_PER_SECOND = 2
 LINE_EVERY = 10.0

@@ -29,9 +29,9 @@ def pretrain(
 ) -> None:
     """Pretrain a base model, by default on synthetic EEG, and write its checkpoint into --out."""
     require_training()
-    from sjepa_deploy.engine import overridden, read_config
-    from sjepa_deploy.pretrain import PretrainConfig
-    from sjepa_deploy.pretrain import pretrain as run
+    from sjepa_deploy.learning.loop import overridden, read_config
+    from sjepa_deploy.learning.pretrain import PretrainConfig
+    from sjepa_deploy.learning.pretrain import pretrain as run
 
     config = read_config(PretrainConfig, config_file)
     masking = {"masking.mode": mask, "masking.radius": radius, "target_layers": target_layers}

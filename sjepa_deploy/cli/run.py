@@ -16,8 +16,8 @@ from rich.markup import escape
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, print_json
+from sjepa_deploy.eeg.recording import fit_recording, read_recording, window_starts, windows
 from sjepa_deploy.errors import RecordingError
-from sjepa_deploy.recording import fit_recording, read_recording, window_starts, windows
 from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, FloatArray
 from sjepa_deploy.runtime.predictor import load
 from sjepa_deploy.spec import RUN_PRECISIONS, UNITS_IN_VOLTS, ModelSpec, RunPrecision, Unit

@@ -28,15 +28,15 @@ from sjepa_deploy.cli import console, entry, print_json
 from sjepa_deploy.cli.live import live_view, summary_table
 from sjepa_deploy.errors import ParityError, StreamError
 from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, BackendOptions
-from sjepa_deploy.runtime.dashboard import TOKEN_VARIABLE, Dashboard, parse_address
-from sjepa_deploy.runtime.monitor import Monitor
-from sjepa_deploy.runtime.open_source import open_source
+from sjepa_deploy.runtime.live.decoder import Decision, Decoder, StreamConfig
+from sjepa_deploy.runtime.live.open_source import open_source
+from sjepa_deploy.runtime.live.recorder import Recorder, RecordSource, RunDescription, read_record
+from sjepa_deploy.runtime.live.sources import Chunk, Event, Source
+from sjepa_deploy.runtime.live.windows import BadChannels, Counters
 from sjepa_deploy.runtime.predictor import Predictor, load
-from sjepa_deploy.runtime.recorder import Recorder, RecordSource, RunDescription, read_record
-from sjepa_deploy.runtime.sources import Chunk, Event, Source
-from sjepa_deploy.runtime.stream import Decision, Decoder, StreamConfig
-from sjepa_deploy.runtime.watching import watch
-from sjepa_deploy.runtime.windows import BadChannels, Counters
+from sjepa_deploy.runtime.watch.dashboard import TOKEN_VARIABLE, Dashboard, parse_address
+from sjepa_deploy.runtime.watch.monitor import Monitor
+from sjepa_deploy.runtime.watch.watching import watch
 from sjepa_deploy.spec import RUN_PRECISIONS, UNITS_IN_VOLTS, RunPrecision, Unit
 
 COLLECT_EVERY_S = 60.0
@@ -192,7 +192,7 @@ def stream(
             decoder.on_decision(recorder.decision)
             decoder.on_event(recorder.event)
         if outlet is not None:
-            from sjepa_deploy.runtime.lsl import LslOutlet
+            from sjepa_deploy.runtime.live.lsl import LslOutlet
 
             sending = LslOutlet(outlet, opened.spec, {"run": run, "window_s": opened.spec.n_times / opened.spec.sfreq})
             decoder.on_decision(sending.send)
@@ -230,7 +230,7 @@ def _check(
     sfreq: float | None,
     json_output: bool,
 ) -> None:
-    from sjepa_deploy.streaming_parity import check_streaming
+    from sjepa_deploy.runtime.live.check import check_streaming
 
     result = check_streaming(predict, recording, config, unit=unit, sfreq=sfreq)
     bits = "the same bits" if result.identical else "[bold red]other bits[/]"

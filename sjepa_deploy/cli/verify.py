@@ -10,8 +10,8 @@ from rich.markup import escape
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, parity_table, print_json
 from sjepa_deploy.errors import BackendError, ParityError
+from sjepa_deploy.parity import ParityResult, batch_sizes, check_parity
 from sjepa_deploy.runtime.backend import BACKENDS, is_server, open_backend, why_not
-from sjepa_deploy.runtime.parity import ParityResult, batch_sizes, check_parity
 from sjepa_deploy.spec import RUN_PRECISIONS, RunPrecision
 
 

@@ -1,0 +1,405 @@
+"""Engines beside a bundle: cache entries with an identity, a record of what they are, and locks.
+
+An engine is no product: it fits one graph, one TensorRT and one kind of GPU. It lies in the bundle as ``engines/KEY.plan`` and
+``engines/KEY.json``, where KEY is the hash of its `EngineIdentity`; the bundle's own signed files never change. The record is
+written last, so that an engine without one does not exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.errors import EngineError
+from sjepa_deploy.parity import ParityResult
+from sjepa_deploy.serialize import DecodeError, decode, encode
+from sjepa_deploy.spec import RunPrecision
+
+ENGINE_FOLDER = "engines"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What an engine is built for and runs on.
+
+    Attributes
+    ----------
+    flavour : str
+        "tensorrt" or "tensorrt-rtx".
+    version : str
+        Its version.
+    gpu, compute_capability, driver : str
+        Name of the GPU, e.g. "9.0", and the version of its driver.
+    """
+
+    flavour: str
+    version: str
+    gpu: str
+    compute_capability: str
+    driver: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSettings:
+    """What a user may ask of a build.
+
+    Attributes
+    ----------
+    min_batch, opt_batch, max_batch : int
+        The profile: allowed batches, and the one that kernels are chosen for.
+    optimization_level : int
+        0 to 5: how long the builder searches.
+    workspace_mib : int or None
+        Scratch memory that kernels may use in MiB; None for what the GPU has.
+    refittable, version_compatible : bool
+        Whether weights can be replaced, and whether later versions of TensorRT may load the engine.
+    held_types : {"all", "float32", "none"}
+        For TensorRT 8.6 alone, whose builder chooses types: which layers of an fp16 graph are asked to compute in the graph's
+        type: all, those that it keeps in float32, or none.
+    """
+
+    min_batch: int = 1
+    opt_batch: int = 1
+    max_batch: int = 64
+    optimization_level: int = 3
+    workspace_mib: int | None = None
+    refittable: bool = False
+    version_compatible: bool = False
+    held_types: Literal["all", "float32", "none"] = "all"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_batch <= self.opt_batch <= self.max_batch:
+            raise EngineError(
+                f"The profile {self.min_batch}, {self.opt_batch}, {self.max_batch} is none.",
+                "Use 1 <= smallest <= optimal <= largest batch.",
+            )
+        if not 0 <= self.optimization_level <= 5:
+            raise EngineError(f"The optimization level is {self.optimization_level}.", "Use 0 to 5.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineIdentity:
+    """Everything that an engine depends on.
+
+    Attributes
+    ----------
+    onnx_sha256 : str
+        Hash of the graph's bytes, weights included.
+    precision : {"fp32", "tf32", "fp16", "bf16"}
+        What was asked for.
+    settings : BuildSettings
+        Profile and options of the build.
+    flags : tuple of str
+        Flags of the builder and of the network, as TensorRT names them.
+    machine : Machine
+        What it was built on.
+    """
+
+    onnx_sha256: str
+    precision: RunPrecision
+    settings: BuildSettings
+    flags: tuple[str, ...]
+    machine: Machine
+
+    @property
+    def key(self) -> str:
+        """Name of the engine's files."""
+        canonical = json.dumps(encode(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSummary:
+    """What the engine inspector says of an engine's layers.
+
+    Attributes
+    ----------
+    n_layers : int
+        Layers of the engine, each one or more kernels.
+    types : dict of str to int
+        How many layers read, write or compute in each type: "fp32", "tf32", "fp16", "bf16", "other".
+    n_opaque : int
+        Layers that hold whole regions of the graph, whose inner types the inspector may not tell.
+    """
+
+    n_layers: int
+    types: dict[str, int]
+    n_opaque: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRecord:
+    """One engine of a bundle.
+
+    Attributes
+    ----------
+    identity : EngineIdentity
+        What it depends on.
+    computes_in : {"fp32", "tf32", "fp16", "bf16"}
+        What it was found to compute in. An engine asked for in fp16 without a half-typed layer is an fp32 engine.
+    evidence : str
+        Why `computes_in` is believed.
+    layers : LayerSummary
+        From the engine inspector.
+    parity : tuple of ParityResult
+        Before and after the plan was read back from the disk.
+    plan_sha256, plan_bytes
+        Hash and size of the plan.
+    build_seconds : float
+        How long the build took.
+    created : str
+        When, ISO 8601, UTC.
+    """
+
+    identity: EngineIdentity
+    computes_in: RunPrecision
+    evidence: str
+    layers: LayerSummary
+    parity: tuple[ParityResult, ...]
+    plan_sha256: str
+    plan_bytes: int
+    build_seconds: float
+    created: str
+
+
+def differences(theirs: EngineIdentity, ours: EngineIdentity) -> tuple[str, ...]:
+    """Return one clause for every field in which two identities differ."""
+    found = []
+    for there, here in ((theirs, ours), (theirs.machine, ours.machine), (theirs.settings, ours.settings)):
+        for field in dataclasses.fields(there):
+            a, b = getattr(there, field.name), getattr(here, field.name)
+            if a != b and not dataclasses.is_dataclass(a):
+                a, b = (x[:12] if field.name == "onnx_sha256" else x for x in (a, b))
+                found.append(f"{field.name} is {a!r} in the engine and {b!r} here")
+    return tuple(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStore:
+    """The engines of one bundle.
+
+    Attributes
+    ----------
+    bundle : Bundle
+        Whose engines they are. It was verified when it was opened; deserialising an engine runs native code.
+    """
+
+    bundle: Bundle
+
+    @property
+    def folder(self) -> Path:
+        """Where the engines lie."""
+        return self.bundle.path / ENGINE_FOLDER
+
+    def identity(
+        self, precision: RunPrecision, machine: Machine, settings: BuildSettings, flags: tuple[str, ...]
+    ) -> EngineIdentity:
+        """Return what an engine of this bundle's graph would be."""
+        sha256 = self.bundle.manifest.files[self.bundle.graph(precision).file]
+        return EngineIdentity(onnx_sha256=sha256, precision=precision, settings=settings, flags=flags, machine=machine)
+
+    def records(self) -> tuple[EngineRecord, ...]:
+        """Return the record of every engine, the newest first.
+
+        Raises
+        ------
+        EngineError
+            If a record cannot be read.
+        """
+        files = sorted(self.folder.glob("*.json")) if self.folder.is_dir() else []
+        return tuple(sorted((self._read(file) for file in files), key=lambda r: r.created, reverse=True))
+
+    def find(self, identity: EngineIdentity) -> EngineRecord | None:
+        """Return the record of the engine that is exactly `identity`."""
+        file = self._file(identity, "json")
+        return self._read(file) if file.is_file() else None
+
+    def choose(self, precision: RunPrecision, machine: Machine) -> EngineRecord:
+        """Return the newest engine for `precision` that was built from this bundle's graph on such a machine.
+
+        Raises
+        ------
+        EngineError
+            If there is none. The message names what differs, and the command that builds one.
+        """
+        mend = f"Build one here with: sjepa-build {self.bundle.path} --precision {precision}{_flavour_flag(machine)}"
+        records = [r for r in self.records() if r.identity.precision == precision]
+        records = [r for r in records if r.identity.machine.flavour == machine.flavour]
+        if not records:
+            raise EngineError(f"The bundle {self.bundle.path} has no {precision} engine for {machine.flavour}.", mend)
+        nearest: tuple[str, ...] | None = None
+        for record in records:
+            there = record.identity
+            wanted = self.identity(precision, machine, there.settings, there.flags)
+            differs = differences(there, wanted)
+            if differs:
+                nearest = differs if nearest is None or len(differs) < len(nearest) else nearest
+                continue
+            if record.computes_in != precision:
+                raise EngineError(
+                    f"The engine that was asked for in {precision} computes in {record.computes_in} ({record.evidence}).",
+                    f"Use --precision {record.computes_in}, or another version of TensorRT.",
+                )
+            return record
+        assert nearest is not None
+        raise EngineError(f"The {precision} engine of {self.bundle.path} is stale: {'; '.join(nearest)}.", mend)
+
+    def plan(self, record: EngineRecord) -> bytes:
+        """Read an engine's plan and verify its hash.
+
+        Raises
+        ------
+        EngineError
+            If the plan is missing or was changed.
+        """
+        return self._verified(self._file(record.identity, "plan"), record)
+
+    def _verified(self, file: Path, record: EngineRecord) -> bytes:
+        mend = f"Build it again with: sjepa-build {self.bundle.path} --precision {record.identity.precision} --rebuild"
+        try:
+            plan = file.read_bytes()
+        except OSError as e:
+            raise EngineError(f"The plan {file} cannot be read ({e.strerror}).", mend) from e
+        if hashlib.sha256(plan).hexdigest() != record.plan_sha256:
+            raise EngineError(f"The plan {file} was changed after it was built (its hash differs).", mend)
+        return plan
+
+    def add(self, record: EngineRecord, plan: bytes, judge: Callable[[bytes], EngineRecord]) -> EngineRecord:
+        """Write an engine: the plan, which `judge` reads back and completes the record of, then the record.
+
+        If `judge` raises, or one of them cannot be written, nothing of it stays, and an engine that was there before does.
+
+        Raises
+        ------
+        EngineError
+            If the folder cannot be written.
+        """
+        file, candidate = self._file(record.identity, "plan"), self._file(record.identity, "candidate")
+        try:
+            write_atomically(candidate, plan)
+            try:
+                final = judge(self._verified(candidate, record))
+                assert final.identity == record.identity
+                content = json.dumps(encode(final), indent=1, allow_nan=False) + "\n"
+                described = self._file(record.identity, "json")
+                with _written_beside(described, content.encode()) as waiting:  # once both are on the disk, they take their places
+                    candidate.replace(file)
+                    waiting.replace(described)
+            finally:
+                candidate.unlink(missing_ok=True)
+        except OSError as e:
+            raise EngineError(f"{file} cannot be written ({e.strerror}).", "Give the bundle's folder room and rights.") from e
+        return final
+
+    @contextlib.contextmanager
+    def lock(self, identity: EngineIdentity, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Hold the only right to build `identity`; `waiting` is called once if another process has it.
+
+        Raises
+        ------
+        EngineError
+            If the folder cannot be written.
+        """
+        with file_lock(self._file(identity, "lock"), waiting=waiting):
+            yield
+
+    def _file(self, identity: EngineIdentity, suffix: str) -> Path:
+        return self.folder / f"{identity.key}.{suffix}"
+
+    def _read(self, file: Path) -> EngineRecord:
+        try:
+            record = decode(EngineRecord, json.loads(file.read_bytes()))
+        except (OSError, ValueError) as e:
+            reason = str(e) if isinstance(e, DecodeError) else f"it is not readable as JSON ({e})"
+            raise EngineError(
+                f"The engine record {file} is damaged: {reason}.", "Delete it, and build again with sjepa-build."
+            ) from e
+        if record.identity.key != file.stem:
+            raise EngineError(
+                f"The engine record {file} describes another engine, {record.identity.key}.",
+                "Delete it, and build again with sjepa-build.",
+            )
+        return record
+
+
+@contextlib.contextmanager
+def file_lock(file: Path, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold an exclusive lock on `file`, which a process that dies gives back."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stream = file.open("w")
+    except OSError as e:
+        raise EngineError(f"{file} cannot be written ({e.strerror}).", "Give the folder room and rights.") from e
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def timing_cache_file(machine: Machine) -> Path:
+    """Return where timings of kernels on `machine` are kept between builds."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    folder = (Path(root) if root else Path.home() / ".cache") / "sjepa-deploy" / "timing"
+    name = "-".join((machine.flavour, machine.version, machine.gpu, machine.compute_capability))
+    return folder / ("".join(c if c.isalnum() or c in ".-" else "_" for c in name) + ".cache")
+
+
+def read_timing_cache(machine: Machine) -> bytes:
+    """Return the timings kept for `machine`, empty if there are none."""
+    file = timing_cache_file(machine)
+    return file.read_bytes() if file.is_file() else b""
+
+
+def write_timing_cache(machine: Machine, content: bytes) -> None:
+    """Keep timings for `machine`. The last of two builds wins; both caches are whole."""
+    file = timing_cache_file(machine)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, content)
+
+
+def now() -> str:
+    """Return the time as a record states it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+
+
+def plan_hash(plan: bytes) -> str:
+    """Return the sha256 of a plan."""
+    return hashlib.sha256(plan).hexdigest()
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write a file in an existing folder, which is replaced whole or not at all."""
+    with _written_beside(file, content) as waiting:
+        waiting.replace(file)
+
+
+@contextlib.contextmanager
+def _written_beside(file: Path, content: bytes) -> Iterator[Path]:
+    """Give `content` in a file that is on the disk, ready to replace `file`; where it does not, nothing of it stays."""
+    handle, name = tempfile.mkstemp(prefix=f".{file.name}.partial-", dir=file.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _flavour_flag(machine: Machine) -> str:
+    return "" if machine.flavour == "tensorrt" else f" --flavour {machine.flavour}"

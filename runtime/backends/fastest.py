@@ -1,0 +1,375 @@
+"""The backend that runs each batch size on what was measured to be the fastest one, and the record that it goes by.
+
+A record is made from the throughput of a benchmark report. It lies in the bundle as ``engines/fastest/*.json``, one for each
+precision and machine; the bundle's own signed files never change. Like an engine, it is refused where something differs that it
+depends on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.errors import BackendError, BenchmarkError, SjepaError, listed
+from sjepa_deploy.runtime.backend import BACKENDS, FASTEST_BACKEND, BackendOptions, FloatArray, open_backend
+from sjepa_deploy.runtime.backends.engines import EngineStore, now, write_atomically
+from sjepa_deploy.runtime.bench.compare import equally_fast
+from sjepa_deploy.runtime.bench.results import INTERRUPTED, BenchReport, Cell, Estimate, LeftOut
+from sjepa_deploy.runtime.machine import gpu, n_cores, processor, versions
+from sjepa_deploy.serialize import DecodeError, decode, encode
+from sjepa_deploy.spec import RUN_PRECISIONS, RunPrecision
+
+MEDIAN = 50.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The backend for one batch size.
+
+    Attributes
+    ----------
+    batch : int
+        Windows of a call.
+    backend : str
+        What runs them.
+    medians_us : dict of str to float
+        Medians of a call in microseconds, of all backends that were measured and right.
+    """
+
+    batch: int
+    backend: str
+    medians_us: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastestRecord:
+    """Which backend is the fastest at each batch size, for one bundle in one precision on one machine.
+
+    Attributes
+    ----------
+    precision : {"fp32", "tf32", "fp16", "bf16"}
+        What all of them compute in.
+    bundle : str
+        Digest of the bundle's manifest.
+    machine : dict of str to str
+        What the chosen ones depend on, see `sjepa_deploy.runtime.backend.BackendEntry`. What is not there has no entry.
+    choices : tuple of Choice
+        At the sizes that were measured, in rising order.
+    created : str
+        When it was kept, ISO 8601, UTC.
+    digest : str
+        sha256 of this description without this field.
+    """
+
+    precision: RunPrecision
+    bundle: str
+    machine: dict[str, str]
+    choices: tuple[Choice, ...]
+    created: str
+    digest: str = ""
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Every chosen one, once."""
+        return tuple(dict.fromkeys(choice.backend for choice in self.choices))
+
+    def backend_at(self, batch: int) -> str:
+        """Return what runs `batch` windows: what is the fastest at the next larger size that was measured, or at the largest.
+
+        A call takes no longer with fewer windows, so that the time measured there is a bound for those in between. The fastest
+        at the next smaller size gives none.
+        """
+        return next((choice.backend for choice in self.choices if choice.batch >= batch), self.choices[-1].backend)
+
+    def signed(self) -> FastestRecord:
+        """Return a copy with the digest filled in."""
+        content = json.dumps(encode(dataclasses.replace(self, digest="")), sort_keys=True)
+        return dataclasses.replace(self, digest=hashlib.sha256(content.encode()).hexdigest())
+
+    def __str__(self) -> str:
+        spans: list[tuple[str, int, int]] = []
+        for choice in self.choices:
+            if spans and spans[-1][0] == choice.backend:
+                spans[-1] = (choice.backend, spans[-1][1], choice.batch)
+            else:
+                spans.append((choice.backend, spans[-1][2] + 1 if spans else 1, choice.batch))
+        return ", ".join(
+            [f"{name} at batch {low}{f' to {high}' if high > low else ''}" for name, low, high in spans[:-1]]
+            + [f"{spans[-1][0]} from batch {spans[-1][1]} on"]
+        )
+
+
+def choose(cells: Sequence[Cell]) -> tuple[Choice, ...]:
+    """Return which backend is the fastest at each batch size, of those whose outputs are right.
+
+    Where several cannot be told from the fastest, as their intervals overlap, the one comes first that may run most sizes.
+
+    Parameters
+    ----------
+    cells : sequence of Cell
+        Throughput of several backends on one bundle in one precision.
+
+    Raises
+    ------
+    BenchmarkError
+        If none is right, or a cell has too few calls or blocks to be compared.
+    """
+    right = [cell for cell in cells if cell.parity and cell.caution is None]
+    if not right:
+        raise BenchmarkError(f"No backend is right: {listed(cell.key.label for cell in cells)}.", "See sjepa-verify.")
+    for cell in right:
+        if _median(cell).low is None:
+            raise BenchmarkError(f"{cell.key.label} has too few blocks to be compared.", "Measure longer.")
+    batches = sorted({cell.key.batch for cell in right})
+    equal = {batch: equally_fast([cell for cell in right if cell.key.batch == batch], MEDIAN) for batch in batches}
+    n_sizes = Counter(cell.key.backend for found in equal.values() for cell in found)
+    return tuple(
+        Choice(
+            batch=batch,
+            backend=max(found, key=lambda cell: n_sizes[cell.key.backend]).key.backend,
+            medians_us={cell.key.backend: _median(cell).value for cell in right if cell.key.batch == batch},
+        )
+        for batch, found in equal.items()
+    )
+
+
+def _median(cell: Cell) -> Estimate:
+    median = None if cell.latency is None else cell.latency.at(MEDIAN)
+    if median is None:
+        raise BenchmarkError(f"{cell.key.label} has too few calls to be compared.", "Measure longer.")
+    return median
+
+
+def keep(
+    report: BenchReport,
+    bundle: Bundle,
+    *,
+    backends: Iterable[str] = (),
+    precisions: Iterable[RunPrecision] = (),
+    device: int = 0,
+) -> tuple[FastestRecord | LeftOut, ...]:
+    """Keep in `bundle`, for each precision of a report of this machine, which backend is the fastest at each batch size.
+
+    Parameters
+    ----------
+    report : BenchReport
+        What was measured here.
+    bundle : Bundle
+        One of those that were measured.
+    backends, precisions : iterable of str
+        Which are considered; empty for all that were measured.
+    device : int
+        Which GPU.
+
+    Returns
+    -------
+    tuple of FastestRecord and LeftOut
+        What was kept, and precisions in which fewer than two backends were measured.
+
+    Raises
+    ------
+    BenchmarkError
+        If nothing can be chosen, the run was interrupted, or was made with another bundle or machine; or the folder cannot be
+        written.
+    """
+    if report.partial is not None and INTERRUPTED in report.partial:
+        raise BenchmarkError("The run was interrupted, and nothing is kept of it.", "Let it end, if need be with --time-limit.")
+    label = next((fact.label for fact in report.bundles if fact.digest == bundle.manifest.digest), None)
+    if label is None:
+        raise BenchmarkError(f"The report is not of the bundle {bundle.path} as it is now.", "Measure this bundle.")
+    known = (set(backends) or set(BACKENDS)) & set(BACKENDS) - {FASTEST_BACKEND}
+    cells = [c for c in report.cells if c.key.scenario == "throughput" and c.key.bundle == label and c.key.backend in known]
+    found: list[FastestRecord | LeftOut] = []
+    for precision in precisions or RUN_PRECISIONS:
+        mine = [cell for cell in cells if cell.key.precision == precision]
+        names = {cell.key.backend for cell in mine}
+        if len(names) == 1:
+            found.append(LeftOut(what=f"{label} in {precision}", reason=f"Only {names.pop()} was measured."))
+        elif names:
+            found.append(_record(report, bundle, precision, choose(mine), device))
+    records = [each for each in found if isinstance(each, FastestRecord)]
+    if not records:
+        measured = listed(dict.fromkeys(f"{cell.key.backend} {cell.key.precision}" for cell in cells)) or "none"
+        raise BenchmarkError(
+            f"There is nothing to choose from on {label}: backends with a measured throughput that decode are {measured}.",
+            "Measure --scenario throughput on two or more in one precision.",
+        )
+    for record in records:
+        _write(record, bundle, report)
+    return tuple(found)
+
+
+def _record(
+    report: BenchReport, bundle: Bundle, precision: RunPrecision, choices: tuple[Choice, ...], device: int
+) -> FastestRecord:
+    environment, here = report.environment, _machine([choice.backend for choice in choices], device)
+    there = {"processor": environment.processor, "cores": str(environment.cores), **environment.versions}
+    there |= {"gpu": environment.gpu or "", "driver": environment.gpu_driver or ""}
+    for name, value in here.items():
+        # of runs in several Pythons a report has the versions of all: "1.2 and 1.3"
+        if (value or "") not in (there.get(name, ""), *there.get(name, "").split(" and ")):
+            raise BenchmarkError(
+                f"The report is of another machine or Python: {_clause(name, there.get(name), value, 'report')}.",
+                "Keep it where it was measured, or measure here.",
+            )
+    machine = {name: value for name, value in here.items() if value is not None}
+    return FastestRecord(
+        precision=precision, bundle=bundle.manifest.digest, machine=machine, choices=choices, created=now()
+    ).signed()
+
+
+def _machine(backends: Iterable[str], device: int) -> dict[str, str | None]:
+    """Return what the speed of `backends` depends on, as it is here."""
+    names = dict.fromkeys(name for backend in backends for name in BACKENDS[backend].depends_on)
+    for backend in backends:
+        # TensorRT's version may be known of the imported module alone. What does not import is told by opening it.
+        with contextlib.suppress(ImportError, OSError, RuntimeError):
+            importlib.import_module(BACKENDS[backend].package)
+    found: dict[str, str | None] = {"processor": processor(), "cores": str(n_cores())}
+    if "gpu" in names:
+        graphics = gpu(device)
+        found |= {"gpu": graphics["GPU"], "driver": graphics["driver"]}
+    found |= versions(tuple(name for name in names if name not in found))
+    return {name: found[name] for name in names}
+
+
+def _clause(name: str, there: str | None, here: str | None, what: str) -> str:
+    return f"{name} is {there or 'missing'} in the {what} and {here or 'missing'} here"
+
+
+def _folder(bundle: Bundle) -> Path:
+    return EngineStore(bundle=bundle).folder / "fastest"
+
+
+def _write(record: FastestRecord, bundle: Bundle, report: BenchReport) -> None:
+    """Write `record` in place of what was kept before for such a machine."""
+    e = report.environment
+    machine = "|".join((e.processor, str(e.cores), e.gpu or "", e.gpu_driver or ""))
+    file = _folder(bundle) / f"{record.precision}-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, (json.dumps(encode(record), indent=1) + "\n").encode())
+    except OSError as error:
+        raise BenchmarkError(
+            f"{file} cannot be written ({error.strerror}).", "Give the bundle's folder room and rights."
+        ) from error
+
+
+def _read(file: Path, mend: str) -> FastestRecord:
+    try:
+        record = decode(FastestRecord, json.loads(file.read_bytes()))
+    except (OSError, ValueError) as e:
+        reason = str(e) if isinstance(e, DecodeError) else f"it is not readable as JSON ({e})"
+        raise BackendError(f"The record {file} is damaged: {reason}.", f"Delete it. {mend}") from e
+    if record != record.signed():
+        raise BackendError(f"The record {file} was changed after it was kept (its digest differs).", f"Delete it. {mend}")
+    return record
+
+
+def find(bundle: Bundle, precision: RunPrecision, device: int = 0) -> FastestRecord:
+    """Return the newest record in `bundle` for `precision` that was kept on such a machine.
+
+    Raises
+    ------
+    BackendError
+        If there is none, or one is damaged. The message names what differs, and the command that measures.
+    """
+    mend = f"Measure here with: sjepa-bench {bundle.path} --keep-fastest --precision {precision}"
+    records = [record for file in _folder(bundle).glob("*.json") if (record := _read(file, mend)).precision == precision]
+    if not records:
+        raise BackendError(f"The bundle {bundle.path} has no record of the fastest backends in {precision}.", mend)
+    nearest: list[str] = []
+    for record in sorted(records, key=lambda r: r.created, reverse=True):
+        differs = _differences(record, bundle, device)
+        if not differs:
+            return record
+        nearest = differs if not nearest or len(differs) < len(nearest) else nearest
+    raise BackendError(f"The record of the fastest backends in {precision} is stale: {'; '.join(nearest)}.", mend)
+
+
+def _differences(record: FastestRecord, bundle: Bundle, device: int) -> list[str]:
+    """Return one clause for everything that is not as it was when `record` was kept."""
+    found = []
+    if record.bundle != bundle.manifest.digest:
+        found.append(_clause("the bundle's digest", record.bundle[:12], bundle.manifest.digest[:12], "record"))
+    if unknown := [name for name in record.backends if name not in BACKENDS]:
+        return [*found, f"{unknown[0]} is no backend of this release"]
+    here = _machine(record.backends, device)
+    return found + [_clause(n, record.machine.get(n), v, "record") for n, v in here.items() if record.machine.get(n) != v]
+
+
+class FastestBackend:
+    """Each batch size on the backend that was measured to be the fastest on this machine, see `FastestRecord.backend_at`.
+
+    All that were chosen are opened at once, with the same options. Outputs of different backends differ within the tolerance of
+    the precision.
+
+    `input_buffer`, `run_on_gpu` and `warmup` are there if all of them have it.
+
+    Attributes
+    ----------
+    record : FastestRecord
+        What was measured and chosen.
+
+    Raises
+    ------
+    BackendError
+        If the bundle has no record of this machine, or a backend that it names cannot be opened.
+    """
+
+    name = FASTEST_BACKEND
+
+    def __init__(self, bundle: Bundle, precision: RunPrecision, options: BackendOptions) -> None:
+        graph = bundle.graph(precision)
+        self.precision = precision
+        self.record = find(bundle, precision, options.device)
+        backends: dict[str, Any] = {}
+        with contextlib.ExitStack() as opened:
+            for name in self.record.backends:
+                try:
+                    backends[name] = opened.enter_context(closing(open_backend(bundle, name, precision, options)))
+                except SjepaError as e:
+                    raise BackendError(f"{name}, the fastest for some batches, cannot be opened: {e.problem}", e.mend) from e
+            self._closing = opened.pop_all()
+        sizes = range(graph.static_batch or 1, graph.max_batch + 1)
+        self._at = {batch: backends[self.record.backend_at(batch)] for batch in sizes}
+        self._largest = self._at[graph.max_batch]
+        for name in ("input_buffer", "run_on_gpu", "warmup"):
+            if all(hasattr(backend, name) for backend in backends.values()):
+                setattr(self, name, getattr(self, f"_{name}"))
+
+    def run(self, eeg: FloatArray) -> FloatArray:
+        """Run the model on `eeg`, shape (batch, n_chans, n_times). The result may be overwritten by the next call."""
+        out: FloatArray = self._for(len(eeg)).run(eeg)
+        return out
+
+    def _for(self, batch: int) -> Any:
+        """Return what runs `batch` windows; what is too large for the graph is refused by the one for the largest."""
+        return self._at.get(batch, self._largest)
+
+    def _run_on_gpu(self, eeg: Any) -> FloatArray:
+        shape = eeg.shape if hasattr(eeg, "shape") else eeg.__cuda_array_interface__["shape"]
+        out: FloatArray = self._for(shape[0]).run_on_gpu(eeg)
+        return out
+
+    def _input_buffer(self, batch: int) -> FloatArray:
+        buffer: FloatArray = self._for(batch).input_buffer(batch)
+        return buffer
+
+    def _warmup(self, batches: tuple[int, ...] = (1,), n_runs: int = 10) -> None:
+        for batch in batches:
+            self._for(batch).warmup((batch,), n_runs)
+
+    def close(self) -> None:
+        """Release all of them."""
+        self._closing.close()

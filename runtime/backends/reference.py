@@ -1,0 +1,54 @@
+"""The PyTorch model itself, in float64: slow, and what everything else is compared with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.errors import BackendError
+from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
+from sjepa_deploy.spec import RunPrecision
+
+if TYPE_CHECKING:
+    from sjepa_deploy.models.networks import SignalJEPAModule
+
+
+class TorchBackend:
+    """The checkpoint in the bundle, run by PyTorch in float64 and rounded to float32 once.
+
+    Raises
+    ------
+    BackendError
+        If a precision other than fp32 is asked for.
+    """
+
+    name = "torch"
+
+    def __init__(self, bundle: Bundle, precision: RunPrecision, options: BackendOptions) -> None:
+        if precision != "fp32":
+            raise BackendError(f"The PyTorch reference does not run in {precision}.", "Use --precision fp32.")
+        from sjepa_deploy.models.checkpoint import load_model, read_checkpoint
+
+        self.precision = precision
+        self._model = load_model(read_checkpoint(bundle.checkpoint), bundle.spec).double()
+
+    def run(self, eeg: FloatArray) -> FloatArray:
+        """Run the model on `eeg`, shape (batch, n_chans, n_times)."""
+        return run_reference(self._model, eeg).astype(np.float32)
+
+    def close(self) -> None:
+        """Release the model."""
+        del self._model
+
+
+def run_reference(model: SignalJEPAModule, eeg: FloatArray) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    """Return the float64 outputs of a float64 `model` for `eeg`, shape (batch, n_chans, n_times)."""
+    import torch
+
+    from sjepa_deploy.models.networks import reference_mode
+
+    with reference_mode(model):
+        out = model(torch.from_numpy(eeg).double())
+    return cast("np.ndarray[tuple[int, ...], np.dtype[np.float64]]", out.numpy())

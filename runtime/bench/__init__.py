@@ -1,0 +1,1 @@
+"""Measures backends: scenarios, estimates, reports, comparisons."""

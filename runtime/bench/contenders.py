@@ -1,0 +1,279 @@
+"""What a benchmark measures: bundles on every backend that runs here, each judged before it is timed."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import closing
+
+import numpy as np
+
+from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.eeg.synthetic import eeg_windows
+from sjepa_deploy.errors import BackendError, SjepaError
+from sjepa_deploy.parity import ParityResult, Reference, batch_sizes, check_parity
+from sjepa_deploy.runtime.backend import FASTEST_BACKEND, Backend, BackendOptions, FloatArray, open_backend
+from sjepa_deploy.runtime.bench.baselines import ALL_BACKENDS, REFERENCE_BACKEND
+from sjepa_deploy.runtime.bench.results import HARNESS, BundleFacts, Judgement, LeftOut
+from sjepa_deploy.runtime.gpu.cuda import Device
+from sjepa_deploy.spec import RUN_PRECISIONS, UNITS_IN_VOLTS, ModelSpec, RunPrecision, graph_precision
+
+logger = logging.getLogger(__name__)
+
+N_WINDOWS = 64
+"""Windows that calls cycle through."""
+
+OFFSET_V = 1e-3
+"""A channel whose mean is larger has an electrode offset: 1 mV is ten times what EEG reaches."""
+
+TOO_LATE = "Opening what came before it took half of the time limit."
+
+N_TURNS = 8
+"""Different inputs of a small batch: a live window was written a moment ago, so that it is warm in the cache."""
+
+
+@functools.lru_cache(maxsize=8)
+def example_windows(spec: ModelSpec, n: int, seed: int) -> FloatArray:
+    """Return `n` windows of synthetic EEG in the unit of `spec`, the same array each time."""
+    eeg = eeg_windows(n, spec.n_chans, spec.n_times, spec.sfreq, np.random.default_rng(seed))
+    return eeg * np.float32(UNITS_IN_VOLTS["uV"] / UNITS_IN_VOLTS[spec.unit])
+
+
+def without_offsets(reference: Reference, spec: ModelSpec) -> Reference | None:
+    """Return the windows of `reference` in which no channel's mean is as large as an electrode offset; None without one."""
+    largest = np.abs(np.nan_to_num(reference.inputs).mean(axis=2, dtype=np.float64)).max(axis=1) * UNITS_IN_VOLTS[spec.unit]
+    keep = largest < OFFSET_V
+    if not np.isfinite(reference.outputs[keep]).all(axis=tuple(range(1, reference.outputs.ndim))).any():
+        return None
+    kinds = tuple(kind for kind, kept in zip(reference.kinds, keep, strict=True) if kept)
+    return Reference(kinds=kinds, inputs=reference.inputs[keep], outputs=reference.outputs[keep])
+
+
+class NothingBackend:
+    """The backend that does nothing: its latencies are what measuring costs."""
+
+    name = HARNESS
+    precision: RunPrecision = "fp32"
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._output = np.zeros((1, *spec.output_shape), np.float32)
+
+    def run(self, eeg: FloatArray) -> FloatArray:
+        """Return zeros."""
+        return self._output
+
+    def close(self) -> None:
+        """Release nothing."""
+
+
+class Subject:
+    """One bundle on one backend in one precision, ready to be called.
+
+    Attributes
+    ----------
+    bundle : str
+        Label of the bundle.
+    path : Path
+        Its folder.
+    backend : Backend
+        What runs it.
+    judgement : Judgement or None
+        Whether it gives the reference outputs; None for the backend that does nothing.
+    device_bytes : int or None
+        Device memory that it took, where it runs on a GPU of ours.
+    sizes : range
+        Batch sizes that it takes.
+    """
+
+    def __init__(self, label: str, bundle: Bundle, backend: Backend, *, seed: int, in_place: bool = False) -> None:
+        self.bundle, self.path, self.backend = label, bundle.path, backend
+        self.spec, self._seed, self._in_place = bundle.spec, seed, in_place
+        graph = bundle.graph(backend.precision)
+        self.sizes = range(graph.static_batch or 1, graph.max_batch + 1)
+        self.judgement: Judgement | None = None
+        self.device_bytes: int | None = None
+        self._pool = example_windows(self.spec, N_WINDOWS, seed)
+
+    @property
+    def label(self) -> str:
+        """A name for people."""
+        return f"{self.bundle} on {self.backend.name} {self.backend.precision}"
+
+    def judge(self, bundle: Bundle) -> None:
+        """Compare every row at every batch size with the float64 reference in the bundle."""
+        graph = bundle.graph(self.backend.precision)
+        sizes = batch_sizes(graph.max_batch, graph.static_batch)
+
+        def judge(reference: Reference) -> ParityResult:
+            backend = self.backend
+            return check_parity(backend.run, reference, backend=backend.name, precision=backend.precision, sizes=sizes)
+
+        reference = bundle.reference()
+        result, without = judge(reference), None
+        rest = None if result.passed else without_offsets(reference, self.spec)
+        if rest is not None and result.worst.rpartition(" at batch ")[0] not in rest.kinds:
+            without = judge(rest)
+        self.judgement = Judgement(bundle=self.bundle, result=result, without_offsets=without)
+
+    def activate(self) -> None:
+        """Set what the backend keeps for the whole process, where it does."""
+        if activate := getattr(self.backend, "activate", None):
+            activate()
+
+    def inputs(self, batch: int) -> list[FloatArray]:
+        """Return different batches to call it with in turn; in place one, in the buffer that the backend reads."""
+        if self._in_place and hasattr(self.backend, "input_buffer"):
+            buffer: FloatArray = self.backend.input_buffer(batch)
+            buffer[...] = np.resize(self._pool, buffer.shape)
+            return [buffer]
+        n = max(2, min(N_TURNS, N_WINDOWS // batch))
+        if n * batch > len(self._pool):
+            self._pool = example_windows(self.spec, n * batch, self._seed)
+        return [self._pool[i * batch : (i + 1) * batch] for i in range(n)]
+
+    def close(self) -> None:
+        """Release the backend."""
+        self.backend.close()
+
+
+def bundle_facts(bundles: tuple[Bundle, ...]) -> tuple[BundleFacts, ...]:
+    """Return what a report says of each bundle; labels are the names of the folders, told apart by a number if need be."""
+    facts: list[BundleFacts] = []
+    for bundle in bundles:
+        name = bundle.path.resolve().name
+        taken = sum(fact.label == name or fact.label.startswith(f"{name}-") for fact in facts)
+        facts.append(
+            BundleFacts(
+                label=f"{name}-{taken + 1}" if taken else name,
+                variant=bundle.spec.variant,
+                n_chans=bundle.spec.n_chans,
+                n_times=bundle.spec.n_times,
+                sfreq=bundle.spec.sfreq,
+                digest=bundle.manifest.digest,
+                weights=bundle.manifest.weights.source,
+            )
+        )
+    return tuple(facts)
+
+
+def open_subjects(
+    bundles: tuple[Bundle, ...],
+    facts: tuple[BundleFacts, ...],
+    *,
+    backends: tuple[str, ...],
+    precisions: tuple[RunPrecision, ...],
+    options: BackendOptions,
+    seed: int,
+    in_place: bool = False,
+    late: Callable[[], bool] = lambda: False,
+) -> Iterator[Subject | LeftOut]:
+    """Open and judge every combination, one a turn; what cannot be measured here comes as `LeftOut`.
+
+    Parameters
+    ----------
+    bundles, facts : tuple
+        What to run, and its labels.
+    backends : tuple of str
+        Names; empty for all that run here.
+    precisions : tuple of str
+        Empty for all that the graphs allow.
+    options : BackendOptions
+        For every backend.
+    seed : int
+        Of the windows.
+    in_place : bool
+        Whether windows stand in the buffer that a backend reads, where it has one, before a call.
+    late : callable
+        Asked before each is opened whether it is too late for that.
+
+    Raises
+    ------
+    BackendError
+        If a name is no backend's.
+    """
+    if unknown := [name for name in backends if name not in ALL_BACKENDS]:
+        raise BackendError(f"{unknown[0]!r} is not a backend.", f"Use one of {', '.join(ALL_BACKENDS)}.")
+    usable = []
+    for name in backends or ALL_BACKENDS:
+        reason = ALL_BACKENDS[name].why_not()
+        if name == REFERENCE_BACKEND and not backends:
+            yield LeftOut(what=name, reason=f"The float64 reference is slow by design; ask for it with --backend {name}.")
+        elif name == FASTEST_BACKEND and not backends:
+            yield LeftOut(what=name, reason=f"It runs what others are; ask for it with --backend {name}.")
+        elif reason is not None:
+            yield LeftOut(what=name, reason=str(reason))
+        else:
+            usable.append(name)
+    for bundle, fact in zip(bundles, facts, strict=True):
+        wanted = precisions or tuple(p for p in RUN_PRECISIONS if graph_precision(p) in bundle.precisions)
+        for precision in wanted:
+            for name in usable:
+                if late():
+                    yield LeftOut(what=f"{fact.label} on {name} {precision}", reason=TOO_LATE)
+                else:
+                    yield _open(bundle, fact.label, name, precision, options, seed, in_place)
+
+
+def _open(
+    bundle: Bundle, label: str, name: str, precision: RunPrecision, options: BackendOptions, seed: int, in_place: bool
+) -> Subject | LeftOut:
+    what = f"{label} on {name} {precision}"
+    subject = None
+    try:
+        free = _free_device_memory(options.device)
+        backend = open_backend(bundle, name, precision, options, ALL_BACKENDS)
+        subject = Subject(label, bundle, backend, seed=seed, in_place=in_place)
+        subject.judge(bundle)
+        left = _free_device_memory(options.device)
+        if free is not None and left is not None:
+            subject.device_bytes = max(0, free - left)
+    except SjepaError as e:
+        return _left_out(what, e, subject)
+    except Exception as e:  # whatever a foreign library raises: the others are measured all the same
+        logger.exception("%s failed", what)
+        return _left_out(what, e, subject)
+    return subject
+
+
+def _left_out(what: str, error: Exception, subject: Subject | None) -> LeftOut:
+    if subject is not None:
+        close_subject(subject)
+    return LeftOut(what=what, reason=first_line(error))
+
+
+def close_subject(subject: Subject) -> LeftOut | None:
+    """Close `subject`, and return what kept it from closing: after a CUDA error that stays, releasing fails like all else."""
+    try:
+        subject.close()
+    except Exception as e:  # whatever a foreign library raises: the others are measured and reported all the same
+        logger.exception("%s could not be closed", subject.label)
+        return LeftOut(what=f"closing: {subject.label}", reason=first_line(e))
+    return None
+
+
+def first_line(error: Exception) -> str:
+    """Return the reason that a report gives for `error`."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _free_device_memory(ordinal: int) -> int | None:
+    """Return the free bytes of the GPU, None without one that answers."""
+    try:
+        with closing(Device(ordinal)) as device:
+            return device.free_memory()
+    except SjepaError:
+        return None
+
+
+def grouped(left_out: list[LeftOut]) -> tuple[LeftOut, ...]:
+    """Return one entry for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for entry in left_out:
+        by_reason.setdefault(entry.reason, []).append(entry.what)
+    return tuple(LeftOut(what=", ".join(dict.fromkeys(what)), reason=reason) for reason, what in by_reason.items())
+
+
+def harness(bundle: Bundle, label: str, *, seed: int) -> Subject:
+    """Return the subject that does nothing, with the windows of `bundle`."""
+    return Subject(label, bundle, NothingBackend(bundle.spec), seed=seed)

@@ -1,0 +1,165 @@
+"""One report from several: what needs another Python (TensorRT 8.6, PyTorch) is measured in a run of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from sjepa_deploy.errors import BenchmarkError
+from sjepa_deploy.runtime.bench.compare import recommend
+from sjepa_deploy.runtime.bench.estimates import of_blocks
+from sjepa_deploy.runtime.bench.noise import canary_spread
+from sjepa_deploy.runtime.bench.results import HARNESS, BenchReport, Environment, LeftOut, Noise, Samples
+
+
+def merge(runs: Sequence[tuple[BenchReport, Samples]]) -> tuple[BenchReport, Samples]:
+    """Put runs on one machine together. Their blocks were not interleaved with each other's.
+
+    Raises
+    ------
+    BenchmarkError
+        If the runs are of another machine, of different bundles of one name, or measured the same cell.
+    """
+    (first, first_samples), *others = runs
+    cells, samples = list(first.cells), dict(first_samples)
+    bundles = {fact.label: fact for fact in first.bundles}
+    for run, arrays in others:
+        if _hardware(run) != _hardware(first):
+            raise BenchmarkError("The reports are of different machines.", "Merge runs of one machine only.")
+        for fact in run.bundles:
+            if bundles.setdefault(fact.label, fact) != fact:
+                raise BenchmarkError(f"The reports have different bundles named {fact.label}.", "Merge runs of the same export.")
+        for cell in run.cells:
+            if any(cell.key == known.key for known in cells):
+                if cell.key.backend == HARNESS:
+                    continue
+                raise BenchmarkError(f"Two reports have the cell {cell.key.label}.", "Leave one of them out.")
+            name = f"c{len(cells):03}"
+            cells.append(replace(cell, id=name))
+            prefix = f"{cell.id}."
+            samples |= {name + key[len(prefix) - 1 :]: array for key, array in arrays.items() if key.startswith(prefix)}
+        if "canary_us" in arrays:
+            samples["canary_us"] = np.concatenate([samples.get("canary_us", np.empty(0)), arrays["canary_us"]])
+    reports = [run for run, _ in runs]
+    partial = [f"Run {i}: {run.partial}" for i, run in enumerate(reports, 1) if run.partial]
+    merged = replace(
+        first,
+        seconds=sum(run.seconds for run in reports),
+        command=" && ".join(run.command for run in reports),
+        partial=" ".join(partial) or None,
+        environment=_environment(reports),
+        noise=_noise(reports, samples),
+        bundles=tuple(bundles.values()),
+        cells=tuple(cells),
+        parity=tuple({(j.bundle, j.result.backend, j.result.precision): j for run in reports for j in run.parity}.values()),
+        capacity=tuple(c for run in reports for c in run.capacity),
+        decision_age=tuple(age for run in reports for age in run.decision_age),
+        left_out=_left_out(reports),
+        samples_file=None,
+    )
+    return replace(merged, recommendations=recommend(merged)), samples
+
+
+def renamed(report: BenchReport, names: Mapping[str, str]) -> BenchReport:
+    """Return `report` with other names of backends: one that was opened with options of its own is another one.
+
+    Its recommendations and ages of decisions are left out.
+    """
+
+    def new(old: str) -> str:
+        return names.get(old, old)
+
+    return replace(
+        report,
+        cells=tuple(replace(cell, key=replace(cell.key, backend=new(cell.key.backend))) for cell in report.cells),
+        parity=tuple(replace(j, result=replace(j.result, backend=new(j.result.backend))) for j in report.parity),
+        capacity=tuple(replace(found, backend=new(found.backend)) for found in report.capacity),
+        recommendations=(),
+        decision_age=(),
+    )
+
+
+def _hardware(report: BenchReport) -> tuple[str, int, str | None]:
+    return report.environment.processor, report.environment.cores, report.environment.gpu
+
+
+def _environment(reports: list[BenchReport]) -> Environment:
+    """Return that of the first, with the versions of all Pythons."""
+    found: dict[str, list[str]] = {}
+    for report in reports:
+        for name, version in report.environment.versions.items():
+            found.setdefault(name, []).append(version)
+    pythons = dict.fromkeys(report.environment.python for report in reports)
+    return replace(
+        reports[0].environment,
+        python=" and ".join(pythons),
+        versions={name: " and ".join(dict.fromkeys(versions)) for name, versions in found.items()},
+    )
+
+
+def _noise(reports: list[BenchReport], samples: Samples) -> Noise | None:
+    known = [(report, report.noise) for report in reports if report.noise is not None]
+    if not known:
+        return None
+    seconds = sum(report.seconds for report, _ in known)
+
+    def average(values: list[float | None]) -> float | None:
+        pairs = [(v, report.seconds) for v, (report, _) in zip(values, known, strict=True) if v is not None]
+        return sum(v * s for v, s in pairs) / seconds if pairs else None
+
+    canary = samples["canary_us"]
+    return Noise(
+        noisy=any(noise.noisy for _, noise in known),
+        reasons=told_together([(i, reason) for i, (_, noise) in enumerate(known, 1) for reason in noise.reasons]),
+        canary_us=of_blocks(canary),
+        canary_spread=canary_spread(canary),
+        others_cpu=average([noise.others_cpu for _, noise in known]),
+        stolen_cpu=average([noise.stolen_cpu for _, noise in known]),
+    )
+
+
+def told_together(reasons: Sequence[tuple[int, str]]) -> tuple[str, ...]:
+    """Return the sentences of all runs, those that differ in their figures alone as one: that with the largest figure.
+
+    Parameters
+    ----------
+    reasons : sequence of (int, str)
+        Number of a run, and what disturbed it.
+    """
+    figure = re.compile(r"[-+]?\d+(?:\.\d+)?")
+    alike: dict[str, list[tuple[float, int, str]]] = {}
+    for run, reason in reasons:
+        largest = max((abs(float(text)) for text in figure.findall(reason)), default=0.0)
+        alike.setdefault(figure.sub("#", reason), []).append((largest, run, reason))
+    told = []
+    for group in alike.values():
+        _, worst, reason = max(group)
+        runs = spans([run for _, run, _ in group])
+        told.append(f"Run {worst}: {reason}" if len(group) == 1 else f"Runs {runs}, the most in run {worst}: {reason}")
+    return tuple(told)
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Return rising numbers as text, those in a row together: "1 to 3, 5"."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][-1] + 1:
+            found[-1].append(number)
+        else:
+            found.append([number])
+    return ", ".join(f"{first}{f' to {rest[-1]}' if rest else ''}" for first, *rest in found)
+
+
+def _left_out(reports: list[BenchReport]) -> tuple[LeftOut, ...]:
+    """Return what no run could measure."""
+    measured = {cell.key.backend for report in reports for cell in report.cells}
+    found: dict[LeftOut, None] = {}
+    for report in reports:
+        for entry in report.left_out:
+            what = [name for name in entry.what.split(", ") if name not in measured]
+            if what:
+                found[replace(entry, what=", ".join(what))] = None
+    return tuple(found)

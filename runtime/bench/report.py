@@ -1,0 +1,301 @@
+"""A benchmark report for people: as Markdown, and as one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from sjepa_deploy.errors import BenchmarkError, MissingDependencyError
+from sjepa_deploy.runtime.bench import report_plots as plots
+from sjepa_deploy.runtime.bench import report_tables
+from sjepa_deploy.runtime.bench.compare import Comparison
+from sjepa_deploy.runtime.bench.report_plots import Plot
+from sjepa_deploy.runtime.bench.results import HARNESS, BenchReport, Cell, Judgement, Samples, Scenario
+from sjepa_deploy.runtime.bench.tables import Table, all_markdown, markdown_code, markdown_text
+
+Draw = Callable[[], Plot | None]
+
+TEMPLATE = "report.html"
+"""Jinja template in sjepa_deploy/data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of a report.
+
+    Attributes
+    ----------
+    name, title : str
+        Where links lead to, and the heading.
+    lead : str
+        What to know before reading the figures.
+    tables : tuple of Table
+        Those without rows are left out, and a section without content too.
+    draw : tuple of tuple of callables
+        What stands together, one after the other. Each returns a plot, or None where there is nothing to draw.
+    """
+
+    name: str
+    title: str
+    lead: str
+    tables: tuple[Table, ...] = ()
+    draw: tuple[tuple[Draw, ...], ...] = ()
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to show."""
+        return not any(table.rows for table in self.tables)
+
+
+_LEADS: dict[Scenario, tuple[str, str]] = {
+    "back-to-back": (
+        "Back to back",
+        "Closed loop: each call begins when the last one has ended. It shows the cost of a call at its best, and hides what "
+        "queues behind a slow one.",
+    ),
+    "paced": (
+        "Paced",
+        "Open loop, as in live decoding: windows are due at a rate, whatever the backend does. Latency counts from the time a "
+        "window was due, so one that is late makes those behind it late too.",
+    ),
+    "streams": (
+        "Many streams",
+        "Independent streams, batched within the deadline. A stream is held as long as p99 stays within the deadline and the "
+        "backlog does not grow.",
+    ),
+    "throughput": ("Throughput", "Closed loop over batch sizes. Decoded a second counts windows over the time in the backend."),
+    "cold-start": ("Cold start", "New processes, from their start to the first decision and the steady state."),
+}
+
+
+def sections(report: BenchReport, samples: Samples) -> tuple[Section, ...]:
+    """Return the parts of `report` that have content, in their order."""
+    found = [
+        Section(
+            name="decision-age",
+            title="Age of a decision",
+            lead="An upper bound on how old the EEG behind a decision is: the whole hop, the 99th percentiles of what is "
+            "measured. The window is half of the newest token's span. The model part is the end of the window that enters no "
+            "token; a shorter window on the same weights (sjepa-export --n-times) is without it, and its outputs differ.",
+            tables=(report_tables.age_table(report), report_tables.age_sources(report)),
+            draw=((lambda: plots.age_plot(report.decision_age),),),
+        )
+    ]
+    for scenario, (title, lead) in _LEADS.items():
+        cells = [cell for cell in report.cells if cell.key.scenario == scenario]
+        if scenario == "cold-start":
+            shown: tuple[Table, ...] = (report_tables.cold_start_table(report),)
+        else:
+            shown = report_tables.cell_tables(report, scenario)
+            shown += (report_tables.capacity_table(report),) if scenario == "streams" else ()
+        draw = tuple(_drawers(scenario, bundle, cells, samples) for bundle in _bundles(cells))
+        found.append(Section(name=scenario, title=title, lead=lead, tables=shown, draw=draw))
+    found += [
+        Section(
+            name="parity",
+            title="Parity",
+            lead="Every backend was compared with the PyTorch model in float64 in this run. One that differs by more than is "
+            "allowed is struck out everywhere: fast and wrong is wrong.",
+            tables=(report_tables.parity_table(report),),
+        ),
+        Section(
+            name="split",
+            title="Where the time goes",
+            lead="Calls on a GPU split with CUDA events.",
+            tables=(report_tables.split_table(report),),
+        ),
+        Section(
+            name="resources",
+            title="Memory, energy, clocks",
+            lead="Memory is what opening and warming up a backend added. States are before and after a cell.",
+            tables=(report_tables.resource_table(report),),
+        ),
+        Section(name="left-out", title="Not measured", lead="", tables=(report_tables.left_out_table(report),)),
+        Section(
+            name="environment",
+            title="Environment",
+            lead="Percentiles are of all samples of a cell, never of percentiles; intervals (95 %) come from resampled blocks, "
+            "which were run in random order. A percentile without enough samples says how many it needs.",
+            tables=(report_tables.bundle_table(report), report_tables.environment_table(report)),
+        ),
+    ]
+    return tuple(section for section in found if not section.empty)
+
+
+def _bundles(cells: Sequence[Cell]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(cell.key.bundle for cell in cells if cell.key.backend != HARNESS))
+
+
+def _drawers(scenario: Scenario, bundle: str, cells: Sequence[Cell], samples: Samples) -> tuple[Draw, ...]:
+    own = [cell for cell in cells if cell.key.bundle == bundle and cell.key.backend != HARNESS]
+    if scenario == "cold-start":
+        return (lambda: plots.cold_starts(own, f"{bundle}: from nothing to decoding"),)
+    if scenario == "throughput":
+        return (lambda: plots.throughput(own, f"{bundle}: windows a second over the batch size"),)
+    spread = (lambda: plots.histograms(own, samples, f"{bundle}: distribution of latencies, counts on a log axis"),)
+    share = (lambda: plots.exceedance(own, samples, f"{bundle}: share of windows that took longer"),)
+    if scenario == "streams":
+        return share
+    run = (lambda: plots.time_series(own, samples, f"{bundle}: latency over the run"),)
+    return spread + run + share if scenario == "paced" else spread + share
+
+
+def to_markdown(report: BenchReport) -> str:
+    """Return `report` as Markdown: its tables, what limits them, and the command that repeats them."""
+    parts = [f"# sjepa-bench: {markdown_text(_headline(report))}", *(f"> {markdown_text(text)}" for text in warnings(report))]
+    parts += [
+        f"- {markdown_text(r.bundle)}: **{markdown_text(r.backend)} {r.precision}**. {markdown_text(r.why)}"
+        for r in report.recommendations
+    ]
+    parts.append(markdown_code(report.command))
+    for section in sections(report, {}):
+        parts += [f"## {section.title}", section.lead, all_markdown(section.tables)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def write_markdown(report: BenchReport, path: Path) -> None:
+    """Write `report` as Markdown, whole or not at all.
+
+    Raises
+    ------
+    BenchmarkError
+        If it cannot be written.
+    """
+    _write_text(path, to_markdown(report))
+
+
+def comparison_to_markdown(comparison: Comparison) -> str:
+    """Return `comparison` as Markdown."""
+    parts = ["# sjepa-bench --compare", *(f"> {markdown_text(text)}" for text in comparison_warnings(comparison))]
+    parts.append(all_markdown([report_tables.change_table(comparison)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def write_html(report: BenchReport, samples: Samples, path: Path) -> None:
+    """Write `report` with plots of its raw `samples` to one HTML file, whole or not at all.
+
+    Raises
+    ------
+    BenchmarkError
+        If it cannot be written.
+    MissingDependencyError
+        If matplotlib or Jinja2 is not installed.
+    """
+    shown = [
+        (section, [[plot for draw in together if (plot := draw()) is not None] for together in section.draw])
+        for section in sections(report, samples)
+    ]
+    _write_page(
+        path,
+        title=_headline(report),
+        warnings=warnings(report),
+        recommendations=report.recommendations,
+        command=report.command,
+        facts=(report.created.replace("T", " "), *_verdicts(report)),
+        sections=shown,
+    )
+
+
+def write_comparison(comparison: Comparison, path: Path) -> None:
+    """Write `comparison` to `path`.md and `path`.html, each whole or not at all.
+
+    Raises
+    ------
+    BenchmarkError
+        If they cannot be written.
+    MissingDependencyError
+        If Jinja2 is not installed.
+    """
+    _write_text(path.with_name(f"{path.name}.md"), comparison_to_markdown(comparison))
+    table = report_tables.change_table(comparison)
+    section = Section(name="changes", title="Changes", lead="", tables=(table,))
+    _write_page(
+        path.with_name(f"{path.name}.html"),
+        title=f"{comparison.before} against {comparison.after}",
+        warnings=comparison_warnings(comparison),
+        recommendations=(),
+        command="",
+        facts=(f"{len(table.rows)} cells in both",),
+        sections=[(section, [])],
+    )
+
+
+def warnings(report: BenchReport) -> tuple[str, ...]:
+    """Return what a reader must know before believing a figure."""
+    found = [] if report.partial is None else [f"Partial: {report.partial}"]
+    if report.noise is not None and report.noise.noisy:
+        found.append(f"The machine was not quiet: {' '.join(report.noise.reasons)}")
+    if wrong := sorted(_judged(judgement) for judgement in report.parity if not judgement.passed):
+        found.append(f"Outputs are wrong, and struck out: {', '.join(wrong)}.")
+    careful: dict[str, list[str]] = {}
+    for judgement in report.parity:
+        if judgement.caution is not None:
+            careful.setdefault(f"{judgement.result.backend} {judgement.result.precision}", []).append(judgement.bundle)
+    if careful:
+        names = "; ".join(f"{who} ({', '.join(bundles)})" for who, bundles in sorted(careful.items()))
+        found.append(f"Right on EEG, but not on windows with electrode offsets of millivolts (errors are under Parity): {names}.")
+    cells = [cell for cell in report.cells if cell.latency is not None]
+    if drifting := [cell.key.label for cell in cells if cell.latency is not None and cell.latency.drifting]:
+        found.append(f"Latencies rose or fell over the run: {', '.join(drifting)}.")
+    if unstable := [cell.key.label for cell in cells if cell.latency is not None and not cell.latency.stable]:
+        found.append(f"The warm-up did not become stable: {', '.join(unstable)}.")
+    if random := [b.label for b in report.bundles if b.weights == "random"]:
+        found.append(f"Random weights, whose predictions mean nothing: {', '.join(random)}.")
+    return tuple(found)
+
+
+def _judged(judgement: Judgement) -> str:
+    return f"{judgement.bundle} on {judgement.result.backend} {judgement.result.precision}"
+
+
+def comparison_warnings(comparison: Comparison) -> tuple[str, ...]:
+    """Return what a reader must know before believing a change."""
+    found = [f"Changes within {100 * comparison.smallest_claim:.2g} % are not claimed."]
+    if (machine := comparison.machine) is not None:
+        interval = "" if machine.low is None or machine.high is None else f" ({machine.low:+.1%} to {machine.high:+.1%})"
+        found.append(f"A fixed piece of work took {machine.value:+.1%}{interval} longer: the machine itself.")
+    found += [f"Different: {what}" for what in comparison.differs]
+    found += [f"Only in {comparison.before}: {cell}" for cell in comparison.only_before]
+    found += [f"Only in {comparison.after}: {cell}" for cell in comparison.only_after]
+    return tuple(found)
+
+
+def _headline(report: BenchReport) -> str:
+    return report.environment.gpu or f"{report.environment.processor}, {report.environment.cores} cores"
+
+
+def _verdicts(report: BenchReport) -> tuple[str, ...]:
+    judged = len(report.parity)
+    facts = [f"{len(report.cells)} cells", f"{sum(judgement.passed for judgement in report.parity)} of {judged} pass parity"]
+    if report.noise is not None:
+        facts.append("noisy machine" if report.noise.noisy else "quiet machine")
+    return tuple(facts)
+
+
+def _write_page(path: Path, **content: object) -> None:
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError as e:
+        raise MissingDependencyError("Jinja2", "bench") from e
+    source = resources.files("sjepa_deploy").joinpath("assets", TEMPLATE).read_text(encoding="utf-8")
+    script = source.partition("<script>")[2].partition("</script>")[0]
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(source).render(script_hash=allowed, **content)
+    _write_text(path, page)
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as e:
+        raise BenchmarkError(f"{path} cannot be written ({e.strerror}).", "Choose another --out.") from e
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,761 @@
+"""What `sjepa-bench` found: the dataclasses of a benchmark report, and the two files that it is kept in.
+
+``NAME.json`` holds a `BenchReport` (``sjepa_deploy/assets/benchmark.schema.json`` describes it) and ``NAME.npz`` the raw samples
+of every cell, from which each figure can be computed again. Latencies are in microseconds, instants in seconds.
+
+Arrays of a cell in the ``.npz``, one value a call (one a window in open loop), by `Cell.id`:
+
+======================  ==================================================================================================
+``ID.latency_us``       what the percentiles are of: the call, or in open loop the time from due to done
+``ID.block``            number of the block that the sample belongs to
+``ID.at_s``             open loop: when the window was due, from the start of the run
+``ID.service_us``       open loop: the call alone, without the wait behind other windows
+======================  ==================================================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sjepa_deploy.errors import BenchmarkError
+from sjepa_deploy.parity import NOT_FINITE, ParityResult
+from sjepa_deploy.serialize import DecodeError, decode, encode
+from sjepa_deploy.spec import RunPrecision, Variant
+
+SCHEMA_VERSION = 1
+
+Scenario = Literal["back-to-back", "paced", "streams", "throughput", "cold-start"]
+"""Closed loop; open loop of one stream; open loop of many streams, batched; closed loop over batch sizes; a new process."""
+
+SCENARIOS: tuple[Scenario, ...] = ("back-to-back", "paced", "streams", "throughput", "cold-start")
+
+HARNESS = "nothing"
+"""Name of the backend that does nothing: what measuring costs."""
+
+INTERRUPTED = "It was interrupted."
+
+PERCENTS = (50.0, 90.0, 95.0, 99.0, 99.9)
+
+Samples = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A figure with its 95 % confidence interval.
+
+    Attributes
+    ----------
+    value : float
+        The figure.
+    low, high : float or None
+        Bounds; None where too few blocks were run to tell.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Percentile:
+    """One percentile of the pooled samples of a cell.
+
+    Attributes
+    ----------
+    percent : float
+        Which, e.g. 99.9.
+    value : Estimate or None
+        In microseconds; None where there are too few samples to say.
+    n_needed : int
+        Samples that it needs.
+    """
+
+    percent: float
+    value: Estimate | None
+    n_needed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """The distribution of the latencies of a cell, in microseconds.
+
+    Attributes
+    ----------
+    n, n_blocks : int
+        Samples, and blocks that they were taken in.
+    percentiles : tuple of Percentile
+        p50, p90, p95, p99 and p99.9.
+    min_us, mean_us, max_us : float
+        Of all samples.
+    jitter_us : float or None
+        Standard deviation of the interval between the outputs of two windows in a row; open loop only.
+    stable : bool
+        Whether the warm-up ended with latencies that no longer fell or rose.
+    drifting : bool
+        Whether the medians of the blocks rise or fall over the run (Mann-Kendall, 1 %).
+    """
+
+    n: int
+    n_blocks: int
+    percentiles: tuple[Percentile, ...]
+    min_us: float
+    mean_us: float
+    max_us: float
+    jitter_us: float | None = None
+    stable: bool = True
+    drifting: bool = False
+
+    def at(self, percent: float) -> Estimate | None:
+        """Return the percentile `percent` in microseconds, or None where there are too few samples."""
+        return next((p.value for p in self.percentiles if p.percent == percent), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Where the time of a call goes, in microseconds: medians of calls that were split, apart from those of the percentiles.
+
+    GPU backends are split with CUDA events on their stream. With mapped memory there are no copies: h2d and d2h are None.
+
+    Attributes
+    ----------
+    n : int
+        Calls that were split.
+    enqueue_us : float
+        Until everything was handed to the GPU.
+    h2d_us, d2h_us : float or None
+        Copies of input and output between the events.
+    compute_us : float
+        The model.
+    host_us : float
+        The call less what the GPU took.
+    overhead_us : float
+        What the events add to a call.
+    how : str
+        In which mode the call was split, e.g. "stream, copies" where the measured calls replay a graph.
+    """
+
+    n: int
+    enqueue_us: float
+    h2d_us: float | None
+    compute_us: float
+    d2h_us: float | None
+    host_us: float
+    overhead_us: float
+    how: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenLoop:
+    """How windows that come at a rate were served.
+
+    Attributes
+    ----------
+    n_due, n_done : int
+        Windows that were due, and that were served before the run was given up.
+    held : bool
+        Whether the backlog stays bounded. Where not, latencies grow with the length of the run and mean nothing: there are none.
+    utilization : float
+        Time in the backend over the time that the windows take to arrive.
+    deadline_s : float
+        From due to done.
+    missed : int
+        Windows that were done later than that.
+    longest_run : int
+        Most windows missed in a row (of one stream after another, by due time).
+    beats : int
+        Dummy calls of the keep-warm policy.
+    beats_busy : float
+        Share of the time that they took.
+    cpu : float
+        Processor seconds of this process for each second of the run: pacing spins, keep-warm works.
+    mean_batch : float
+        Windows of a call.
+    """
+
+    n_due: int
+    n_done: int
+    held: bool
+    utilization: float
+    deadline_s: float
+    missed: int
+    longest_run: int
+    beats: int = 0
+    beats_busy: float = 0.0
+    cpu: float = 0.0
+    mean_batch: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One phase of a cold start.
+
+    Attributes
+    ----------
+    name : str
+        "engine build" or "first call, nothing cached" where there is one, before the others; then "process", "import",
+        "open bundle", "open backend", "first call", "steady call".
+    seconds : Estimate
+        Median over the processes, with the smallest and the largest of them as bounds.
+    """
+
+    name: str
+    seconds: Estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColdStart:
+    """How long it takes from nothing to decoding, in processes of their own.
+
+    Attributes
+    ----------
+    n : int
+        Processes.
+    phases : tuple of Phase
+        In order.
+    engine : str or None
+        "built" or "cached", where the backend has an engine; None where it has none.
+    calls_to_steady : int
+        Calls until one takes at most 1.5 times the steady call (median over the processes).
+    """
+
+    n: int
+    phases: tuple[Phase, ...]
+    engine: str | None
+    calls_to_steady: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineState:
+    """What the machine was like before or after a cell; None where it does not tell.
+
+    Attributes
+    ----------
+    cpu_mhz : float or None
+        Mean over the cores.
+    load : float or None
+        Load average of a minute.
+    gpu_mhz, gpu_memory_mhz, gpu_celsius, gpu_watts : float or None
+        What NVML says.
+    """
+
+    cpu_mhz: float | None = None
+    load: float | None = None
+    gpu_mhz: float | None = None
+    gpu_memory_mhz: float | None = None
+    gpu_celsius: float | None = None
+    gpu_watts: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a backend takes.
+
+    Attributes
+    ----------
+    host_bytes : int or None
+        Largest resident memory of a process that decodes with this backend alone; cold starts only.
+    device_bytes : int or None
+        Device memory that opening it and calling it at every batch size of parity took.
+    joules_per_window : float or None
+        Energy of the whole GPU (NVML's counter) over the windows decoded.
+    """
+
+    host_bytes: int | None = None
+    device_bytes: int | None = None
+    joules_per_window: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellKey:
+    """What was measured: cells of two reports with equal keys can be compared.
+
+    Attributes
+    ----------
+    scenario : str
+        See `Scenario`.
+    bundle : str
+        `BundleFacts.label`.
+    backend, precision : str
+        What ran it.
+    batch : int
+        Windows of a call; for many streams the most that are batched.
+    rate : float or None
+        Open loop: windows a second, of each stream.
+    n_streams : int or None
+        Open loop of many streams: how many.
+    keep_warm : bool
+        Open loop: whether idle gaps were filled by the keep-warm policy.
+    """
+
+    scenario: Scenario
+    bundle: str
+    backend: str
+    precision: RunPrecision
+    batch: int = 1
+    rate: float | None = None
+    n_streams: int | None = None
+    keep_warm: bool = False
+
+    @property
+    def what(self) -> str:
+        """The scenario with its parameters: "paced 100/s keep-warm"."""
+        words: list[str] = [self.scenario]
+        if self.n_streams is not None:
+            words.append(f"{self.n_streams} x")
+        if self.rate is not None:
+            words.append(f"{self.rate:g}/s")
+        if self.scenario in ("throughput", "back-to-back"):
+            words.append(f"batch {self.batch}")
+        if self.keep_warm:
+            words.append("keep-warm")
+        return " ".join(words)
+
+    @property
+    def label(self) -> str:
+        """A name for people: "paced 100/s keep-warm: contextual ort-cpu fp32"."""
+        return f"{self.what}: {self.bundle} {self.backend} {self.precision}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One measurement.
+
+    Attributes
+    ----------
+    id : str
+        Prefix of its arrays in the ``.npz``.
+    key : CellKey
+        What was measured.
+    parity : bool or None
+        `Judgement.passed`; None for the backend that does nothing. Where False the cell is struck out: it is fast and wrong.
+    caution : str or None
+        `Judgement.caution`.
+    latency : Latency or None
+        None where the rate was not held, and for cold starts.
+    windows_per_s : Estimate or None
+        Closed loop: windows over the time in the backend.
+    open_loop : OpenLoop or None
+        Paced and many streams.
+    cold_start : ColdStart or None
+        Cold start.
+    split : Split or None
+        Where the backend can be split.
+    resources : Resources
+        Memory and energy.
+    before, after : MachineState
+        Clocks and temperatures before its first block and after its last.
+    stolen_cpu : float or None
+        Cores that the hypervisor took during its blocks, on average; None where the system does not tell.
+    """
+
+    id: str
+    key: CellKey
+    parity: bool | None
+    caution: str | None = None
+    latency: Latency | None = None
+    windows_per_s: Estimate | None = None
+    open_loop: OpenLoop | None = None
+    cold_start: ColdStart | None = None
+    split: Split | None = None
+    resources: Resources = Resources()
+    before: MachineState = MachineState()
+    after: MachineState = MachineState()
+    stolen_cpu: float | None = None
+
+    @property
+    def struck_out(self) -> bool:
+        """Whether the outputs are wrong."""
+        return self.parity is False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """How many streams a backend holds: p99 within the deadline, and a backlog that stays bounded.
+
+    Attributes
+    ----------
+    bundle, backend, precision : str
+        What ran.
+    rate : float
+        Windows a second of each stream.
+    deadline_s : float
+        From due to done.
+    n_held : int
+        Most streams that were held; 0 if not even one was.
+    n_refused : int or None
+        Fewest streams that were tried and not held; None if all that were tried were.
+    """
+
+    bundle: str
+    backend: str
+    precision: RunPrecision
+    rate: float
+    deadline_s: float
+    n_held: int
+    n_refused: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """Parity of one backend, judged in the same run on the same machine.
+
+    Attributes
+    ----------
+    bundle : str
+        `BundleFacts.label`.
+    result : ParityResult
+        What was found on every window of the reference.
+    without_offsets : ParityResult or None
+        Where that failed, worst on a window with electrode offsets: what was found on those without. A high-pass removes them,
+        and float32 loses digits on them (PyTorch's does; graphs of this toolkit subtract them first).
+    """
+
+    bundle: str
+    result: ParityResult
+    without_offsets: ParityResult | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the outputs are right, on windows with electrode offsets or at least on those without."""
+        return self.result.passed or (self.without_offsets is not None and self.without_offsets.passed)
+
+    @property
+    def caution(self) -> str | None:
+        """What to know of a backend that passed on windows without electrode offsets only."""
+        if self.result.passed or not self.passed:
+            return None
+        where = "on windows with electrode offsets of millivolts"
+        if self.result.max_error == NOT_FINITE:
+            return f"Outputs are not finite {where}."
+        error, allowed = self.result.max_error, self.result.tolerance
+        return f"Outputs differ by {error:.0e} of their scale {where} ({allowed:.0e} is allowed)."
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgePart:
+    """One part of the age of a decision.
+
+    Attributes
+    ----------
+    name : str
+        "model", "filters", "window", "hop", "transport", "inference", ...
+    seconds : float
+        How much it adds.
+    source : str
+        Where the figure comes from, e.g. "measured: p99, paced 10/s" or "group delay at 10 Hz".
+    """
+
+    name: str
+    seconds: float
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecisionAge:
+    """How old the EEG is that a decision rests on, part by part.
+
+    Attributes
+    ----------
+    bundle, backend, precision : str
+        What decodes.
+    parts : tuple of AgePart
+        In the order of the signal.
+    """
+
+    bundle: str
+    backend: str
+    precision: RunPrecision
+    parts: tuple[AgePart, ...]
+
+    @property
+    def total_s(self) -> float:
+        """The sum of the parts."""
+        return sum(part.seconds for part in self.parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommendation:
+    """The backend to use for a bundle on this machine.
+
+    Attributes
+    ----------
+    bundle, backend, precision : str
+        The choice.
+    why : str
+        Reasons, as sentences.
+    """
+
+    bundle: str
+    backend: str
+    precision: RunPrecision
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """What was not measured.
+
+    Attributes
+    ----------
+    what, reason : str
+        E.g. "contextual on tensorrt fp32" and why.
+    """
+
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleFacts:
+    """A bundle that was measured.
+
+    Attributes
+    ----------
+    label : str
+        Its name in this report.
+    variant : str
+        Architecture.
+    n_chans, n_times : int
+        Shape of a window.
+    sfreq : float
+        Sampling rate in Hz.
+    digest : str
+        sha256 of its manifest, which holds the hash of every file.
+    weights : str
+        Where the weights come from, or "random".
+    """
+
+    label: str
+    variant: Variant
+    n_chans: int
+    n_times: int
+    sfreq: float
+    digest: str
+    weights: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Hardware and software.
+
+    Attributes
+    ----------
+    processor, system, python : str
+        As the system names them.
+    cores : int
+        That this process may use.
+    versions : dict of str to str
+        Of the packages that matter and are installed.
+    commit : str or None
+        Of the source tree that ran, where it is one.
+    gpu, gpu_driver : str or None
+        Name, compute capability and memory; version.
+    governor : str or None
+        CPU frequency governor.
+    clock : str
+        What timed, and its resolution.
+    """
+
+    processor: str
+    cores: int
+    system: str
+    python: str
+    versions: dict[str, str]
+    commit: str | None = None
+    gpu: str | None = None
+    gpu_driver: str | None = None
+    governor: str | None = None
+    clock: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """Whether the machine was quiet.
+
+    A fixed piece of work (the canary) is timed before every block. Its medians over the run tell whether the machine itself
+    became faster or slower.
+
+    Attributes
+    ----------
+    noisy : bool
+        Whether one of the reasons holds.
+    reasons : tuple of str
+        What was wrong, as sentences.
+    canary_us : Estimate
+        Median of the canary, with its interval.
+    canary_spread : float
+        Interquartile range of the canary's medians over blocks, relative to their median.
+    others_cpu : float or None
+        Cores that other processes kept busy, on average.
+    stolen_cpu : float or None
+        Cores that the hypervisor took, on average.
+    """
+
+    noisy: bool
+    reasons: tuple[str, ...]
+    canary_us: Estimate
+    canary_spread: float
+    others_cpu: float | None = None
+    stolen_cpu: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchReport:
+    """One run of ``sjepa-bench``.
+
+    Attributes
+    ----------
+    schema_version : int
+        Version of this description.
+    created : str
+        When the run began, ISO 8601, UTC.
+    seconds : float
+        How long it took.
+    command : str
+        What repeats it.
+    seed : int
+        Of the order of blocks, the windows and the phases of streams.
+    partial : str or None
+        Why the run ended before everything was measured; None for a whole one.
+    environment : Environment
+        Hardware and software.
+    noise : Noise or None
+        Whether the machine was quiet; None if the run ended before that could be told.
+    bundles : tuple of BundleFacts
+        What was measured.
+    cells : tuple of Cell
+        In a fixed order; the first one is the backend that does nothing.
+    loop_us : float or None
+        What a turn of the measuring loop costs beyond the call that it times.
+    parity : tuple of Judgement
+        Whether the backends are right.
+    capacity : tuple of Capacity
+        Streams that are held.
+    decision_age : tuple of DecisionAge
+        Budgets.
+    recommendations : tuple of Recommendation
+        One for each bundle.
+    left_out : tuple of LeftOut
+        What could not be measured here.
+    samples_file : str or None
+        Name of the ``.npz`` beside this file.
+    """
+
+    schema_version: int
+    created: str
+    seconds: float
+    command: str
+    seed: int
+    partial: str | None
+    environment: Environment
+    noise: Noise | None
+    bundles: tuple[BundleFacts, ...]
+    cells: tuple[Cell, ...]
+    loop_us: float | None = None
+    parity: tuple[Judgement, ...] = ()
+    capacity: tuple[Capacity, ...] = ()
+    decision_age: tuple[DecisionAge, ...] = ()
+    recommendations: tuple[Recommendation, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    samples_file: str | None = None
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether somebody ended the run, rather than its time limit."""
+        return self.partial == INTERRUPTED
+
+    def cell(self, key: CellKey) -> Cell | None:
+        """Return the cell of `key`, or None."""
+        return next((cell for cell in self.cells if cell.key == key), None)
+
+
+def write_report(report: BenchReport, samples: Samples, path: Path) -> BenchReport:
+    """Write `report` to `path`, a ``.json``, and its samples beside it. Returns it with the name of their file.
+
+    What is there is replaced whole or not at all.
+
+    Raises
+    ------
+    BenchmarkError
+        If they cannot be written.
+    """
+    arrays = path.with_suffix(".npz")
+    report = dataclasses.replace(report, samples_file=arrays.name)
+    try:
+        with _whole(arrays) as file:
+            np.savez_compressed(file, **dict[str, Any](samples))
+        with _whole(path) as file:
+            file.write_text(json.dumps(encode(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as e:
+        raise BenchmarkError(f"{path} cannot be written ({e.strerror}).", "Choose another --out.") from e
+    return report
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Give a name beside `path`, and move what was written there to `path` when the block ends well."""
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_report(path: Path) -> BenchReport:
+    """Read a report.
+
+    Raises
+    ------
+    BenchmarkError
+        If the file is missing, no report, or of a newer schema.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise BenchmarkError(f"{path} cannot be read ({e.strerror}).", "Name the .json that sjepa-bench wrote.") from e
+    except (ValueError, RecursionError) as e:
+        raise BenchmarkError(f"{path} is not JSON ({e}).", "Name the .json that sjepa-bench wrote.") from e
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise BenchmarkError(
+            f"{path} has schema version {version}; this release reads up to {SCHEMA_VERSION}.", "Upgrade sjepa-deploy."
+        )
+    try:
+        return decode(BenchReport, data)
+    except DecodeError as e:
+        raise BenchmarkError(f"{path} is no benchmark report: {e}.", "Name the .json that sjepa-bench wrote.") from e
+
+
+def load_samples(report: BenchReport, path: Path) -> Samples:
+    """Read the raw samples of the `report` that was read from `path`.
+
+    Raises
+    ------
+    BenchmarkError
+        If they are not beside it.
+    """
+    if report.samples_file is None:
+        return {}
+    file = path.with_name(Path(report.samples_file).name)
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError) as e:
+        raise BenchmarkError(f"The samples of {path} cannot be read ({e}).", f"Keep {file.name} beside it.") from e
+
+
+def samples_needed(percent: float) -> int:
+    """Return how many samples a percentile needs: five beyond it, as fewer say nothing about where the tail ends."""
+    return math.ceil(round(5 / (1 - percent / 100), 6))

@@ -1,0 +1,1 @@
+"""Live decoding: sources, windows, decisions, records."""

@@ -1,0 +1,226 @@
+"""Judging the live path: its decisions on a recording, however it is cut into chunks, beside those of PyTorch offline."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sjepa_deploy.eeg.causal import HALF_TAPS, design_sos, ratio_of_rates
+from sjepa_deploy.eeg.interpolation import match_channels, mixing_matrix
+from sjepa_deploy.eeg.recording import fit_recording, read_recording, windows
+from sjepa_deploy.errors import StreamError
+from sjepa_deploy.parity import TOLERANCE
+from sjepa_deploy.runtime.backend import open_backend
+from sjepa_deploy.runtime.live.decoder import Decoder, StreamConfig
+from sjepa_deploy.runtime.live.sources import ReplaySource, StreamInfo
+from sjepa_deploy.runtime.predictor import Predictor
+from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, Unit
+
+if TYPE_CHECKING:
+    import mne
+    from numpy.typing import NDArray
+
+CHUNKS = ("1", "7", "32", "1000", "random")
+"""Samples that the device sends at once, in the checks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingParity:
+    """How the live path compares with an offline one on the same recording.
+
+    Attributes
+    ----------
+    recording, backend, precision : str
+        What was judged.
+    n_windows : int
+        Decisions compared.
+    chunks : tuple of str
+        Samples that were sent at once.
+    identical : bool
+        Whether all chunkings gave the same bits, and the same as the backend on windows of the whole recording filtered at once.
+    max_error, tolerance : float
+        Largest difference from PyTorch in float64 on these windows, relative to the outputs' root mean square, and what is
+        allowed.
+    passed : bool
+        Whether `identical`, and within the tolerance.
+    correlation : float or None
+        Between decisions on causal and on zero-phase preprocessing, which the model was trained with; the smallest over outputs.
+        None where the recording is too short for the zero-phase filter.
+    difference : float or None
+        Root mean square of their difference, relative to the standard deviation of the zero-phase decisions.
+    flips : float or None
+        Share of windows whose largest output is another one. None for a single output.
+    filter_delay : tuple of (float, float)
+        Frequency in Hz, and delay of the causal filters in seconds.
+    """
+
+    recording: str
+    backend: str
+    precision: str
+    n_windows: int
+    chunks: tuple[str, ...]
+    identical: bool
+    max_error: float
+    tolerance: float
+    passed: bool
+    correlation: float | None
+    difference: float | None
+    flips: float | None
+    filter_delay: tuple[tuple[float, float], ...]
+
+
+def check_streaming(
+    predict: Predictor,
+    recording: Path,
+    config: StreamConfig,
+    *,
+    unit: Unit | None = None,
+    sfreq: float | None = None,
+    chunks: tuple[str, ...] = CHUNKS,
+) -> StreamingParity:
+    """Decode a recording through the live path with every chunking, and offline with PyTorch.
+
+    The offline path shares nothing with the live one but the filter's coefficients and the interpolation's weights: SciPy filters
+    the whole recording at once, and PyTorch runs the checkpoint in the bundle in float64.
+
+    Parameters
+    ----------
+    predict : Predictor
+        The bundle on a backend.
+    recording : Path
+        See `sjepa_deploy.eeg.recording.read_recording`, with `unit` and `sfreq`.
+    config : StreamConfig
+        Hop, interpolation and bad channels. Late windows are decoded, and channels that turn bad only flagged.
+    chunks : tuple of str
+        Samples to send at once, or "random".
+
+    Raises
+    ------
+    StreamError
+        If the recording does not fit the model, or holds no window.
+    """
+    spec = predict.spec
+    config = dataclasses.replace(config, late="queue", bad_channels="flag", bridge=0)
+    raw = read_recording(recording, sfreq=sfreq, unit=unit, ch_names=spec.ch_names)
+    raw.drop_channels(raw.info["bads"])
+    raw.drop_channels([name for name in raw.ch_names if name.casefold() in {bad.casefold() for bad in config.bads}])
+    config = dataclasses.replace(config, bads=())
+    info = StreamInfo(name=recording.name, ch_names=tuple(raw.ch_names), sfreq=raw.info["sfreq"], unit="V")
+    samples = np.ascontiguousarray(raw.get_data().T)
+    runs = []
+    for chunk in chunks:
+        source = ReplaySource(info, samples, speed=float("inf"), chunk=_chunking(chunk))
+        decoder = Decoder(predict, source, config)
+        runs.append(np.array([decision.prediction for decision in decoder]))
+    if not len(runs[0]):
+        raise StreamError(f"{recording.name} holds no window of {spec.n_times / spec.sfreq:g} s.", "Give a longer recording.")
+    causal = causal_preprocessing(samples, info, spec, interpolate=config.interpolate)
+    cut = np.ascontiguousarray(windows(causal, spec.n_times, decoder.hop))
+    offline = np.array([predict(window[None])[0].copy() for window in cut])
+    identical = all(run.shape == offline.shape and run.tobytes() == offline.tobytes() for run in runs)
+    reference = open_backend(predict.bundle, "torch", "fp32")
+    expected = np.concatenate([reference.run(cut[start : start + 64]) for start in range(0, len(cut), 64)]).astype(np.float64)
+    live = runs[0].astype(np.float64)
+    scale = float(np.sqrt(np.mean(expected**2))) or 1.0
+    max_error = float(np.abs(live - expected[: len(live)]).max()) / scale
+    tolerance = TOLERANCE[predict.backend.precision]
+    return StreamingParity(
+        recording=recording.name,
+        backend=predict.backend.name,
+        precision=predict.backend.precision,
+        n_windows=len(live),
+        chunks=chunks,
+        identical=identical,
+        max_error=max_error,
+        tolerance=tolerance,
+        passed=identical and max_error <= tolerance,
+        filter_delay=decoder.windows.delay.at_hz,
+        **_beside_zero_phase(raw, predict, decoder.hop, live, interpolate=config.interpolate),
+    )
+
+
+def causal_preprocessing(
+    samples: NDArray[np.float64], info: StreamInfo, spec: ModelSpec, *, interpolate: bool = False
+) -> NDArray[np.float32]:
+    """Return a whole stream, shape (n_samples, n_chans of it), as the live path gives it to the model, without that path.
+
+    Returns
+    -------
+    ndarray of float32, shape (n_chans of the model, n_samples at its rate)
+    """
+    from scipy.signal import sosfilt, sosfilt_zi
+
+    columns, names, _ = match_channels(spec, info, interpolate=interpolate, bads=())
+    signal = samples[:, columns] * (UNITS_IN_VOLTS[info.unit] / UNITS_IN_VOLTS[spec.unit])
+    sos, gain = design_sos(spec.preprocessing, info.sfreq, spec.sfreq), 1.0
+    first = signal[0]
+    if len(sos):
+        gain = float(np.prod(sos[:, :3].sum(axis=1) / sos[:, 3:].sum(axis=1)))
+        signal, _ = sosfilt(sos, signal, axis=0, zi=sosfilt_zi(sos)[:, :, None] * first)
+    ratio = ratio_of_rates(info.sfreq, spec.sfreq)
+    if ratio.numerator == 1:
+        reduced = signal[:: ratio.denominator]
+    else:
+        reduced = _between_samples(np.concatenate([np.tile(gain * first, (2 * HALF_TAPS, 1)), signal]), ratio)
+    matrix, _ = mixing_matrix(names, spec)
+    fitted = np.empty((len(reduced), spec.n_chans))
+    for channel, weights in enumerate(matrix):
+        used = np.flatnonzero(weights)
+        alone = len(used) == 1 and weights[used[0]] == 1.0
+        fitted[:, channel] = reduced[:, used[0]] if alone else (np.ascontiguousarray(reduced) * weights).sum(axis=1)
+    if spec.preprocessing.reference == "average":
+        fitted = fitted - fitted.mean(axis=1, keepdims=True)
+    return np.ascontiguousarray(fitted.T, dtype=np.float32)
+
+
+def _between_samples(signal: NDArray[np.float64], ratio: Fraction) -> NDArray[np.float64]:
+    """Return `signal` at every 1 / ratio samples, by a sinc in a Kaiser window about each, `HALF_TAPS` samples late."""
+    n_out = math.ceil((len(signal) - 2 * HALF_TAPS) * ratio)
+    out = np.zeros((n_out, signal.shape[1]))
+    for k in range(n_out):
+        at = k / ratio + HALF_TAPS  # in rows of `signal`, which starts 2 * HALF_TAPS before the stream
+        before = math.floor(at)
+        away = np.arange(-HALF_TAPS + 1, HALF_TAPS + 1) - float(at - before)
+        weights = np.sinc(away) * np.i0(8 * np.sqrt(np.clip(1 - (away / HALF_TAPS) ** 2, 0, None))) / np.i0(8.0)
+        weights = weights / weights.sum()
+        for weight, row in zip(weights, signal[before - HALF_TAPS + 1 :], strict=False):
+            out[k] += weight * row
+    return out
+
+
+def _beside_zero_phase(
+    raw: mne.io.BaseRaw, predict: Predictor, hop: int, live: NDArray[np.float64], *, interpolate: bool
+) -> dict[str, Any]:
+    spec = predict.spec
+    try:
+        fitted = fit_recording(raw, spec, interpolate=interpolate)
+    except StreamError:
+        raise
+    except ValueError:  # RecordingError: too short for the zero-phase filter
+        return {"correlation": None, "difference": None, "flips": None}
+    zero_phase = predict.predict(np.ascontiguousarray(windows(fitted.data, spec.n_times, hop))).astype(np.float64)
+    n = min(len(live), len(zero_phase))
+    a, b = live[:n].reshape(n, -1), zero_phase[:n].reshape(n, -1)
+    centred_a, centred_b = a - a.mean(axis=0), b - b.mean(axis=0)
+    norm = np.sqrt((centred_a**2).sum(axis=0) * (centred_b**2).sum(axis=0))
+    correlation = (centred_a * centred_b).sum(axis=0) / np.where(norm > 0, norm, 1.0)
+    spread = float(np.sqrt((centred_b**2).mean())) or 1.0
+    return {
+        "correlation": float(correlation.min()),
+        "difference": float(np.sqrt(((a - b) ** 2).mean())) / spread,
+        "flips": float((a.argmax(axis=1) != b.argmax(axis=1)).mean()) if a.shape[1] > 1 and live.ndim == 2 else None,
+    }
+
+
+def _chunking(chunk: str) -> int | Callable[[], int]:
+    if chunk != "random":
+        return int(chunk)
+    rng = np.random.default_rng(0)
+    return lambda: int(rng.integers(1, 500))

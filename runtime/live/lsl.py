@@ -1,0 +1,304 @@
+"""Lab Streaming Layer: a source, an outlet for decisions. Through pylsl, which runs on Python 3.10 and is thin over liblsl."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sjepa_deploy.errors import MissingDependencyError, StreamError, listed
+from sjepa_deploy.runtime.live.sources import Chunk, Event, StreamInfo
+from sjepa_deploy.serialize import encode
+from sjepa_deploy.spec import UNIT_NAMES, ModelSpec, Unit
+
+if TYPE_CHECKING:
+    from sjepa_deploy.runtime.live.decoder import Decision
+
+MAX_CHUNK = 1024
+"""Samples that are taken at once."""
+
+BUFFER_S = 360
+"""Seconds that liblsl keeps for a decoder that stalls; what is older is lost, and seen as a gap."""
+
+CORRECT_EVERY_S = 5.0
+"""Seconds from one look at the clock correction to the next; liblsl measures it in its own thread."""
+
+LOOK_EVERY_S = 10.0
+"""Seconds of silence after which the network is asked whether the stream is still there: a pulled cable ends no connection."""
+
+
+def require_pylsl() -> Any:
+    """Return the module `pylsl`.
+
+    Raises
+    ------
+    MissingDependencyError
+        If it is not installed, or has no liblsl for this machine.
+    """
+    try:
+        import pylsl
+    except (ImportError, RuntimeError) as error:  # RuntimeError: no liblsl
+        raise MissingDependencyError("pylsl", "stream") from error
+    return pylsl
+
+
+def _queries(text: str) -> list[tuple[str, str]]:
+    """Return "type=EEG,name=X", or a bare name, as pairs of property and value."""
+    if "=" not in text:
+        return [("name", text)]
+    return [(key.strip(), value.strip()) for key, _, value in (part.partition("=") for part in text.split(","))]
+
+
+def find_stream(text: str, timeout: float = 3.0) -> Any:
+    """Return pylsl's description of the one stream that `text` names.
+
+    Parameters
+    ----------
+    text : str
+        A name, or "type=EEG", "source_id=...", "name=A,type=EEG".
+    timeout : float
+        Seconds to wait for it to appear.
+
+    Raises
+    ------
+    StreamError
+        If there is none, or more than one. The message lists what there is.
+    """
+    pylsl = require_pylsl()
+    predicate = " and ".join(f"{key}={_quoted(value)}" for key, value in _queries(text))
+    found = pylsl.resolve_bypred(predicate, 1, timeout)
+    if found:  # others of that name may answer a little later
+        found = pylsl.resolve_bypred(predicate, 64, 1.0) or found
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise StreamError(
+            f"{len(found)} LSL streams are {text}: {listed(map(_describe, found))}.",
+            "Name one by `lsl:source_id=...`, or by name and type.",
+        )
+    others = pylsl.resolve_streams(1.0)
+    there = f"the streams there are {listed(map(_describe, others))}" if others else "there are no streams at all"
+    raise StreamError(f"There is no LSL stream {text}; {there}.", "Start the amplifier's app, or name one of these.")
+
+
+def _quoted(value: str) -> str:
+    if "'" in value and '"' in value:
+        raise StreamError(f"{value} holds both kinds of quotes.", "Name the stream by another property.")
+    return f'"{value}"' if "'" in value else f"'{value}'"
+
+
+def _describe(info: Any) -> str:
+    identity = f", source_id {info.source_id()}" if info.source_id() else ""
+    return (
+        f"{info.name()} ({info.type() or 'no type'}, {info.channel_count()} channels, {info.nominal_srate():g} Hz{identity}, "
+        f"on {info.hostname()})"
+    )
+
+
+def read_info(info: Any, *, unit: Unit | None = None, ch_names: Sequence[str] | None = None) -> StreamInfo:
+    """Return the contract in a stream's full description.
+
+    Parameters
+    ----------
+    info : pylsl.StreamInfo
+        From an inlet, with the description of the channels.
+    unit : {"uV", "mV", "V"} or None
+        Unit of a stream that does not state it.
+    ch_names : sequence of str or None
+        Names of the channels of a stream that does not name them.
+
+    Raises
+    ------
+    StreamError
+        If names or unit are missing or contradictory, or the samples are text.
+    """
+    name, n_chans = info.name(), info.channel_count()
+    if info.channel_format() == require_pylsl().cf_string:
+        raise StreamError(f"Stream {name} sends text.", "Name a stream of samples.")
+    labels, units = [], []
+    channel = info.desc().child("channels").child("channel")
+    for _ in range(n_chans):
+        labels.append(channel.child_value("label"))
+        units.append(channel.child_value("unit"))
+        channel = channel.next_sibling("channel")
+    if all(labels):
+        names: Sequence[str] = labels
+        if ch_names is not None and [n.casefold() for n in ch_names] != [n.casefold() for n in labels]:
+            raise StreamError(f"Stream {name} names its channels itself: {listed(labels)}.", "Leave out `--channels`.")
+    elif ch_names is None or len(ch_names) != n_chans:
+        given = "" if ch_names is None else f", and {len(ch_names)} names were given"
+        raise StreamError(
+            f"Stream {name} does not name its {n_chans} channels{given}.", "Name them in their order with `--channels A,B,...`."
+        )
+    else:
+        names = ch_names
+    stated = {UNIT_NAMES.get(text.casefold()) for text in units if text}
+    if None in stated or len(stated) > 1:
+        raise StreamError(
+            f"Stream {name} states units that are not one of uV, mV and V: {listed(sorted(set(filter(None, units))))}.",
+            "Let it stream EEG channels in one unit.",
+        )
+    its_own = stated.pop() if stated and all(units) else None
+    if its_own is not None and unit is not None and its_own != unit:
+        raise StreamError(f"Stream {name} says that it is in {its_own}, not {unit}.", "Leave out `--unit`, or mend the source.")
+    if its_own is None and unit is None:
+        raise StreamError(f"Stream {name} does not state the unit of its channels.", "State it with `--unit uV`, mV or V.")
+    return StreamInfo(name=name, ch_names=tuple(names), sfreq=info.nominal_srate(), unit=its_own or unit)  # type: ignore[arg-type]
+
+
+class _NoAnswerError(StreamError):
+    """A stream that is announced does not answer, as one that has just gone: it may be back soon."""
+
+
+class LslSource:
+    """A stream of the Lab Streaming Layer.
+
+    Waits for single samples in liblsl (half a millisecond behind the sender), takes what has come, and puts its stamps on this
+    machine's clock. Samples that waited before the first `read` are dropped and counted. A lost stream is looked for until it is
+    back; it must then have the same contract.
+
+    Parameters
+    ----------
+    text : str
+        See `find_stream`.
+    unit, ch_names
+        See `read_info`.
+    timeout : float
+        Seconds to wait for the stream to appear.
+    """
+
+    def __init__(
+        self, text: str, *, unit: Unit | None = None, ch_names: Sequence[str] | None = None, timeout: float = 3.0
+    ) -> None:
+        self._pylsl = require_pylsl()
+        self._text, self._unit, self._ch_names = text, unit, ch_names
+        self.ended = False
+        self.events: deque[Event] = deque()
+        self.clock: Callable[[], float] = self._pylsl.local_clock
+        self._restarted = False
+        self._inlet: Any = None
+        found = find_stream(text, timeout)
+        self._source_id = found.source_id()
+        self.info = self._open(found)
+
+    def _open(self, found: Any) -> StreamInfo:
+        # recover=True would hide a loss: no exception, seconds of silence, and the first second of the new stream lost.
+        inlet = self._pylsl.StreamInlet(found, max_buflen=BUFFER_S, recover=False, processing_flags=0, as_numpy=True)
+        try:
+            info = read_info(inlet.info(5.0), unit=self._unit, ch_names=self._ch_names)
+            inlet.open_stream(5.0)
+            self._correction = inlet.time_correction(5.0)
+        except (self._pylsl.util.TimeoutError, self._pylsl.util.LostError) as error:
+            raise _NoAnswerError(f"{_describe(found)} does not answer ({error}).", "Check its app and the firewall.") from error
+        self._inlet = inlet
+        self._fresh = True
+        self._correct_at = self.clock() + CORRECT_EVERY_S
+        self._look_at = self.clock() + LOOK_EVERY_S
+        return info
+
+    def read(self, timeout: float) -> Chunk | None:
+        """Return what has come; None if nothing came, or the stream is being looked for."""
+        if self._inlet is None:
+            self._reconnect(timeout)
+            return None
+        if self._fresh:
+            self._fresh = False
+            if (n_old := self._inlet.flush()) > 0:
+                self.events.append(Event(kind="flushed", time=self.clock(), text=f"{n_old} old samples dropped.", sample=n_old))
+        try:
+            samples, stamps = self._inlet.pull_chunk(timeout, MAX_CHUNK, min_samples=1)
+        except self._pylsl.util.LostError:
+            self._lose("The stream was lost.")
+            return None
+        received = self.clock()
+        if not len(stamps):
+            if received > self._look_at:
+                self._look()
+            return None
+        if received > self._correct_at:
+            with contextlib.suppress(self._pylsl.util.TimeoutError, self._pylsl.util.LostError):  # the last one holds meanwhile
+                self._correction = self._inlet.time_correction(0.01)
+            self._correct_at = received + CORRECT_EVERY_S
+        self._look_at = received + LOOK_EVERY_S
+        restarted, self._restarted = self._restarted, False
+        return Chunk(samples, stamps + self._correction, received, restarted)
+
+    def close(self) -> None:
+        """Leave the stream."""
+        if self._inlet is not None:
+            self._inlet.close_stream()
+            self._inlet = None
+        self.ended = True
+
+    def _predicate(self) -> str:
+        if self._source_id:
+            return f"source_id={_quoted(self._source_id)} and name={_quoted(self.info.name)}"
+        return " and ".join(f"{key}={_quoted(value)}" for key, value in _queries(self._text))
+
+    def _look(self) -> None:
+        """Ask whether a silent stream is still announced."""
+        if not self._pylsl.resolve_bypred(self._predicate(), 1, 1.0):
+            self._lose("The stream fell silent and is announced no more.")
+        self._look_at = self.clock() + LOOK_EVERY_S
+
+    def _lose(self, text: str) -> None:
+        self.events.append(Event(kind="lost", time=self.clock(), text=text))
+        self._inlet = None
+
+    def _reconnect(self, timeout: float) -> None:
+        found = self._pylsl.resolve_bypred(self._predicate(), 1, timeout)
+        if not found:
+            return
+        try:
+            info = self._open(found[0])
+        except _NoAnswerError:
+            self._inlet = None
+            time.sleep(timeout)  # it was announced and is gone again
+            return
+        if info != self.info:
+            raise StreamError(
+                f"Stream {info.name} came back with other channels, rate or unit.", "Start the decoder anew with this stream."
+            )
+        self._restarted = True
+        self.events.append(Event(kind="reconnected", time=self.clock(), text="The stream is back."))
+
+
+class LslOutlet:
+    """Sends decisions to an LSL stream, stamped with the time of the newest sample.
+
+    Parameters
+    ----------
+    name : str
+        Name of the stream, type "Decision".
+    spec : ModelSpec
+        The model.
+    description : dict
+        Goes into the stream's metadata as JSON.
+
+    Raises
+    ------
+    StreamError
+        If there is a stream of that name already.
+    """
+
+    def __init__(self, name: str, spec: ModelSpec, description: dict[str, object]) -> None:
+        pylsl = require_pylsl()
+        if pylsl.resolve_bypred(f"name={_quoted(name)}", 1, 0.5):
+            raise StreamError(f"There is an LSL stream {name} already.", "Choose another --outlet.")
+        n_outputs = int(np.prod(spec.output_shape))
+        info = pylsl.StreamInfo(name, "Decision", n_outputs, pylsl.IRREGULAR_RATE, "float32", f"sjepa-stream-{name}")
+        channels = info.desc().append_child("channels")
+        for i in range(n_outputs):
+            label = spec.class_names[i] if spec.class_names is not None else f"{spec.output_name}_{i}"
+            channels.append_child("channel").append_child_value("label", label)
+        info.desc().append_child_value("sjepa_deploy", json.dumps(encode(description)))
+        self._outlet = pylsl.StreamOutlet(info)
+
+    def send(self, decision: Decision) -> None:
+        """Send one decision."""
+        self._outlet.push_sample(decision.prediction.ravel(), decision.time)

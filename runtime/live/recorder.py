@@ -1,0 +1,399 @@
+"""A run on disk, such that it can be decoded again: samples as received, decisions, events, in one XDF file."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sjepa_deploy.errors import MissingDependencyError, RecordingError, StreamError
+from sjepa_deploy.runtime.live.decoder import Decision, StreamConfig
+from sjepa_deploy.runtime.live.sources import Chunk, Event, StreamInfo
+from sjepa_deploy.serialize import decode, encode
+from sjepa_deploy.spec import RunPrecision
+
+FLUSH_S = 1.0
+"""Seconds from one write to the next: what a kill can cost."""
+
+MOST_PENDING_S = 60.0
+"""Seconds of the run that wait for a disk that stalls; what is more is not recorded, and counted."""
+
+_SAMPLES, _CHUNKS, _DECISIONS, _EVENTS = 1, 2, 3, 4  # stream ids
+_FILE_HEADER, _STREAM_HEADER, _SAMPLES_TAG, _CLOCK_OFFSET, _BOUNDARY, _FOOTER = 1, 2, 3, 4, 5, 6  # tags of XDF 1.0
+_BOUNDARY_UUID = bytes.fromhex("43a546dccbf5410fb30ed5467383cbe4")
+_FORMATS = {"f4": "float32", "f8": "double64", "i1": "int8", "i2": "int16", "i4": "int32", "i8": "int64"}
+_FIELDS = ("index", "due", "received", "decided", "infer_s", "held", "bridged", "n_bad_channels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDescription:
+    """What was decoded, with what, how.
+
+    Attributes
+    ----------
+    stream : StreamInfo
+        The source's contract.
+    config : StreamConfig
+        How it was decoded.
+    bundle, bundle_digest : str
+        The bundle's path, and the digest of its manifest.
+    backend, precision : str
+        What ran it.
+    version : str
+        Release of sjepa-deploy.
+    """
+
+    stream: StreamInfo
+    config: StreamConfig
+    bundle: str
+    bundle_digest: str
+    backend: str
+    precision: RunPrecision
+    version: str
+
+
+class Recorder:
+    """Writes a run in a thread of its own, once a second, so that a kill costs a second and a slow disk no decision.
+
+    Register `chunk`, `decision` and `event` as callbacks of the decoder.
+
+    Parameters
+    ----------
+    path : Path
+        File to make; it must not exist.
+    run : RunDescription
+        What is written at its head.
+    n_outputs : int
+        Values of a prediction.
+    on_failure : callable
+        Called with one sentence if the disk is full, or takes no more; decoding goes on, recording does not.
+    patient : bool
+        Whether a slow disk is waited for, as for a recording that is decoded as fast as possible.
+
+    Attributes
+    ----------
+    n_lost : dict of str to int
+        Samples, decisions and events that are not in the file: of a disk that was full, or stalled for a minute.
+
+    Raises
+    ------
+    StreamError
+        If the file exists, or cannot be made.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        run: RunDescription,
+        n_outputs: int,
+        on_failure: Callable[[str], object],
+        *,
+        patient: bool = False,
+    ) -> None:
+        self._run, self._n_outputs, self._on_failure, self._patient = run, n_outputs, on_failure, patient
+        self._most_pending = round(MOST_PENDING_S * run.stream.sfreq)
+        self._chunks: deque[Chunk] = deque()
+        self._decisions: deque[Decision] = deque()
+        self._events: deque[Event] = deque()
+        self._n_taken = self._n_written = 0
+        self.n_lost = {"samples": 0, "decisions": 0, "events": 0}
+        self._dtype: np.dtype[Any] | None = None
+        self._failed = False
+        try:
+            self._file = path.open("xb", buffering=0)
+        except FileExistsError:
+            raise StreamError(f"{path} exists.", "Choose another --record: a record is never overwritten.") from None
+        except OSError as e:
+            raise StreamError(f"{path} cannot be written ({e.strerror}).", "Choose another --record.") from e
+        self._write(b"XDF:" + _xdf_chunk(_FILE_HEADER, b'<?xml version="1.0"?><info><version>1.0</version></info>'))
+        self._stop, self._hurry = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._keep_writing, name="recorder", daemon=True)
+        self._thread.start()
+
+    def chunk(self, chunk: Chunk) -> None:
+        """Record samples."""
+        if self._takes("samples", len(chunk.stamps)):
+            self._n_taken += len(chunk.stamps)
+            self._chunks.append(chunk)
+
+    def decision(self, decision: Decision) -> None:
+        """Record a decision."""
+        if self._takes("decisions"):
+            self._decisions.append(decision)
+
+    def event(self, event: Event) -> None:
+        """Record an event."""
+        if self._takes("events"):
+            self._events.append(event)
+
+    def _takes(self, what: str, n: int = 1) -> bool:
+        """Whether there is room for more, or count it."""
+        while self._patient and not self._failed and self._is_behind():
+            self._hurry.set()
+            time.sleep(0.001)
+        if self._failed or self._is_behind():
+            self.n_lost[what] += n
+            return False
+        return True
+
+    def _is_behind(self) -> bool:
+        return self._n_taken - self._n_written > self._most_pending
+
+    def close(self) -> None:
+        """Write what is left and the footers, and bring the file to the disk."""
+        self._stop.set()
+        self._hurry.set()
+        self._thread.join()
+        self._flush()
+        if self._dtype is not None:
+            footer = b'<?xml version="1.0"?><info/>'
+            self._write(b"".join(_xdf_chunk(_FOOTER, struct.pack("<I", i) + footer) for i in range(_SAMPLES, _EVENTS + 1)))
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
+        self._file.close()
+
+    def _keep_writing(self) -> None:
+        while not self._stop.is_set():
+            self._hurry.wait(FLUSH_S)
+            self._hurry.clear()
+            self._flush()
+            with contextlib.suppress(OSError):
+                os.fsync(self._file.fileno())
+
+    def _flush(self) -> None:
+        chunks, decisions, events = _drained(self._chunks), _drained(self._decisions), _drained(self._events)
+        n = sum(len(chunk.stamps) for chunk in chunks)
+        if self._failed:
+            self._count_lost(n, decisions, events)
+            return
+        parts = []
+        if chunks and self._dtype is None:
+            self._dtype = chunks[0].samples.dtype.newbyteorder("<")
+            self._write(self._headers())  # on a disk that is full already, a record without samples is still one
+        if self._dtype is None:
+            self._events.extendleft(reversed(events))  # until the type of the samples is known
+            return
+        if chunks:
+            values = np.concatenate([chunk.samples for chunk in chunks]).astype(self._dtype)
+            parts.append(_xdf_samples(_SAMPLES, np.concatenate([chunk.stamps for chunk in chunks]), values))
+            offset = struct.pack("<Idd", _SAMPLES, chunks[-1].received, 0.0)  # the stamps are on this machine's clock already
+            parts.append(_xdf_chunk(_CLOCK_OFFSET, offset))
+            facts = np.array([[len(chunk.stamps), chunk.received, chunk.restarted] for chunk in chunks])
+            parts.append(_xdf_samples(_CHUNKS, facts[:, 1], facts))
+        if decisions:
+            rows = [
+                [float(getattr(d, name)) for name in _FIELDS[:-1]] + [float(len(d.bad_channels)), *d.prediction.ravel().tolist()]
+                for d in decisions
+            ]
+            parts.append(_xdf_samples(_DECISIONS, np.array([d.time for d in decisions]), np.array(rows)))
+        parts.extend(_xdf_text(_EVENTS, e.time, json.dumps(encode(e))) for e in events)
+        if parts:
+            parts.append(_xdf_chunk(_BOUNDARY, _BOUNDARY_UUID))
+            self._write(b"".join(parts))
+        self._n_written += n
+        if self._failed:
+            self._count_lost(n, decisions, events)
+
+    def _count_lost(self, n_samples: int, decisions: list[Decision], events: list[Event]) -> None:
+        for what, n in (("samples", n_samples), ("decisions", len(decisions)), ("events", len(events))):
+            self.n_lost[what] += n
+
+    def _headers(self) -> bytes:
+        assert self._dtype is not None
+        stream = self._run.stream
+        channels = "".join(
+            f"<channel><label>{escape(name)}</label><type>EEG</type><unit>{stream.unit}</unit></channel>"
+            for name in stream.ch_names
+        )
+        run = escape(json.dumps(encode(self._run)))
+        n = len(stream.ch_names)
+        fields = "".join(f"<field>{name}</field>" for name in _FIELDS)
+        return b"".join(
+            (
+                _xdf_header(_SAMPLES, stream.name, "EEG", n, stream.sfreq, _FORMATS[self._dtype.str[1:]], channels=channels),
+                _xdf_header(_CHUNKS, "sjepa chunks", "Chunks", 3, 0, "double64"),
+                _xdf_header(
+                    _DECISIONS,
+                    "sjepa decisions",
+                    "Decision",
+                    len(_FIELDS) + self._n_outputs,
+                    0,
+                    "double64",
+                    rest=f"<fields>{fields}</fields><run>{run}</run>",
+                ),
+                _xdf_header(_EVENTS, "sjepa events", "Markers", 1, 0, "string"),
+            )
+        )
+
+    def _write(self, data: bytes) -> None:
+        if self._failed:
+            return
+        whole = self._file.seek(0, os.SEEK_END)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[self._file.write(view) :]
+        except OSError as e:
+            self._failed = True
+            with contextlib.suppress(OSError):
+                self._file.truncate(whole)  # a file that ends within a chunk is harder to read
+            why = "the disk is full" if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else e.strerror
+            self._on_failure(f"Recording ended: {why}.")
+
+
+def _drained(queue: deque[Any]) -> list[Any]:
+    return [queue.popleft() for _ in range(len(queue))]
+
+
+def _xdf_chunk(tag: int, content: bytes) -> bytes:
+    return b"\x08" + struct.pack("<QH", len(content) + 2, tag) + content
+
+
+def _xdf_header(
+    stream: int, name: str, kind: str, n: int, sfreq: float, fmt: str, *, channels: str = "", rest: str = ""
+) -> bytes:
+    xml = (
+        f'<?xml version="1.0"?><info><name>{escape(name)}</name><type>{kind}</type><channel_count>{n}</channel_count>'
+        f"<nominal_srate>{sfreq!r}</nominal_srate><channel_format>{fmt}</channel_format>"
+        f"<desc><channels>{channels}</channels>{rest}</desc></info>"
+    )
+    return _xdf_chunk(_STREAM_HEADER, struct.pack("<I", stream) + xml.encode())
+
+
+def _xdf_samples(stream: int, stamps: NDArray[np.float64], values: NDArray[Any]) -> bytes:
+    rows = np.empty(len(stamps), np.dtype([("n", "u1"), ("stamp", "<f8"), ("values", values.dtype, (values.shape[1],))]))
+    rows["n"], rows["stamp"], rows["values"] = 8, stamps, values
+    return _xdf_chunk(_SAMPLES_TAG, struct.pack("<IBI", stream, 4, len(rows)) + rows.tobytes())
+
+
+def _xdf_text(stream: int, stamp: float, text: str) -> bytes:
+    data = text.encode()
+    return _xdf_chunk(_SAMPLES_TAG, struct.pack("<IBIBdBI", stream, 4, 1, 8, stamp, 4, len(data)) + data)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Record:
+    """A recorded run.
+
+    Attributes
+    ----------
+    run : RunDescription
+        What was decoded, with what, how.
+    chunks : list of Chunk
+        Samples as they were received.
+    decisions : dict of int to ndarray of float32
+        Prediction of each window that was decoded, shape (n_outputs,), without those that repeat another.
+    stamps : dict of int to float
+        Stamp of the newest sample of each of these windows.
+    n_held : int
+        Windows answered by the last decision.
+    events : list of Event
+        What happened.
+    """
+
+    run: RunDescription
+    chunks: list[Chunk]
+    decisions: dict[int, NDArray[np.float32]]
+    stamps: dict[int, float]
+    n_held: int
+    events: list[Event]
+
+
+def read_record(path: Path) -> Record:
+    """Read a record, whole or cut short by a kill.
+
+    Raises
+    ------
+    RecordingError
+        If it is no record of `sjepa-stream`.
+    MissingDependencyError
+        If pyxdf is not installed.
+    """
+    try:
+        import pyxdf
+    except ImportError as error:
+        raise MissingDependencyError("pyxdf", "eeg") from error
+    if not path.is_file():
+        raise RecordingError(f"There is no record {path}.", "Check the path.")
+    try:
+        streams, _ = pyxdf.load_xdf(
+            _whole_chunks(path), synchronize_clocks=False, dejitter_timestamps=False, handle_clock_resets=False, verbose=False
+        )
+        by_id = {stream["info"]["stream_id"]: stream for stream in streams}
+        run = decode(RunDescription, json.loads(by_id[_DECISIONS]["info"]["desc"][0]["run"][0]))
+    except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, struct.error) as error:
+        raise RecordingError(
+            f"{path.name} is no record of sjepa-stream ({type(error).__name__}: {error}).", "Give a file made by --record."
+        ) from error
+    samples, stamps = np.asarray(by_id[_SAMPLES]["time_series"]), np.asarray(by_id[_SAMPLES]["time_stamps"])
+    chunks, start = [], 0
+    for n, received, restarted in np.asarray(by_id[_CHUNKS]["time_series"]).reshape(-1, 3):
+        stop = start + int(n)
+        if stop > len(stamps):
+            break
+        chunks.append(Chunk(samples[start:stop], stamps[start:stop], float(received), bool(restarted)))
+        start = stop
+    decisions, times, n_held = {}, {}, 0
+    n_fields = len(_FIELDS)
+    rows = np.asarray(by_id[_DECISIONS]["time_series"], np.float64)
+    for row, stamp in zip(rows, by_id[_DECISIONS]["time_stamps"], strict=True):
+        if row[_FIELDS.index("held")]:
+            n_held += 1
+            continue
+        decisions[int(row[0])] = row[n_fields:].astype(np.float32)
+        times[int(row[0])] = float(stamp)
+    events = [decode(Event, json.loads(text[0])) for text in by_id[_EVENTS]["time_series"]]
+    return Record(run=run, chunks=chunks, decisions=decisions, stamps=times, n_held=n_held, events=events)
+
+
+def _whole_chunks(path: Path) -> io.BytesIO:
+    """Return the file without a last chunk that a kill cut short."""
+    data = path.read_bytes()
+    stop = 4
+    while stop + 9 <= len(data) and data[stop] == 8:  # bytes of the length, as _xdf_chunk writes them
+        (length,) = struct.unpack_from("<Q", data, stop + 1)
+        if stop + 9 + length > len(data):
+            break
+        stop += 9 + length
+    return io.BytesIO(data[:stop])
+
+
+class RecordSource:
+    """The samples of a record, in the chunks in which they were received."""
+
+    def __init__(self, record: Record) -> None:
+        self.info = record.run.stream
+        self.events: deque[Event] = deque()
+        self._chunks = iter(record.chunks)
+        self._now = 0.0
+        self.ended = not record.chunks
+
+    def read(self, timeout: float) -> Chunk | None:
+        """Return the next chunk."""
+        chunk = next(self._chunks, None)
+        if chunk is None:
+            self.ended = True
+        else:
+            self._now = chunk.received
+        return chunk
+
+    def clock(self) -> float:
+        """Return when the last chunk was received."""
+        return self._now
+
+    def close(self) -> None:
+        """Release nothing."""

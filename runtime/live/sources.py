@@ -1,0 +1,244 @@
+"""Where samples come from: the protocol of a source, and those that need no network. LSL is in `runtime.live.lsl`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sjepa_deploy.eeg.synthetic import eeg_windows
+from sjepa_deploy.errors import StreamError
+from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, Unit
+
+Samples = NDArray[Any]
+Stamps = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamInfo:
+    """What a source says of its stream.
+
+    Attributes
+    ----------
+    name : str
+        Name for messages and records.
+    ch_names : tuple of str
+        Channels in the order of the samples.
+    sfreq : float
+        Nominal rate in Hz.
+    unit : {"uV", "mV", "V"}
+        Unit of the samples.
+    """
+
+    name: str
+    ch_names: tuple[str, ...]
+    sfreq: float
+    unit: Unit
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.sfreq) and self.sfreq > 0):
+            raise StreamError(f"Stream {self.name} has no nominal rate ({self.sfreq}).", "Only regular streams can be decoded.")
+        if self.unit not in UNITS_IN_VOLTS:
+            raise StreamError(f"{self.unit!r} is not a unit.", f"Use one of {', '.join(UNITS_IN_VOLTS)}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Samples as they were received.
+
+    Attributes
+    ----------
+    samples : ndarray, shape (n_samples, n_chans)
+        In the stream's unit and type.
+    stamps : ndarray of float64, shape (n_samples,)
+        When each sample was taken, in seconds of the source's clock.
+    received : float
+        When the chunk arrived, in seconds of the same clock.
+    restarted : bool
+        Whether the stream was interrupted before this chunk, such that nothing is known of what came between.
+    """
+
+    samples: Samples
+    stamps: Stamps
+    received: float
+    restarted: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened to the stream, for the record and for people.
+
+    Attributes
+    ----------
+    kind : str
+        For example "gap", "clock reset", "lost", "reconnected", "bad channel".
+    time : float
+        Seconds of the source's clock.
+    text : str
+        One sentence.
+    sample : int
+        Number of samples received before it.
+    """
+
+    kind: str
+    time: float
+    text: str
+    sample: int = 0
+
+
+class Source(Protocol):
+    """A stream of samples.
+
+    Attributes
+    ----------
+    info : StreamInfo
+        What the stream holds.
+    events : deque of Event
+        What happened to the connection. The decoder takes them.
+    """
+
+    info: StreamInfo
+    events: deque[Event]
+
+    @property
+    def ended(self) -> bool:
+        """Whether no sample will come any more."""
+        ...
+
+    def read(self, timeout: float) -> Chunk | None:
+        """Return what has arrived, at least one sample, waiting for it up to `timeout` seconds; None if nothing came."""
+        ...
+
+    def clock(self) -> float:
+        """Return the time now on the clock of the stamps."""
+        ...
+
+    def close(self) -> None:
+        """Release what the source holds."""
+        ...
+
+
+class ReplaySource:
+    """Samples in memory, handed out when they are due.
+
+    The clock starts at 0 with the first sample. Sample i is due, and stamped, at i / sfreq of this clock, which runs `speed`
+    times as fast as the wall's. At infinite speed it is virtual: it stands at the newest sample handed out.
+
+    Parameters
+    ----------
+    info : StreamInfo
+        What the samples are.
+    samples : ndarray, shape (n_samples, n_chans), or callable
+        The samples, or a function of (start, stop) that returns them.
+    n_samples : int or None
+        How many there are, if `samples` is a function; None for no end.
+    speed : float
+        Seconds of the stream in one second.
+    chunk : int or callable
+        Samples that the device sends at once, or a function that returns how many it sends next.
+    stamps : ndarray or None
+        Stamps in place of those that are due. Infinite speed only.
+    """
+
+    def __init__(
+        self,
+        info: StreamInfo,
+        samples: Samples | Callable[[int, int], Samples],
+        *,
+        n_samples: int | None = None,
+        speed: float = 1.0,
+        chunk: int | Callable[[], int] = 1,
+        stamps: Stamps | None = None,
+    ) -> None:
+        if not speed > 0:
+            raise StreamError(f"A speed of {speed:g} is none.", "Use 1 for real time, or `inf` for as fast as possible.")
+        self.info = info
+        self.events: deque[Event] = deque()
+        if isinstance(samples, np.ndarray):
+            n_samples = len(samples)
+        self._samples, self._n_samples, self._stamps = samples, n_samples, stamps
+        self._speed, self._virtual = speed, math.isinf(speed)
+        self._next = 0
+        self._size = 1
+        self.set_chunk(chunk)
+        self._started: float | None = None
+        self._now = 0.0
+
+    @property
+    def ended(self) -> bool:
+        """Whether all samples were handed out."""
+        return self._n_samples is not None and self._next >= self._n_samples
+
+    def read(self, timeout: float) -> Chunk | None:
+        """Return the samples that are due, in whole chunks of the device."""
+        if self.ended:
+            return None
+        if self._started is None:
+            self._started = time.monotonic()
+        start, stop = self._next, self._next + self._size
+        if not self._virtual:
+            due_in = ((stop - 1) / self.info.sfreq - self.clock()) / self._speed
+            if due_in > timeout:
+                time.sleep(timeout)
+                return None
+            if due_in > 0:
+                time.sleep(due_in)
+            while (stop + self._size - 1) / self.info.sfreq <= self.clock() and stop - start < 4096:
+                stop += self._size  # what has become due meanwhile
+        if self._n_samples is not None:
+            stop = min(stop, self._n_samples)
+        self._next, self._size = stop, max(1, self._chunk())
+        samples = self._samples[start:stop] if isinstance(self._samples, np.ndarray) else self._samples(start, stop)
+        stamps = np.arange(start, stop) / self.info.sfreq if self._stamps is None else self._stamps[start:stop]
+        if self._virtual:
+            self._now = float(stamps[-1])
+        return Chunk(samples, stamps, self.clock())
+
+    def set_chunk(self, chunk: int | Callable[[], int]) -> None:
+        """Send another number of samples at once from now on."""
+        self._chunk = chunk if callable(chunk) else (lambda: chunk)
+        self._size = max(1, self._chunk())
+
+    def clock(self) -> float:
+        """Return the seconds since the first sample."""
+        if self._virtual or self._started is None:
+            return self._now
+        return (time.monotonic() - self._started) * self._speed
+
+    def close(self) -> None:
+        """Release nothing."""
+
+
+def synthetic_source(spec: ModelSpec, *, sfreq: float | None = None, speed: float = 1.0, n_samples: int | None = None) -> Source:
+    """Return endless synthetic EEG of a model's channels: the same minute again and again, with electrode offsets.
+
+    Parameters
+    ----------
+    spec : ModelSpec
+        The model.
+    sfreq : float or None
+        Rate of the stream in Hz; None takes the model's.
+    speed : float
+        See `ReplaySource`.
+    n_samples : int or None
+        How many samples there are; None for no end.
+    """
+    rate = sfreq or spec.sfreq
+    rng = np.random.default_rng(0)
+    n_loop = round(60 * rate)
+    loop = eeg_windows(1, spec.n_chans, n_loop, rate, rng)[0].T + rng.uniform(-2e4, 2e4, spec.n_chans).astype(np.float32)
+    loop = np.concatenate([loop, loop])  # so that every stretch of up to a minute is one slice
+
+    def stretch(start: int, stop: int) -> Samples:
+        first = start % n_loop
+        return loop[first : first + stop - start]
+
+    names = spec.ch_names or tuple(f"EEG{i:03d}" for i in range(1, spec.n_chans + 1))
+    info = StreamInfo(name="synthetic", ch_names=names, sfreq=rate, unit="uV")
+    return ReplaySource(info, stretch, n_samples=n_samples, speed=speed)

@@ -1,0 +1,1 @@
+"""Shows a running decoder: monitor, dashboard, metrics."""

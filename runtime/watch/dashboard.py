@@ -1,0 +1,315 @@
+"""The browser page of a live decoder: what the decoder's process does for it, which is little.
+
+The server runs in a process of its own (`sjepa_deploy.runtime.watch.dashboard_server`), at a low priority. The decoder's process
+only takes a snapshot a few times a second and writes it to a pipe from a thread. That thread keeps the priority that it inherits:
+whoever can be held up while having the interpreter's lock would hold up the decoder. However many clients there are and
+however slowly they read, the decoder's interpreter lock, garbage and memory know nothing of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import ipaddress
+import json
+import logging
+import math
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from sjepa_deploy.eeg.montage import scalp_map
+from sjepa_deploy.errors import DashboardError, MissingDependencyError
+from sjepa_deploy.runtime.watch.monitor import LATENCY_EDGES, ChannelState, Monitor, Snapshot, StreamFacts
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+DEFAULT_PORT = 8765
+TOKEN_VARIABLE = "SJEPA_DASHBOARD_TOKEN"
+"""Environment variable of the token, which other users of the machine would read in the arguments of a command."""
+
+MIN_TOKEN_LENGTH = 16
+"""Characters that a token must have: `python -c "import secrets; print(secrets.token_urlsafe())"` makes one of 43."""
+
+INTERVAL = 0.25
+"""Seconds from one state to the next: as fast as somebody can read a number."""
+
+RESTART_AFTER = 5.0
+"""Seconds until a server that died is started again."""
+
+SEND_BUFFER = 65536
+"""Bytes that the system buffers for a client: the more, the older is what a slow one reads."""
+
+DEAD_CLIENT_MS = 20_000
+"""Milliseconds after which the system gives up a client that takes nothing."""
+
+_LOG = logging.getLogger(__name__)
+_START = """import os, sys
+os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))  # the decoder may be a real-time process
+os.nice(10)
+sys.path[:] = sys.argv.pop().split("\\n")
+from sjepa_deploy.runtime.watch.dashboard_server import main
+main()
+"""
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Return host and port of "HOST:PORT", "HOST", ":PORT", "PORT" or nothing. IPv6 as in "[::1]:8765".
+
+    Raises
+    ------
+    DashboardError
+        If it is no address.
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or text.endswith("]"):
+        host, port = ("", text) if text.isdecimal() else (text, "")
+    if (port and not port.isdecimal()) or int(port or 0) > 65535 or (":" in host and not host.startswith("[")):
+        raise DashboardError(f"{text!r} is not an address.", "Give HOST:PORT, such as 127.0.0.1:8765 or [::1]:8765.")
+    return host.strip("[]") or "127.0.0.1", int(port) if port else DEFAULT_PORT
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Dashboard:
+    """Serves a monitor to browsers and to Prometheus, from entering to leaving the context.
+
+    Parameters
+    ----------
+    monitor : Monitor
+        What to show.
+    host : str
+        Address to listen on. Whoever reaches it may read, unless there is a token.
+    port : int
+        Port to listen on; 0 takes a free one.
+    token : str or None
+        What a reader must know. Needed unless `host` is a loopback address.
+
+    Raises
+    ------
+    DashboardError
+        If the token is missing or short, or the address cannot be listened on.
+    MissingDependencyError
+        If the extra "dashboard" is not installed.
+
+    Examples
+    --------
+    >>> with Dashboard(monitor) as dashboard:  # doctest: +SKIP
+    ...     print(dashboard.url)
+    """
+
+    def __init__(self, monitor: Monitor, *, host: str = "127.0.0.1", port: int = DEFAULT_PORT, token: str | None = None) -> None:
+        for package in ("starlette", "uvicorn", "prometheus_client"):
+            if importlib.util.find_spec(package) is None:
+                raise MissingDependencyError(package, "dashboard")
+        _check_token(host, token)
+        self._monitor = monitor
+        self._host = host
+        self._token = token
+        self._listener = _listen(host, port)
+        self._stop = threading.Event()
+        self._feeder = threading.Thread(target=self._feed, name="dashboard", daemon=True)
+        self._server: subprocess.Popen[bytes] | None = None
+
+    @property
+    def port(self) -> int:
+        """Port that is listened on."""
+        return int(self._listener.getsockname()[1])
+
+    @property
+    def url(self) -> str:
+        """Address of the page, without the token."""
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"http://{host}:{self.port}/"
+
+    @property
+    def server_pid(self) -> int | None:
+        """Number of the server's process, while there is one."""
+        return self._server.pid if self._server is not None else None
+
+    def __enter__(self) -> Dashboard:
+        self._feeder.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Send the last state, end the server and free the port."""
+        self._stop.set()
+        if self._feeder.ident is not None:
+            self._feeder.join(timeout=5)
+            if self._feeder.is_alive() and self._server is not None:  # the server does not read: end it, and the write with it
+                self._server.kill()
+                self._feeder.join()
+        self._listener.close()
+
+    def _feed(self) -> None:
+        while not self._stop.is_set():
+            with tempfile.TemporaryFile() as complaints:
+                self._server = self._start_server(complaints)
+                pipe = self._server.stdin
+                assert pipe is not None
+                with contextlib.suppress(BrokenPipeError):  # it died: said below
+                    try:
+                        self._write_states(pipe)
+                    finally:
+                        pipe.close()
+                status = self._end_server(self._server)
+                if not self._stop.is_set():
+                    complaints.seek(0)
+                    last = complaints.read().decode(errors="replace").strip().splitlines()[-1:]
+                    what = "The dashboard's server ended with status %d %s; it starts again in %g s."
+                    _LOG.warning(what, status, last, RESTART_AFTER)
+                    self._stop.wait(RESTART_AFTER)
+
+    def _start_server(self, complaints: IO[bytes]) -> subprocess.Popen[bytes]:
+        fd = self._listener.fileno()
+        return subprocess.Popen(
+            [sys.executable, "-c", _START, str(fd), "\n".join(sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=complaints,
+            pass_fds=(fd,),
+            start_new_session=True,  # Ctrl-C is for the decoder, which then ends the server
+        )
+
+    def _write_states(self, pipe: IO[bytes]) -> None:
+        _write_line(pipe, {"token": self._token, "port": self.port, "facts": describe(self._monitor.facts)})
+        after = -1
+        while True:
+            last = self._stop.is_set()
+            snapshot = self._monitor.snapshot()
+            _write_line(pipe, describe_state(snapshot, after))
+            after = snapshot.n_decisions
+            if last:
+                return
+            self._stop.wait(INTERVAL)
+
+    @staticmethod
+    def _end_server(server: subprocess.Popen[bytes]) -> int:
+        """Return the exit status of the server, which ends when its pipe does."""
+        try:
+            return server.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            return server.wait()
+
+
+def describe(facts: StreamFacts) -> dict[str, Any]:
+    """Return what the page must know once, as JSON types."""
+    places = None if facts.positions is None else _plain(scalp_map(facts.positions), 4)
+    described = dataclasses.asdict(facts) | {"places": places, "edges": LATENCY_EDGES}
+    del described["positions"]
+    return described | {"channel_states": [state.name.lower() for state in ChannelState]}
+
+
+def describe_state(snapshot: Snapshot, after: int = 0) -> dict[str, Any]:
+    """Return a snapshot as JSON types, with the decisions after the first `after` ones. Times are in seconds before now."""
+    decisions, quality, now = snapshot.decisions, snapshot.quality, snapshot.now
+    new = slice(max(0, len(decisions) - (snapshot.n_decisions - max(after, 0))), None)
+    return {
+        "state": snapshot.state,
+        "uptime": now - snapshot.started,
+        "silence": _number(now - snapshot.newest_sample),
+        "windows": snapshot.n_windows,
+        "decisions": snapshot.n_decisions,
+        "misses": snapshot.n_misses,
+        "miss_run": snapshot.miss_run,
+        "longest_miss_run": snapshot.longest_miss_run,
+        "skips": snapshot.skips,
+        "counters": snapshot.counters,
+        "latency": _spread(snapshot, "latency") | {"max": _number(snapshot.latency_max), "sum": snapshot.latency_sum},
+        "latency_counts": snapshot.latency_counts.tolist(),
+        "age": _spread(snapshot, "age") | {"max": _number(snapshot.age_max)},
+        "channels": {
+            "state": quality.state.tolist(),
+            "repaired": quality.repaired.astype(int).tolist(),
+            "rms": _plain(quality.rms, 3),
+        },
+        "events": [[round(now - event.time, 1), event.text] for event in snapshot.events],
+        "memory": snapshot.memory,
+        "new": {
+            "index": decisions.index[new].tolist(),
+            "due": _plain(decisions.due[new], 4),
+            "latency": _plain(decisions.latency[new], 6),
+            "age": _plain(decisions.age[new], 6),
+            "prediction": _plain(decisions.prediction[new], 5),
+            "flags": decisions.flags[new],
+        },
+    }
+
+
+def _spread(snapshot: Snapshot, of: Literal["latency", "age"]) -> dict[str, float | None]:
+    return {f"p{q}": _number(snapshot.percentile(of, q)) for q in (50, 99)}
+
+
+def _number(value: float) -> float | None:
+    """Return `value`, or None for what JSON cannot say."""
+    return value if math.isfinite(value) else None
+
+
+def _plain(values: ArrayLike, digits: int) -> list[Any]:
+    """Return rounded values as lists, with None for NaN and infinities."""
+    array = np.asarray(values, np.float64)
+    rounded: list[Any] = np.round(array, digits).tolist()
+    if np.isfinite(array).all():
+        return rounded
+    return [_plain(row, digits) if isinstance(row, list) else _number(row) for row in rounded]
+
+
+def _write_line(pipe: IO[bytes], message: dict[str, Any]) -> None:
+    pipe.write(json.dumps(message, allow_nan=False, separators=(",", ":")).encode() + b"\n")
+    pipe.flush()
+
+
+def _check_token(host: str, token: str | None) -> None:
+    if token is None and not is_loopback(host):
+        raise DashboardError(
+            f"The dashboard would show the stream to everyone who reaches {host}.",
+            f"Set a token (environment variable {TOKEN_VARIABLE}), or listen on 127.0.0.1.",
+        )
+    if token is not None and (len(token) < MIN_TOKEN_LENGTH or not token.isascii() or not token.isprintable()):
+        raise DashboardError(
+            f"The dashboard's token is shorter than {MIN_TOKEN_LENGTH} characters, or not plain ASCII.",
+            'Make one with: python -c "import secrets; print(secrets.token_urlsafe())".',
+        )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind, proto)
+    except (OSError, UnicodeError) as e:
+        raise DashboardError(f"{host!r} is no address of this machine ({e}).", "Use 127.0.0.1, or an address of it.") from e
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_CLIENT_MS)
+        listener.bind(address)
+        listener.listen(64)
+    except OSError as e:
+        listener.close()
+        raise DashboardError(
+            f"The dashboard cannot listen on {host} port {port} ({os.strerror(e.errno or 0)}).",
+            "Choose another --dashboard-address HOST:PORT; port 0 takes a free one.",
+        ) from e
+    return listener

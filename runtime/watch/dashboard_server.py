@@ -1,0 +1,365 @@
+"""The server behind `sjepa_deploy.runtime.watch.dashboard`, in its own process: states come in on a pipe, and go out over HTTP.
+
+``/`` is the page, ``/events`` its states as server-sent events, ``/metrics`` the same for Prometheus, and ``/healthz`` tells a
+watchdog whether decisions come. Nothing can be changed through it. It ends when the pipe does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import ipaddress
+import json
+import re
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from http.cookies import CookieError, SimpleCookie
+from importlib import resources
+from typing import Any
+
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+    StateSetMetricFamily,
+)
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders, QueryParams
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sjepa_deploy.runtime.watch.monitor import STREAM_STATES
+
+N_RECENT = 2048
+"""Decisions that a new client gets to draw."""
+
+N_REPEATED = 256
+"""Decisions that every state repeats, so that a client may miss some states."""
+
+MAX_STREAMS = 16
+"""Pages at a time."""
+
+SEND_TIMEOUT = 5.0
+"""Seconds after which a client that does not read is let go."""
+
+STALE_AFTER = 5.0
+"""Seconds without a state from the decoder's process after which it is not healthy."""
+
+MAX_LINE = 2**24
+"""Bytes of the longest line on the pipe: some thousand channels and decisions."""
+
+
+class Feed:
+    """The newest state, and who waits for the next one.
+
+    Attributes
+    ----------
+    facts, state : dict
+        As `describe` and `describe_state` give them.
+    decisions : dict of str to deque
+        The newest decisions by column.
+    ended : bool
+        Whether there will be no more.
+    """
+
+    def __init__(self, facts: dict[str, Any]) -> None:
+        self.facts = facts
+        self.state: dict[str, Any] = {}
+        self.decisions: dict[str, deque[Any]] = {}
+        self.ended = False
+        self.streams = 0
+        self._taken_at = 0.0
+        self._event = b""
+        self._changed = asyncio.Event()
+
+    async def read(self, pipe: asyncio.StreamReader) -> None:
+        """Take states from the pipe until it ends."""
+        while line := await pipe.readline():
+            state = json.loads(line)
+            for name, values in state.pop("new").items():
+                self.decisions.setdefault(name, deque(maxlen=N_RECENT)).extend(values)
+            self.state = state
+            self._taken_at = time.monotonic()
+            self._event = server_sent_event("state", state | {"recent": self.recent(N_REPEATED)})
+            self._wake()
+        self.ended = True
+        self._wake()
+
+    def recent(self, n: int) -> dict[str, list[Any]]:
+        """Return the newest `n` decisions by column."""
+        return {name: list(values)[-n:] for name, values in self.decisions.items()}
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the last state."""
+        return time.monotonic() - self._taken_at
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Yield the facts, and then always the newest state: a slow reader misses the ones between."""
+        self.streams += 1
+        try:
+            yield server_sent_event("facts", self.facts | {"recent": self.recent(N_RECENT)})
+            seen = b""
+            while not (self.ended and seen is self._event):
+                if seen is self._event:
+                    await self._changed.wait()
+                    continue
+                seen = self._event
+                yield seen
+            yield server_sent_event("end", {})
+        finally:
+            self.streams -= 1
+
+
+def server_sent_event(name: str, data: object) -> bytes:
+    """Return one event of a text/event-stream."""
+    return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
+
+
+class Guard:
+    """Lets in who may read, and says in every answer what a browser may do with it.
+
+    Parameters
+    ----------
+    app : callable
+        The application.
+    token : str or None
+        What a reader must know: as ``Authorization: Bearer``, or once as ``?token=``, which leaves a cookie.
+    port : int
+        Port of the server. Cookies are not told apart by ports, so it is part of the cookie's name.
+    policy : str
+        The Content-Security-Policy.
+    """
+
+    def __init__(self, app: ASGIApp, *, token: str | None, port: int, policy: str) -> None:
+        self._app = app
+        self._names = {"localhost", socket.gethostname().lower(), socket.getfqdn().lower()}
+        self._token = token
+        self._cookie = f"sjepa-dashboard-{port}"
+        # what the cookie holds does not tell the token
+        self._pass = None if token is None else hmac.new(token.encode(), b"sjepa-dashboard", hashlib.sha256).hexdigest()
+        self._headers = {
+            "content-security-policy": policy,
+            "cross-origin-resource-policy": "same-origin",
+            "cross-origin-opener-policy": "same-origin",
+            "referrer-policy": "no-referrer",
+            "x-content-type-options": "nosniff",
+            "cache-control": "no-store",
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or let the application answer."""
+
+        async def guarded_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(self._headers)
+            await asyncio.wait_for(send(message), SEND_TIMEOUT)
+
+        assert scope["type"] == "http"
+        await (self._answer(scope) or self._app)(scope, receive, guarded_send)
+
+    def _answer(self, scope: Scope) -> Response | None:
+        """Return what to answer in place of the application, if anything."""
+        headers = Headers(scope=scope)
+        if not self._is_own_name(headers.get("host", "")):
+            return PlainTextResponse("This name is not that of this machine: use its address.\n", 421)
+        if self._token is None or self._pass is None:
+            return None
+        given = QueryParams(scope["query_string"]).get("token")
+        if given is not None:
+            if not _same(given, self._token):
+                return PlainTextResponse("The token is wrong.\n", 403)
+            answer = RedirectResponse(scope["path"], 303)
+            answer.set_cookie(self._cookie, self._pass, httponly=True, samesite="lax")
+            return answer
+        kind, _, bearer = headers.get("authorization", "").partition(" ")
+        if (kind.lower() == "bearer" and _same(bearer.strip(), self._token)) or _same(self._cookie_of(headers), self._pass):
+            return None
+        explanation = "This needs the token: open the address with ?token=..., or send it as Authorization: Bearer.\n"
+        return PlainTextResponse(explanation, 401, {"www-authenticate": "Bearer"})
+
+    def _is_own_name(self, host: str) -> bool:
+        """Return whether a Host header is an address or this machine's name.
+
+        A page of another site can have its own name resolve to this machine (DNS rebinding) and would then be of the same origin,
+        but its requests carry that name.
+        """
+        name = re.sub(r":\d+$", "", host).strip("[]").lower()
+        try:
+            return name in self._names or bool(ipaddress.ip_address(name))
+        except ValueError:
+            return False
+
+    def _cookie_of(self, headers: Headers) -> str:
+        try:
+            cookies = SimpleCookie(headers.get("cookie", ""))
+        except CookieError:
+            return ""
+        return cookies[self._cookie].value if self._cookie in cookies else ""
+
+
+def _same(given: str, wanted: str) -> bool:
+    """Compare in a time that does not tell how much is right."""
+    return hmac.compare_digest(given.encode(), wanted.encode())
+
+
+def security_policy(page: str) -> str:
+    """Return the Content-Security-Policy of `page`: its own style and script by their hashes, its own server, nothing else."""
+
+    def hashes(tag: str) -> str:
+        blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()}'" for block in blocks)
+
+    return (
+        f"default-src 'none'; style-src {hashes('style')}; script-src {hashes('script')}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+class Metrics:
+    """Turns the newest state into Prometheus metrics when they are collected."""
+
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics; none before the first state."""
+        facts, state = self._feed.facts, self._feed.state
+        if not state:
+            return
+        info = {name: facts[name] for name in ("bundle", "bundle_hash", "backend", "source")}
+        yield InfoMetricFamily("sjepa_stream", "What is decoded, and with what", info)
+        states: dict[str, bool] = {name: name == state["state"] for name in STREAM_STATES}
+        yield StateSetMetricFamily("sjepa_stream_state", "What the stream is doing", states)
+        yield CounterMetricFamily("sjepa_windows", "Windows that a decision was due for", state["windows"])
+        yield CounterMetricFamily("sjepa_decisions", "Decisions", state["decisions"])
+        yield CounterMetricFamily("sjepa_deadline_misses", "Late decisions, and windows skipped as late", state["misses"])
+        skips = CounterMetricFamily("sjepa_windows_skipped", "Windows without a decision", labels=["reason"])
+        for reason, n in state["skips"].items():
+            skips.add_metric([reason], n)
+        yield skips
+        for name, n in state["counters"].items():
+            yield CounterMetricFamily(f"sjepa_{re.sub(r'[^a-z0-9]+', '_', name.lower())}", name.capitalize(), n)
+        yield from self._times(facts, state)
+        yield from self._channels(facts, state)
+        yield GaugeMetricFamily("sjepa_uptime_seconds", "Time since the start", state["uptime"])
+        yield GaugeMetricFamily("sjepa_resident_memory_bytes", "Memory of the decoder's process", state["memory"])
+        yield GaugeMetricFamily("sjepa_dashboard_pages", "Pages that are open", self._feed.streams)
+        yield GaugeMetricFamily("sjepa_state_age_seconds", "Time since the decoder's process was last heard", self._feed.silence)
+
+    @staticmethod
+    def _times(facts: dict[str, Any], state: dict[str, Any]) -> Iterator[Metric]:
+        upper = [*map(str, facts["edges"]), "+Inf"]
+        buckets, n = [], 0
+        for edge, count in zip(upper, state["latency_counts"], strict=True):
+            n += count
+            buckets.append((edge, n))
+        text = "From when a decision was due to when it was there"
+        yield HistogramMetricFamily("sjepa_latency_seconds", text, buckets, state["latency"]["sum"])
+        yield GaugeMetricFamily("sjepa_latency_max_seconds", "Longest latency since the start", _or_nan(state["latency"]["max"]))
+        age = GaugeMetricFamily("sjepa_age_seconds", "Age of the newest sample at the newest decisions", labels=["quantile"])
+        for quantile, name in (("0.5", "p50"), ("0.99", "p99")):
+            age.add_metric([quantile], _or_nan(state["age"][name]))
+        yield age
+        yield GaugeMetricFamily("sjepa_age_max_seconds", "Largest age since the start", _or_nan(state["age"]["max"]))
+        yield GaugeMetricFamily("sjepa_deadline_seconds", "What a decision may take", facts["deadline"])
+        yield GaugeMetricFamily("sjepa_hop_seconds", "From one window to the next", facts["hop"])
+        run = "Longest run of missed deadlines since the start"
+        yield GaugeMetricFamily("sjepa_longest_miss_run", run, state["longest_miss_run"])
+        yield GaugeMetricFamily("sjepa_silence_seconds", "Age of the newest sample received", _or_nan(state["silence"]))
+
+    def _channels(self, facts: dict[str, Any], state: dict[str, Any]) -> Iterator[Metric]:
+        channels, names = state["channels"], facts["ch_names"]
+        counts = GaugeMetricFamily("sjepa_channels", "Channels by what is wrong with them", labels=["quality"])
+        for code, name in enumerate(facts["channel_states"]):
+            counts.add_metric([name], channels["state"].count(code))
+        yield counts
+        yield GaugeMetricFamily("sjepa_channels_repaired", "Channels that are interpolated", sum(channels["repaired"]))
+        rms = GaugeMetricFamily("sjepa_channel_rms", f"Root mean square in {facts['unit']}", labels=["channel"])
+        for name, value in zip(names, channels["rms"], strict=True):
+            rms.add_metric([name], _or_nan(value))
+        yield rms
+        newest = GaugeMetricFamily("sjepa_prediction", "The newest decision", labels=["output"])
+        for rows in self._feed.recent(1).get("prediction", []):
+            for name, value in zip(facts["output_names"], rows, strict=True):
+                newest.add_metric([name], _or_nan(value))
+        yield newest
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def make_app(feed: Feed, *, token: str | None, port: int) -> ASGIApp:
+    """Return the application that serves `feed`."""
+    html = resources.files("sjepa_deploy.runtime.watch").joinpath("dashboard.html").read_text(encoding="utf-8")
+    registry = CollectorRegistry()
+    registry.register(Metrics(feed))
+
+    async def page(request: Request) -> Response:
+        return Response(html, media_type="text/html")
+
+    async def events(request: Request) -> Response:
+        if feed.streams >= MAX_STREAMS:
+            return PlainTextResponse(f"{MAX_STREAMS} pages are open already.\n", 503)
+        return StreamingResponse(feed.events(), media_type="text/event-stream")
+
+    async def metrics(request: Request) -> Response:
+        return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def healthz(request: Request) -> Response:
+        state = feed.state.get("state", "waiting")
+        healthy = state in ("filling", "decoding") and feed.silence < STALE_AFTER
+        return JSONResponse({"healthy": healthy, "state": state, "state_age": round(feed.silence, 3)}, 200 if healthy else 503)
+
+    routes = {"/": page, "/events": events, "/metrics": metrics, "/healthz": healthz}
+    app = Starlette(routes=[Route(path, endpoint) for path, endpoint in routes.items()])
+    return Guard(app, token=token, port=port, policy=security_policy(html))
+
+
+async def serve(listener: socket.socket) -> None:
+    """Serve until standard input ends."""
+    pipe = asyncio.StreamReader(limit=MAX_LINE)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(pipe), sys.stdin)
+    start = json.loads(await pipe.readline())
+    feed = Feed(start["facts"])
+    config = uvicorn.Config(
+        make_app(feed, token=start["token"], port=start["port"]),
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_level="critical",  # what a client does wrong is not the decoder's concern, and must fill no disk
+        access_log=False,
+        server_header=False,
+        limit_concurrency=64,
+        timeout_graceful_shutdown=1,
+    )
+    server = uvicorn.Server(config)
+
+    async def read() -> None:
+        await feed.read(pipe)
+        server.should_exit = True
+
+    reading = asyncio.create_task(read())
+    await server.serve(sockets=[listener])
+    await reading
+
+
+def main() -> None:
+    """Serve on the socket whose number is the argument."""
+    asyncio.run(serve(socket.socket(fileno=int(sys.argv[1]))))

@@ -1,0 +1,100 @@
+"""Keeps a monitor up to date with what a decoder does."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from sjepa_deploy.runtime.live.decoder import Decision, Decoder
+from sjepa_deploy.runtime.live.sources import Chunk, Event
+from sjepa_deploy.runtime.watch.monitor import ChannelState, Monitor, StreamFacts
+
+QUALITY_EVERY_S = 0.5
+"""Seconds from one look at the channels to the next."""
+
+_SKIPS = {"skipped_late": "late", "skipped_gap": "gap", "held": "held", "failed": "backend failed"}
+_NOT_COUNTED_HERE = {"samples", "windows", "decisions", "misses", "longest_misses", *_SKIPS}
+_STATES = {"lost": "reconnecting", "silent": "silent"}
+
+
+def watch(decoder: Decoder) -> Monitor:
+    """Return a monitor that follows `decoder` from now on."""
+    return _Watcher(decoder).monitor
+
+
+class _Watcher:
+    def __init__(self, decoder: Decoder) -> None:
+        spec, manifest = decoder.spec, decoder.predict.bundle.manifest
+        names = spec.class_names or tuple(f"{spec.output_name}_{i}" for i in range(spec.n_outputs))
+        assert spec.ch_names is not None, "the contract was checked"
+        self._decoder = decoder
+        self.monitor = Monitor(
+            StreamFacts(
+                bundle=decoder.predict.bundle.path.name,
+                bundle_hash=manifest.digest,
+                backend=decoder.predict.backend.name,
+                source=decoder.source.info.name,
+                ch_names=spec.ch_names,
+                positions=spec.positions,
+                sfreq=spec.sfreq,
+                unit=spec.unit,
+                hop=decoder.hop / spec.sfreq,
+                deadline=decoder.deadline,
+                output_names=() if spec.variant == "base" else names,
+                random_weights=manifest.weights.random,
+            ),
+            clock=decoder.source.clock,
+        )
+        self._seen = dataclasses.replace(decoder.counters)
+        self._quality_at = -np.inf
+        column = {name.casefold(): i for i, name in enumerate(decoder.windows.ch_names)}
+        self._columns = np.array([column.get(name.casefold(), -1) for name in spec.ch_names])
+        decoder.on_decision(self._decided)
+        decoder.on_chunk(self._received)
+        decoder.on_event(self._happened)
+
+    def _decided(self, decision: Decision) -> None:
+        if not decision.held:
+            self.monitor.decided(
+                index=decision.index,
+                time=decision.time,
+                due=decision.time,
+                decided=decision.decided,
+                prediction=decision.prediction if self.monitor.facts.output_names else (),
+                flags=decision.flags,
+            )
+
+    def _received(self, chunk: Chunk) -> None:
+        monitor, counters = self.monitor, self._decoder.counters
+        newest = float(chunk.stamps[-1])
+        monitor.received(len(chunk.stamps), newest)
+        changed = counters.windows != self._seen.windows or counters.samples_lost != self._seen.samples_lost
+        if changed:
+            self._count()
+        if changed or not counters.decisions:
+            monitor.set_state("decoding" if counters.decisions else "filling")
+        if newest - self._quality_at >= QUALITY_EVERY_S or newest < self._quality_at:
+            self._quality_at = newest
+            codes = np.append(self._decoder.windows.codes, ChannelState.MISSING)
+            state = codes[self._columns]
+            repaired = (state != ChannelState.OK) if self._decoder.config.bad_channels == "repair" else self._columns < 0
+            monitor.set_quality(state, self._decoder.windows.eeg()[0].std(axis=1), repaired)
+
+    def _happened(self, event: Event) -> None:
+        self.monitor.event(f"{event.kind}: {event.text}")
+        if event.kind in _STATES:
+            self.monitor.set_state(_STATES[event.kind])  # type: ignore[arg-type]
+
+    def _count(self) -> None:
+        now = self._decoder.counters
+        for field in dataclasses.fields(now):
+            n = getattr(now, field.name) - getattr(self._seen, field.name)
+            if n <= 0:
+                continue
+            if field.name in _SKIPS:
+                for _ in range(n):
+                    self.monitor.skipped(_SKIPS[field.name], late=field.name in ("skipped_late", "held"))
+            elif field.name not in _NOT_COUNTED_HERE:
+                self.monitor.count(field.name.replace("_", " "), n)
+        self._seen = dataclasses.replace(now)

@@ -1,0 +1,155 @@
+"""A stream's channels beside a model's, and what is missing made from the others by spherical splines, without MNE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.polynomial.legendre import legval
+from numpy.typing import NDArray
+
+from sjepa_deploy.eeg.montage import fit_sphere, read_montage
+from sjepa_deploy.errors import StreamError, listed
+from sjepa_deploy.runtime.live.sources import StreamInfo
+from sjepa_deploy.spec import ModelSpec, Position
+
+Matrix = NDArray[np.float64]
+
+LEAST_GOOD = 4
+"""Channels that others can be interpolated from."""
+
+_STIFFNESS, _N_TERMS = 4, 50  # those of MNE's `interpolate_to`, with which recordings are interpolated
+
+
+def on_sphere(positions: Sequence[Position]) -> Matrix:
+    """Return unit vectors to the positions from the centre of their best sphere, shape (n_chans, 3)."""
+    centre, _ = fit_sphere(positions)
+    away = np.asarray(positions, dtype=np.float64) - centre
+    unit: Matrix = away / np.linalg.norm(away, axis=1, keepdims=True)
+    return unit
+
+
+def spline_weights(sources: Matrix, targets: Matrix) -> Matrix:
+    """Return how each target is made of the sources, shape (n_targets, n_sources).
+
+    Spherical splines (Perrin et al. 1989, Electroencephalogr. Clin. Neurophysiol. 72, 184-187) with MNE's stiffness and number
+    of Legendre terms, not regularised.
+
+    Parameters
+    ----------
+    sources, targets : ndarray, shape (n, 3)
+        Unit vectors.
+    """
+    n = np.arange(1, _N_TERMS + 1)
+    terms = np.concatenate([[0.0], (2 * n + 1) / (n**_STIFFNESS * (n + 1.0) ** _STIFFNESS * 4 * np.pi)])
+    n_sources = len(sources)
+    system = np.ones((n_sources + 1, n_sources + 1))
+    system[-1, -1] = 0.0
+    system[:-1, :-1] = legval(sources @ sources.T, terms)
+    of_targets = np.column_stack([legval(targets @ sources.T, terms), np.ones(len(targets))])
+    weights: Matrix = np.ascontiguousarray(of_targets @ np.linalg.pinv(system)[:, :-1])
+    return weights
+
+
+def mixing_matrix(ch_names: Sequence[str], spec: ModelSpec, bads: Sequence[str] = ()) -> tuple[Matrix, tuple[str, ...]]:
+    """Return the matrix from a stream's channels to a model's, and the names of those that are interpolated.
+
+    Parameters
+    ----------
+    ch_names : sequence of str
+        The stream's channels.
+    spec : ModelSpec
+        The model.
+    bads : sequence of str
+        Channels of the stream that are not to be used.
+
+    Returns
+    -------
+    matrix : ndarray of float64, shape (n_chans, len(ch_names))
+        Rows of channels that the stream has hold a single one.
+    interpolated : tuple of str
+        The other channels, made of those that the stream shares with the model or, where these are fewer than four, of all
+        that have a name of the 10-05 system (its positions come from MNE).
+
+    Raises
+    ------
+    StreamError
+        If there are no positions, or fewer than four channels to interpolate from.
+    """
+    assert spec.ch_names is not None, "the contract was checked"
+    without = {name.casefold() for name in bads}
+    column = {name.casefold(): i for i, name in enumerate(ch_names) if name.casefold() not in without}
+    matrix = np.zeros((spec.n_chans, len(ch_names)))
+    rows = [i for i, name in enumerate(spec.ch_names) if name.casefold() in column]
+    missing = [i for i in range(spec.n_chans) if i not in rows]
+    for i in rows:
+        matrix[i, column[spec.ch_names[i].casefold()]] = 1.0
+    if not missing:
+        return matrix, ()
+    names = tuple(spec.ch_names[i] for i in missing)
+    if spec.positions is None:
+        raise StreamError(
+            f"{listed(names)} cannot be interpolated: the bundle holds no positions.", "Export it with `--montage`."
+        )
+    placed = on_sphere(spec.positions)
+    if len(rows) >= LEAST_GOOD:
+        names_of_sources, sources = [spec.ch_names[i].casefold() for i in rows], placed[rows]
+    else:
+        template = read_montage("standard_1005")
+        known = dict(zip(map(str.casefold, template.ch_names), template.positions, strict=True))
+        names_of_sources = [name for name in column if name in known]
+        if len(names_of_sources) < LEAST_GOOD:
+            raise StreamError(
+                f"Only {len(names_of_sources)} good channels of the stream have a position, by the names of the model or of the "
+                "10-05 system.",
+                f"At least {LEAST_GOOD} are needed to interpolate the others.",
+            )
+        sources = on_sphere([known[name] for name in names_of_sources])
+    matrix[np.ix_(missing, [column[name] for name in names_of_sources])] = spline_weights(sources, placed[missing])
+    return matrix, names
+
+
+def match_channels(
+    spec: ModelSpec, info: StreamInfo, *, interpolate: bool, bads: Sequence[str]
+) -> tuple[NDArray[np.intp], tuple[str, ...], tuple[str, ...]]:
+    """Compare a stream's channels with a model's, by name (case is ignored).
+
+    Returns
+    -------
+    columns : ndarray of int
+        Which columns of the stream are used.
+    ch_names : tuple of str
+        Their names.
+    missing : tuple of str
+        Channels of the model that are not among them.
+
+    Raises
+    ------
+    StreamError
+        If names are missing or twice, or channels of the model are not there and not to be interpolated.
+    """
+    if spec.ch_names is None:
+        raise StreamError(
+            "The model has no channel names, so the stream's channels cannot be checked against it.",
+            "Export the bundle with `--montage` or `--channels`.",
+        )
+    folded = [name.casefold() for name in info.ch_names]
+    if twice := sorted({name for name, fold in zip(info.ch_names, folded, strict=True) if folded.count(fold) > 1}):
+        raise StreamError(
+            f"{info.name} has the channels {listed(twice)} twice.", "Give every channel of the stream its own name."
+        )
+    without = {name.casefold() for name in bads}
+    if unknown := sorted(without - set(folded)):
+        raise StreamError(f"{info.name} has no channels {listed(unknown)}, which were named as bad.", "Mend `--bads`.")
+    column = {name: i for i, name in enumerate(folded) if name not in without}
+    missing = tuple(name for name in spec.ch_names if name.casefold() not in column)
+    if missing and not interpolate:
+        raise StreamError(
+            f"{info.name} lacks {len(missing)} of the model's {spec.n_chans} channels: {listed(missing)}; it has "
+            f"{listed(info.ch_names)}.",
+            "Name its channels as the model does, or make them from the others with `--interpolate`.",
+        )
+    shared = [column[name.casefold()] for name in spec.ch_names if name.casefold() in column]
+    # With fewer than four, mixing_matrix takes all channels whose names have a position.
+    columns = np.array(shared if not missing or len(shared) >= LEAST_GOOD else sorted(column.values()), dtype=np.intp)
+    return columns, tuple(info.ch_names[i] for i in columns), missing

@@ -1,0 +1,94 @@
+"""Which channels of a stream carry no EEG just now."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sjepa_deploy.runtime.watch.monitor import ChannelState
+
+FLAT_V = 1e-7
+"""Peak to peak in volts below which half a second of a channel is flat: EEG has 10 uV, an amplifier's own noise 0.3 uV."""
+
+RAIL_V = 0.1
+"""A flat channel beyond this is saturated: electrode offsets are up to 50 mV."""
+
+NOISY_V = 1e-3
+"""Standard deviation in volts above which a channel is disconnected: blinks reach 0.1 mV, an open input mains hum of several."""
+
+CLIPPED = 0.25
+"""Share of samples at exactly the largest or the smallest value from which on a channel is saturated."""
+
+BLOCK_S = 0.5
+"""Channels are judged by blocks of this many seconds, counted from the start, whatever the chunks."""
+
+REASONS = {
+    ChannelState.OK: "good",
+    ChannelState.FLAT: "flat",
+    ChannelState.SATURATED: "saturated",
+    ChannelState.NOISY: "disconnected, or very noisy",
+    ChannelState.NAN: "not finite",
+}
+"""What a channel may be, in words."""
+
+Codes = NDArray[np.int8]
+
+
+class ChannelQuality:
+    """Judges channels block by block.
+
+    Parameters
+    ----------
+    n_chans : int
+        Number of channels.
+    sfreq : float
+        Rate in Hz.
+    volt : float
+        A volt in the unit of the samples.
+
+    Attributes
+    ----------
+    codes : ndarray of int8, shape (n_chans,)
+        The verdict on the last whole block, all good before that.
+    spread : ndarray, shape (n_chans,)
+        Standard deviation in that block, in volts.
+    """
+
+    def __init__(self, n_chans: int, sfreq: float, volt: float) -> None:
+        self._block = np.empty((max(2, round(BLOCK_S * sfreq)), n_chans))
+        self._volt = volt
+        self.spread = np.zeros(n_chans)
+        self.codes: Codes = np.zeros(n_chans, np.int8)
+        self._filled = 0
+
+    def restart(self) -> None:
+        """Begin a new block: what came before the next sample does not belong to it."""
+        self._filled = 0
+
+    @property
+    def room(self) -> int:
+        """Samples that the block still takes."""
+        return len(self._block) - self._filled
+
+    def take(self, samples: NDArray[np.float64]) -> bool:
+        """Take up to `room` samples, shape (n_samples, n_chans), and return whether the block is full and was judged."""
+        stop = self._filled + len(samples)
+        self._block[self._filled : stop] = samples
+        self._filled = stop
+        if stop < len(self._block):
+            return False
+        self._filled = 0
+        self.codes = self._judge()
+        return True
+
+    def _judge(self) -> Codes:
+        block, volt = self._block, self._volt
+        low, high = block.min(axis=0), block.max(axis=0)
+        flat = high - low < FLAT_V * volt
+        at_rail = ((block == high) | (block == low)).mean(axis=0) > CLIPPED
+        codes = np.zeros(block.shape[1], np.int8)
+        self.spread = np.where(high > low, block.std(axis=0) / volt, 0.0)  # not the rounding of a constant
+        codes[self.spread > NOISY_V] = ChannelState.NOISY
+        codes[at_rail | (np.maximum(-low, high) > RAIL_V * volt)] = ChannelState.SATURATED
+        codes[flat & (np.abs(high) <= RAIL_V * volt)] = ChannelState.FLAT
+        return codes

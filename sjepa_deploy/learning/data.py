@@ -1,0 +1,303 @@
+"""What there is to learn from: windows of EEG with their labels, and how they are split.
+
+All of it is in microvolts and in memory. What was done to a recording is a `Preprocessing`, which goes into the checkpoint so
+that export and live decoding do the same. `sjepa_deploy.learning.loading` gets windows out of files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sjepa_deploy.errors import DataError
+from sjepa_deploy.spec import Position, Preprocessing
+
+SYNTHETIC = "synthetic"
+Task = Literal["regression", "classification"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a window is labelled with.
+
+    Attributes
+    ----------
+    kind : {"reaction_time", "column"}
+        "reaction_time": seconds from a stimulus to the next response, as in the EEG Foundation Challenge (NeurIPS 2025).
+        "column": a column of a TSV, of the metadata of Epochs ("event" is the event's name), or ``targets`` of an ``.npz``.
+    task : {"regression", "classification"}
+        Whether it is a number or a class.
+    stimulus, response : tuple of str
+        Descriptions of the events of a recording. Of a table, `stimulus` picks the rows with such a ``trial_type``.
+    tmin : float
+        Start of a window after its event in seconds. With 200 samples at 100 Hz, 0.5 makes it 0.5 to 2.5 s.
+    max_reaction_time : float
+        A response later than this many seconds is none to that stimulus.
+    column : str or None
+        Name of the column.
+    tsv : str
+        The table with the columns ``onset`` (seconds) and `column`, in the recording's folder; {stem} is the recording's name.
+        Of a BIDS folder, events.tsv is read, or participants.tsv where the column is there.
+    """
+
+    kind: Literal["reaction_time", "column"] = "reaction_time"
+    task: Task = "regression"
+    stimulus: tuple[str, ...] = ()
+    response: tuple[str, ...] = ()
+    tmin: float = 0.5
+    max_reaction_time: float = 2.5
+    column: str | None = None
+    tsv: str = "{stem}.tsv"
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.tmin) or not self.max_reaction_time > 0:
+            raise DataError(
+                f"tmin is {self.tmin:g} s, max_reaction_time {self.max_reaction_time:g} s.",
+                "Use a finite tmin and a positive max_reaction_time.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synthetic:
+    """How much synthetic EEG there is (`sjepa_deploy.eeg.synthetic.planted_eeg`)."""
+
+    n_subjects: int = 10
+    n_windows: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n_subjects < 1 or self.n_windows < 1 or self.seed < 0:
+            raise DataError(
+                f"{self.n_windows} synthetic windows of {self.n_subjects} subjects, seed {self.seed}, are none.",
+                "Use 1 or more of both, and a seed of 0 or more.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where windows come from, what they look like, and how they are split.
+
+    Attributes
+    ----------
+    source : tuple of str
+        Recordings that MNE reads, ``*-epo.fif``, ``.npz`` files, BIDS folders; or "synthetic".
+    montage : str or None
+        Names and positions of the channels. By default those of the first recording without its bad ones.
+    ch_names : tuple of str or None
+        Channels to use. By default all of the montage that the first recording has (with `interpolate`, all of the montage), or
+        all of the first recording. All others must have them too.
+    interpolate : bool
+        Make the channels that a recording lacks from the others.
+    sfreq : float
+        Sampling rate in Hz that recordings are brought to.
+    n_times : int
+        Samples of a window.
+    hop : float or None
+        Seconds from one unlabelled window to the next; by default they adjoin.
+    preprocessing : Preprocessing or None
+        Band and reference; by default those of the published pretraining. Of ``.npz`` files it says what was done to them.
+    target : Target or None
+        The labels.
+    split : {"auto", "subject", "session", "block"}
+        What stays together. "block" cuts each recording into contiguous stretches. "auto" takes the first of subject and
+        session that there are at least 3 of, else "block".
+    n_folds, fold : int
+        The groups or blocks are dealt to `n_folds` folds. `fold` is the test set, the next one validates, the rest trains.
+    gap : float or None
+        Seconds around validation and test windows of the same recording from which nothing is trained on; one window by default.
+    synthetic : Synthetic
+        The synthetic source.
+    """
+
+    source: tuple[str, ...] = (SYNTHETIC,)
+    montage: str | None = None
+    ch_names: tuple[str, ...] | None = None
+    interpolate: bool = False
+    sfreq: float = 100.0
+    n_times: int = 200
+    hop: float | None = None
+    preprocessing: Preprocessing | None = None
+    target: Target | None = None
+    split: Literal["auto", "subject", "session", "block"] = "auto"
+    n_folds: int = 5
+    fold: int = 0
+    gap: float | None = None
+    synthetic: Synthetic = field(default_factory=Synthetic)
+
+    def __post_init__(self) -> None:
+        if not self.source or (SYNTHETIC in self.source and len(self.source) > 1):
+            raise DataError("The source is empty, or synthetic among others.", "Name recordings, or synthetic alone.")
+        for name in ("sfreq", "n_times", "hop"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise DataError(f"{name} is {value:g}.", "Use a positive number.")
+        if self.gap is not None and not self.gap >= 0:
+            raise DataError(f"gap is {self.gap:g} s.", "Use 0 or more.")
+        if self.n_folds < 3 or not 0 <= self.fold < self.n_folds:
+            raise DataError(f"Fold {self.fold} of {self.n_folds} is none.", "Use 3 folds or more, numbered from 0.")
+
+    @property
+    def prepared(self) -> Preprocessing:
+        """What recordings go through."""
+        return self.preprocessing or Preprocessing.default(self.sfreq)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Windows:
+    """Windows of EEG and all that is known of them.
+
+    Attributes
+    ----------
+    eeg : ndarray of float32, shape (n_windows, n_chans, n_times)
+        In microvolts.
+    targets : ndarray, shape (n_windows,), or None
+        float32 numbers, or int64 classes.
+    class_names : tuple of str or None
+        Names of the classes.
+    subject, session, recording : ndarray of str, shape (n_windows,)
+        Where each window comes from.
+    onset : ndarray, shape (n_windows,)
+        Start of each window in its recording in seconds; NaN where it is not known.
+    ch_names, positions, sfreq, preprocessing
+        As in `ModelSpec`.
+    steps : tuple of str
+        What was done to the recordings, for people to read.
+    """
+
+    eeg: NDArray[np.float32]
+    targets: NDArray[Any] | None
+    class_names: tuple[str, ...] | None
+    subject: NDArray[np.str_]
+    session: NDArray[np.str_]
+    recording: NDArray[np.str_]
+    onset: NDArray[np.float64]
+    ch_names: tuple[str, ...]
+    positions: tuple[Position, ...] | None
+    sfreq: float
+    preprocessing: Preprocessing
+    steps: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.eeg)
+
+    @property
+    def model_fields(self) -> dict[str, Any]:
+        """The fields of `ModelSpec` that the data settle."""
+        return {
+            "n_chans": self.eeg.shape[1],
+            "n_times": self.eeg.shape[2],
+            "sfreq": self.sfreq,
+            "ch_names": self.ch_names,
+            "positions": self.positions,
+            "preprocessing": self.preprocessing,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Split:
+    """Indices of the windows of each part, and how they were divided."""
+
+    train: NDArray[np.intp]
+    val: NDArray[np.intp]
+    test: NDArray[np.intp]
+    by: Literal["subject", "session", "block"]
+
+
+def encode_targets(values: Sequence[Any], task: Task) -> tuple[NDArray[Any], tuple[str, ...] | None]:
+    """Return labels as float32 numbers, or as int64 classes in the order of their names.
+
+    Raises
+    ------
+    DataError
+        If labels are missing, not finite, no numbers, all equal, or of one class only.
+    """
+    texts = ["" if value is None else str(value).strip() for value in values]
+    missing = [i for i, text in enumerate(texts) if text.casefold() in ("", "n/a", "nan", "none")]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(texts)} labels are missing or NaN, the first of window {missing[0]}.",
+            "Label these windows, or leave them out.",
+        )
+    if task == "classification":
+        class_names = tuple(sorted(set(texts)))
+        if len(class_names) < 2:
+            raise DataError(f"All {len(texts)} windows are of the class {class_names}.", "Give windows of two classes or more.")
+        return np.array([class_names.index(text) for text in texts], dtype=np.int64), class_names
+    try:
+        numbers = np.array([float(text) for text in texts], dtype=np.float32)
+    except ValueError as e:
+        raise DataError(f"A label is no number ({e}).", "Set the task to classification, or choose another column.") from e
+    if not np.isfinite(numbers).all() or len(set(numbers.tolist())) < 2:
+        raise DataError("The labels are infinite, or all the same.", "Give numbers that differ.")
+    return numbers, None
+
+
+def split_windows(windows: Windows, config: DataConfig, *, seed: int = 0) -> Split:
+    """Divide windows into three parts that share no subject, no session, or no stretch of a recording.
+
+    Raises
+    ------
+    DataError
+        If there are too few groups, or a part would be empty.
+    """
+    groups = {"subject": windows.subject, "session": np.char.add(np.char.add(windows.subject, "/"), windows.session)}
+    by: Literal["subject", "session", "block"]
+    if config.split == "auto":
+        by = "subject" if len(set(groups["subject"])) >= 3 else "session" if len(set(groups["session"])) >= 3 else "block"
+    else:
+        by = config.split
+    if by == "block":
+        if np.isnan(windows.onset).any():
+            raise DataError(
+                "Blocks cannot be cut: the source does not tell when each window starts, so windows may overlap.",
+                "Save `onset` in seconds, or data of 3 subjects or sessions.",
+            )
+        fold = _fold_of_blocks(windows, config.n_folds)
+        n_folds = config.n_folds
+    else:
+        names = np.unique(groups[by])
+        n_folds = min(config.n_folds, len(names))
+        if n_folds < 3:
+            raise DataError(f"There are {len(names)} of {by}, too few to train, validate and test.", "Split by block.")
+        dealt = dict(zip(np.random.default_rng(seed).permutation(names), np.arange(len(names)) % n_folds, strict=True))
+        fold = np.array([dealt[name] for name in groups[by]])
+    test_fold = config.fold % n_folds
+    test, val = fold == test_fold, fold == (test_fold + 1) % n_folds
+    train = ~(test | val)
+    if by == "block":
+        length = windows.eeg.shape[2] / windows.sfreq
+        distance = length + (length if config.gap is None else config.gap)  # from start to start
+        val &= ~_close_to(windows, test, distance)
+        train &= ~_close_to(windows, test | val, distance)
+    parts = {"train": train, "val": val, "test": test}
+    if empty := [name for name, part in parts.items() if not part.any()]:
+        raise DataError(f"No window is left for {empty[0]}.", "Give longer recordings, or use fewer folds or a smaller gap.")
+    return Split(train=np.flatnonzero(train), val=np.flatnonzero(val), test=np.flatnonzero(test), by=by)
+
+
+def _fold_of_blocks(windows: Windows, n_folds: int) -> NDArray[np.intp]:
+    fold = np.zeros(len(windows), dtype=np.intp)
+    for name in np.unique(windows.recording):
+        of_this = np.flatnonzero(windows.recording == name)
+        in_time = of_this[np.argsort(windows.onset[of_this], kind="stable")]
+        fold[in_time] = np.arange(len(in_time)) * n_folds // len(in_time)
+    return fold
+
+
+def _close_to(windows: Windows, others: NDArray[np.bool_], distance: float) -> NDArray[np.bool_]:
+    """Return which windows start less than `distance` seconds from one of `others` in the same recording."""
+    close = np.zeros(len(windows), dtype=np.bool_)
+    for name in np.unique(windows.recording):
+        here = windows.recording == name
+        theirs = np.sort(windows.onset[here & others])
+        if len(theirs):
+            mine = windows.onset[here]
+            after = np.searchsorted(theirs, mine)
+            nearest = np.minimum(abs(mine - theirs[after - 1]), abs(mine - theirs[np.minimum(after, len(theirs) - 1)]))
+            close[here] = nearest < distance - 1e-9
+    return close & ~others

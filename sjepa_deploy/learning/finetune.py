@@ -1,0 +1,288 @@
+"""Fine-tuning: a variant learns to decode, from a pretrained base model or from scratch.
+
+Frozen: only the spatial filters and the last layer learn. Full: they learn alone for ten epochs of warm-up, then everything
+does. The defaults (Adam 1e-3, batches of 32, at most 500 epochs, patience 50) are the settings of the paper's author.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import lightning
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sjepa_deploy.errors import DataError, TrainingError, listed
+from sjepa_deploy.learning.data import DataConfig, Split, Target, Windows, split_windows
+from sjepa_deploy.learning.loading import load_windows
+from sjepa_deploy.learning.loop import Batch, Engine, Fitted, WindowLoaders, check_enough, compile_if_wanted, fit, predict
+from sjepa_deploy.learning.metrics import Score, scores
+from sjepa_deploy.models.checkpoint import read_checkpoint, write_checkpoint
+from sjepa_deploy.models.networks import SignalJEPAModule, SignalJEPAWithTransformer, build_model
+from sjepa_deploy.models.transfer import NEW_PARTS, TransferReport, base_encoder, transfer
+from sjepa_deploy.spec import EncoderSpec, ModelSpec, Variant
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """A fine-tuning run.
+
+    Attributes
+    ----------
+    variant : {"prelocal", "postlocal", "contextual"}
+        What to train.
+    pretrained : str or None
+        Checkpoint of the base model; None trains from scratch.
+    freeze_encoder : bool
+        Train the spatial filters and the last layer only.
+    encoder_to_prelocal : bool
+        Take the feature encoder into PreLocal too.
+    accept_sfreq : bool
+        Take a base model of another sampling rate.
+    n_spat_filters : int
+        Spatial filters.
+    warmup_epochs : int
+        Epochs in which only the new layers learn, where not everything is new.
+    data : DataConfig
+        Labelled windows.
+    encoder : EncoderSpec or None
+        Sizes of the encoder. With a base model they are that model's.
+    engine : Engine
+        The loop.
+    """
+
+    variant: Variant = "contextual"
+    pretrained: str | None = None
+    freeze_encoder: bool = False
+    encoder_to_prelocal: bool = False
+    accept_sfreq: bool = False
+    n_spat_filters: int = 4
+    warmup_epochs: int = 10
+    data: DataConfig = field(default_factory=lambda: DataConfig(target=Target()))
+    encoder: EncoderSpec | None = None
+    engine: Engine = field(default_factory=Engine)
+
+    def __post_init__(self) -> None:
+        if self.variant not in NEW_PARTS:
+            raise TrainingError(f"{self.variant!r} cannot be fine-tuned.", f"Use one of {', '.join(NEW_PARTS)}.")
+        if self.data.target is None:
+            raise DataError("The configuration names no target to learn.", "Describe it under data.target.")
+        if self.warmup_epochs < 0:
+            raise TrainingError(f"warmup_epochs is {self.warmup_epochs}.", "Use 0 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneResult:
+    """What fine-tuning gave.
+
+    Attributes
+    ----------
+    spec : ModelSpec
+        The model.
+    transfer : TransferReport or None
+        What it took from the base model.
+    fitted : Fitted
+        How the run went.
+    test : dict of str to Score
+        R2, NRMSE and MAE, or balanced accuracy and AUC, on the test windows.
+    baseline : dict of str to Score
+        The same for predicting the training windows' mean, or class frequencies.
+    n_train, n_val, n_test : int
+        Windows.
+    split : str
+        What the parts do not share.
+    """
+
+    spec: ModelSpec
+    transfer: TransferReport | None
+    fitted: Fitted
+    test: dict[str, Score]
+    baseline: dict[str, Score]
+    n_train: int
+    n_val: int
+    n_test: int
+    split: str
+
+
+class FinetuneModule(lightning.LightningModule):
+    """A variant as Lightning's loop wants it.
+
+    A regression learns standardised targets, so that learning does not depend on their unit; `finished` folds their mean and
+    standard deviation into the last layer.
+    """
+
+    target_mean: Tensor
+    target_std: Tensor
+
+    def __init__(self, model: SignalJEPAModule, config: FinetuneConfig, targets: NDArray[np.float32]) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.regression = model.spec.class_names is None
+        mean, std = (targets.mean(), targets.std()) if self.regression else (0.0, 1.0)
+        self.register_buffer("target_mean", torch.tensor(float(mean)))
+        self.register_buffer("target_std", torch.tensor(float(std)))
+        new = NEW_PARTS[model.spec.variant]
+        parts = dict(model.named_children())
+        self.new_parts = [parts[name] for name in new]
+        self.old_parts = [part for name, part in parts.items() if name not in new]
+        # The predictor of pretraining is never used; the rest of the encoder learns unless it is frozen for good.
+        for part in self.old_parts:
+            part.requires_grad_(not config.freeze_encoder)
+        if isinstance(model, SignalJEPAWithTransformer):
+            model.transformer.decoder.requires_grad_(False)
+        self.encoder_parameters = [p for part in self.old_parts for p in part.parameters() if p.requires_grad]
+        compile_if_wanted(model, config.engine)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether only the new layers learn in the present epoch."""
+        return self.config.freeze_encoder or self.current_epoch < self.config.warmup_epochs
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return Adam with one group of new layers, and one of the encoder, which has no gradients while it is frozen."""
+        engine = self.config.engine
+        groups = [{"name": "new", "params": [p for part in self.new_parts for p in part.parameters()]}]
+        if self.encoder_parameters:
+            groups.append({"name": "encoder", "params": self.encoder_parameters})
+        return torch.optim.Adam(groups, lr=engine.lr, weight_decay=engine.weight_decay)
+
+    def on_train_epoch_start(self) -> None:
+        """Freeze or unfreeze the encoder."""
+        for parameter in self.encoder_parameters:
+            parameter.requires_grad_(not self.frozen)
+        for part in self.old_parts:
+            part.train(not self.frozen)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean square error of standardised targets, or the cross-entropy."""
+        if self.regression:
+            return nn.functional.mse_loss(outputs[:, 0].float(), (targets - self.target_mean) / self.target_std)
+        return nn.functional.cross_entropy(outputs.float(), targets)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of one batch."""
+        eeg, targets = batch
+        loss = self.loss(self.model(eeg), targets)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(eeg))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Measure the loss; `forward` is not compiled, since modes and short batches would each compile anew."""
+        eeg, targets = batch
+        self.log("val_loss", self.loss(self.model.forward(eeg), targets), batch_size=len(eeg), sync_dist=True)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the predictions in the target's unit, shape (B,), or the probabilities, shape (B, O)."""
+        outputs: Tensor = self.model.forward(batch[0]).float()
+        return outputs[:, 0] * self.target_std + self.target_mean if self.regression else outputs.softmax(dim=-1)
+
+    def finished(self) -> SignalJEPAModule:
+        """Return the model whose last layer gives the target in its own unit. Call it once, after training."""
+        last = [module for module in self.model.modules() if isinstance(module, nn.Linear)][-1]
+        with torch.no_grad():
+            last.weight *= self.target_std
+            last.bias.copy_(last.bias * self.target_std + self.target_mean)
+        return self.model.eval()
+
+
+def finetune(config: FinetuneConfig, out: Path | str, *, resume: bool = False, progress: bool = False) -> FinetuneResult:
+    """Fine-tune a variant and write it into the folder `out`.
+
+    Parameters
+    ----------
+    config : FinetuneConfig
+        The run.
+    out : Path or str
+        Gets ``config.json`` and ``model.safetensors``; checkpoints and logs go into ``out/training``.
+    resume : bool
+        Go on with the run in `out`.
+    progress : bool
+        Show a progress bar.
+
+    Raises
+    ------
+    DataError
+        If windows or labels cannot be learned from: too few, a class or all spread missing in a part, no positions.
+    CheckpointError
+        If the base model does not fit.
+    TrainingError
+        If `out` holds a run that is not to be resumed, or another one.
+    """
+    out = Path(out)
+    windows = load_windows(config.data)
+    split = split_windows(windows, config.data, seed=config.engine.seed)
+    check_enough(split, config.engine)
+    _check_targets(windows, split)
+    assert windows.targets is not None
+    model, report = _build(config, windows)
+    module = FinetuneModule(model, config, windows.targets[split.train])
+    loaders = WindowLoaders(windows, split, config.engine)
+    fitted, trainer = fit(module, loaders, out / "training", config, resume=resume, progress=progress, unused_parameters=True)
+    predictions = predict(module, loaders, trainer).numpy()
+    targets, known = windows.targets[split.test], windows.targets[split.train]
+    if module.regression:
+        constant = np.full(len(targets), known.mean())
+    else:
+        constant = np.tile(np.bincount(known, minlength=model.spec.n_outputs) / len(known), (len(targets), 1))
+    result = FinetuneResult(
+        spec=model.spec,
+        transfer=report,
+        fitted=fitted,
+        test=scores(targets, predictions),
+        baseline=scores(targets, constant),
+        n_train=len(split.train),
+        n_val=len(split.val),
+        n_test=len(split.test),
+        split=split.by,
+    )
+    if trainer.is_global_zero:
+        training = {"finetuning": config, "data_steps": windows.steps, "result": result}
+        write_checkpoint(module.finished(), out, training=training)
+    return result
+
+
+def _build(config: FinetuneConfig, windows: Windows) -> tuple[SignalJEPAModule, TransferReport | None]:
+    base = None if config.pretrained is None else read_checkpoint(config.pretrained)
+    if base is not None and config.encoder is not None and config.encoder != base_encoder(base):
+        raise TrainingError("The configuration's encoder is not the base model's.", "Leave it out: the base model's is used.")
+    encoder = base_encoder(base) if base is not None else config.encoder or EncoderSpec()
+    fields = windows.model_fields
+    if config.variant == "contextual" and fields["positions"] is None:
+        raise DataError("The channels have no positions, which the position encoder needs.", "Name their montage with --montage.")
+    spec = ModelSpec(
+        variant=config.variant,
+        n_outputs=1 if windows.class_names is None else len(windows.class_names),
+        n_spat_filters=config.n_spat_filters,
+        class_names=windows.class_names,
+        encoder=encoder,
+        **fields,
+    )
+    if base is None:
+        return build_model(spec, seed=config.engine.seed), None
+    return transfer(
+        base,
+        spec,
+        seed=config.engine.seed,
+        encoder_to_prelocal=config.encoder_to_prelocal,
+        accept_sfreq=config.accept_sfreq,
+    )
+
+
+def _check_targets(windows: Windows, split: Split) -> None:
+    """Refuse a part that lacks a class, or in which all numbers are equal."""
+    assert windows.targets is not None
+    for name in ("train", "val", "test"):
+        values = set(windows.targets[getattr(split, name)].tolist())
+        if windows.class_names is not None and len(values) < len(windows.class_names):
+            missing = [n for i, n in enumerate(windows.class_names) if i not in values]
+            raise DataError(
+                f"The {name} part (split by {split.by}) has no window of {listed(missing)}.",
+                "Split in another way, use another fold, or give more windows of each class.",
+            )
+        if windows.class_names is None and len(values) < 2:
+            raise DataError(
+                f"All labels of the {name} part (split by {split.by}) are the same.", "Split in another way, or use another fold."
+            )

@@ -1,0 +1,403 @@
+"""Windows out of recordings, BIDS folders, MNE Epochs, ``.npz`` files, or synthetic ones."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sjepa_deploy.eeg.montage import Montage, read_montage, require_mne
+from sjepa_deploy.eeg.recording import check_amplitude, fit_recording, read_recording, reading, window_starts
+from sjepa_deploy.eeg.synthetic import planted_eeg
+from sjepa_deploy.errors import DataError, MissingDependencyError, RecordingError, listed
+from sjepa_deploy.learning.data import SYNTHETIC, DataConfig, Target, Windows, encode_targets
+from sjepa_deploy.learning.targets import reaction_times, read_column, read_tsv
+from sjepa_deploy.parity import UNREADABLE_NPZ
+from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, Position, Preprocessing
+
+if TYPE_CHECKING:
+    import mne
+
+Reader = Callable[[Windows | None], Windows]
+"""Reads one recording or file, with the channels of the first one where there is one before it."""
+
+
+def load_windows(config: DataConfig) -> Windows:
+    """Return the windows that `config` describes, labelled where it has a target.
+
+    Raises
+    ------
+    DataError
+        If labels are missing, not finite or of one class only; or sources do not go together.
+    RecordingError, MontageError
+        If a recording cannot be read or does not fit.
+    """
+    parts: list[Windows] = []
+    for source in config.source:
+        for read in _readers(source, config):
+            parts.append(read(parts[0] if parts else None))
+    first = parts[0]
+    for part in parts:
+        if part.preprocessing != first.preprocessing:
+            raise DataError(
+                f"{part.recording[0]} and {first.recording[0]} were filtered or referenced in different ways.",
+                "Learn from one kind.",
+            )
+        rms = float(np.median(part.eeg.std(axis=(0, 2)))) * UNITS_IN_VOLTS["uV"]
+        if math.isfinite(rms):
+            check_amplitude(rms, "State the unit they are stored in (`unit` of an .npz; volts passed as microvolts?).")
+    targets, class_names = None, None
+    if config.target is not None:
+        values = [value for part in parts for value in (part.targets if part.targets is not None else ())]
+        targets, class_names = encode_targets(values, config.target.task)
+
+    def joined(name: str) -> Any:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    eeg = first.eeg if len(parts) == 1 else joined("eeg")
+    if not np.isfinite(eeg).all():
+        raise DataError("Windows hold samples that are not finite.", "Leave these windows out.")
+    return Windows(
+        eeg=eeg,
+        targets=targets,
+        class_names=class_names,
+        **{name: joined(name) for name in ("subject", "session", "recording", "onset")},
+        ch_names=first.ch_names,
+        positions=first.positions,
+        sfreq=first.sfreq,
+        preprocessing=first.preprocessing,
+        steps=tuple(dict.fromkeys(step for part in parts for step in part.steps)),
+    )
+
+
+def _readers(source: str, config: DataConfig) -> Iterator[Reader]:
+    path = Path(source)
+    if source == SYNTHETIC:
+        yield functools.partial(_load_synthetic, config)
+    elif not path.exists():
+        raise DataError(f"There is no data at {source}.", f"Check the path, or use {SYNTHETIC}.")
+    elif path.is_dir():
+        yield from _readers_of_bids(path, config)
+    elif path.suffix == ".npz":
+        yield functools.partial(_load_npz, path, config)
+    elif path.name.endswith(("-epo.fif", "_epo.fif", "-epo.fif.gz", "_epo.fif.gz")):
+        yield functools.partial(_load_epochs, path, config)
+    else:
+        yield functools.partial(_load_recording, path, config)
+
+
+def _load_synthetic(config: DataConfig, first: Windows | None) -> Windows:
+    assert first is None, "the synthetic source stands alone"
+    montage = read_montage(config.montage or "GSN-HydroCel-129")
+    if config.ch_names is not None:
+        montage = montage.pick(config.ch_names)
+    much = config.synthetic
+    planted = planted_eeg(
+        much.n_subjects, much.n_windows, montage.positions, config.n_times, config.sfreq, np.random.default_rng(much.seed)
+    )
+    targets: NDArray[Any] | None = None
+    if config.target is not None:
+        slow = np.where(planted.latent > 0, "slow", "fast")
+        targets = slow if config.target.task == "classification" else planted.reaction_time
+    subject = np.char.add("synthetic-", planted.subject.astype(str))
+    return _made(
+        planted.eeg, targets, subject, montage.ch_names, montage.positions, config.sfreq, config.prepared, ("synthetic EEG",)
+    )
+
+
+def _made(
+    eeg: NDArray[np.float32],
+    targets: NDArray[Any] | None,
+    subject: NDArray[np.str_],
+    ch_names: tuple[str, ...],
+    positions: tuple[Position, ...] | None,
+    sfreq: float,
+    preprocessing: Preprocessing,
+    steps: tuple[str, ...],
+    **known: NDArray[Any],
+) -> Windows:
+    """Return windows whose session and recording are the subject, one after the other, unless something else is `known`."""
+    places = {"session": subject, "recording": subject, "onset": np.arange(len(eeg)) * eeg.shape[2] / sfreq} | known
+    return Windows(
+        eeg=eeg,
+        targets=targets,
+        class_names=None,
+        subject=subject,
+        **places,
+        ch_names=ch_names,
+        positions=positions,
+        sfreq=sfreq,
+        preprocessing=preprocessing,
+        steps=steps,
+    )
+
+
+def _load_recording(path: Path, config: DataConfig, first: Windows | None) -> Windows:
+    table = None
+    if config.target is not None and config.target.kind == "column":
+        table = path.with_name(config.target.tsv.format(stem=path.stem))
+    return _load_raw(read_recording(path), path.stem, config, first, subject=path.stem, table=table)
+
+
+def _load_raw(
+    raw: mne.io.BaseRaw,
+    name: str,
+    config: DataConfig,
+    first: Windows | None,
+    *,
+    subject: str,
+    session: str = "1",
+    table: Path | None = None,
+    label: Any = None,
+) -> Windows:
+    """Cut windows out of a recording: around events where there is a target of each, else one after the other."""
+    spec = _fitting_spec(raw.info, config, first)
+    assert spec.ch_names is not None
+    try:
+        fitted = fit_recording(raw, spec, interpolate=config.interpolate)
+        events = [] if config.target is None or label is not None else _events(raw, table, config.target)
+    except (RecordingError, DataError) as e:
+        raise type(e)(f"{name}: {e.problem}", e.mend) from e  # one of many
+    n_samples, steps = fitted.data.shape[1], list(fitted.steps)
+    values: list[Any] | None = None
+    if config.target is None or label is not None:
+        hop = config.n_times if config.hop is None else max(1, round(config.hop * config.sfreq))
+        starts = window_starts(n_samples, config.n_times, hop)
+        values = None if label is None else [label] * len(starts)
+    else:
+        onsets = np.array([onset for onset, _ in events]) + config.target.tmin
+        starts, values = np.rint(onsets * config.sfreq).astype(np.intp), [value for _, value in events]
+        steps.append(f"cut windows {config.target.tmin:g} s after events")
+    whole = (starts >= 0) & (starts + config.n_times <= n_samples)
+    good = ~_marked_bad(raw, starts / config.sfreq, config.n_times / config.sfreq)
+    if n_bad := int((whole & ~good).sum()):
+        steps.append(f"left out {n_bad} windows in stretches marked bad")
+    kept = np.flatnonzero(whole & good)
+    if not len(kept):
+        raise DataError(
+            f"{name} has no whole window that is not marked bad and, where events are learned from, follows one of them.",
+            "Check the events' names, the table and the annotations.",
+        )
+    starts = starts[kept]
+    return _made(
+        np.stack([fitted.data[:, start : start + config.n_times] for start in starts]),
+        None if values is None else np.array([values[i] for i in kept]),
+        np.full(len(kept), subject),
+        spec.ch_names,
+        spec.positions,
+        config.sfreq,
+        config.prepared,
+        tuple(steps),
+        session=np.full(len(kept), session),
+        recording=np.full(len(kept), name),
+        onset=starts / config.sfreq,
+    )
+
+
+def _events(raw: mne.io.BaseRaw, table: Path | None, target: Target) -> Sequence[tuple[float, Any]]:
+    """Return the onset in seconds and the label of every event."""
+    if target.kind == "reaction_time":
+        return reaction_times(raw, target)
+    assert table is not None, "a column is read from a table"
+    return read_column(table, target)
+
+
+def _marked_bad(raw: mne.io.BaseRaw, onset: NDArray[np.float64], length: float) -> NDArray[np.bool_]:
+    """Return which windows overlap annotations that MNE rejects by: "BAD..." and "EDGE...", whatever their case."""
+    marks = raw.annotations
+    rejected = np.array([name.casefold().startswith(("bad", "edge")) for name in marks.description], dtype=np.bool_)
+    begin = marks.onset[rejected] - raw.first_time
+    end = begin + marks.duration[rejected]
+    overlaps: NDArray[np.bool_] = (onset[:, None] < end) & (onset[:, None] + length > begin)
+    return np.asarray(overlaps.any(axis=1))
+
+
+def _fitting_spec(info: mne.Info, config: DataConfig, first: Windows | None) -> ModelSpec:
+    """Return what recordings are fitted to. Its channels are the first recording's, the montage's, or those of `info`."""
+    bads = info["bads"]
+    positions: tuple[Position, ...] | None
+    if first is not None:
+        ch_names, positions = first.ch_names, first.positions
+    elif config.montage is not None:
+        montage = read_montage(config.montage)
+        good = {name.casefold() for name in info["ch_names"] if name not in bads}
+        there = [name for name in montage.ch_names if name.casefold() in good]
+        montage = montage.pick(config.ch_names or (montage.ch_names if config.interpolate or not there else there))
+        ch_names, positions = montage.ch_names, montage.positions
+    else:
+        ch_names = config.ch_names or tuple(name for name in info["ch_names"] if name not in bads)
+        place = {ch["ch_name"].casefold(): tuple(map(float, ch["loc"][:3])) for ch in info["chs"]}
+        places = [place.get(name.casefold(), (math.nan,) * 3) for name in ch_names]
+        known = all(any(p) and all(map(math.isfinite, p)) for p in places)
+        positions = tuple((p[0], p[1], p[2]) for p in places) if known else None
+    return ModelSpec(
+        variant="postlocal",
+        n_chans=len(ch_names),
+        n_times=config.n_times,
+        sfreq=config.sfreq,
+        ch_names=ch_names,
+        positions=positions,
+        preprocessing=config.prepared,
+    )
+
+
+def _readers_of_bids(root: Path, config: DataConfig) -> Iterator[Reader]:
+    require_mne()
+    try:
+        import mne_bids
+    except ImportError as error:
+        raise MissingDependencyError("MNE-BIDS", "eeg") from error
+    if not (root / "dataset_description.json").is_file():
+        raise DataError(f"{root} is no BIDS folder: it has no dataset_description.json.", "Name the recordings themselves.")
+    paths = mne_bids.find_matching_paths(
+        root, datatypes="eeg", suffixes="eeg", extensions=[".edf", ".bdf", ".vhdr", ".set", ".fif"]
+    )
+    paths = [path for path in paths if Path(path.fpath).relative_to(root).parts[0] == f"sub-{path.subject}"]  # no derivatives
+    if not paths:
+        raise DataError(f"{root} holds no EEG recording.", "Check the folder.")
+    target = config.target
+    by_subject: dict[str, str] = {}
+    if target is not None and target.column is not None and (root / "participants.tsv").is_file():
+        rows = read_tsv(root / "participants.tsv")
+        if rows and target.column in rows[0]:
+            by_subject = {row["participant_id"].removeprefix("sub-"): row[target.column] for row in rows}
+    for path in paths:
+        label = by_subject.get(path.subject, "") if by_subject else None
+        yield functools.partial(_load_bids, path, config, label)
+
+
+def _load_bids(path: Any, config: DataConfig, label: str | None, first: Windows | None) -> Windows:  # path: mne_bids.BIDSPath
+    import mne_bids
+
+    with reading(path.basename):
+        raw = mne_bids.read_raw_bids(path, verbose="error").load_data(verbose="error").pick("eeg")
+    events = Path(path.copy().update(suffix="events", extension=".tsv").fpath)
+    session = path.session or "1"
+    return _load_raw(raw, path.basename, config, first, subject=path.subject, session=session, table=events, label=label)
+
+
+def _load_epochs(path: Path, config: DataConfig, first: Windows | None) -> Windows:
+    """Read Epochs, which were filtered before they were cut: their band is taken from the file, not made here."""
+    mne = require_mne()
+    with reading(path.name):
+        epochs = mne.read_epochs(path, preload=True, verbose="error").pick("eeg")
+    spec = _fitting_spec(epochs.info, config, first)
+    assert spec.ch_names is not None
+    names = {name.casefold(): name for name in epochs.ch_names if name not in epochs.info["bads"]}
+    if missing := [name for name in spec.ch_names if name.casefold() not in names]:
+        raise DataError(f"{path.name} lacks, or marks as bad, the channels {listed(missing)}.", "Choose channels that it has.")
+    epochs = epochs.reorder_channels([names[name.casefold()] for name in spec.ch_names])
+    onset = (epochs.events[:, 0] - epochs.events[:1, 0]) / epochs.info["sfreq"]  # resampling leaves the events as they are
+    low, high = epochs.info["highpass"] or None, epochs.info["lowpass"]
+    if epochs.info["sfreq"] < spec.sfreq * (1 - 1e-6):
+        raise DataError(f"{path.name} is sampled at {epochs.info['sfreq']:g} Hz.", f"Use --sfreq {epochs.info['sfreq']:g}.")
+    if not math.isclose(epochs.info["sfreq"], spec.sfreq):
+        epochs = epochs.resample(spec.sfreq, verbose="error")
+    tmin = config.target.tmin if config.target is not None else epochs.tmin
+    start = round((tmin - epochs.tmin) * spec.sfreq)
+    volts = epochs.get_data(copy=False)
+    if start < 0 or start + config.n_times > volts.shape[2]:
+        raise DataError(
+            f"The epochs of {path.name} last from {epochs.tmin:g} to {epochs.tmax:g} s and hold no window of "
+            f"{config.n_times} samples from {tmin:g} s.",
+            "Use a smaller --n-times, or another tmin.",
+        )
+    volts = volts[:, :, start : start + config.n_times]
+    if spec.preprocessing.reference == "average":
+        volts = volts - volts.mean(axis=1, keepdims=True)
+    band = Preprocessing(
+        reference=spec.preprocessing.reference, l_freq=low, h_freq=high if high and high < spec.sfreq / 2 else None
+    )
+    targets = None
+    if config.target is not None:
+        column = config.target.column or ("reaction_time" if config.target.kind == "reaction_time" else "event")
+        if column == "event":
+            of_id = {number: name for name, number in epochs.event_id.items()}
+            targets = np.array([of_id[number] for number in epochs.events[:, 2]])
+        elif epochs.metadata is None or column not in epochs.metadata:
+            raise DataError(f"The metadata of {path.name} have no column {column}.", "Name another column.")
+        else:
+            targets = np.array(epochs.metadata[column].tolist(), dtype=object)
+    name = np.full(len(volts), path.stem)
+    return _made(
+        np.ascontiguousarray(volts / UNITS_IN_VOLTS["uV"], dtype=np.float32),
+        targets,
+        name,
+        spec.ch_names,
+        spec.positions,
+        spec.sfreq,
+        band,
+        ("epochs as they were cut and filtered", f"reference: {spec.preprocessing.reference}", "scaled to uV"),
+        onset=onset,
+    )
+
+
+def _load_npz(path: Path, config: DataConfig, first: Windows | None) -> Windows:
+    """Read ``eeg`` (n_windows, n_chans, n_times), ``ch_names``, ``sfreq`` and what else is there, without pickles."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except UNREADABLE_NPZ as e:
+        raise DataError(f"{path.name} cannot be read ({e}).", "Save it with numpy.savez, strings as str arrays.") from e
+    if missing := [name for name in ("eeg", "ch_names", "sfreq") if name not in arrays]:
+        raise DataError(f"{path.name} lacks {', '.join(missing)}.", "Save eeg, ch_names and sfreq at least.")
+    eeg, ch_names = arrays["eeg"], tuple(map(str, arrays["ch_names"].ravel()))
+    if eeg.ndim != 3 or eeg.shape[1] != len(ch_names) or eeg.dtype.kind not in "fiu" or not len(eeg):
+        raise DataError(
+            f"{path.name} has eeg of shape {eeg.shape} and type {eeg.dtype} for {len(ch_names)} names.",
+            "Save real numbers of shape (n_windows, n_chans, n_times).",
+        )
+    if config.target is not None and "targets" not in arrays:
+        raise DataError(f"{path.name} has no targets.", "Save targets of shape (n_windows,).")
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("targets", "subject", "session", "onset"), (len(eeg),))
+    shapes |= {"positions": (len(ch_names), 3), "sfreq": (), "unit": ()}
+    if wrong := [name for name, shape in shapes.items() if name in arrays and arrays[name].shape != shape]:
+        name = wrong[0]
+        raise DataError(f"{path.name} has {name} of shape {arrays[name].shape}, not {shapes[name]}.", "Save it in that shape.")
+    if not {"subject", "session", "onset"} & set(arrays):
+        raise DataError(
+            f"{path.name} does not tell which windows belong together.", "Save subject, session or onset, shape (n_windows,)."
+        )
+    if words := [name for name in ("sfreq", "onset", "positions") if name in arrays and arrays[name].dtype.kind not in "fiu"]:
+        raise DataError(f"{words[0]} of {path.name} is no number.", "Save sfreq in Hz, onset in seconds, positions in metres.")
+    sfreq, n_times = float(arrays["sfreq"]), eeg.shape[2]
+    if not math.isclose(sfreq, config.sfreq) or n_times != config.n_times:
+        raise DataError(
+            f"{path.name} holds {n_times} samples at {sfreq:g} Hz, not {config.n_times} at {config.sfreq:g}.",
+            f"Use --n-times {n_times} --sfreq {sfreq:g}.",
+        )
+    if config.preprocessing is None:
+        raise DataError(
+            f"{path.name} does not say how its windows were filtered and referenced.",
+            "State it in the configuration's data.preprocessing: the checkpoint passes it on to decoding.",
+        )
+    unit = str(arrays.get("unit", "uV"))
+    if unit not in UNITS_IN_VOLTS:
+        raise DataError(f"{unit!r} of {path.name} is not a unit.", f"Use one of {', '.join(UNITS_IN_VOLTS)}.")
+    places = arrays.get("positions", np.zeros((len(ch_names), 3)))
+    saved = Montage(ch_names=ch_names, positions=tuple((float(x), float(y), float(z)) for x, y, z in places))
+    chosen = saved.pick(first.ch_names if first is not None else config.ch_names or ch_names)
+    rows = [ch_names.index(name) for name in chosen.ch_names]
+    positions = chosen.positions if "positions" in arrays else None
+    if config.montage is not None:
+        positions = read_montage(config.montage).pick(chosen.ch_names).positions
+    subject = arrays.get("subject", np.full(len(eeg), path.stem)).astype(str)
+    session = arrays.get("session", subject).astype(str)
+    return _made(
+        np.ascontiguousarray(eeg[:, rows] * (UNITS_IN_VOLTS[unit] / UNITS_IN_VOLTS["uV"]), dtype=np.float32),
+        arrays["targets"] if config.target is not None else None,
+        subject,
+        first.ch_names if first is not None else chosen.ch_names,
+        positions,
+        config.sfreq,
+        config.preprocessing,
+        ("windows as they were saved",),
+        session=session,
+        recording=np.char.add(np.char.add(subject, "/"), session),
+        onset=arrays.get("onset", np.full(len(eeg), np.nan)).astype(np.float64),
+    )

@@ -1,0 +1,365 @@
+"""JEPA pretraining of the base model on unlabelled EEG (Guetschel, Moreau, Tangermann 2024).
+
+A context encoder sees the visible channels, a predictor guesses from it the embeddings of the hidden ones, which a slowly
+following copy of the encoder (the teacher) made from all channels. The local encoder and the positions are shared.
+
+The paper leaves learning rate and EMA open; the defaults are those of its author's later code: AdamW 1e-3, weight decay 0.01,
+EMA from 0.999 to 0.9999, linear over 75,000 steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from sjepa_deploy.errors import DataError, SpecError
+from sjepa_deploy.learning import padded
+from sjepa_deploy.learning.data import DataConfig, split_windows
+from sjepa_deploy.learning.loading import load_windows
+from sjepa_deploy.learning.loop import Batch, Engine, Fitted, WindowLoaders, check_enough, compile_if_wanted, fit
+from sjepa_deploy.learning.masking import Masking, Masks, MaskSampler
+from sjepa_deploy.models.checkpoint import write_checkpoint
+from sjepa_deploy.models.networks import SignalJEPA, build_model
+from sjepa_deploy.spec import EncoderSpec, ModelSpec
+
+COLLAPSE_SPREAD = 0.05
+"""Spread below which embeddings hardly depend on the EEG; LayerNorm keeps their scale near 1."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """A pretraining run.
+
+    Attributes
+    ----------
+    data : DataConfig
+        Unlabelled windows.
+    masking : Masking
+        What is hidden.
+    encoder : EncoderSpec
+        Sizes of the model.
+    target_layers : int
+        The target is the mean of the teacher's last so many layers (1: the paper, 4: the author's published configuration).
+    ema_start, ema_end, ema_steps : float, float, int
+        Momentum of the teacher, linear over so many steps.
+    monitor : {"relative_l1", "l1"}
+        Validation loss that decides which epoch is the best. "l1" is the paper's. It grows with the teacher's spread while the
+        embeddings become richer; "relative_l1" divides it by the L1 of predicting the mean embedding.
+    engine : Engine
+        The loop.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    masking: Masking = field(default_factory=Masking)
+    encoder: EncoderSpec = field(default_factory=EncoderSpec)
+    target_layers: int = 1
+    ema_start: float = 0.999
+    ema_end: float = 0.9999
+    ema_steps: int = 75_000
+    monitor: Literal["relative_l1", "l1"] = "relative_l1"
+    engine: Engine = field(default_factory=lambda: Engine(patience=10, weight_decay=0.01))
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.target_layers <= self.encoder.n_layers:
+            raise SpecError(f"target_layers is {self.target_layers}.", f"Use 1 to {self.encoder.n_layers}, the encoder's layers.")
+        if self.encoder.n_decoder_layers < 1:
+            raise SpecError("Without decoder layers there is no predictor.", "Use n_decoder_layers of 1 or more.")
+        if not 0 <= self.ema_start <= self.ema_end <= 1 or self.ema_steps < 1:
+            raise SpecError("The EMA's momentum does not rise from 0 or more to 1 or less.", "Use for example 0.999 and 0.9999.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainResult:
+    """What pretraining gave.
+
+    Attributes
+    ----------
+    spec : ModelSpec
+        The base model.
+    fitted : Fitted
+        How the run went; its ``val_loss`` is what the configuration monitors.
+    val_l1 : float
+        L1 between predicted and target embeddings of the hidden channels of validation windows.
+    val_l1_mean : float
+        L1 of predicting, for each token, its mean target embedding over the validation windows: what knowing the positions
+        alone would give at best (nearly: the median would).
+    spread : float
+        Standard deviation of the target embeddings over the validation windows, averaged over tokens and dimensions.
+    n_train, n_val : int
+        Windows.
+    split : str
+        What the parts do not share.
+    """
+
+    spec: ModelSpec
+    fitted: Fitted
+    val_l1: float
+    val_l1_mean: float
+    spread: float
+    n_train: int
+    n_val: int
+    split: str
+
+
+class JEPA(nn.Module):
+    """Context encoder, predictor and teacher around one base model.
+
+    Parameters
+    ----------
+    base : SignalJEPA
+        The model to pretrain: its encoder is the context encoder, its decoder the predictor.
+    target_layers : int
+        Layers of the teacher whose mean is the target.
+    """
+
+    def __init__(self, base: SignalJEPA, target_layers: int = 1) -> None:
+        super().__init__()
+        self.base = base
+        self.target_layers = target_layers
+        self.teacher = copy.deepcopy(base.transformer.encoder).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> JEPA:
+        """Set the mode of the base model; the teacher never drops out."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, eeg: Tensor, masks: Masks) -> Tensor:
+        """Return the L1 between predicted and target embeddings of the hidden channels, a scalar.
+
+        Parameters
+        ----------
+        eeg : Tensor, shape (B, C, T)
+            Windows.
+        masks : Masks
+            G = B * contexts masks.
+        """
+        local, positions = self.tokens(eeg)
+        target = self.target(local, positions)
+        predicted = self.predict(local, positions, masks)
+        return self.loss(predicted, target, masks)
+
+    def tokens(self, eeg: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the local embeddings, shape (B, C, N, E), and the position encodings, shape (C, N, E)."""
+        n_chans = eeg.shape[1]
+        local: Tensor = self.base.feature_encoder(eeg)
+        positions: Tensor = self.base.pos_encoder()
+        return local.reshape(len(eeg), n_chans, -1, local.shape[-1]), positions.reshape(n_chans, -1, positions.shape[-1])
+
+    @torch.no_grad()
+    def target(self, local: Tensor, positions: Tensor) -> Tensor:
+        """Return the teacher's embeddings of all tokens, shape (B, C, N, E)."""
+        tokens = _encode(self.teacher, (local + positions).flatten(1, 2), target_layers=self.target_layers)
+        return tokens.reshape(local.shape)
+
+    def predict(self, local: Tensor, positions: Tensor, masks: Masks) -> Tensor:
+        """Return the predicted embeddings, shape (G, K, H, N, E), of the hidden channels.
+
+        Only visible tokens go through the encoder, and only the queries of hidden ones through the predictor.
+        """
+        n_groups, n_targets, n_hidden = masks.hidden.shape
+        n_tokens = local.shape[2]
+        example = _example_of(masks, len(local))
+        visible = (local[example[:, None], masks.visible] + positions[masks.visible]).flatten(1, 2)
+        padding = _per_token(masks.visible_padding, n_tokens)
+        context = self.encode_context(visible, padding)
+        queries = positions[masks.hidden.flatten(0, 1)].flatten(1, 2)
+        if n_targets > 1:
+            context = context.repeat_interleave(n_targets, dim=0)
+            padding = None if padding is None else padding.repeat_interleave(n_targets, dim=0)
+        hidden_padding = None if masks.hidden_padding is None else _per_token(masks.hidden_padding.flatten(0, 1), n_tokens)
+        predicted = self.decode(queries, context, hidden_padding, padding)
+        return predicted.reshape(n_groups, n_targets, n_hidden, n_tokens, -1)
+
+    def encode_context(self, tokens: Tensor, padding: Tensor | None) -> Tensor:
+        """Return the context encoder's embeddings of visible tokens, shape (G, V * N, E)."""
+        return _encode(self.base.transformer.encoder, tokens, padding)
+
+    def decode(self, queries: Tensor, context: Tensor, padding: Tensor | None, context_padding: Tensor | None) -> Tensor:
+        """Return the predictor's embeddings, shape (G * K, H * N, E)."""
+        decoder = self.base.transformer.decoder
+        if padding is None or context_padding is None:
+            return decoder(queries, context)  # type: ignore[no-any-return]
+        for layer in decoder.layers:
+            assert isinstance(layer, nn.TransformerDecoderLayer)
+            queries = padded.decoder_layer(layer, queries, context, padding, context_padding)
+        assert decoder.norm is not None
+        return decoder.norm(queries)  # type: ignore[no-any-return]
+
+    def loss(self, predicted: Tensor, target: Tensor, masks: Masks) -> Tensor:
+        """Return the mean absolute difference over the hidden channels."""
+        wanted = target[_example_of(masks, len(target))[:, None, None], masks.hidden]
+        error = (predicted.float() - wanted.float()).abs().mean(dim=(-1, -2))
+        if masks.hidden_padding is None:
+            return error.mean()
+        counts = (~masks.hidden_padding).to(error.dtype)
+        return (error * counts).sum() / counts.sum()
+
+    @torch.no_grad()
+    def follow(self, momentum: float) -> None:
+        """Move the teacher's weights towards the context encoder's."""
+        mine = list(self.teacher.parameters())
+        torch._foreach_lerp_(mine, list(self.base.transformer.encoder.parameters()), 1 - momentum)
+
+
+def _encode(encoder: nn.TransformerEncoder, tokens: Tensor, padding: Tensor | None = None, *, target_layers: int = 1) -> Tensor:
+    """Return the normalised mean of the encoder's last layers: with one of them, the encoder's output.
+
+    `nn.TransformerEncoder` itself would turn padded rows into nested tensors where it evaluates.
+    """
+    outputs = []
+    for layer in encoder.layers:
+        assert isinstance(layer, nn.TransformerEncoderLayer)
+        tokens = layer(tokens) if padding is None else padded.encoder_layer(layer, tokens, padding)
+        outputs.append(tokens)
+    assert encoder.norm is not None
+    last = outputs[-1] if target_layers == 1 else torch.stack(outputs[-target_layers:]).mean(dim=0)
+    return encoder.norm(last)  # type: ignore[no-any-return]
+
+
+def _example_of(masks: Masks, batch: int) -> Tensor:
+    return torch.arange(batch, device=masks.hidden.device).repeat_interleave(len(masks.hidden) // batch)
+
+
+def _per_token(padding: Tensor | None, n_tokens: int) -> Tensor | None:
+    return None if padding is None else padding.repeat_interleave(n_tokens, dim=-1)
+
+
+class PretrainModule(lightning.LightningModule):
+    """`JEPA` as Lightning's loop wants it."""
+
+    spread: Tensor
+    val_l1: Tensor
+    val_l1_mean: Tensor
+
+    def __init__(self, config: PretrainConfig, spec: ModelSpec) -> None:
+        super().__init__()
+        assert spec.positions is not None
+        self.config = config
+        base = build_model(spec, seed=config.engine.seed)
+        assert isinstance(base, SignalJEPA)
+        self.jepa = JEPA(base, config.target_layers)
+        self.sampler = MaskSampler(config.masking, spec.positions)
+        self.seen: list[Tensor] = []
+        self.losses: list[tuple[Tensor, int]] = []
+        for name in ("spread", "val_l1", "val_l1_mean"):  # of the last epoch; the best checkpoint brings back its own
+            self.register_buffer(name, torch.zeros(()))
+        compile_if_wanted(self.jepa, config.engine)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW on everything but the teacher."""
+        engine = self.config.engine
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        fused = self.device.type == "cuda"
+        return torch.optim.AdamW(parameters, lr=engine.lr, weight_decay=engine.weight_decay, fused=fused)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of one batch under fresh masks."""
+        eeg, _ = batch
+        loss: Tensor = self.jepa(eeg, self.sampler(len(eeg)))
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(eeg))
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Let the teacher follow."""
+        c = self.config
+        progress = min(1.0, self.global_step / c.ema_steps)
+        self.jepa.follow(c.ema_start + (c.ema_end - c.ema_start) * progress)
+
+    def on_validation_epoch_start(self) -> None:
+        """Draw the same masks in every epoch."""
+        self.generator = torch.Generator(self.device).manual_seed(self.config.engine.seed)
+        self.seen, self.losses = [], []
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Measure the loss, and keep the targets for what follows."""
+        eeg, _ = batch
+        masks = self.sampler(len(eeg), self.generator)
+        local, positions = self.jepa.tokens(eeg)
+        target = self.jepa.target(local, positions)
+        loss = self.jepa.loss(self.jepa.predict(local, positions, masks), target, masks)
+        self.losses.append((loss, len(eeg)))
+        if sum(map(len, self.seen)) < 256:  # windows: enough for a mean, and 60 MB of the longest
+            self.seen.append(target.float())
+
+    def on_validation_epoch_end(self) -> None:
+        """Compare with the mean embedding, and watch for collapse. Each process saw a part of the windows, as large as any."""
+        spread, val_l1_mean = spread_of(torch.cat(self.seen))
+        val_l1 = torch.stack([loss * n for loss, n in self.losses]).sum() / sum(n for _, n in self.losses)
+        self.spread, self.val_l1_mean, self.val_l1 = (
+            torch.as_tensor(self.all_gather(x)).mean() for x in (spread, val_l1_mean, val_l1)
+        )
+        monitored = self.val_l1 / self.val_l1_mean if self.config.monitor == "relative_l1" else self.val_l1
+        values = {"val_loss": monitored, "val_l1": self.val_l1, "val_l1_mean": self.val_l1_mean, "spread": self.spread}
+        self.log_dict(values, sync_dist=True)
+        self.seen, self.losses = [], []
+        if self.global_rank == 0 and self.spread < COLLAPSE_SPREAD:
+            log.warning(
+                "The embeddings collapse: over windows they vary by %.3g only (epoch %d). "
+                "Lower the learning rate, or raise the EMA's momentum.",
+                float(self.spread),
+                self.current_epoch,
+            )
+
+
+def spread_of(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the spread of embeddings, shape (B, C, N, E), over windows, and their mean distance from their mean (L1)."""
+    from_mean = embeddings - embeddings.mean(dim=0)
+    return from_mean.square().mean(dim=0).sqrt().mean(), from_mean.abs().mean()
+
+
+def pretrain(config: PretrainConfig, out: Path | str, *, resume: bool = False, progress: bool = False) -> PretrainResult:
+    """Pretrain a base model and write it into the folder `out`.
+
+    Parameters
+    ----------
+    config : PretrainConfig
+        The run.
+    out : Path or str
+        Gets ``config.json`` and ``model.safetensors``; checkpoints and logs go into ``out/training``.
+    resume : bool
+        Go on with the run in `out`.
+    progress : bool
+        Show a progress bar.
+
+    Raises
+    ------
+    DataError
+        If there are too few windows, or channels without positions.
+    TrainingError
+        If `out` holds a run that is not to be resumed, or another one.
+    """
+    out = Path(out)
+    windows = load_windows(config.data)
+    if windows.positions is None:
+        raise DataError(
+            "The channels have no positions, which the masks and the position encoder need.", "Name their montage with --montage."
+        )
+    split = split_windows(windows, config.data, seed=config.engine.seed)
+    check_enough(split, config.engine)
+    spec = ModelSpec(variant="base", encoder=config.encoder, **windows.model_fields)
+    module = PretrainModule(config, spec)
+    loaders = WindowLoaders(windows, split, config.engine)
+    fitted, trainer = fit(module, loaders, out / "training", config, resume=resume, progress=progress)
+    result = PretrainResult(
+        spec=spec,
+        fitted=fitted,
+        val_l1=float(module.val_l1),
+        val_l1_mean=float(module.val_l1_mean),
+        spread=float(module.spread),
+        n_train=len(split.train),
+        n_val=len(split.val),
+        split=split.by,
+    )
+    if trainer.is_global_zero:
+        write_checkpoint(module.jepa.base, out, training={"pretraining": config, "data_steps": windows.steps, "result": result})
+    return result

@@ -1,0 +1,114 @@
+"""From a checkpoint, a user's flags and the default contract to one `ModelSpec`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from sjepa_deploy.eeg import montage
+from sjepa_deploy.errors import CheckpointError, SpecError, listed
+from sjepa_deploy.models.checkpoint import Checkpoint
+from sjepa_deploy.spec import EncoderSpec, ModelSpec, Preprocessing, Variant
+
+DEFAULT_MONTAGE = "GSN-HydroCel-129"
+DEFAULT_N_TIMES = 200
+DEFAULT_SFREQ = 100.0
+
+
+def resolve_spec(
+    asked: dict[str, Any], checkpoint: Checkpoint | None, *, asked_montage: montage.Montage | None = None
+) -> tuple[ModelSpec, tuple[str, ...]]:
+    """Put together what the checkpoint settles, what a user asks for, and the default contract.
+
+    Parameters
+    ----------
+    asked : dict
+        Fields of `ModelSpec` that the user named; of its preprocessing, a dict of the fields of `Preprocessing`.
+    checkpoint : Checkpoint or None
+        Where the weights come from; None for random ones.
+    asked_montage : Montage or None
+        Channels and positions that the user named.
+
+    Returns
+    -------
+    spec : ModelSpec
+        The spec to build.
+    assumed : tuple of str
+        One sentence for each value that neither settled.
+
+    Raises
+    ------
+    CheckpointError
+        If what the user asks for contradicts the checkpoint.
+    SpecError
+        If the result describes no model.
+    """
+    known = dict(checkpoint.known) if checkpoint else {}
+    assumed: list[str] = []
+    asked = dict(asked)
+    asked_preprocessing: dict[str, Any] = asked.pop("preprocessing", {})  # another one contradicts nothing
+    if asked_montage is not None:
+        asked |= {"ch_names": asked_montage.ch_names, "n_chans": len(asked_montage.ch_names)}
+        if "positions" not in known and asked_montage.positions is not None:
+            known["positions"] = asked_montage.positions
+    if checkpoint is not None:
+        _refuse_contradictions(asked, known, checkpoint)
+    fields = known | asked
+    variant: Variant = fields["variant"]
+    needs_positions = variant in ("contextual", "base")
+    if fields.get("ch_names") is None and fields.get("n_chans") in (None, 129) and (needs_positions or "n_chans" not in fields):
+        net = montage.read_montage(DEFAULT_MONTAGE)
+        fields |= {"ch_names": net.ch_names, "positions": net.positions, "n_chans": len(net.ch_names)}
+        assumed.append(f"the channels are those of {DEFAULT_MONTAGE}")
+    if "n_times" not in fields:
+        fields["n_times"] = DEFAULT_N_TIMES
+        assumed.append(f"a window has {DEFAULT_N_TIMES} samples")
+    if "sfreq" not in fields:
+        fields["sfreq"] = DEFAULT_SFREQ
+        assumed.append(f"the sampling rate is {DEFAULT_SFREQ:g} Hz")
+    if "preprocessing" not in fields:
+        alone = fields.get("n_chans") == 1  # nothing would be left of it
+        default = Preprocessing.default(fields["sfreq"])
+        fields["preprocessing"] = dataclasses.replace(default, reference="none" if alone else default.reference)
+        if not {"l_freq", "h_freq"} <= set(asked_preprocessing):
+            assumed.append("recordings are filtered as in the published pretraining")
+        if "reference" not in asked_preprocessing:
+            assumed.append("one channel keeps its reference" if alone else "recordings are referenced to their average")
+    fields["preprocessing"] = dataclasses.replace(fields["preprocessing"], **asked_preprocessing)
+    if isinstance(fields.get("encoder"), dict):
+        fields["encoder"] = EncoderSpec(**fields["encoder"])
+    spec = ModelSpec(**fields)
+    if spec.needs_positions and spec.positions is None:
+        raise SpecError(
+            f"The {spec.variant} model needs the positions of its {spec.n_chans} channels, which nothing settles.",
+            "Name their montage with --montage, and with --channels which of its channels they are.",
+        )
+    if checkpoint and checkpoint.n_tokens is not None and spec.n_tokens_per_channel != checkpoint.n_tokens:
+        raise CheckpointError(
+            f"Windows of {spec.n_times} samples give {spec.n_tokens_per_channel} time tokens, but the head of "
+            f"{checkpoint.file_name} was made for {checkpoint.n_tokens}.",
+            f"Use --n-times from {_n_times_for(spec, checkpoint.n_tokens)}.",
+        )
+    return spec, tuple(assumed)
+
+
+def _refuse_contradictions(asked: dict[str, Any], known: dict[str, Any], checkpoint: Checkpoint) -> None:
+    for name, value in asked.items():
+        if name == "n_times" or name not in known:
+            continue  # another length with the same number of tokens runs on the same weights
+        same = value == known[name]
+        if name == "ch_names":
+            same = [n.casefold() for n in value] == [n.casefold() for n in known[name]]
+        if not same:
+            raise CheckpointError(
+                f"{checkpoint.file_name} has {name} = {_shown(known[name])}, which contradicts the {_shown(value)} asked for.",
+                "Leave the flag out, or use another checkpoint.",
+            )
+
+
+def _shown(value: object) -> str:
+    return listed(list(map(str, value)), 4) if isinstance(value, tuple) else str(value)
+
+
+def _n_times_for(spec: ModelSpec, n_tokens: int) -> str:
+    return f"{spec.encoder.span(n_tokens)} to {spec.encoder.span(n_tokens + 1) - 1}"
