@@ -39,9 +39,10 @@ from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import SjepaError
 from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.backends.engines import EngineStore
-from sjepa_deploy.runtime.backends.fastest import keep
+from sjepa_deploy.runtime.bench.files import load_report, load_samples, write_report
+from sjepa_deploy.runtime.bench.keep_fastest import keep
 from sjepa_deploy.runtime.bench.merge import merge, renamed
-from sjepa_deploy.runtime.bench.results import SCENARIOS, BenchReport, LeftOut, Samples, load_report, load_samples, write_report
+from sjepa_deploy.runtime.bench.results import SCENARIOS, BenchReport, LeftOut, Samples
 from sjepa_deploy.runtime.bench.run import BenchConfig, run_bench
 from sjepa_deploy.serialize import decode
 

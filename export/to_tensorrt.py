@@ -10,17 +10,10 @@ from collections.abc import Callable
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, EngineError, MissingDependencyError, ParityError
 from sjepa_deploy.export.engine_precision import judge_types, stored_weights, summarise_layers, weight_samples
+from sjepa_deploy.files import bytes_hash, now
 from sjepa_deploy.parity import NOT_FINITE, ParityResult, Reference, check_parity
 from sjepa_deploy.runtime.backend import BackendOptions
-from sjepa_deploy.runtime.backends.engines import (
-    BuildSettings,
-    EngineRecord,
-    EngineStore,
-    now,
-    plan_hash,
-    read_timing_cache,
-    write_timing_cache,
-)
+from sjepa_deploy.runtime.backends.engines import BuildSettings, EngineRecord, EngineStore, read_timing_cache, write_timing_cache
 from sjepa_deploy.runtime.backends.tensorrt_api import TensorRT
 from sjepa_deploy.runtime.backends.trt import CaptureError, EngineRunner, machine_of
 from sjepa_deploy.runtime.gpu.cuda import Device
@@ -136,7 +129,7 @@ def build_engine(
                 return found
             started = time.monotonic()
             onnx = bundle.graph_path(precision).read_bytes()
-            assert plan_hash(onnx) == identity.onnx_sha256, "Bundle.open verified it"
+            assert bytes_hash(onnx) == identity.onnx_sha256, "Bundle.open verified it"
             step = _Steps(progress, started, time_limit)
             progress("building")
             try:
@@ -162,7 +155,7 @@ def build_engine(
                 evidence=evidence,
                 layers=layers,
                 parity=(before,),
-                plan_sha256=plan_hash(plan),
+                plan_sha256=bytes_hash(plan),
                 plan_bytes=len(plan),
                 build_seconds=round(seconds, 1),
                 created=now(),

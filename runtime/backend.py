@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -14,10 +12,14 @@ from numpy.typing import NDArray
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, MissingDependencyError, SjepaError
-from sjepa_deploy.runtime.gpu.cuda import Device, Wait, current
 from sjepa_deploy.spec import RunPrecision
 
 FloatArray = NDArray[np.float32]
+
+Wait = Literal["spin", "flag", "block"]
+"""How a call waits for the GPU. "spin" asks the driver in a loop; "flag" looks at a word in host memory that the GPU writes last,
+which takes neither the driver's lock nor a system call; "block" sleeps until the GPU interrupts, which costs some 10 us and no
+processor time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class BackendOptions:
     cuda_graph : bool
         GPU backends: whether a call replays a captured graph, or enqueues kernel by kernel.
     wait : {"spin", "flag", "block"}
-        GPU backends: how a call waits, see `sjepa_deploy.runtime.gpu.cuda.Wait`.
+        GPU backends: how a call waits, see `sjepa_deploy.runtime.backend.Wait`.
     persistent : bool
         Backend "cuda": whether a kernel stays on the GPU and answers calls of one window without a launch. It keeps the GPU to
         itself until the host is silent for two seconds, a call of another size comes or the backend is closed.
@@ -99,40 +101,6 @@ class RollingBackend(Backend, Protocol):
 def two_threads() -> BackendError:
     """Return the error of a backend whose buffers a second thread would overwrite."""
     return BackendError("Two threads call one backend at once.", "Load the bundle once in each thread.")
-
-
-class Turn:
-    """The right to call a backend on a GPU, which one thread has at a time, with the GPU's context its current one.
-
-    Each call stands between `begin` and `end`.
-
-    Parameters
-    ----------
-    device : Device
-        The GPU.
-    """
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self._busy = threading.Lock()
-        self.end: Callable[[], None] = self._busy.release
-
-    def begin(self) -> None:
-        """Take the turn.
-
-        Raises
-        ------
-        BackendError
-            If another thread has it.
-        """
-        if not self._busy.acquire(blocking=False):
-            raise two_threads()
-        try:
-            if current.device is not self._device:
-                self._device.make_current()
-        except BaseException:
-            self._busy.release()
-            raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,3 +263,10 @@ def why_not(bundle: Bundle, name: str, precision: RunPrecision) -> str | None:
     except (BackendError, MissingDependencyError) as e:
         return e.problem
     return None
+
+
+def on_gpu(array: object) -> bool:
+    """Return whether `array` says that it lies on a CUDA GPU (DLPack, or the CUDA array interface)."""
+    if hasattr(array, "__dlpack_device__"):
+        return int(array.__dlpack_device__()[0]) in (2, 3, 13)  # CUDA, pinned by CUDA, managed by CUDA
+    return hasattr(array, "__cuda_array_interface__")

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sjepa_deploy.errors import BackendError, MissingDependencyError
-from sjepa_deploy.runtime.bench.results import Environment, MachineState
 from sjepa_deploy.runtime.gpu.cuda import Device, driver_version
 
 PACKAGES = (
@@ -23,6 +22,66 @@ PACKAGES = (
 )
 
 STAT = Path("/proc/stat")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineState:
+    """What the machine was like before or after a cell; None where it does not tell.
+
+    Attributes
+    ----------
+    cpu_mhz : float or None
+        Mean over the cores.
+    load : float or None
+        Load average of a minute.
+    gpu_mhz, gpu_memory_mhz, gpu_celsius, gpu_watts : float or None
+        What NVML says.
+    """
+
+    cpu_mhz: float | None = None
+    load: float | None = None
+    gpu_mhz: float | None = None
+    gpu_memory_mhz: float | None = None
+    gpu_celsius: float | None = None
+    gpu_watts: float | None = None
+
+
+NOT_READ = MachineState()
+"""Of a machine whose state was not looked at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Hardware and software.
+
+    Attributes
+    ----------
+    processor, system, python : str
+        As the system names them.
+    cores : int
+        That this process may use.
+    versions : dict of str to str
+        Of the packages that matter and are installed.
+    commit : str or None
+        Of the source tree that ran, where it is one.
+    gpu, gpu_driver : str or None
+        Name, compute capability and memory; version.
+    governor : str or None
+        CPU frequency governor.
+    clock : str
+        What timed, and its resolution.
+    """
+
+    processor: str
+    cores: int
+    system: str
+    python: str
+    versions: dict[str, str]
+    commit: str | None = None
+    gpu: str | None = None
+    gpu_driver: str | None = None
+    governor: str | None = None
+    clock: str = ""
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:

@@ -10,8 +10,15 @@ import numpy as np
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, InputError
-from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, Backend, BackendOptions, FloatArray, RollingBackend, open_backend
-from sjepa_deploy.runtime.gpu.cuda import on_gpu
+from sjepa_deploy.runtime.backend import (
+    DEFAULT_BACKEND,
+    Backend,
+    BackendOptions,
+    FloatArray,
+    RollingBackend,
+    on_gpu,
+    open_backend,
+)
 from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, RunPrecision
 
 NonFinite = Literal["refuse", "pass"]

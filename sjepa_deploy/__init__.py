@@ -6,7 +6,9 @@ from importlib.metadata import version as _version
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import SjepaError
 from sjepa_deploy.runtime.backend import BackendOptions
-from sjepa_deploy.runtime.live.decoder import Decision, Decoder, StreamConfig
+from sjepa_deploy.runtime.live.config import StreamConfig
+from sjepa_deploy.runtime.live.decision import Decision
+from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.predictor import Predictor, load
 from sjepa_deploy.spec import EncoderSpec, ModelSpec, Preprocessing
 

@@ -7,16 +7,15 @@ import dataclasses
 import errno
 import hashlib
 import json
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from sjepa_deploy.errors import BundleError, ExportError
+from sjepa_deploy.files import canonical_json, file_hash, load_json
 from sjepa_deploy.parity import ParityResult, Reference
 from sjepa_deploy.serialize import DecodeError, decode, encode
 from sjepa_deploy.spec import ModelSpec, Precision, RunPrecision, graph_precision
@@ -126,7 +125,7 @@ class Manifest:
         return dataclasses.replace(self, digest=self._digest())
 
     def _digest(self) -> str:
-        return hashlib.sha256(_canonical(dataclasses.replace(self, digest="")).encode()).hexdigest()
+        return hashlib.sha256(canonical_json(dataclasses.replace(self, digest="")).encode()).hexdigest()
 
     @property
     def intact(self) -> bool:
@@ -226,20 +225,7 @@ class Bundle:
 def graph_contract(spec: ModelSpec, *, precision: Precision, max_batch: int, static_batch: int | None) -> str:
     """Return the contract that an ONNX file carries in its metadata, as canonical JSON."""
     contract = {"spec": encode(spec), "precision": precision, "max_batch": max_batch, "static_batch": static_batch}
-    return _canonical(contract)
-
-
-def file_hash(file: Path) -> str:
-    """Return the sha256 of `file`."""
-    with file.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
-
-
-def _canonical(value: object) -> str:
-    return json.dumps(encode(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return canonical_json(contract)
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -249,7 +235,7 @@ def _read_manifest(path: Path) -> Manifest:
     if not file.is_file():
         raise BundleError(f"{path} is no bundle: it holds no {MANIFEST_FILE}.", "Name the folder that sjepa-export wrote.")
     try:
-        data = _load_json(file.read_bytes())
+        data = load_json(file.read_bytes())
     except (ValueError, RecursionError) as e:
         raise BundleError(f"{file} is not JSON ({e}).", "Copy or export the bundle again.") from e
     version = data.get("schema_version") if isinstance(data, dict) else None
@@ -266,18 +252,6 @@ def _read_manifest(path: Path) -> Manifest:
     if not manifest.intact:
         raise BundleError(f"{file} was changed after it was written (its digest differs).", "Copy or export the bundle again.")
     return manifest
-
-
-def _load_json(text: bytes) -> Any:
-    """Parse JSON, without Python's additions NaN and Infinity."""
-
-    def refuse(word: str) -> Any:
-        raise ValueError(f"{word} is no JSON number")
-
-    def finite(number: str) -> float:
-        return float(number) if math.isfinite(float(number)) else refuse(number)
-
-    return json.loads(text, parse_constant=refuse, parse_float=finite)
 
 
 def _inside(path: Path, name: str) -> Path:
@@ -361,7 +335,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 def _looks_like_a_bundle(path: Path) -> bool:
     """Whether `path` holds a manifest of ours, intact or not: web pages and browser extensions have a manifest.json too."""
     try:
-        data = _load_json((path / MANIFEST_FILE).read_bytes())
+        data = load_json((path / MANIFEST_FILE).read_bytes())
     except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
         return False
     return isinstance(data, dict) and {"schema_version", "spec", "graphs"} <= set(data)

@@ -17,21 +17,20 @@ from sjepa_deploy.runtime.bench.results import (
     Cell,
     CellKey,
     ColdStart,
-    Environment,
     Estimate,
     Judgement,
     Latency,
     LeftOut,
-    MachineState,
     Noise,
     OpenLoop,
     Percentile,
     Phase,
     Recommendation,
     Resources,
-    Split,
     samples_needed,
 )
+from sjepa_deploy.runtime.gpu.timing import Split
+from sjepa_deploy.runtime.machine import Environment, MachineState
 from sjepa_deploy.spec import ModelSpec
 
 MEDIANS = {

@@ -7,9 +7,10 @@ import time
 import numpy as np
 from bundles import MONTAGE
 
+from sjepa_deploy.eeg.quality import ChannelState
 from sjepa_deploy.eeg.recording import fit_recording, read_recording, windows
 from sjepa_deploy.runtime.predictor import load
-from sjepa_deploy.runtime.watch.monitor import ChannelState, Monitor, StreamFacts
+from sjepa_deploy.runtime.watch.monitor import Monitor, StreamFacts
 
 
 def facts(**changes) -> StreamFacts:

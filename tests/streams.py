@@ -5,9 +5,11 @@ from collections import deque
 import numpy as np
 
 from sjepa_deploy.cli import _command, run_command
+from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.synthetic import eeg_windows
-from sjepa_deploy.runtime.live.decoder import Decoder, StreamConfig
-from sjepa_deploy.runtime.live.sources import Chunk, ReplaySource, StreamInfo
+from sjepa_deploy.runtime.live.config import StreamConfig
+from sjepa_deploy.runtime.live.decoder import Decoder
+from sjepa_deploy.runtime.live.sources import Chunk, ReplaySource
 
 
 def eeg(n_samples, n_chans=8, sfreq=100.0, seed=0):

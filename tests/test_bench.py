@@ -29,17 +29,11 @@ from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.bench import cold_start, noise, scenarios
 from sjepa_deploy.runtime.bench import contenders as subjects
 from sjepa_deploy.runtime.bench.baselines import ALL_BACKENDS, PEERS, TorchCompile, TorchEagerCuda
+from sjepa_deploy.runtime.bench.files import load_report, load_samples, write_report
 from sjepa_deploy.runtime.bench.loops import Served
 from sjepa_deploy.runtime.bench.merge import merge, told_together
 from sjepa_deploy.runtime.bench.report import to_markdown
-from sjepa_deploy.runtime.bench.results import (
-    HARNESS,
-    SCENARIOS,
-    BenchReport,
-    load_report,
-    load_samples,
-    write_report,
-)
+from sjepa_deploy.runtime.bench.results import HARNESS, SCENARIOS, BenchReport
 from sjepa_deploy.runtime.bench.run import BenchConfig, run_bench
 from sjepa_deploy.runtime.keep_warm import Clock
 from sjepa_deploy.serialize import encode, json_schema

@@ -349,7 +349,7 @@ def test_a_record_that_cannot_be_written_leaves_the_engine_that_was_there(rig, b
         if len(written) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    other = dataclasses.replace(first, plan_sha256=sjepa_deploy.runtime.backends.engines.plan_hash(b"another plan"))
+    other = dataclasses.replace(first, plan_sha256=sjepa_deploy.files.bytes_hash(b"another plan"))
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(EngineError, match="cannot be written .No space left on device."):
@@ -459,7 +459,7 @@ def test_damaged_engines_are_refused(rig, bundle):
 
 def test_a_plan_that_tensorrt_refuses_is_an_error(rig, bundle):
     record = build_engine(bundle, "fp32")
-    bad = dataclasses.replace(record, plan_sha256=sjepa_deploy.runtime.backends.engines.plan_hash(b"nonsense"))
+    bad = dataclasses.replace(record, plan_sha256=sjepa_deploy.files.bytes_hash(b"nonsense"))
     store = EngineStore(bundle=bundle)
     store.add(bad, b"nonsense", lambda plan: bad)
     with pytest.raises(EngineError, match=r"TensorRT 11.4.0 refuses the plan: magic tag does not match"):

@@ -5,15 +5,8 @@ import pytest
 
 from sjepa_deploy.runtime.bench import estimates
 from sjepa_deploy.runtime.bench.compare import compare, recommend, regressions
-from sjepa_deploy.runtime.bench.results import (
-    SCHEMA_VERSION,
-    BenchReport,
-    BundleFacts,
-    Cell,
-    CellKey,
-    Environment,
-    OpenLoop,
-)
+from sjepa_deploy.runtime.bench.results import SCHEMA_VERSION, BenchReport, BundleFacts, Cell, CellKey, OpenLoop
+from sjepa_deploy.runtime.machine import Environment
 
 FACTS = BundleFacts(label="prelocal", variant="prelocal", n_chans=8, n_times=200, sfreq=100.0, digest="d", weights="random")
 MACHINE = Environment(processor="A", cores=2, system="Linux", python="3.11", versions={"numpy": "2.0"})

@@ -19,11 +19,12 @@ from eeg_files import eeg_file
 from monitors import PretendDecoder, facts
 from prometheus_client.parser import text_string_to_metric_families
 
+from sjepa_deploy.eeg.quality import ChannelState
 from sjepa_deploy.errors import DashboardError, MissingDependencyError
 from sjepa_deploy.runtime.watch import dashboard as dashboard_module
 from sjepa_deploy.runtime.watch.dashboard import Dashboard, is_loopback, parse_address
 from sjepa_deploy.runtime.watch.dashboard_server import Feed
-from sjepa_deploy.runtime.watch.monitor import ChannelState, Monitor
+from sjepa_deploy.runtime.watch.monitor import Monitor
 
 pytestmark = pytest.mark.alone
 

@@ -26,11 +26,13 @@ from sjepa_deploy.parity import TOLERANCE
 from sjepa_deploy.runtime import machine as environment
 from sjepa_deploy.runtime.backend import BACKENDS, BackendEntry, BackendOptions, open_backend
 from sjepa_deploy.runtime.backends import fastest
-from sjepa_deploy.runtime.backends.fastest import FastestRecord, choose, find, keep
+from sjepa_deploy.runtime.backends.fastest import FastestRecord, find
 from sjepa_deploy.runtime.backends.ort import OrtCpuBackend
 from sjepa_deploy.runtime.backends.reference import TorchBackend
 from sjepa_deploy.runtime.bench import contenders as subjects
-from sjepa_deploy.runtime.bench.results import Cell, CellKey, Estimate, Latency, LeftOut, Percentile, load_report, write_report
+from sjepa_deploy.runtime.bench.files import load_report, write_report
+from sjepa_deploy.runtime.bench.keep_fastest import choose, keep
+from sjepa_deploy.runtime.bench.results import Cell, CellKey, Estimate, Latency, LeftOut, Percentile
 from sjepa_deploy.runtime.bench.run import BenchConfig, run_bench
 
 pytestmark = pytest.mark.alone

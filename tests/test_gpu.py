@@ -16,9 +16,10 @@ import pytest
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.eeg.synthetic import eeg_windows
 from sjepa_deploy.errors import EngineError, InputError, SjepaError
+from sjepa_deploy.files import bytes_hash
 from sjepa_deploy.parity import batch_sizes, check_parity
 from sjepa_deploy.runtime.backend import BACKENDS, BackendOptions, open_backend, why_not
-from sjepa_deploy.runtime.backends.engines import BuildSettings, EngineStore, plan_hash
+from sjepa_deploy.runtime.backends.engines import BuildSettings, EngineStore
 from sjepa_deploy.runtime.bench.baselines import PEERS
 from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, HostBuffer, Stream
 
@@ -245,7 +246,7 @@ def test_a_plan_that_tensorrt_refuses_is_an_error(engine, tmp_path):
     shutil.copytree(bundle.path, tmp_path / "b")
     store = EngineStore(bundle=Bundle.open(tmp_path / "b"))
     half = store.plan(record)[: record.plan_bytes // 2]
-    bad = dataclasses.replace(record, plan_sha256=plan_hash(half))
+    bad = dataclasses.replace(record, plan_sha256=bytes_hash(half))
     store.add(bad, half, lambda plan: bad)
     with pytest.raises(EngineError, match=r"refuses the plan: .*--rebuild"):
         open_backend(store.bundle, "tensorrt", "fp32")

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from sjepa_deploy.cli.live import draw_snapshot, live_view, seconds
 from sjepa_deploy.eeg.montage import read_montage
-from sjepa_deploy.runtime.watch.monitor import ChannelState, Monitor
+from sjepa_deploy.eeg.quality import ChannelState
+from sjepa_deploy.runtime.watch.monitor import Monitor
 
 pytestmark = pytest.mark.alone
 

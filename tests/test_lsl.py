@@ -17,8 +17,11 @@ from streams import assert_accounted, kinds
 
 import sjepa_deploy
 from sjepa_deploy.errors import StreamError
-from sjepa_deploy.runtime.live.decoder import Decision, Decoder, StreamConfig
-from sjepa_deploy.runtime.live.lsl import LslOutlet, LslSource, find_stream
+from sjepa_deploy.runtime.live.config import StreamConfig
+from sjepa_deploy.runtime.live.decision import Decision
+from sjepa_deploy.runtime.live.decoder import Decoder
+from sjepa_deploy.runtime.live.lsl import LslSource, find_stream
+from sjepa_deploy.runtime.live.lsl_outlet import LslOutlet
 
 pytestmark = pytest.mark.alone
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from monitors import facts
 
-from sjepa_deploy.runtime.watch.monitor import LATENCY_EDGES, ChannelState, Monitor
+from sjepa_deploy.eeg.quality import ChannelState
+from sjepa_deploy.runtime.watch.monitor import LATENCY_EDGES, Monitor
 
 pytestmark = pytest.mark.alone
 

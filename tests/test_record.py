@@ -17,7 +17,8 @@ from streams import ScriptedSource, chunks_of, eeg, info_of, predictions, run_st
 import sjepa_deploy
 from sjepa_deploy.eeg.recording import read_recording
 from sjepa_deploy.errors import RecordingError, StreamError
-from sjepa_deploy.runtime.live.decoder import Decoder, StreamConfig
+from sjepa_deploy.runtime.live.config import StreamConfig
+from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.recorder import Recorder, RunDescription, read_record
 
 pytestmark = pytest.mark.alone

@@ -16,16 +16,9 @@ from sjepa_deploy.errors import BenchmarkError, MissingDependencyError
 from sjepa_deploy.runtime.bench import report_plots, report_tables, tables
 from sjepa_deploy.runtime.bench.compare import Change, Comparison
 from sjepa_deploy.runtime.bench.decision_age import LEFT_OUT, budgets, with_budgets
+from sjepa_deploy.runtime.bench.files import load_report, write_report
 from sjepa_deploy.runtime.bench.report import comparison_to_markdown, to_markdown, warnings, write_comparison, write_html
-from sjepa_deploy.runtime.bench.results import (
-    CellKey,
-    Estimate,
-    LeftOut,
-    Noise,
-    Percentile,
-    load_report,
-    write_report,
-)
+from sjepa_deploy.runtime.bench.results import CellKey, Estimate, LeftOut, Noise, Percentile
 from sjepa_deploy.spec import ModelSpec
 
 pytestmark = pytest.mark.alone

@@ -13,9 +13,10 @@ from streams import ScriptedSource, assert_accounted, eeg, info_of, predictions
 from sjepa_deploy.errors import BackendError, InputError, StreamError, UnansweredError
 from sjepa_deploy.runtime.backend import BackendOptions, RollingBackend
 from sjepa_deploy.runtime.backends.reference import TorchBackend
-from sjepa_deploy.runtime.live.decoder import Decoder, StreamConfig
+from sjepa_deploy.runtime.live.config import StreamConfig
+from sjepa_deploy.runtime.live.decoder import Decoder
+from sjepa_deploy.runtime.live.ring import Ring
 from sjepa_deploy.runtime.live.sources import Chunk
-from sjepa_deploy.runtime.live.windows import Ring
 from sjepa_deploy.runtime.predictor import Predictor
 
 N_TIMES = 200

@@ -30,7 +30,8 @@ from sjepa_deploy.cli.verify import verify
 from sjepa_deploy.errors import BackendError, InputError, RefusedError, ServingError, UnansweredError
 from sjepa_deploy.export.to_triton import read_config, to_triton
 from sjepa_deploy.parity import TOLERANCE, batch_sizes, check_parity
-from sjepa_deploy.runtime.live.decoder import Decoder, StreamConfig
+from sjepa_deploy.runtime.live.config import StreamConfig
+from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.serving import Answer, Client, Server
 
 pytestmark = pytest.mark.alone

@@ -23,15 +23,17 @@ from streams import ScriptedSource, chunks_of, decode, decode_samples, eeg, info
 import sjepa_deploy
 from sjepa_deploy.eeg import causal as filters
 from sjepa_deploy.eeg.causal import Preprocessor, RateReducer, design_sos
+from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.interpolation import mixing_matrix, on_sphere, spline_weights
 from sjepa_deploy.eeg.montage import fit_sphere, read_montage
+from sjepa_deploy.eeg.quality import ChannelState
 from sjepa_deploy.eeg.recording import read_recording
 from sjepa_deploy.errors import BackendError, MissingDependencyError, RecordingError, StreamError
 from sjepa_deploy.runtime.live.check import check_streaming
-from sjepa_deploy.runtime.live.decoder import Decoder, StreamConfig
+from sjepa_deploy.runtime.live.config import StreamConfig
+from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.open_source import open_source
-from sjepa_deploy.runtime.live.sources import ReplaySource, StreamInfo, synthetic_source
-from sjepa_deploy.runtime.watch.monitor import ChannelState
+from sjepa_deploy.runtime.live.sources import ReplaySource, synthetic_source
 from sjepa_deploy.runtime.watch.watching import watch
 from sjepa_deploy.spec import Preprocessing
 

@@ -15,7 +15,8 @@ from streams import ScriptedSource, assert_accounted, chunks_of, decode, decode_
 
 import sjepa_deploy
 from sjepa_deploy.errors import RefusedError, StreamError, UnansweredError
-from sjepa_deploy.runtime.live.decoder import Decoder, StreamConfig
+from sjepa_deploy.runtime.live.config import StreamConfig
+from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.sources import Chunk
 
 pytestmark = pytest.mark.alone
@@ -543,7 +544,7 @@ def test_nothing_is_silently_dropped(predict, data):
 
 def test_counters_name_every_way_out_of_the_invariant():
     """A counter of windows that is added must be added to the sum above, too."""
-    from sjepa_deploy.runtime.live.windows import Counters
+    from sjepa_deploy.runtime.live.counters import Counters
 
     names = {field.name for field in dataclasses.fields(Counters)}
     assert {name for name in names if name.startswith(("skipped", "held", "failed", "decisions"))} == {

@@ -17,7 +17,8 @@ from sjepa_deploy.cli.export import export
 from sjepa_deploy.cli.serve import serve
 from sjepa_deploy.errors import EngineError, ExportError, ServingError
 from sjepa_deploy.export.to_triton import PLATFORMS, to_triton
-from sjepa_deploy.runtime.backends.engines import BuildSettings, EngineRecord, EngineStore, LayerSummary, Machine, now, plan_hash
+from sjepa_deploy.files import bytes_hash, now
+from sjepa_deploy.runtime.backends.engines import BuildSettings, EngineRecord, EngineStore, LayerSummary, Machine
 from sjepa_deploy.serving.batching import LARGEST_WAIT, plan_batching
 from sjepa_deploy.serving.contract import CONTRACT_KEY, Contract
 
@@ -40,7 +41,7 @@ def with_engine(make_bundle, tmp_path):
         evidence="none",
         layers=LayerSummary(n_layers=1, types={}),
         parity=(),
-        plan_sha256=plan_hash(plan),
+        plan_sha256=bytes_hash(plan),
         plan_bytes=len(plan),
         build_seconds=1.0,
         created=now(),

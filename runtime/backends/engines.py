@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +19,7 @@ from typing import Literal
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import EngineError
+from sjepa_deploy.files import file_lock, write_atomically, written_beside
 from sjepa_deploy.parity import ParityResult
 from sjepa_deploy.serialize import DecodeError, decode, encode
 from sjepa_deploy.spec import RunPrecision
@@ -293,7 +291,7 @@ class EngineStore:
                 assert final.identity == record.identity
                 content = json.dumps(encode(final), indent=1, allow_nan=False) + "\n"
                 described = self._file(record.identity, "json")
-                with _written_beside(described, content.encode()) as waiting:  # once both are on the disk, they take their places
+                with written_beside(described, content.encode()) as waiting:  # once both are on the disk, they take their places
                     candidate.replace(file)
                     waiting.replace(described)
             finally:
@@ -333,23 +331,6 @@ class EngineStore:
         return record
 
 
-@contextlib.contextmanager
-def file_lock(file: Path, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold an exclusive lock on `file`, which a process that dies gives back."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        stream = file.open("w")
-    except OSError as e:
-        raise EngineError(f"{file} cannot be written ({e.strerror}).", "Give the folder room and rights.") from e
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
 def timing_cache_file(machine: Machine) -> Path:
     """Return where timings of kernels on `machine` are kept between builds."""
     root = os.environ.get("XDG_CACHE_HOME")
@@ -369,36 +350,6 @@ def write_timing_cache(machine: Machine, content: bytes) -> None:
     file = timing_cache_file(machine)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, content)
-
-
-def now() -> str:
-    """Return the time as a record states it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
-
-
-def plan_hash(plan: bytes) -> str:
-    """Return the sha256 of a plan."""
-    return hashlib.sha256(plan).hexdigest()
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write a file in an existing folder, which is replaced whole or not at all."""
-    with _written_beside(file, content) as waiting:
-        waiting.replace(file)
-
-
-@contextlib.contextmanager
-def _written_beside(file: Path, content: bytes) -> Iterator[Path]:
-    """Give `content` in a file that is on the disk, ready to replace `file`; where it does not, nothing of it stays."""
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}.partial-", dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def _flavour_flag(machine: Machine) -> str:

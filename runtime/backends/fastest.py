@@ -12,24 +12,19 @@ import dataclasses
 import hashlib
 import importlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.errors import BackendError, BenchmarkError, SjepaError, listed
+from sjepa_deploy.errors import BackendError, SjepaError
 from sjepa_deploy.runtime.backend import BACKENDS, FASTEST_BACKEND, BackendOptions, FloatArray, open_backend
-from sjepa_deploy.runtime.backends.engines import EngineStore, now, write_atomically
-from sjepa_deploy.runtime.bench.compare import equally_fast
-from sjepa_deploy.runtime.bench.results import INTERRUPTED, BenchReport, Cell, Estimate, LeftOut
+from sjepa_deploy.runtime.backends.engines import EngineStore
 from sjepa_deploy.runtime.machine import gpu, n_cores, processor, versions
 from sjepa_deploy.serialize import DecodeError, decode, encode
-from sjepa_deploy.spec import RUN_PRECISIONS, RunPrecision
-
-MEDIAN = 50.0
+from sjepa_deploy.spec import RunPrecision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,126 +104,7 @@ class FastestRecord:
         )
 
 
-def choose(cells: Sequence[Cell]) -> tuple[Choice, ...]:
-    """Return which backend is the fastest at each batch size, of those whose outputs are right.
-
-    Where several cannot be told from the fastest, as their intervals overlap, the one comes first that may run most sizes.
-
-    Parameters
-    ----------
-    cells : sequence of Cell
-        Throughput of several backends on one bundle in one precision.
-
-    Raises
-    ------
-    BenchmarkError
-        If none is right, or a cell has too few calls or blocks to be compared.
-    """
-    right = [cell for cell in cells if cell.parity and cell.caution is None]
-    if not right:
-        raise BenchmarkError(f"No backend is right: {listed(cell.key.label for cell in cells)}.", "See sjepa-verify.")
-    for cell in right:
-        if _median(cell).low is None:
-            raise BenchmarkError(f"{cell.key.label} has too few blocks to be compared.", "Measure longer.")
-    batches = sorted({cell.key.batch for cell in right})
-    equal = {batch: equally_fast([cell for cell in right if cell.key.batch == batch], MEDIAN) for batch in batches}
-    n_sizes = Counter(cell.key.backend for found in equal.values() for cell in found)
-    return tuple(
-        Choice(
-            batch=batch,
-            backend=max(found, key=lambda cell: n_sizes[cell.key.backend]).key.backend,
-            medians_us={cell.key.backend: _median(cell).value for cell in right if cell.key.batch == batch},
-        )
-        for batch, found in equal.items()
-    )
-
-
-def _median(cell: Cell) -> Estimate:
-    median = None if cell.latency is None else cell.latency.at(MEDIAN)
-    if median is None:
-        raise BenchmarkError(f"{cell.key.label} has too few calls to be compared.", "Measure longer.")
-    return median
-
-
-def keep(
-    report: BenchReport,
-    bundle: Bundle,
-    *,
-    backends: Iterable[str] = (),
-    precisions: Iterable[RunPrecision] = (),
-    device: int = 0,
-) -> tuple[FastestRecord | LeftOut, ...]:
-    """Keep in `bundle`, for each precision of a report of this machine, which backend is the fastest at each batch size.
-
-    Parameters
-    ----------
-    report : BenchReport
-        What was measured here.
-    bundle : Bundle
-        One of those that were measured.
-    backends, precisions : iterable of str
-        Which are considered; empty for all that were measured.
-    device : int
-        Which GPU.
-
-    Returns
-    -------
-    tuple of FastestRecord and LeftOut
-        What was kept, and precisions in which fewer than two backends were measured.
-
-    Raises
-    ------
-    BenchmarkError
-        If nothing can be chosen, the run was interrupted, or was made with another bundle or machine; or the folder cannot be
-        written.
-    """
-    if report.partial is not None and INTERRUPTED in report.partial:
-        raise BenchmarkError("The run was interrupted, and nothing is kept of it.", "Let it end, if need be with --time-limit.")
-    label = next((fact.label for fact in report.bundles if fact.digest == bundle.manifest.digest), None)
-    if label is None:
-        raise BenchmarkError(f"The report is not of the bundle {bundle.path} as it is now.", "Measure this bundle.")
-    known = (set(backends) or set(BACKENDS)) & set(BACKENDS) - {FASTEST_BACKEND}
-    cells = [c for c in report.cells if c.key.scenario == "throughput" and c.key.bundle == label and c.key.backend in known]
-    found: list[FastestRecord | LeftOut] = []
-    for precision in precisions or RUN_PRECISIONS:
-        mine = [cell for cell in cells if cell.key.precision == precision]
-        names = {cell.key.backend for cell in mine}
-        if len(names) == 1:
-            found.append(LeftOut(what=f"{label} in {precision}", reason=f"Only {names.pop()} was measured."))
-        elif names:
-            found.append(_record(report, bundle, precision, choose(mine), device))
-    records = [each for each in found if isinstance(each, FastestRecord)]
-    if not records:
-        measured = listed(dict.fromkeys(f"{cell.key.backend} {cell.key.precision}" for cell in cells)) or "none"
-        raise BenchmarkError(
-            f"There is nothing to choose from on {label}: backends with a measured throughput that decode are {measured}.",
-            "Measure --scenario throughput on two or more in one precision.",
-        )
-    for record in records:
-        _write(record, bundle, report)
-    return tuple(found)
-
-
-def _record(
-    report: BenchReport, bundle: Bundle, precision: RunPrecision, choices: tuple[Choice, ...], device: int
-) -> FastestRecord:
-    environment, here = report.environment, _machine([choice.backend for choice in choices], device)
-    there = {"processor": environment.processor, "cores": str(environment.cores), **environment.versions}
-    there |= {"gpu": environment.gpu or "", "driver": environment.gpu_driver or ""}
-    for name, value in here.items():
-        # of runs in several Pythons a report has the versions of all: "1.2 and 1.3"
-        if (value or "") not in (there.get(name, ""), *there.get(name, "").split(" and ")):
-            raise BenchmarkError(
-                f"The report is of another machine or Python: {_clause(name, there.get(name), value, 'report')}.",
-                "Keep it where it was measured, or measure here.",
-            )
-    machine = {name: value for name, value in here.items() if value is not None}
-    return FastestRecord(
-        precision=precision, bundle=bundle.manifest.digest, machine=machine, choices=choices, created=now()
-    ).signed()
-
-
-def _machine(backends: Iterable[str], device: int) -> dict[str, str | None]:
+def machine_of(backends: Iterable[str], device: int) -> dict[str, str | None]:
     """Return what the speed of `backends` depends on, as it is here."""
     names = dict.fromkeys(name for backend in backends for name in BACKENDS[backend].depends_on)
     for backend in backends:
@@ -243,26 +119,14 @@ def _machine(backends: Iterable[str], device: int) -> dict[str, str | None]:
     return {name: found[name] for name in names}
 
 
-def _clause(name: str, there: str | None, here: str | None, what: str) -> str:
+def clause(name: str, there: str | None, here: str | None, what: str) -> str:
+    """Say how `name` differs between what was measured there and this machine."""
     return f"{name} is {there or 'missing'} in the {what} and {here or 'missing'} here"
 
 
-def _folder(bundle: Bundle) -> Path:
+def record_folder(bundle: Bundle) -> Path:
+    """Return where the records of `bundle` lie."""
     return EngineStore(bundle=bundle).folder / "fastest"
-
-
-def _write(record: FastestRecord, bundle: Bundle, report: BenchReport) -> None:
-    """Write `record` in place of what was kept before for such a machine."""
-    e = report.environment
-    machine = "|".join((e.processor, str(e.cores), e.gpu or "", e.gpu_driver or ""))
-    file = _folder(bundle) / f"{record.precision}-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, (json.dumps(encode(record), indent=1) + "\n").encode())
-    except OSError as error:
-        raise BenchmarkError(
-            f"{file} cannot be written ({error.strerror}).", "Give the bundle's folder room and rights."
-        ) from error
 
 
 def _read(file: Path, mend: str) -> FastestRecord:
@@ -285,7 +149,7 @@ def find(bundle: Bundle, precision: RunPrecision, device: int = 0) -> FastestRec
         If there is none, or one is damaged. The message names what differs, and the command that measures.
     """
     mend = f"Measure here with: sjepa-bench {bundle.path} --keep-fastest --precision {precision}"
-    records = [record for file in _folder(bundle).glob("*.json") if (record := _read(file, mend)).precision == precision]
+    records = [record for file in record_folder(bundle).glob("*.json") if (record := _read(file, mend)).precision == precision]
     if not records:
         raise BackendError(f"The bundle {bundle.path} has no record of the fastest backends in {precision}.", mend)
     nearest: list[str] = []
@@ -301,11 +165,11 @@ def _differences(record: FastestRecord, bundle: Bundle, device: int) -> list[str
     """Return one clause for everything that is not as it was when `record` was kept."""
     found = []
     if record.bundle != bundle.manifest.digest:
-        found.append(_clause("the bundle's digest", record.bundle[:12], bundle.manifest.digest[:12], "record"))
+        found.append(clause("the bundle's digest", record.bundle[:12], bundle.manifest.digest[:12], "record"))
     if unknown := [name for name in record.backends if name not in BACKENDS]:
         return [*found, f"{unknown[0]} is no backend of this release"]
-    here = _machine(record.backends, device)
-    return found + [_clause(n, record.machine.get(n), v, "record") for n, v in here.items() if record.machine.get(n) != v]
+    here = machine_of(record.backends, device)
+    return found + [clause(n, record.machine.get(n), v, "record") for n, v in here.items() if record.machine.get(n) != v]
 
 
 class FastestBackend:

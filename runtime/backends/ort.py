@@ -19,10 +19,10 @@ import onnxruntime as ort
 
 from sjepa_deploy.bundle import ONNX_CONTRACT_KEY, Bundle, graph_contract
 from sjepa_deploy.errors import BackendError, BundleError
-from sjepa_deploy.runtime.backend import BackendOptions, FloatArray, Turn, two_threads
-from sjepa_deploy.runtime.bench.results import Split
+from sjepa_deploy.runtime.backend import BackendOptions, FloatArray, two_threads
+from sjepa_deploy.runtime.gpu.backend import Turn
 from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, HostBuffer, Stream, address_on_gpu
-from sjepa_deploy.runtime.gpu.timing import split_calls
+from sjepa_deploy.runtime.gpu.timing import Split, split_calls
 from sjepa_deploy.spec import RunPrecision
 
 logger = logging.getLogger(__name__)

@@ -12,12 +12,12 @@ import numpy as np
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, EngineError, InputError
-from sjepa_deploy.runtime.backend import BackendOptions, FloatArray, Turn
+from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
 from sjepa_deploy.runtime.backends.engines import EngineStore, Machine
 from sjepa_deploy.runtime.backends.tensorrt_api import TensorRT
-from sjepa_deploy.runtime.bench.results import Split
+from sjepa_deploy.runtime.gpu.backend import Turn
 from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, Gpu, Graph, HostBuffer, Stream, address_on_gpu, check
-from sjepa_deploy.runtime.gpu.timing import split_calls
+from sjepa_deploy.runtime.gpu.timing import Split, split_calls
 from sjepa_deploy.spec import ModelSpec, RunPrecision
 
 MAX_GPU_ADDRESSES = 16

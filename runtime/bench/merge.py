@@ -12,7 +12,8 @@ from sjepa_deploy.errors import BenchmarkError
 from sjepa_deploy.runtime.bench.compare import recommend
 from sjepa_deploy.runtime.bench.estimates import of_blocks
 from sjepa_deploy.runtime.bench.noise import canary_spread
-from sjepa_deploy.runtime.bench.results import HARNESS, BenchReport, Environment, LeftOut, Noise, Samples
+from sjepa_deploy.runtime.bench.results import HARNESS, BenchReport, LeftOut, Noise, Samples
+from sjepa_deploy.runtime.machine import Environment
 
 
 def merge(runs: Sequence[tuple[BenchReport, Samples]]) -> tuple[BenchReport, Samples]:

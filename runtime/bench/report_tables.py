@@ -8,17 +8,7 @@ from dataclasses import dataclass
 
 from sjepa_deploy.parity import NOT_FINITE, ParityResult
 from sjepa_deploy.runtime.bench.compare import Comparison
-from sjepa_deploy.runtime.bench.results import (
-    HARNESS,
-    PERCENTS,
-    BenchReport,
-    Cell,
-    CellKey,
-    Estimate,
-    Judgement,
-    MachineState,
-    Scenario,
-)
+from sjepa_deploy.runtime.bench.results import HARNESS, PERCENTS, BenchReport, Cell, CellKey, Estimate, Judgement, Scenario
 from sjepa_deploy.runtime.bench.tables import (
     NOTHING,
     Column,
@@ -32,6 +22,7 @@ from sjepa_deploy.runtime.bench.tables import (
     plain,
     without_empty_columns,
 )
+from sjepa_deploy.runtime.machine import MachineState
 
 
 @dataclass(frozen=True, kw_only=True)

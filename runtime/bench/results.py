@@ -15,22 +15,15 @@ Arrays of a cell in the ``.npz``, one value a call (one a window in open loop), 
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
 import math
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 
-from sjepa_deploy.errors import BenchmarkError
 from sjepa_deploy.parity import NOT_FINITE, ParityResult
-from sjepa_deploy.serialize import DecodeError, decode, encode
+from sjepa_deploy.runtime.gpu.timing import Split
+from sjepa_deploy.runtime.machine import NOT_READ, Environment, MachineState
 from sjepa_deploy.spec import RunPrecision, Variant
 
 SCHEMA_VERSION = 1
@@ -122,40 +115,6 @@ class Latency:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
-    """Where the time of a call goes, in microseconds: medians of calls that were split, apart from those of the percentiles.
-
-    GPU backends are split with CUDA events on their stream. With mapped memory there are no copies: h2d and d2h are None.
-
-    Attributes
-    ----------
-    n : int
-        Calls that were split.
-    enqueue_us : float
-        Until everything was handed to the GPU.
-    h2d_us, d2h_us : float or None
-        Copies of input and output between the events.
-    compute_us : float
-        The model.
-    host_us : float
-        The call less what the GPU took.
-    overhead_us : float
-        What the events add to a call.
-    how : str
-        In which mode the call was split, e.g. "stream, copies" where the measured calls replay a graph.
-    """
-
-    n: int
-    enqueue_us: float
-    h2d_us: float | None
-    compute_us: float
-    d2h_us: float | None
-    host_us: float
-    overhead_us: float
-    how: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class OpenLoop:
     """How windows that come at a rate were served.
 
@@ -233,28 +192,6 @@ class ColdStart:
     phases: tuple[Phase, ...]
     engine: str | None
     calls_to_steady: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class MachineState:
-    """What the machine was like before or after a cell; None where it does not tell.
-
-    Attributes
-    ----------
-    cpu_mhz : float or None
-        Mean over the cores.
-    load : float or None
-        Load average of a minute.
-    gpu_mhz, gpu_memory_mhz, gpu_celsius, gpu_watts : float or None
-        What NVML says.
-    """
-
-    cpu_mhz: float | None = None
-    load: float | None = None
-    gpu_mhz: float | None = None
-    gpu_memory_mhz: float | None = None
-    gpu_celsius: float | None = None
-    gpu_watts: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,8 +306,8 @@ class Cell:
     cold_start: ColdStart | None = None
     split: Split | None = None
     resources: Resources = Resources()
-    before: MachineState = MachineState()
-    after: MachineState = MachineState()
+    before: MachineState = NOT_READ
+    after: MachineState = NOT_READ
     stolen_cpu: float | None = None
 
     @property
@@ -546,40 +483,6 @@ class BundleFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Environment:
-    """Hardware and software.
-
-    Attributes
-    ----------
-    processor, system, python : str
-        As the system names them.
-    cores : int
-        That this process may use.
-    versions : dict of str to str
-        Of the packages that matter and are installed.
-    commit : str or None
-        Of the source tree that ran, where it is one.
-    gpu, gpu_driver : str or None
-        Name, compute capability and memory; version.
-    governor : str or None
-        CPU frequency governor.
-    clock : str
-        What timed, and its resolution.
-    """
-
-    processor: str
-    cores: int
-    system: str
-    python: str
-    versions: dict[str, str]
-    commit: str | None = None
-    gpu: str | None = None
-    gpu_driver: str | None = None
-    governor: str | None = None
-    clock: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Noise:
     """Whether the machine was quiet.
 
@@ -678,82 +581,6 @@ class BenchReport:
     def cell(self, key: CellKey) -> Cell | None:
         """Return the cell of `key`, or None."""
         return next((cell for cell in self.cells if cell.key == key), None)
-
-
-def write_report(report: BenchReport, samples: Samples, path: Path) -> BenchReport:
-    """Write `report` to `path`, a ``.json``, and its samples beside it. Returns it with the name of their file.
-
-    What is there is replaced whole or not at all.
-
-    Raises
-    ------
-    BenchmarkError
-        If they cannot be written.
-    """
-    arrays = path.with_suffix(".npz")
-    report = dataclasses.replace(report, samples_file=arrays.name)
-    try:
-        with _whole(arrays) as file:
-            np.savez_compressed(file, **dict[str, Any](samples))
-        with _whole(path) as file:
-            file.write_text(json.dumps(encode(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as e:
-        raise BenchmarkError(f"{path} cannot be written ({e.strerror}).", "Choose another --out.") from e
-    return report
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Give a name beside `path`, and move what was written there to `path` when the block ends well."""
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def load_report(path: Path) -> BenchReport:
-    """Read a report.
-
-    Raises
-    ------
-    BenchmarkError
-        If the file is missing, no report, or of a newer schema.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise BenchmarkError(f"{path} cannot be read ({e.strerror}).", "Name the .json that sjepa-bench wrote.") from e
-    except (ValueError, RecursionError) as e:
-        raise BenchmarkError(f"{path} is not JSON ({e}).", "Name the .json that sjepa-bench wrote.") from e
-    version = data.get("schema_version") if isinstance(data, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise BenchmarkError(
-            f"{path} has schema version {version}; this release reads up to {SCHEMA_VERSION}.", "Upgrade sjepa-deploy."
-        )
-    try:
-        return decode(BenchReport, data)
-    except DecodeError as e:
-        raise BenchmarkError(f"{path} is no benchmark report: {e}.", "Name the .json that sjepa-bench wrote.") from e
-
-
-def load_samples(report: BenchReport, path: Path) -> Samples:
-    """Read the raw samples of the `report` that was read from `path`.
-
-    Raises
-    ------
-    BenchmarkError
-        If they are not beside it.
-    """
-    if report.samples_file is None:
-        return {}
-    file = path.with_name(Path(report.samples_file).name)
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError) as e:
-        raise BenchmarkError(f"The samples of {path} cannot be read ({e}).", f"Keep {file.name} beside it.") from e
 
 
 def samples_needed(percent: float) -> int:

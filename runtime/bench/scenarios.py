@@ -1,6 +1,6 @@
 """The scenarios of a benchmark: each knows how to run one block of itself, and what cell comes of its blocks.
 
-`sjepa_deploy.runtime.bench.run` interleaves the blocks of all scenarios and backends, so that drift of the machine hits all alike.
+`runtime.bench.run` interleaves the blocks of all scenarios and backends, so that drift of the machine hits all alike.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ from sjepa_deploy.runtime.bench.results import (
     CellKey,
     ColdStart,
     Estimate,
-    MachineState,
     OpenLoop,
     Phase,
     Resources,
     Samples,
     Scenario,
-    Split,
 )
+from sjepa_deploy.runtime.gpu.timing import Split
 from sjepa_deploy.runtime.keep_warm import Clock, KeepWarm
-from sjepa_deploy.runtime.machine import CpuTimes, Nvml, machine_state
+from sjepa_deploy.runtime.machine import CpuTimes, MachineState, Nvml, machine_state
 
 LEAD_IN_S = 0.01
 """Calls before each block that are not counted: what ran before left its own data in the caches."""

@@ -18,11 +18,12 @@ import numpy as np
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, InputError
-from sjepa_deploy.runtime.backend import BackendOptions, FloatArray, Turn
+from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
 from sjepa_deploy.runtime.fused.lane import Lane, Launcher, refuse_persistent
 from sjepa_deploy.runtime.fused.program import Layout, Program, best_layout, make_program, refuse_spec
 from sjepa_deploy.runtime.fused.weights import WEIGHTS_FILE, Weights, read_safetensors
 from sjepa_deploy.runtime.gpu import nvrtc
+from sjepa_deploy.runtime.gpu.backend import Turn
 from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, HostBuffer, Stream, address_on_gpu, check
 from sjepa_deploy.spec import RunPrecision
 

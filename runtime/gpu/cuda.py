@@ -16,19 +16,15 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.errors import BackendError, InputError, MissingDependencyError
+from sjepa_deploy.runtime.backend import Wait
 
 FloatArray = NDArray[np.float32]
-
-Wait = Literal["spin", "flag", "block"]
-"""How a call waits for the GPU. "spin" asks the driver in a loop; "flag" looks at a word in host memory that the GPU writes last,
-which takes neither the driver's lock nor a system call; "block" sleeps until the GPU interrupts, which costs some 10 us and no
-processor time."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -345,13 +341,6 @@ class Graph:
     def close(self) -> None:
         """Release the graph."""
         check(self._cu.cuGraphExecDestroy(self._exec))
-
-
-def on_gpu(array: object) -> bool:
-    """Return whether `array` says that it lies on a CUDA GPU (DLPack, or the CUDA array interface)."""
-    if hasattr(array, "__dlpack_device__"):
-        return int(array.__dlpack_device__()[0]) in (2, 3, 13)  # CUDA, pinned by CUDA, managed by CUDA
-    return hasattr(array, "__cuda_array_interface__")
 
 
 def address_on_gpu(array: Any, stream: Stream, window: tuple[int, int]) -> tuple[int, int]:

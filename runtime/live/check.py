@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sjepa_deploy.eeg.causal import HALF_TAPS, design_sos, ratio_of_rates
+from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.interpolation import match_channels, mixing_matrix
 from sjepa_deploy.eeg.recording import fit_recording, read_recording, windows
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.parity import TOLERANCE
 from sjepa_deploy.runtime.backend import open_backend
-from sjepa_deploy.runtime.live.decoder import Decoder, StreamConfig
-from sjepa_deploy.runtime.live.sources import ReplaySource, StreamInfo
+from sjepa_deploy.runtime.live.config import StreamConfig
+from sjepa_deploy.runtime.live.decoder import Decoder
+from sjepa_deploy.runtime.live.sources import ReplaySource
 from sjepa_deploy.runtime.predictor import Predictor
 from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, Unit
 

@@ -6,11 +6,9 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,147 +17,19 @@ from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import RefusedError, StreamError, UnansweredError
 from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, BackendOptions
 from sjepa_deploy.runtime.keep_warm import KeepWarm
+from sjepa_deploy.runtime.live.config import StreamConfig
+from sjepa_deploy.runtime.live.counters import Counters
+from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.sources import Chunk, Event, Source
-from sjepa_deploy.runtime.live.windows import BadChannels, Counters, Window, WindowStream
+from sjepa_deploy.runtime.live.windows import Window, WindowStream
 from sjepa_deploy.runtime.predictor import Predictor, load
-from sjepa_deploy.spec import ModelSpec, RunPrecision
-
-Late = Literal["skip", "queue", "hold"]
+from sjepa_deploy.spec import RunPrecision
 
 N_WARM_UP = 20
 """Calls of the backend before the stream is read, so that no decision pays for buffers and caches."""
 
 POLL_S = 0.1
 """Longest wait for samples, after which signals and the watchdog are looked at."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamConfig:
-    """How a stream is decoded.
-
-    Attributes
-    ----------
-    hop : float
-        Seconds from one decision to the next, rounded to samples of the model; 0 decides at every sample.
-    deadline : float or None
-        Seconds after the newest sample's stamp by which its decision is due. None takes the hop.
-    late : {"skip", "queue", "hold"}
-        What happens to a window whose deadline is over before it is decoded: it is left out, decoded all the same, or answered by
-        the last decision again.
-    bridge : int
-        Largest number of lost samples that is interpolated in time, from stamps that are regular. After a larger loss decisions
-        wait for a whole window.
-    bad_channels : {"flag", "repair", "stop"}
-        What happens to channels that turn flat, saturated, disconnected or not finite: decisions name them; they are also
-        interpolated from the others while they are bad; or the decoder stops.
-    interpolate : bool
-        Whether channels of the model that the stream lacks are interpolated. Otherwise they are an error.
-    bads : tuple of str
-        Channels of the stream known to be bad: they count as lacking.
-    max_jitter : float
-        Seconds that a stamp may be off before it is always a loss; below it the measured jitter decides.
-    silence : float
-        Seconds without samples after which the source is reported as silent.
-    give_up : float or None
-        Seconds without samples after which the decoder stops. None waits for ever.
-    keep_warm : float or None
-        Seconds between calls of the backend below which it does not fall asleep: dummy calls fill longer pauses, as far as they
-        end before the next window is due. For GPUs, whose clock falls when they idle. None makes none.
-    roll : bool or None
-        Whether the backend is given new samples alone, where a window follows the last one: it must keep the others (see
-        `Predictor.rolling`), and a kernel that stays takes no `keep_warm` beside it. None: where it can. Decisions are the same
-        to the bit.
-    """
-
-    hop: float = 0.1
-    deadline: float | None = None
-    late: Late = "skip"
-    bridge: int = 0
-    bad_channels: BadChannels = "flag"
-    interpolate: bool = False
-    bads: tuple[str, ...] = ()
-    max_jitter: float = 0.1
-    silence: float = 2.0
-    give_up: float | None = None
-    keep_warm: float | None = None
-    roll: bool | None = None
-
-    def hop_samples(self, spec: ModelSpec) -> int:
-        """Return the hop in samples of the model.
-
-        Raises
-        ------
-        StreamError
-            If it is no positive time, below a sample, or longer than the window.
-        """
-        window = spec.n_times / spec.sfreq
-        hop = 1 if self.hop == 0 else self.hop * spec.sfreq
-        if not (math.isfinite(hop) and hop > 0.5):
-            raise StreamError(
-                f"A hop of {self.hop:g} s is less than a sample of the model ({1 / spec.sfreq:g} s).", "Use 0 for every sample."
-            )
-        if round(hop) > spec.n_times:
-            raise StreamError(
-                f"A hop of {self.hop:g} s is longer than the window of {window:g} s: samples in between would be left out.",
-                f"Use a hop of at most {window:g} s.",
-            )
-        return round(hop)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Decision:
-    """What the model says of one window.
-
-    Attributes
-    ----------
-    index : int
-        Number of the window among all that were due.
-    prediction : ndarray of float32
-        Output of the model, shape `ModelSpec.output_shape`.
-    time, due, received, decided : float
-        On the source's clock in seconds: stamp of the newest sample, deadline, arrival of the newest sample, and when the
-        prediction was there.
-    infer_s : float
-        Seconds of this in the backend.
-    held : bool
-        Whether it repeats the last decision in place of a late one.
-    bridged : bool
-        Whether samples of the window were interpolated in time.
-    bad_channels : tuple of str
-        Channels that were bad somewhere in the window.
-    """
-
-    index: int
-    prediction: NDArray[np.float32]
-    time: float
-    due: float
-    received: float
-    decided: float
-    infer_s: float
-    held: bool
-    bridged: bool
-    bad_channels: tuple[str, ...]
-
-    @property
-    def age(self) -> float:
-        """Seconds from the newest sample to the decision."""
-        return self.decided - self.time
-
-    @property
-    def latency(self) -> float:
-        """Seconds from the arrival of the newest sample to the decision."""
-        return self.decided - self.received
-
-    @property
-    def missed(self) -> bool:
-        """Whether it came after its deadline, or repeats another."""
-        return self.held or self.decided > self.due
-
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """What to know before relying on it: "late", "held", "bridged", "bad channels"."""
-        said = (("late", self.decided > self.due), ("held", self.held), ("bridged", self.bridged))
-        return tuple(name for name, holds in said if holds) + (("bad channels",) if self.bad_channels else ())
 
 
 class Decoder:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.errors import MissingDependencyError, StreamError, listed
-from sjepa_deploy.runtime.live.sources import Chunk, Event, StreamInfo
-from sjepa_deploy.serialize import encode
-from sjepa_deploy.spec import UNIT_NAMES, ModelSpec, Unit
+from sjepa_deploy.runtime.live.sources import Chunk, Event
+from sjepa_deploy.spec import UNIT_NAMES, Unit
 
 if TYPE_CHECKING:
-    from sjepa_deploy.runtime.live.decoder import Decision
+    pass
 
 MAX_CHUNK = 1024
 """Samples that are taken at once."""
@@ -70,7 +67,7 @@ def find_stream(text: str, timeout: float = 3.0) -> Any:
         If there is none, or more than one. The message lists what there is.
     """
     pylsl = require_pylsl()
-    predicate = " and ".join(f"{key}={_quoted(value)}" for key, value in _queries(text))
+    predicate = " and ".join(f"{key}={quoted(value)}" for key, value in _queries(text))
     found = pylsl.resolve_bypred(predicate, 1, timeout)
     if found:  # others of that name may answer a little later
         found = pylsl.resolve_bypred(predicate, 64, 1.0) or found
@@ -86,7 +83,8 @@ def find_stream(text: str, timeout: float = 3.0) -> Any:
     raise StreamError(f"There is no LSL stream {text}; {there}.", "Start the amplifier's app, or name one of these.")
 
 
-def _quoted(value: str) -> str:
+def quoted(value: str) -> str:
+    """Return `value` in the quotes that LSL's queries ask for."""
     if "'" in value and '"' in value:
         raise StreamError(f"{value} holds both kinds of quotes.", "Name the stream by another property.")
     return f'"{value}"' if "'" in value else f"'{value}'"
@@ -237,8 +235,8 @@ class LslSource:
 
     def _predicate(self) -> str:
         if self._source_id:
-            return f"source_id={_quoted(self._source_id)} and name={_quoted(self.info.name)}"
-        return " and ".join(f"{key}={_quoted(value)}" for key, value in _queries(self._text))
+            return f"source_id={quoted(self._source_id)} and name={quoted(self.info.name)}"
+        return " and ".join(f"{key}={quoted(value)}" for key, value in _queries(self._text))
 
     def _look(self) -> None:
         """Ask whether a silent stream is still announced."""
@@ -266,39 +264,3 @@ class LslSource:
             )
         self._restarted = True
         self.events.append(Event(kind="reconnected", time=self.clock(), text="The stream is back."))
-
-
-class LslOutlet:
-    """Sends decisions to an LSL stream, stamped with the time of the newest sample.
-
-    Parameters
-    ----------
-    name : str
-        Name of the stream, type "Decision".
-    spec : ModelSpec
-        The model.
-    description : dict
-        Goes into the stream's metadata as JSON.
-
-    Raises
-    ------
-    StreamError
-        If there is a stream of that name already.
-    """
-
-    def __init__(self, name: str, spec: ModelSpec, description: dict[str, object]) -> None:
-        pylsl = require_pylsl()
-        if pylsl.resolve_bypred(f"name={_quoted(name)}", 1, 0.5):
-            raise StreamError(f"There is an LSL stream {name} already.", "Choose another --outlet.")
-        n_outputs = int(np.prod(spec.output_shape))
-        info = pylsl.StreamInfo(name, "Decision", n_outputs, pylsl.IRREGULAR_RATE, "float32", f"sjepa-stream-{name}")
-        channels = info.desc().append_child("channels")
-        for i in range(n_outputs):
-            label = spec.class_names[i] if spec.class_names is not None else f"{spec.output_name}_{i}"
-            channels.append_child("channel").append_child_value("label", label)
-        info.desc().append_child_value("sjepa_deploy", json.dumps(encode(description)))
-        self._outlet = pylsl.StreamOutlet(info)
-
-    def send(self, decision: Decision) -> None:
-        """Send one decision."""
-        self._outlet.push_sample(decision.prediction.ravel(), decision.time)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.errors import StreamError
-from sjepa_deploy.runtime.live.sources import ReplaySource, Source, StreamInfo, synthetic_source
+from sjepa_deploy.runtime.live.sources import ReplaySource, Source, synthetic_source
 from sjepa_deploy.spec import ModelSpec, Unit
 
 

@@ -20,9 +20,11 @@ from xml.sax.saxutils import escape
 import numpy as np
 from numpy.typing import NDArray
 
+from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.errors import MissingDependencyError, RecordingError, StreamError
-from sjepa_deploy.runtime.live.decoder import Decision, StreamConfig
-from sjepa_deploy.runtime.live.sources import Chunk, Event, StreamInfo
+from sjepa_deploy.runtime.live.config import StreamConfig
+from sjepa_deploy.runtime.live.decision import Decision
+from sjepa_deploy.runtime.live.sources import Chunk, Event
 from sjepa_deploy.serialize import decode, encode
 from sjepa_deploy.spec import RunPrecision
 

@@ -12,40 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.synthetic import eeg_windows
 from sjepa_deploy.errors import StreamError
-from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, Unit
+from sjepa_deploy.spec import ModelSpec
 
 Samples = NDArray[Any]
 Stamps = NDArray[np.float64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamInfo:
-    """What a source says of its stream.
-
-    Attributes
-    ----------
-    name : str
-        Name for messages and records.
-    ch_names : tuple of str
-        Channels in the order of the samples.
-    sfreq : float
-        Nominal rate in Hz.
-    unit : {"uV", "mV", "V"}
-        Unit of the samples.
-    """
-
-    name: str
-    ch_names: tuple[str, ...]
-    sfreq: float
-    unit: Unit
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.sfreq) and self.sfreq > 0):
-            raise StreamError(f"Stream {self.name} has no nominal rate ({self.sfreq}).", "Only regular streams can be decoded.")
-        if self.unit not in UNITS_IN_VOLTS:
-            raise StreamError(f"{self.unit!r} is not a unit.", f"Use one of {', '.join(UNITS_IN_VOLTS)}.")
 
 
 @dataclass(frozen=True, slots=True)

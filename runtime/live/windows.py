@@ -10,64 +10,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.eeg.causal import Preprocessor
+from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.interpolation import LEAST_GOOD, match_channels, mixing_matrix
-from sjepa_deploy.eeg.quality import REASONS, ChannelQuality
+from sjepa_deploy.eeg.quality import REASONS, ChannelQuality, ChannelState
 from sjepa_deploy.eeg.recording import PLAUSIBLE_RMS
 from sjepa_deploy.errors import StreamError, listed
-from sjepa_deploy.runtime.live.sources import Chunk, Samples, StreamInfo
+from sjepa_deploy.runtime.live.counters import Counters
+from sjepa_deploy.runtime.live.ring import Ring
+from sjepa_deploy.runtime.live.sources import Chunk, Samples
 from sjepa_deploy.runtime.live.timeline import CONSECUTIVE, EARLY, LARGEST_RATE_ERROR, REPEATED, RESET, Timeline
-from sjepa_deploy.runtime.watch.monitor import ChannelState
 from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec
 
 BadChannels = Literal["flag", "repair", "stop"]
 
 NOTED_RATE_ERROR = 0.001
 """Ratio from which on a stream's rate is reported as off."""
-
-
-@dataclass(kw_only=True)
-class Counters:
-    """What happened to every sample and every window. ``windows = decisions + held + skipped_late + skipped_gap + failed``.
-
-    Attributes
-    ----------
-    samples, samples_lost, samples_bridged : int
-        Samples received; missing by the stamps; and of these, made by interpolation.
-    samples_repeated, samples_early, samples_flushed, samples_non_finite : int
-        Samples left out because they came twice or out of order; dropped because they were old when the stream was opened; and
-        values that were NaN or infinite.
-    gaps, clock_resets, interruptions, silences : int
-        Losses that were not bridged, jumps of the stamps' clock, reconnections, and times that the source fell silent.
-    windows : int
-        Windows that were due.
-    decisions, held : int
-        Windows decoded, and windows answered by the last decision because they were late (`late="hold"`).
-    skipped_late, skipped_gap, failed : int
-        Windows left out because they were late (`late="skip"`), because samples are missing in them, or because the backend
-        failed, or its server did not answer.
-    misses, longest_misses : int
-        Windows without a decision of their own by their deadline, and the longest run of them.
-    """
-
-    samples: int = 0
-    samples_lost: int = 0
-    samples_bridged: int = 0
-    samples_repeated: int = 0
-    samples_early: int = 0
-    samples_flushed: int = 0
-    samples_non_finite: int = 0
-    gaps: int = 0
-    clock_resets: int = 0
-    interruptions: int = 0
-    silences: int = 0
-    windows: int = 0
-    decisions: int = 0
-    held: int = 0
-    skipped_late: int = 0
-    skipped_gap: int = 0
-    failed: int = 0
-    misses: int = 0
-    longest_misses: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,43 +47,6 @@ class Window:
     stamp: float
     bridged: bool
     bad_channels: tuple[str, ...]
-
-
-class Ring:
-    """The newest samples, in memory that does not grow.
-
-    Parameters
-    ----------
-    n_chans, n_times : int
-        Shape of a window.
-    """
-
-    def __init__(self, n_chans: int, n_times: int) -> None:
-        self._n_times = n_times
-        self._data = np.zeros((n_chans, 8 * n_times), np.float32)
-        self._stop = n_times
-        self._newest = np.zeros(n_chans * n_times, np.float32)
-
-    def extend(self, samples: NDArray[np.float64]) -> None:
-        """Append samples of shape (n_samples, n_chans)."""
-        samples = samples[-self._n_times :]
-        stop = self._stop + len(samples)
-        if stop > self._data.shape[1]:
-            self._data[:, : self._n_times] = self._data[:, self._stop - self._n_times : self._stop]
-            self._stop, stop = self._n_times, self._n_times + len(samples)
-        self._data[:, self._stop : stop] = samples.T
-        self._stop = stop
-
-    def window(self) -> NDArray[np.float32]:
-        """Return the newest window, shape (1, n_chans, n_times), contiguous. The next call overwrites it."""
-        return self.newest(self._n_times)[None]
-
-    def newest(self, n: int) -> NDArray[np.float32]:
-        """Return the newest n samples, shape (n_chans, n), contiguous. The next call, also of `window`, overwrites them."""
-        n_chans = len(self._data)
-        newest = self._newest[: n_chans * n].reshape(n_chans, n)
-        newest[...] = self._data[:, self._stop - n : self._stop]
-        return newest
 
 
 class WindowStream:

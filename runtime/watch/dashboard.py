@@ -27,8 +27,9 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from sjepa_deploy.eeg.montage import scalp_map
+from sjepa_deploy.eeg.quality import ChannelState
 from sjepa_deploy.errors import DashboardError, MissingDependencyError
-from sjepa_deploy.runtime.watch.monitor import LATENCY_EDGES, ChannelState, Monitor, Snapshot, StreamFacts
+from sjepa_deploy.runtime.watch.monitor import LATENCY_EDGES, Monitor, Snapshot, StreamFacts
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import enum
 import os
 import time
 from collections import deque
@@ -32,17 +31,6 @@ MAX_NAMES = 64
 
 SAMPLES_FOR_P99 = 100
 """A 99th percentile of fewer latencies than this would be their largest, and is not given."""
-
-
-class ChannelState(enum.IntEnum):
-    """What is wrong with a channel, if anything."""
-
-    OK = 0
-    FLAT = 1
-    SATURATED = 2
-    NOISY = 3
-    NAN = 4
-    MISSING = 5
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,11 @@ import dataclasses
 
 import numpy as np
 
-from sjepa_deploy.runtime.live.decoder import Decision, Decoder
+from sjepa_deploy.eeg.quality import ChannelState
+from sjepa_deploy.runtime.live.decision import Decision
+from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.sources import Chunk, Event
-from sjepa_deploy.runtime.watch.monitor import ChannelState, Monitor, StreamFacts
+from sjepa_deploy.runtime.watch.monitor import Monitor, StreamFacts
 
 QUALITY_EVERY_S = 0.5
 """Seconds from one look at the channels to the next."""

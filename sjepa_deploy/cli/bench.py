@@ -19,22 +19,13 @@ from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, print_json
 from sjepa_deploy.errors import BenchmarkError, MissingDependencyError, RegressionError, listed
 from sjepa_deploy.runtime.backend import BACKENDS, FASTEST_BACKEND, BackendOptions
-from sjepa_deploy.runtime.backends.fastest import FastestRecord, keep
+from sjepa_deploy.runtime.backends.fastest import FastestRecord
 from sjepa_deploy.runtime.bench.compare import Comparison, compare, regressions
 from sjepa_deploy.runtime.bench.decision_age import with_budgets
+from sjepa_deploy.runtime.bench.files import load_report, load_samples, write_report
+from sjepa_deploy.runtime.bench.keep_fastest import keep
 from sjepa_deploy.runtime.bench.report import write_comparison, write_html, write_markdown
-from sjepa_deploy.runtime.bench.results import (
-    SCENARIOS,
-    BenchReport,
-    Cell,
-    Estimate,
-    LeftOut,
-    Samples,
-    Scenario,
-    load_report,
-    load_samples,
-    write_report,
-)
+from sjepa_deploy.runtime.bench.results import SCENARIOS, BenchReport, Cell, Estimate, LeftOut, Samples, Scenario
 from sjepa_deploy.runtime.bench.run import BenchConfig, run_bench
 from sjepa_deploy.spec import RUN_PRECISIONS, RunPrecision
 

@@ -15,9 +15,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from sjepa_deploy.eeg.quality import ChannelState
 from sjepa_deploy.errors import listed
-from sjepa_deploy.runtime.live.windows import Counters
-from sjepa_deploy.runtime.watch.monitor import ChannelState, Monitor, Snapshot
+from sjepa_deploy.runtime.live.counters import Counters
+from sjepa_deploy.runtime.watch.monitor import Monitor, Snapshot
 
 REFRESH_PER_SECOND = 2
 LINE_EVERY = 10.0

@@ -28,11 +28,14 @@ from sjepa_deploy.cli import console, entry, print_json
 from sjepa_deploy.cli.live import live_view, summary_table
 from sjepa_deploy.errors import ParityError, StreamError
 from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, BackendOptions
-from sjepa_deploy.runtime.live.decoder import Decision, Decoder, StreamConfig
+from sjepa_deploy.runtime.live.config import StreamConfig
+from sjepa_deploy.runtime.live.counters import Counters
+from sjepa_deploy.runtime.live.decision import Decision
+from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.open_source import open_source
 from sjepa_deploy.runtime.live.recorder import Recorder, RecordSource, RunDescription, read_record
 from sjepa_deploy.runtime.live.sources import Chunk, Event, Source
-from sjepa_deploy.runtime.live.windows import BadChannels, Counters
+from sjepa_deploy.runtime.live.windows import BadChannels
 from sjepa_deploy.runtime.predictor import Predictor, load
 from sjepa_deploy.runtime.watch.dashboard import TOKEN_VARIABLE, Dashboard, parse_address
 from sjepa_deploy.runtime.watch.monitor import Monitor
@@ -192,7 +195,7 @@ def stream(
             decoder.on_decision(recorder.decision)
             decoder.on_event(recorder.event)
         if outlet is not None:
-            from sjepa_deploy.runtime.live.lsl import LslOutlet
+            from sjepa_deploy.runtime.live.lsl_outlet import LslOutlet
 
             sending = LslOutlet(outlet, opened.spec, {"run": run, "window_s": opened.spec.n_times / opened.spec.sfreq})
             decoder.on_decision(sending.send)

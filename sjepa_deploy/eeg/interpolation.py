@@ -8,9 +8,9 @@ import numpy as np
 from numpy.polynomial.legendre import legval
 from numpy.typing import NDArray
 
+from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.montage import fit_sphere, read_montage
 from sjepa_deploy.errors import StreamError, listed
-from sjepa_deploy.runtime.live.sources import StreamInfo
 from sjepa_deploy.spec import ModelSpec, Position
 
 Matrix = NDArray[np.float64]

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import enum
+
 import numpy as np
 from numpy.typing import NDArray
 
-from sjepa_deploy.runtime.watch.monitor import ChannelState
+
+class ChannelState(enum.IntEnum):
+    """What is wrong with a channel, if anything."""
+
+    OK = 0
+    FLAT = 1
+    SATURATED = 2
+    NOISY = 3
+    NAN = 4
+    MISSING = 5
+
 
 FLAT_V = 1e-7
 """Peak to peak in volts below which half a second of a channel is flat: EEG has 10 uV, an amplifier's own noise 0.3 uV."""

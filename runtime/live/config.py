@@ -1,0 +1,86 @@
+"""How a stream is decoded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from sjepa_deploy.errors import StreamError
+from sjepa_deploy.runtime.live.windows import BadChannels
+from sjepa_deploy.spec import ModelSpec
+
+Late = Literal["skip", "queue", "hold"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """How a stream is decoded.
+
+    Attributes
+    ----------
+    hop : float
+        Seconds from one decision to the next, rounded to samples of the model; 0 decides at every sample.
+    deadline : float or None
+        Seconds after the newest sample's stamp by which its decision is due. None takes the hop.
+    late : {"skip", "queue", "hold"}
+        What happens to a window whose deadline is over before it is decoded: it is left out, decoded all the same, or answered by
+        the last decision again.
+    bridge : int
+        Largest number of lost samples that is interpolated in time, from stamps that are regular. After a larger loss decisions
+        wait for a whole window.
+    bad_channels : {"flag", "repair", "stop"}
+        What happens to channels that turn flat, saturated, disconnected or not finite: decisions name them; they are also
+        interpolated from the others while they are bad; or the decoder stops.
+    interpolate : bool
+        Whether channels of the model that the stream lacks are interpolated. Otherwise they are an error.
+    bads : tuple of str
+        Channels of the stream known to be bad: they count as lacking.
+    max_jitter : float
+        Seconds that a stamp may be off before it is always a loss; below it the measured jitter decides.
+    silence : float
+        Seconds without samples after which the source is reported as silent.
+    give_up : float or None
+        Seconds without samples after which the decoder stops. None waits for ever.
+    keep_warm : float or None
+        Seconds between calls of the backend below which it does not fall asleep: dummy calls fill longer pauses, as far as they
+        end before the next window is due. For GPUs, whose clock falls when they idle. None makes none.
+    roll : bool or None
+        Whether the backend is given new samples alone, where a window follows the last one: it must keep the others (see
+        `Predictor.rolling`), and a kernel that stays takes no `keep_warm` beside it. None: where it can. Decisions are the same
+        to the bit.
+    """
+
+    hop: float = 0.1
+    deadline: float | None = None
+    late: Late = "skip"
+    bridge: int = 0
+    bad_channels: BadChannels = "flag"
+    interpolate: bool = False
+    bads: tuple[str, ...] = ()
+    max_jitter: float = 0.1
+    silence: float = 2.0
+    give_up: float | None = None
+    keep_warm: float | None = None
+    roll: bool | None = None
+
+    def hop_samples(self, spec: ModelSpec) -> int:
+        """Return the hop in samples of the model.
+
+        Raises
+        ------
+        StreamError
+            If it is no positive time, below a sample, or longer than the window.
+        """
+        window = spec.n_times / spec.sfreq
+        hop = 1 if self.hop == 0 else self.hop * spec.sfreq
+        if not (math.isfinite(hop) and hop > 0.5):
+            raise StreamError(
+                f"A hop of {self.hop:g} s is less than a sample of the model ({1 / spec.sfreq:g} s).", "Use 0 for every sample."
+            )
+        if round(hop) > spec.n_times:
+            raise StreamError(
+                f"A hop of {self.hop:g} s is longer than the window of {window:g} s: samples in between would be left out.",
+                f"Use a hop of at most {window:g} s.",
+            )
+        return round(hop)

@@ -1,0 +1,50 @@
+"""Counts what happens to the samples and windows of a stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True)
+class Counters:
+    """What happened to every sample and every window. ``windows = decisions + held + skipped_late + skipped_gap + failed``.
+
+    Attributes
+    ----------
+    samples, samples_lost, samples_bridged : int
+        Samples received; missing by the stamps; and of these, made by interpolation.
+    samples_repeated, samples_early, samples_flushed, samples_non_finite : int
+        Samples left out because they came twice or out of order; dropped because they were old when the stream was opened; and
+        values that were NaN or infinite.
+    gaps, clock_resets, interruptions, silences : int
+        Losses that were not bridged, jumps of the stamps' clock, reconnections, and times that the source fell silent.
+    windows : int
+        Windows that were due.
+    decisions, held : int
+        Windows decoded, and windows answered by the last decision because they were late (`late="hold"`).
+    skipped_late, skipped_gap, failed : int
+        Windows left out because they were late (`late="skip"`), because samples are missing in them, or because the backend
+        failed, or its server did not answer.
+    misses, longest_misses : int
+        Windows without a decision of their own by their deadline, and the longest run of them.
+    """
+
+    samples: int = 0
+    samples_lost: int = 0
+    samples_bridged: int = 0
+    samples_repeated: int = 0
+    samples_early: int = 0
+    samples_flushed: int = 0
+    samples_non_finite: int = 0
+    gaps: int = 0
+    clock_resets: int = 0
+    interruptions: int = 0
+    silences: int = 0
+    windows: int = 0
+    decisions: int = 0
+    held: int = 0
+    skipped_late: int = 0
+    skipped_gap: int = 0
+    failed: int = 0
+    misses: int = 0
+    longest_misses: int = 0

@@ -1,0 +1,64 @@
+"""What the decoder says of one window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decision:
+    """What the model says of one window.
+
+    Attributes
+    ----------
+    index : int
+        Number of the window among all that were due.
+    prediction : ndarray of float32
+        Output of the model, shape `ModelSpec.output_shape`.
+    time, due, received, decided : float
+        On the source's clock in seconds: stamp of the newest sample, deadline, arrival of the newest sample, and when the
+        prediction was there.
+    infer_s : float
+        Seconds of this in the backend.
+    held : bool
+        Whether it repeats the last decision in place of a late one.
+    bridged : bool
+        Whether samples of the window were interpolated in time.
+    bad_channels : tuple of str
+        Channels that were bad somewhere in the window.
+    """
+
+    index: int
+    prediction: NDArray[np.float32]
+    time: float
+    due: float
+    received: float
+    decided: float
+    infer_s: float
+    held: bool
+    bridged: bool
+    bad_channels: tuple[str, ...]
+
+    @property
+    def age(self) -> float:
+        """Seconds from the newest sample to the decision."""
+        return self.decided - self.time
+
+    @property
+    def latency(self) -> float:
+        """Seconds from the arrival of the newest sample to the decision."""
+        return self.decided - self.received
+
+    @property
+    def missed(self) -> bool:
+        """Whether it came after its deadline, or repeats another."""
+        return self.held or self.decided > self.due
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What to know before relying on it: "late", "held", "bridged", "bad channels"."""
+        said = (("late", self.decided > self.due), ("held", self.held), ("bridged", self.bridged))
+        return tuple(name for name, holds in said if holds) + (("bad channels",) if self.bad_channels else ())
