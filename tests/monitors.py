@@ -62,7 +62,7 @@ class PretendDecoder(threading.Thread):
 
     def run(self):
         self.monitor.set_state("decoding")
-        self.monitor.event("source connected")
+        self.monitor.incident("source connected")
         start = time.monotonic()
         for index in itertools.count():
             due = start + index * self._hop

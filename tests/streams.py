@@ -32,7 +32,7 @@ class ScriptedSource:
 
     def __init__(self, info, chunks):
         self.info = info
-        self.events = deque()
+        self.incidents = deque()
         self.now = 0.0
         self.closed = False
         self._chunks = deque(chunks)
@@ -65,13 +65,13 @@ def chunks_of(samples, stamps, size=10, *, restarted_at=()):
 
 
 def decode(predict, source, **config):
-    """Decode a whole source, and return decoder, decisions and events. Every window must be accounted for."""
+    """Decode a whole source, and return decoder, decisions and incidents. Every window must be accounted for."""
     decoder = Decoder(predict, source, StreamConfig(**config))
-    events = []
-    decoder.on_event(events.append)
+    incidents = []
+    decoder.on_incident(incidents.append)
     decisions = list(decoder)
     assert_accounted(decoder.counters, decisions)
-    return decoder, decisions, events
+    return decoder, decisions, incidents
 
 
 def decode_samples(predict, samples, stamps=None, *, info=None, size=10, restarted_at=(), **config):
@@ -99,5 +99,5 @@ def predictions(decisions):
     return {d.index: d.prediction.tobytes() for d in decisions}
 
 
-def kinds(events):
-    return [event.kind for event in events]
+def kinds(incidents):
+    return [incident.kind for incident in incidents]

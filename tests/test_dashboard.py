@@ -126,7 +126,7 @@ def test_numbers_are_those_of_the_monitor(browser):
     monitor.skipped("gap")
     monitor.received(1234, 99.5)
     monitor.set_quality(np.full(8, ChannelState.NAN), np.full(8, np.nan))
-    monitor.event("source lost")
+    monitor.incident("source lost")
     with idle_dashboard(monitor) as dashboard:
         browser.open(dashboard.url)
         browser.wait("rows.length === 250 && state !== null")
@@ -149,7 +149,7 @@ def test_names_from_a_stream_are_text(browser):
     monitor = Monitor(facts(bundle=hostile, source=hostile, output_names=(hostile, "b"), ch_names=names))
     monitor.decided(index=0, time=0.0, due=0.0, decided=0.1, prediction=(1, 2), flags=(hostile,))
     monitor.set_quality([1] + 7 * [0], np.ones(8))
-    monitor.event(hostile)
+    monitor.incident(hostile)
     monitor.count(hostile)
     with idle_dashboard(monitor) as dashboard:
         open_page(browser, dashboard)

@@ -40,7 +40,7 @@ def busy_monitor(n_chans=8, n_outputs=2):
     monitor.skipped("gap")
     monitor.count("samples lost", 3)
     for i in range(9):
-        monitor.event(f"event {i}")
+        monitor.incident(f"incident {i}")
     monitor.set_state("decoding")
     return monitor
 
@@ -66,7 +66,7 @@ def test_says_what_is_wrong(encoding):
         "F E2 1.5",
         "?~E6 5.5",
         "1 saturated",
-        "event 8",
+        "incident 8",
         "flags    repaired",
     ):
         assert words in text, words

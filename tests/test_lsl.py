@@ -81,19 +81,19 @@ class Amplifier:
 
 
 def run_until(decoder, done, timeout=120.0):
-    """Decode until `done(decisions, events)`."""
-    decisions, events = [], []
-    decoder.on_event(events.append)
+    """Decode until `done(decisions, incidents)`."""
+    decisions, incidents = [], []
+    decoder.on_incident(incidents.append)
     timer = threading.Timer(timeout, decoder.stop)
     timer.start()
     for decision in decoder:
         decisions.append(decision)
-        if done(decisions, events):
+        if done(decisions, incidents):
             break
     timer.cancel()
-    assert done(decisions, events), (len(decisions), events, decoder.counters)
+    assert done(decisions, incidents), (len(decisions), incidents, decoder.counters)
     assert_accounted(decoder.counters, decisions)
-    return decisions, events
+    return decisions, incidents
 
 
 def test_stream_is_decoded_with_its_age(predict, name):
@@ -117,19 +117,19 @@ def test_source_killed_and_restarted(make_bundle, name):
         decoder = Decoder(predict, LslSource(name), StreamConfig(late="queue"))
         started = []
 
-        def done(decisions, events):
+        def done(decisions, incidents):
             if len(decisions) >= 3 and not started:
                 started.append(threading.Thread(target=kill_and_restart))
                 started[0].start()
-            return decoder.counters.interruptions == 1 and "interruption" in kinds(events) and decisions[-1].index > 40
+            return decoder.counters.interruptions == 1 and "interruption" in kinds(incidents) and decisions[-1].index > 40
 
         try:
-            decisions, events = run_until(decoder, done)
+            decisions, incidents = run_until(decoder, done)
         finally:
             started[0].join()
             again[0].kill()
             decoder.source.close()
-    said = kinds(events)
+    said = kinds(incidents)
     assert said.index("lost") < said.index("reconnected") < said.index("interruption")
     assert decoder.counters.skipped_gap > 0
     gap = np.diff([d.time for d in decisions]).max()
@@ -188,9 +188,9 @@ def test_consumer_that_stalls_for_five_seconds(predict, name):
                 time.sleep(5)
 
         decoder.on_decision(stall)
-        decisions, events = run_until(decoder, lambda decisions, _: len(decisions) == 40)
+        decisions, incidents = run_until(decoder, lambda decisions, _: len(decisions) == 40)
     assert decoder.counters.skipped_late >= 40
-    assert not [event for event in events if event.kind in ("gap", "reset", "restart")]
+    assert not [incident for incident in incidents if incident.kind in ("gap", "clock reset", "interruption")]
     after = [decision for decision in decisions if decision.index > stalled[0]]
     assert after[0].index - stalled[0] >= 40
     assert np.median([decision.age for decision in after[5:]]) < 1
@@ -199,9 +199,9 @@ def test_consumer_that_stalls_for_five_seconds(predict, name):
 def test_samples_from_before_the_start_are_dropped_and_counted(predict, name):
     with Amplifier(name, predict.spec.ch_names), Decoder(predict, LslSource(name)) as decoder:
         time.sleep(1.5)
-        decisions, events = run_until(decoder, lambda decisions, _: len(decisions) >= 1)
+        decisions, incidents = run_until(decoder, lambda decisions, _: len(decisions) >= 1)
         assert decoder.counters.samples_flushed >= 50
-        assert kinds(events)[0] == "flushed"
+        assert kinds(incidents)[0] == "flushed"
     assert decisions[0].age < 5.0
 
 

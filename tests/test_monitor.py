@@ -89,7 +89,7 @@ def test_a_high_percentile_of_few_latencies_is_not_given():
 
 def test_counters_quality_events_and_state():
     clock = Clock()
-    monitor = Monitor(facts(), n_events=2, clock=clock)
+    monitor = Monitor(facts(), n_incidents=2, clock=clock)
     monitor.received(10, 0.5)
     monitor.received(5, 0.6)
     monitor.count("samples lost", 3)
@@ -98,13 +98,13 @@ def test_counters_quality_events_and_state():
     monitor.set_quality([0, 1, 5, 0, 0, 0, 0, 0], np.arange(8.0), [False, True, True] + 5 * [False])
     for second in range(3):
         clock.now = float(second)
-        monitor.event(f"event {second}")
+        monitor.incident(f"incident {second}")
     taken = monitor.snapshot()
     assert taken.counters == {"samples received": 15, "samples lost": 3, "gaps": 1}
     assert (taken.newest_sample, taken.state, taken.now) == (0.6, "decoding", 2.0)
     assert [ChannelState(s).name for s in taken.quality.state[:3]] == ["OK", "FLAT", "MISSING"]
     assert taken.quality.repaired.tolist() == [False, True, True] + 5 * [False]
-    assert [(e.time, e.text) for e in taken.events] == [(1.0, "event 1"), (2.0, "event 2")]
+    assert [(e.time, e.text) for e in taken.incidents] == [(1.0, "incident 1"), (2.0, "incident 2")]
     assert taken.memory > 10e6
 
 
@@ -166,7 +166,7 @@ def test_the_loop_allocates_nothing_that_stays():
             monitor.received(10, index * 0.1)
             decide(monitor, index, 0.01)
             monitor.set_quality(state, rms)
-            monitor.event("something")
+            monitor.incident("something")
 
     loop(1000)  # every slot is filled
     tracemalloc.start()

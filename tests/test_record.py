@@ -51,7 +51,7 @@ def recorded(predict, path, source, failures=None, **config):
     recorder = Recorder(path, description(decoder), 3, (failures if failures is not None else []).append)
     decoder.on_chunk(recorder.chunk)
     decoder.on_decision(recorder.decision)
-    decoder.on_event(recorder.event)
+    decoder.on_incident(recorder.incident)
     return decoder, recorder
 
 
@@ -87,7 +87,7 @@ def test_replay_gives_the_same_decisions_through_gaps_and_restarts(predict, even
     decoder, recorder = recorded(predict, tmp_path / "run.xdf", eventful, bad_channels="repair", late="queue")
     decisions = list(decoder)
     recorder.close()
-    assert {"gap", "interruption", "channel"} <= {event.kind for event in read_record(tmp_path / "run.xdf").events}
+    assert {"gap", "interruption", "channel"} <= {incident.kind for incident in read_record(tmp_path / "run.xdf").incidents}
     assert run_stream(predict.bundle.path, "--replay", tmp_path / "run.xdf", "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["n_decisions"], result["n_differ"], result["n_missing"]) == (len(decisions), 0, 0)

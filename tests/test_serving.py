@@ -398,17 +398,17 @@ def test_a_live_stream_goes_on_when_its_server_was_killed(mortal, make_bundle):
     with sjepa_deploy.load(bundle, backend=address, check_unit=False) as predict:
         source = ScriptedSource(info_of(predict.spec), chunks_of(samples, np.arange(1000) / 100.0))
         decoder = Decoder(predict, source, StreamConfig(late="queue"))
-        events, decisions = [], []
-        decoder.on_event(events.append)
+        incidents, decisions = [], []
+        decoder.on_incident(incidents.append)
         for decision in decoder:
             decisions.append(decision)
             if decision.index == stop_at:
                 mortal.kill()
-                decoder.on_event(lambda _: mortal.process or decoder.counters.failed < start_at - stop_at or mortal.start())
+                decoder.on_incident(lambda _: mortal.process or decoder.counters.failed < start_at - stop_at or mortal.start())
     assert_accounted(decoder.counters, decisions)
     lost = {d.index for d in expected} - {d.index for d in decisions}
     assert lost == set(range(stop_at + 1, start_at + 1))
-    assert decoder.counters.failed == len(lost) == kinds(events).count("unanswered")
+    assert decoder.counters.failed == len(lost) == kinds(incidents).count("unanswered")
     wanted = predictions(expected)
     assert all(wanted[index] == prediction for index, prediction in predictions(decisions).items())
 

@@ -478,7 +478,7 @@ def test_monitor_follows_the_decoder(predict):
     assert shot.counters["samples lost"] == 300
     assert ChannelState(shot.quality.state[2]) is ChannelState.FLAT
     assert shot.quality.repaired.tolist() == [False, False, True] + [False] * 5
-    assert any("300 samples" in event.text for event in shot.events)
+    assert any("300 samples" in incident.text for incident in shot.incidents)
 
 
 def test_monitor_says_that_the_first_window_fills(predict):

@@ -34,9 +34,9 @@ def predict(make_bundle):
 
 @pytest.fixture(scope="module")
 def clean(predict):
-    _, decisions, events = decode_samples(predict, SAMPLES, STAMPS)
+    _, decisions, incidents = decode_samples(predict, SAMPLES, STAMPS)
     assert len(decisions) == 1 + (N - 200) // 10
-    assert not events
+    assert not incidents
     return decisions
 
 
@@ -50,9 +50,9 @@ def windows_not_touching(clean, first, last):
 
 def test_pause_of_three_seconds(predict, clean):
     keep = np.r_[0:600, 900:N]
-    decoder, decisions, events = decode_samples(predict, SAMPLES[keep], STAMPS[keep])
-    assert kinds(events) == ["gap"]
-    assert "300 samples (3 s)" in events[0].text
+    decoder, decisions, incidents = decode_samples(predict, SAMPLES[keep], STAMPS[keep])
+    assert kinds(incidents) == ["gap"]
+    assert "300 samples (3 s)" in incidents[0].text
     assert decoder.counters.samples_lost == 300
     assert [d.index for d in decisions] == [d.index for d in windows_not_touching(clean, 600, 899)]
     assert decoder.counters.skipped_gap == len(clean) - len(decisions)
@@ -70,16 +70,16 @@ def test_after_a_gap_the_stream_starts_as_if_new(predict):
 @pytest.mark.parametrize("n_lost", [1, 3, 8])
 def test_lost_samples_are_found_by_their_stamps(predict, n_lost):
     keep = np.r_[0:600, 600 + n_lost : N]
-    decoder, _, events = decode_samples(predict, SAMPLES[keep], STAMPS[keep])
-    assert kinds(events) == ["gap"]
+    decoder, _, incidents = decode_samples(predict, SAMPLES[keep], STAMPS[keep])
+    assert kinds(incidents) == ["gap"]
     assert decoder.counters.samples_lost == n_lost
-    assert 600 <= events[0].sample <= 640  # a fifth of a second later, when it has proved to last
+    assert 600 <= incidents[0].sample <= 640  # a fifth of a second later, when it has proved to last
 
 
 def test_lost_samples_are_bridged_on_request(predict, clean):
     keep = np.r_[0:600, 603:N]
-    decoder, decisions, events = decode_samples(predict, SAMPLES[keep], STAMPS[keep], bridge=5)
-    assert kinds(events) == ["bridged"]
+    decoder, decisions, incidents = decode_samples(predict, SAMPLES[keep], STAMPS[keep], bridge=5)
+    assert kinds(incidents) == ["bridged"]
     assert (decoder.counters.samples_lost, decoder.counters.samples_bridged, decoder.counters.gaps) == (3, 3, 0)
     assert [d.index for d in decisions] == [d.index for d in clean]
     assert {d.index for d in decisions if not d.bridged} == {d.index for d in windows_not_touching(clean, 600, 602)}
@@ -94,8 +94,8 @@ def test_lost_samples_are_bridged_on_request(predict, clean):
 
 def test_longer_loss_than_allowed_is_not_bridged(predict):
     keep = np.r_[0:600, 606:N]
-    decoder, _, events = decode_samples(predict, SAMPLES[keep], STAMPS[keep], bridge=5)
-    assert kinds(events) == ["gap"]
+    decoder, _, incidents = decode_samples(predict, SAMPLES[keep], STAMPS[keep], bridge=5)
+    assert kinds(incidents) == ["gap"]
     assert decoder.counters.samples_bridged == 0
 
 
@@ -116,10 +116,10 @@ def test_equal_stamps_of_a_coarse_clock_are_no_repetition(predict, clean):
 def test_sample_out_of_order_is_left_out_and_its_place_is_a_gap(predict):
     order = np.arange(N)
     order[[600, 650]] = order[[650, 600]]
-    decoder, decisions, events = decode_samples(predict, SAMPLES[order], STAMPS[order])
+    decoder, decisions, incidents = decode_samples(predict, SAMPLES[order], STAMPS[order])
     assert decoder.counters.samples_early >= 1
     assert decoder.counters.gaps >= 1
-    assert kinds(events)[0] == "gap"
+    assert kinds(incidents)[0] == "gap"
     assert all(d.time < 6 or d.time > 8 for d in decisions)
 
 
@@ -127,8 +127,8 @@ def test_sample_out_of_order_is_left_out_and_its_place_is_a_gap(predict):
 
 
 def test_clock_set_back(predict):
-    decoder, decisions, events = decode(predict, with_clock_set_by(predict, -3600))
-    assert kinds(events) == ["clock reset"]
+    decoder, decisions, incidents = decode(predict, with_clock_set_by(predict, -3600))
+    assert kinds(incidents) == ["clock reset"]
     assert decoder.counters.clock_resets == 1
     assert decoder.counters.windows == 131
     assert decoder.counters.skipped_gap == 19
@@ -136,8 +136,8 @@ def test_clock_set_back(predict):
 
 
 def test_clock_set_forward_invents_no_windows(predict):
-    decoder, decisions, events = decode(predict, with_clock_set_by(predict, 3600))
-    assert kinds(events) == ["clock reset"]
+    decoder, decisions, incidents = decode(predict, with_clock_set_by(predict, 3600))
+    assert kinds(incidents) == ["clock reset"]
     assert decoder.counters.windows == 131
     assert all(abs(d.age) < 0.011 for d in decisions)
 
@@ -151,9 +151,9 @@ def with_clock_set_by(predict, seconds):
 
 def test_rate_drift_of_half_a_percent_is_followed_and_reported(predict, clean):
     for drift in (1.005, 0.995):
-        decoder, decisions, events = decode_samples(predict, SAMPLES, STAMPS * drift)
-        assert kinds(events) == ["rate"]
-        assert f"{100 / drift:.4g}" in events[0].text
+        decoder, decisions, incidents = decode_samples(predict, SAMPLES, STAMPS * drift)
+        assert kinds(incidents) == ["rate"]
+        assert f"{100 / drift:.4g}" in incidents[0].text
         assert decoder.counters.gaps == 0
         assert predictions(decisions) == predictions(clean)
 
@@ -179,8 +179,8 @@ def test_irregular_stamps_are_no_loss(predict, clean, kind):
 def test_sender_held_up_for_a_moment_is_no_loss(predict, clean):
     stamps = STAMPS.copy()
     stamps[600:605] = np.maximum(stamps[600:605], 6.045 + np.arange(5) * 1e-4)
-    _, decisions, events = decode_samples(predict, SAMPLES, stamps)
-    assert not events
+    _, decisions, incidents = decode_samples(predict, SAMPLES, stamps)
+    assert not incidents
     assert predictions(decisions) == predictions(clean)
 
 
@@ -196,12 +196,12 @@ def test_time_zone_and_wall_clock_do_not_matter(predict, clean, monkeypatch):
     time.tzset()
     try:
         monkeypatch.setattr(time, "time", lambda: -1e9)
-        _, decisions, events = decode_samples(predict, SAMPLES, STAMPS)
+        _, decisions, incidents = decode_samples(predict, SAMPLES, STAMPS)
     finally:
         monkeypatch.undo()
         os.environ.pop("TZ", None)
         time.tzset()
-    assert not events
+    assert not incidents
     assert predictions(decisions) == predictions(clean)
 
 
@@ -209,8 +209,8 @@ def test_time_zone_and_wall_clock_do_not_matter(predict, clean, monkeypatch):
 
 
 def test_interruption_starts_anew_even_if_the_stamps_go_on(predict):
-    decoder, decisions, events = decode_samples(predict, SAMPLES, STAMPS, restarted_at=(700,))
-    assert kinds(events) == ["interruption"]
+    decoder, decisions, incidents = decode_samples(predict, SAMPLES, STAMPS, restarted_at=(700,))
+    assert kinds(incidents) == ["interruption"]
     assert decoder.counters.interruptions == 1
     assert all(d.time < 7 or d.time > 8.9 for d in decisions)
 
@@ -220,11 +220,11 @@ def test_silent_source_is_reported_once_and_given_up_when_asked(predict):
     now = iter(np.arange(1000) * 0.5)
     source = ScriptedSource(info_of(predict.spec), [*chunks, *[None] * 40])
     decoder = Decoder(predict, source, StreamConfig(silence=2.0, give_up=10.0), monotonic=lambda: next(now))
-    events = []
-    decoder.on_event(events.append)
+    incidents = []
+    decoder.on_incident(incidents.append)
     with pytest.raises(StreamError, match="has sent nothing for 1[01] s"):
         decoder.run()
-    assert kinds(events) == ["silent"]
+    assert kinds(incidents) == ["silent"]
     assert decoder.counters.silences == 1
 
 
@@ -257,8 +257,8 @@ def test_swapped_channels_are_put_in_order(predict, clean):
 def test_extra_channels_are_left_out(predict, clean):
     info = info_of(predict.spec, ch_names=("EOG", *predict.spec.ch_names, "TRIGGER"))
     more = np.column_stack([np.full(N, np.nan), SAMPLES, np.zeros(N)])
-    decoder, decisions, events = decode_samples(predict, more, STAMPS, info=info)
-    assert not events
+    decoder, decisions, incidents = decode_samples(predict, more, STAMPS, info=info)
+    assert not incidents
     assert decoder.counters.samples_non_finite == 0
     assert predictions(decisions) == predictions(clean)
 
@@ -281,8 +281,8 @@ def test_channel_known_to_be_bad_counts_as_missing(predict):
     broken[:, 0] = np.nan
     info = info_of(predict.spec, ch_names=predict.spec.ch_names[1:])
     _, wanted, _ = decode_samples(predict, SAMPLES[:, 1:], STAMPS, info=info, interpolate=True)
-    _, decisions, events = decode_samples(predict, broken, STAMPS, interpolate=True, bads=("f3",))
-    assert not events
+    _, decisions, incidents = decode_samples(predict, broken, STAMPS, interpolate=True, bads=("f3",))
+    assert not incidents
     assert predictions(decisions) == predictions(wanted)
 
 
@@ -308,8 +308,8 @@ def test_unit_of_the_stream_is_converted(predict, clean):
 
 def test_electrode_offsets_at_the_start_make_no_transient(predict, clean):
     offsets = np.linspace(-20_000, 20_000, 8)
-    _, decisions, events = decode_samples(predict, SAMPLES + offsets, STAMPS)
-    assert not events
+    _, decisions, incidents = decode_samples(predict, SAMPLES + offsets, STAMPS)
+    assert not incidents
     wanted = np.array([d.prediction for d in clean])
     np.testing.assert_allclose([d.prediction for d in decisions], wanted, atol=1e-3 * wanted.std())
 
@@ -336,10 +336,10 @@ BAD_KINDS = ["flat", "saturated", "disconnected, or very noisy", "not finite"]
 
 @pytest.mark.parametrize("kind", BAD_KINDS)
 def test_bad_channel_is_flagged(predict, clean, kind):
-    _, decisions, events = decode_samples(predict, spoilt(kind), STAMPS)
-    assert kinds(events) == ["channel", "channel"]
-    assert events[0].text == f"F4 is {kind}."
-    assert events[1].text == f"F4 is good again, it was {kind}."
+    _, decisions, incidents = decode_samples(predict, spoilt(kind), STAMPS)
+    assert kinds(incidents) == ["channel", "channel"]
+    assert incidents[0].text == f"F4 is {kind}."
+    assert incidents[1].text == f"F4 is good again, it was {kind}."
     flagged = [d for d in decisions if d.bad_channels]
     assert all(d.bad_channels == ("F4",) and "bad channels" in d.flags for d in flagged)
     times = [d.time for d in flagged]
@@ -391,8 +391,8 @@ def test_nan_at_the_very_start(predict):
 def test_too_many_bad_channels_are_not_repaired_but_flagged(predict):
     samples = SAMPLES.copy()
     samples[600:, :6] = 0.0
-    _, decisions, events = decode_samples(predict, samples, STAMPS, bad_channels="repair")
-    assert "6 channels are bad, too many to repair." in [event.text for event in events]
+    _, decisions, incidents = decode_samples(predict, samples, STAMPS, bad_channels="repair")
+    assert "6 channels are bad, too many to repair." in [incident.text for incident in incidents]
     assert len(decisions[-1].bad_channels) == 6
 
 
@@ -492,13 +492,15 @@ def test_a_server_that_does_not_answer_costs_only_the_windows_that_it_was_asked(
     source = ScriptedSource(info_of(predict.spec), chunks_of(SAMPLES, STAMPS))
     decoder = Decoder(slow, source)
     slow.source = source
-    events = []
-    decoder.on_event(events.append)
+    incidents = []
+    decoder.on_incident(incidents.append)
     decisions = list(decoder)
     assert_accounted(decoder.counters, decisions)
     assert predictions(decisions) == predictions(clean[:5] + clean[7:])
     assert decoder.counters.failed == decoder.counters.misses == decoder.counters.longest_misses == 2
-    assert [event.text for event in events if event.kind == "unanswered"] == ["The server is overloaded. Send less."] * 2
+    assert [incident.text for incident in incidents if incident.kind == "unanswered"] == [
+        "The server is overloaded. Send less."
+    ] * 2
 
 
 # ---------------------------------------------------------------- everything at once

@@ -20,7 +20,7 @@ from sjepa_deploy.runtime.keep_warm import KeepWarm
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decision import Decision
-from sjepa_deploy.runtime.live.sources import Chunk, Event, Source
+from sjepa_deploy.runtime.live.sources import Chunk, Incident, Source
 from sjepa_deploy.runtime.live.windows import Window, WindowStream
 from sjepa_deploy.runtime.predictor import Predictor, load
 from sjepa_deploy.spec import RunPrecision
@@ -81,7 +81,7 @@ class Decoder:
         self.counters = Counters()
         self._on_decision: list[Callable[[Decision], object]] = []
         self._on_chunk: list[Callable[[Chunk], object]] = []
-        self._on_event: list[Callable[[Event], object]] = []
+        self._on_incident: list[Callable[[Incident], object]] = []
         self.windows = WindowStream(
             self.spec,
             source.info,
@@ -166,9 +166,9 @@ class Decoder:
         """Call `callback` with every chunk of samples, after its decisions."""
         self._on_chunk.append(callback)
 
-    def on_event(self, callback: Callable[[Event], object]) -> None:
+    def on_incident(self, callback: Callable[[Incident], object]) -> None:
         """Call `callback` with everything that happens to the stream."""
-        self._on_event.append(callback)
+        self._on_incident.append(callback)
 
     def __iter__(self) -> Iterator[Decision]:
         """Give decisions until the source ends, or `stop` is called."""
@@ -176,8 +176,8 @@ class Decoder:
         poll = POLL_S if self._keep_warm is None else min(POLL_S, self._keep_warm.period / 2)
         while not self._stopping:
             chunk = read(poll)
-            if self.source.events:
-                self._take_events()
+            if self.source.incidents:
+                self._take_incidents()
             if chunk is not None:
                 self._heard = self._monotonic()
                 self._silent = False
@@ -323,16 +323,16 @@ class Decoder:
         if self.config.give_up is not None and silent_for > self.config.give_up:
             raise StreamError(f"{self.source.info.name} has sent nothing for {silent_for:.0f} s.", "Check the amplifier.")
 
-    def _take_events(self) -> None:
-        while self.source.events:
-            event = self.source.events.popleft()
-            if event.kind == "flushed":
-                self.counters.samples_flushed += event.sample
-            self._tell(dataclasses.replace(event, sample=self.counters.samples))
+    def _take_incidents(self) -> None:
+        while self.source.incidents:
+            incident = self.source.incidents.popleft()
+            if incident.kind == "flushed":
+                self.counters.samples_flushed += incident.sample
+            self._tell(dataclasses.replace(incident, sample=self.counters.samples))
 
     def _report(self, kind: str, text: str) -> None:
-        self._tell(Event(kind=kind, time=self.source.clock(), text=text, sample=self.counters.samples))
+        self._tell(Incident(kind=kind, time=self.source.clock(), text=text, sample=self.counters.samples))
 
-    def _tell(self, event: Event) -> None:
-        for tell in self._on_event:
-            tell(event)
+    def _tell(self, incident: Incident) -> None:
+        for tell in self._on_incident:
+            tell(incident)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.errors import MissingDependencyError, StreamError, listed
-from sjepa_deploy.runtime.live.sources import Chunk, Event
+from sjepa_deploy.runtime.live.sources import Chunk, Incident
 from sjepa_deploy.spec import UNIT_NAMES, Unit
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class LslSource:
         self._pylsl = require_pylsl()
         self._text, self._unit, self._ch_names = text, unit, ch_names
         self.ended = False
-        self.events: deque[Event] = deque()
+        self.incidents: deque[Incident] = deque()
         self.clock: Callable[[], float] = self._pylsl.local_clock
         self._restarted = False
         self._inlet: Any = None
@@ -207,7 +207,9 @@ class LslSource:
         if self._fresh:
             self._fresh = False
             if (n_old := self._inlet.flush()) > 0:
-                self.events.append(Event(kind="flushed", time=self.clock(), text=f"{n_old} old samples dropped.", sample=n_old))
+                self.incidents.append(
+                    Incident(kind="flushed", time=self.clock(), text=f"{n_old} old samples dropped.", sample=n_old)
+                )
         try:
             samples, stamps = self._inlet.pull_chunk(timeout, MAX_CHUNK, min_samples=1)
         except self._pylsl.util.LostError:
@@ -245,7 +247,7 @@ class LslSource:
         self._look_at = self.clock() + LOOK_EVERY_S
 
     def _lose(self, text: str) -> None:
-        self.events.append(Event(kind="lost", time=self.clock(), text=text))
+        self.incidents.append(Incident(kind="lost", time=self.clock(), text=text))
         self._inlet = None
 
     def _reconnect(self, timeout: float) -> None:
@@ -263,4 +265,4 @@ class LslSource:
                 f"Stream {info.name} came back with other channels, rate or unit.", "Start the decoder anew with this stream."
             )
         self._restarted = True
-        self.events.append(Event(kind="reconnected", time=self.clock(), text="The stream is back."))
+        self.incidents.append(Incident(kind="reconnected", time=self.clock(), text="The stream is back."))

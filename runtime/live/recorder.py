@@ -1,4 +1,4 @@
-"""A run on disk, such that it can be decoded again: samples as received, decisions, events, in one XDF file."""
+"""A run on disk, such that it can be decoded again: samples as received, decisions, incidents, in one XDF file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.errors import MissingDependencyError, RecordingError, StreamError
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decision import Decision
-from sjepa_deploy.runtime.live.sources import Chunk, Event
+from sjepa_deploy.runtime.live.sources import Chunk, Incident
 from sjepa_deploy.serialize import decode, encode
 from sjepa_deploy.spec import RunPrecision
 
@@ -71,7 +71,7 @@ class RunDescription:
 class Recorder:
     """Writes a run in a thread of its own, once a second, so that a kill costs a second and a slow disk no decision.
 
-    Register `chunk`, `decision` and `event` as callbacks of the decoder.
+    Register `chunk`, `decision` and `incident` as callbacks of the decoder.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ class Recorder:
     Attributes
     ----------
     n_lost : dict of str to int
-        Samples, decisions and events that are not in the file: of a disk that was full, or stalled for a minute.
+        Samples, decisions and incidents that are not in the file: of a disk that was full, or stalled for a minute.
 
     Raises
     ------
@@ -110,7 +110,7 @@ class Recorder:
         self._most_pending = round(MOST_PENDING_S * run.stream.sfreq)
         self._chunks: deque[Chunk] = deque()
         self._decisions: deque[Decision] = deque()
-        self._events: deque[Event] = deque()
+        self._incidents: deque[Incident] = deque()
         self._n_taken = self._n_written = 0
         self.n_lost = {"samples": 0, "decisions": 0, "events": 0}
         self._dtype: np.dtype[Any] | None = None
@@ -137,10 +137,10 @@ class Recorder:
         if self._takes("decisions"):
             self._decisions.append(decision)
 
-    def event(self, event: Event) -> None:
-        """Record an event."""
+    def incident(self, incident: Incident) -> None:
+        """Record an incident."""
         if self._takes("events"):
-            self._events.append(event)
+            self._incidents.append(incident)
 
     def _takes(self, what: str, n: int = 1) -> bool:
         """Whether there is room for more, or count it."""
@@ -177,17 +177,17 @@ class Recorder:
                 os.fsync(self._file.fileno())
 
     def _flush(self) -> None:
-        chunks, decisions, events = _drained(self._chunks), _drained(self._decisions), _drained(self._events)
+        chunks, decisions, incidents = _drained(self._chunks), _drained(self._decisions), _drained(self._incidents)
         n = sum(len(chunk.stamps) for chunk in chunks)
         if self._failed:
-            self._count_lost(n, decisions, events)
+            self._count_lost(n, decisions, incidents)
             return
         parts = []
         if chunks and self._dtype is None:
             self._dtype = chunks[0].samples.dtype.newbyteorder("<")
             self._write(self._headers())  # on a disk that is full already, a record without samples is still one
         if self._dtype is None:
-            self._events.extendleft(reversed(events))  # until the type of the samples is known
+            self._incidents.extendleft(reversed(incidents))  # until the type of the samples is known
             return
         if chunks:
             values = np.concatenate([chunk.samples for chunk in chunks]).astype(self._dtype)
@@ -202,16 +202,16 @@ class Recorder:
                 for d in decisions
             ]
             parts.append(_xdf_samples(_DECISIONS, np.array([d.time for d in decisions]), np.array(rows)))
-        parts.extend(_xdf_text(_EVENTS, e.time, json.dumps(encode(e))) for e in events)
+        parts.extend(_xdf_text(_EVENTS, e.time, json.dumps(encode(e))) for e in incidents)
         if parts:
             parts.append(_xdf_chunk(_BOUNDARY, _BOUNDARY_UUID))
             self._write(b"".join(parts))
         self._n_written += n
         if self._failed:
-            self._count_lost(n, decisions, events)
+            self._count_lost(n, decisions, incidents)
 
-    def _count_lost(self, n_samples: int, decisions: list[Decision], events: list[Event]) -> None:
-        for what, n in (("samples", n_samples), ("decisions", len(decisions)), ("events", len(events))):
+    def _count_lost(self, n_samples: int, decisions: list[Decision], incidents: list[Incident]) -> None:
+        for what, n in (("samples", n_samples), ("decisions", len(decisions)), ("events", len(incidents))):
             self.n_lost[what] += n
 
     def _headers(self) -> bytes:
@@ -303,7 +303,7 @@ class Record:
         Stamp of the newest sample of each of these windows.
     n_held : int
         Windows answered by the last decision.
-    events : list of Event
+    incidents : list of Incident
         What happened.
     """
 
@@ -312,7 +312,7 @@ class Record:
     decisions: dict[int, NDArray[np.float32]]
     stamps: dict[int, float]
     n_held: int
-    events: list[Event]
+    incidents: list[Incident]
 
 
 def read_record(path: Path) -> Record:
@@ -358,8 +358,8 @@ def read_record(path: Path) -> Record:
             continue
         decisions[int(row[0])] = row[n_fields:].astype(np.float32)
         times[int(row[0])] = float(stamp)
-    events = [decode(Event, json.loads(text[0])) for text in by_id[_EVENTS]["time_series"]]
-    return Record(run=run, chunks=chunks, decisions=decisions, stamps=times, n_held=n_held, events=events)
+    incidents = [decode(Incident, json.loads(text[0])) for text in by_id[_EVENTS]["time_series"]]
+    return Record(run=run, chunks=chunks, decisions=decisions, stamps=times, n_held=n_held, incidents=incidents)
 
 
 def _whole_chunks(path: Path) -> io.BytesIO:
@@ -379,7 +379,7 @@ class RecordSource:
 
     def __init__(self, record: Record) -> None:
         self.info = record.run.stream
-        self.events: deque[Event] = deque()
+        self.incidents: deque[Incident] = deque()
         self._chunks = iter(record.chunks)
         self._now = 0.0
         self.ended = not record.chunks

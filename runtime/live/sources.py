@@ -44,7 +44,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Event:
+class Incident:
     """Something that happened to the stream, for the record and for people.
 
     Attributes
@@ -72,12 +72,12 @@ class Source(Protocol):
     ----------
     info : StreamInfo
         What the stream holds.
-    events : deque of Event
+    incidents : deque of Incident
         What happened to the connection. The decoder takes them.
     """
 
     info: StreamInfo
-    events: deque[Event]
+    incidents: deque[Incident]
 
     @property
     def ended(self) -> bool:
@@ -132,7 +132,7 @@ class ReplaySource:
         if not speed > 0:
             raise StreamError(f"A speed of {speed:g} is none.", "Use 1 for real time, or `inf` for as fast as possible.")
         self.info = info
-        self.events: deque[Event] = deque()
+        self.incidents: deque[Incident] = deque()
         if isinstance(samples, np.ndarray):
             n_samples = len(samples)
         self._samples, self._n_samples, self._stamps = samples, n_samples, stamps

@@ -74,7 +74,7 @@ class WindowStream:
     counters : Counters
         Where to count.
     report : callable
-        Called with the kind and the text of every event.
+        Called with the kind and the text of every incident.
 
     Raises
     ------

@@ -245,7 +245,7 @@ def describe_state(snapshot: Snapshot, after: int = 0) -> dict[str, Any]:
             "repaired": quality.repaired.astype(int).tolist(),
             "rms": _plain(quality.rms, 3),
         },
-        "events": [[round(now - event.time, 1), event.text] for event in snapshot.events],
+        "events": [[round(now - incident.time, 1), incident.text] for incident in snapshot.incidents],
         "memory": snapshot.memory,
         "new": {
             "index": decisions.index[new].tolist(),

@@ -130,7 +130,7 @@ class ChannelQuality:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Event:
+class Incident:
     """Something that happened to the stream at `time` (seconds of the decoder's clock)."""
 
     time: float
@@ -163,7 +163,7 @@ class Snapshot:
         In seconds, of all decisions since the start (NaN before any).
     quality : ChannelQuality
         How the channels are.
-    events : tuple of Event
+    incidents : tuple of Incident
         What happened last, oldest first.
     memory : int
         Resident memory of the process in bytes; 0 where the system does not say.
@@ -186,7 +186,7 @@ class Snapshot:
     latency_max: float
     age_max: float
     quality: ChannelQuality
-    events: tuple[Event, ...]
+    incidents: tuple[Incident, ...]
     memory: int
 
     @property
@@ -219,8 +219,8 @@ class Monitor:
         What does not change.
     n_recent : int
         Decisions to keep.
-    n_events : int
-        Events to keep.
+    n_incidents : int
+        Incidents to keep.
     clock : callable
         The decoder's clock, in seconds. LSL's on Linux is `time.monotonic`.
     """
@@ -230,7 +230,7 @@ class Monitor:
         facts: StreamFacts,
         *,
         n_recent: int = 4096,
-        n_events: int = 64,
+        n_incidents: int = 64,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         n_chans = len(facts.ch_names)
@@ -251,7 +251,7 @@ class Monitor:
         self._quality_state = np.zeros(n_chans, np.uint8)
         self._rms = np.full(n_chans, np.nan)
         self._repaired = np.zeros(n_chans, np.bool_)
-        self._events: deque[tuple[float, str]] = deque(maxlen=n_events)
+        self._incidents: deque[tuple[float, str]] = deque(maxlen=n_incidents)
 
     def decided(
         self, *, index: int, time: float, due: float, decided: float, prediction: ArrayLike, flags: tuple[str, ...] = ()
@@ -337,11 +337,11 @@ class Monitor:
         """Note what the stream is doing."""
         self._state = state
 
-    def event(self, text: str) -> None:
+    def incident(self, text: str) -> None:
         """Note that something happened, in a few words for the viewers."""
         self._version += 1
         try:
-            self._events.append((self._clock(), text))
+            self._incidents.append((self._clock(), text))
         finally:
             self._version += 1
 
@@ -395,7 +395,7 @@ class Monitor:
             latency_max=self._latency_max if n else float("nan"),
             age_max=self._age_max if n else float("nan"),
             quality=ChannelQuality(state=self._quality_state.copy(), rms=self._rms.copy(), repaired=self._repaired.copy()),
-            events=tuple(Event(time=when, text=text) for when, text in tuple(self._events)),
+            incidents=tuple(Incident(time=when, text=text) for when, text in tuple(self._incidents)),
             memory=memory,
         )
 

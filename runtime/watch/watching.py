@@ -9,7 +9,7 @@ import numpy as np
 from sjepa_deploy.eeg.quality import ChannelState
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.decoder import Decoder
-from sjepa_deploy.runtime.live.sources import Chunk, Event
+from sjepa_deploy.runtime.live.sources import Chunk, Incident
 from sjepa_deploy.runtime.watch.monitor import Monitor, StreamFacts
 
 QUALITY_EVERY_S = 0.5
@@ -54,7 +54,7 @@ class _Watcher:
         self._columns = np.array([column.get(name.casefold(), -1) for name in spec.ch_names])
         decoder.on_decision(self._decided)
         decoder.on_chunk(self._received)
-        decoder.on_event(self._happened)
+        decoder.on_incident(self._happened)
 
     def _decided(self, decision: Decision) -> None:
         if not decision.held:
@@ -83,10 +83,10 @@ class _Watcher:
             repaired = (state != ChannelState.OK) if self._decoder.config.bad_channels == "repair" else self._columns < 0
             monitor.set_quality(state, self._decoder.windows.eeg()[0].std(axis=1), repaired)
 
-    def _happened(self, event: Event) -> None:
-        self.monitor.event(f"{event.kind}: {event.text}")
-        if event.kind in _STATES:
-            self.monitor.set_state(_STATES[event.kind])  # type: ignore[arg-type]
+    def _happened(self, incident: Incident) -> None:
+        self.monitor.incident(f"{incident.kind}: {incident.text}")
+        if incident.kind in _STATES:
+            self.monitor.set_state(_STATES[incident.kind])  # type: ignore[arg-type]
 
     def _count(self) -> None:
         now = self._decoder.counters

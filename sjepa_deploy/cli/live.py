@@ -99,10 +99,12 @@ def draw_snapshot(snapshot: Snapshot, screen: Console) -> RenderableType:
     """Return a snapshot as text for `screen`, no larger than it."""
     head = [_header(snapshot), *_times(snapshot), *_counts(snapshot)]
     quality = _quality(snapshot, screen)
-    events = [Text(f"{seconds(snapshot.now - e.time)} ago: {e.text}", style="dim", no_wrap=True) for e in snapshot.events[-3:]]
-    used = len(head) + sum(_height(part, screen) for part in quality) + len(events) + 1
+    incidents = [
+        Text(f"{seconds(snapshot.now - e.time)} ago: {e.text}", style="dim", no_wrap=True) for e in snapshot.incidents[-3:]
+    ]
+    used = len(head) + sum(_height(part, screen) for part in quality) + len(incidents) + 1
     outputs = _outputs(snapshot, screen, max(1, screen.height - used))
-    return Group(*head, *outputs, *quality, *events)
+    return Group(*head, *outputs, *quality, *incidents)
 
 
 def _height(part: RenderableType, screen: Console) -> int:

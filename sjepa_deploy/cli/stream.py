@@ -34,7 +34,7 @@ from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.open_source import open_source
 from sjepa_deploy.runtime.live.recorder import Recorder, RecordSource, RunDescription, read_record
-from sjepa_deploy.runtime.live.sources import Chunk, Event, Source
+from sjepa_deploy.runtime.live.sources import Chunk, Incident, Source
 from sjepa_deploy.runtime.live.windows import BadChannels
 from sjepa_deploy.runtime.predictor import Predictor, load
 from sjepa_deploy.runtime.watch.dashboard import TOKEN_VARIABLE, Dashboard, parse_address
@@ -79,7 +79,7 @@ LAST_LINES_S = 5.0
 @click.option("--backend", default=DEFAULT_BACKEND, help="What runs the model.")
 @click.option("--precision", type=click.Choice(RUN_PRECISIONS), help="Precision to run in.  [default: the bundle's first]")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="JSON-lines file of decisions and events to append to; - for stdout."
+    "--out", type=click.Path(path_type=Path), help="JSON-lines file of decisions and incidents to append to; - for stdout."
 )
 @click.option("--outlet", help="Name of an LSL stream to send decisions to.")
 @click.option("--record", type=click.Path(path_type=Path), help="XDF file to record the run in, for --replay.")
@@ -193,7 +193,7 @@ def stream(
             closing.callback(recorder.close)
             decoder.on_chunk(recorder.chunk)
             decoder.on_decision(recorder.decision)
-            decoder.on_event(recorder.event)
+            decoder.on_incident(recorder.incident)
         if outlet is not None:
             from sjepa_deploy.runtime.live.lsl_outlet import LslOutlet
 
@@ -203,7 +203,7 @@ def stream(
             lines = _Lines(out, opened_source, patient=offline)
             closing.callback(lines.close)
             decoder.on_decision(lines.put)
-            decoder.on_event(lines.put)
+            decoder.on_incident(lines.put)
         if duration is not None:
             decoder.on_chunk(_stop_after(decoder, duration))
         _announce(screen, decoder)
@@ -294,8 +294,8 @@ def _replay(
 
 
 def _note(source: Source, kind: str, text: str) -> None:
-    """Pass on what another thread saw: the decoder takes a source's events in its own."""
-    source.events.append(Event(kind=kind, time=source.clock(), text=text))
+    """Pass on what another thread saw: the decoder takes a source's incidents in its own."""
+    source.incidents.append(Incident(kind=kind, time=source.clock(), text=text))
 
 
 def _set_real_time(priority: int) -> None:
@@ -359,7 +359,7 @@ def _undisturbed(decoder: Decoder) -> Iterator[None]:
 
 
 class _Lines:
-    """Appends decisions and events to a file, one JSON object a line, in a thread of its own: a slow reader delays nothing.
+    """Appends decisions and incidents to a file, one JSON object a line, in a thread of its own: a slow reader delays nothing.
 
     Written past Python's buffers, whose lock a reader that has stopped would keep from the end of the process. If `patient`, as
     for a recording that is decoded as fast as possible, a slow reader is waited for.
@@ -367,7 +367,7 @@ class _Lines:
 
     def __init__(self, path: Path, source: Source, *, patient: bool) -> None:
         self._path, self._source, self._patient = path, source, patient
-        self._queue: queue.Queue[Decision | Event | None] = queue.Queue(MOST_LINES)
+        self._queue: queue.Queue[Decision | Incident | None] = queue.Queue(MOST_LINES)
         self.n_lost = 0
         try:
             self._file = io.FileIO(os.dup(1), "a") if str(path) == "-" else io.FileIO(path, "a")
@@ -376,7 +376,7 @@ class _Lines:
         self._thread = threading.Thread(target=self._keep_writing, name="lines", daemon=True)
         self._thread.start()
 
-    def put(self, what: Decision | Event) -> None:
+    def put(self, what: Decision | Incident) -> None:
         """Write a line soon, or count it if too many wait already."""
         try:
             self._queue.put(what, block=self._patient)
@@ -409,8 +409,8 @@ class _Lines:
                 self.n_lost += 1
 
 
-def _line_of(what: Decision | Event) -> dict[str, object]:
-    if isinstance(what, Event):
+def _line_of(what: Decision | Incident) -> dict[str, object]:
+    if isinstance(what, Incident):
         return {"event": what.kind, "time": what.time, "text": what.text, "sample": what.sample}
     return {
         "index": what.index,
