@@ -24,11 +24,10 @@ from bundles import copy_bundle, flip_byte
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli.bench import Share
 from sjepa_deploy.errors import BackendError, BenchmarkError
-from sjepa_deploy.runtime import machine as environment
+from sjepa_deploy.runtime import machine
 from sjepa_deploy.runtime.backend import BackendOptions
-from sjepa_deploy.runtime.bench import cold_start, noise, scenarios
-from sjepa_deploy.runtime.bench import contenders as subjects
-from sjepa_deploy.runtime.bench.baselines import ALL_BACKENDS, PEERS, TorchCompile, TorchEagerCuda
+from sjepa_deploy.runtime.bench import cold_start, contenders, noise, scenarios
+from sjepa_deploy.runtime.bench.baselines import ALL_BACKENDS, BASELINES, TorchCompile, TorchEagerCuda
 from sjepa_deploy.runtime.bench.files import load_report, load_samples, write_report
 from sjepa_deploy.runtime.bench.loops import Served
 from sjepa_deploy.runtime.bench.merge import merge, told_together
@@ -206,11 +205,11 @@ def test_streams_are_searched_for_until_one_more_is_refused(make_bundle):
 
 def test_the_search_for_streams_ends_at_the_capacity(make_bundle):
     """The policy alone, with an oracle in place of a machine: 37 streams are held, 38 are not."""
-    subject = subjects.harness(make_bundle("prelocal"), "b", seed=0)
+    contender = contenders.harness(make_bundle("prelocal"), "b", seed=0)
     clock = Clock()
     for capacity, first in ((37, 30), (37, 300), (37, 1), (0, 5), (1, 1)):
         search = scenarios.Streams(
-            scenarios.Bench(clock=clock, nvml=None, began=0.0, seconds=0.1, seed=0), subject, 100, rate=10.0, deadline=None
+            scenarios.Bench(clock=clock, nvml=None, began=0.0, seconds=0.1, seed=0), contender, 100, rate=10.0, deadline=None
         )
         search._next = first
         for _ in range(100):
@@ -223,9 +222,9 @@ def test_the_search_for_streams_ends_at_the_capacity(make_bundle):
 
 
 def test_a_disturbed_probe_is_no_refusal(make_bundle):
-    subject = subjects.harness(make_bundle("prelocal"), "b", seed=0)
+    contender = contenders.harness(make_bundle("prelocal"), "b", seed=0)
     common = scenarios.Bench(clock=Clock(), nvml=None, began=0.0, seconds=0.1, seed=0)
-    search = scenarios.Streams(common, subject, 10, rate=10.0, deadline=None)
+    search = scenarios.Streams(common, contender, 10, rate=10.0, deadline=None)
     search._next = 20
     search._decide(20, held=False, nearly=True)
     assert (search._next, search.n_refused) == (20, None)
@@ -279,9 +278,9 @@ def test_fast_and_wrong_is_struck_out(make_bundle, sjepa_bench, tmp_path):
 
 
 def opened_on(bundle, *backends, precision="fp32", **more):
-    """Return the subjects of `bundle` on these backends, or on all."""
-    facts = subjects.bundle_facts((bundle,))
-    found = subjects.open_subjects(
+    """Return the contenders of `bundle` on these backends, or on all."""
+    facts = contenders.bundle_facts((bundle,))
+    found = contenders.open_contenders(
         (bundle,), facts, backends=backends, precisions=(precision,), options=ONE_THREAD, seed=0, **more
     )
     return list(found)
@@ -290,7 +289,7 @@ def opened_on(bundle, *backends, precision="fp32", **more):
 def test_pytorch_is_not_struck_out_for_electrode_offsets_but_said_to_lose_them(make_bundle):
     bundle = make_bundle("postlocal")
     opened = opened_on(bundle, "torch-eager", "ort-cpu", "wrong")
-    judgements = [subject.judgement for subject in opened]
+    judgements = [contender.judgement for contender in opened]
     eager, ours, wrong = judgements
     assert ours.result.passed
     assert (ours.caution, ours.without_offsets) == (None, None)
@@ -299,8 +298,8 @@ def test_pytorch_is_not_struck_out_for_electrode_offsets_but_said_to_lose_them(m
     if not eager.result.passed:
         assert re.match(r"Outputs differ by \de-\d\d of their scale on windows with electrode offsets", eager.caution)
         assert "offset" in eager.result.worst
-    for subject in opened:
-        subject.close()
+    for contender in opened:
+        contender.close()
 
 
 @pytest.mark.parametrize("worst", ["eeg", "with offsets"])
@@ -308,7 +307,7 @@ def test_outputs_that_are_wrong_now_and_then_are_not_put_down_to_offsets(make_bu
     """Wrong on one window in the first round only: whether that window has offsets decides."""
     bundle = make_bundle("prelocal")
     reference = bundle.reference()
-    kinds = subjects.without_offsets(reference, bundle.spec).kinds
+    kinds = contenders.without_offsets(reference, bundle.spec).kinds
     index = next(i for i, kind in enumerate(reference.kinds) if (kind in kinds) == (worst == "eeg") and "NaN" not in kind)
     (ours,) = opened_on(bundle, "ort-cpu")
     right, calls = ours.backend.run, 0
@@ -328,14 +327,14 @@ def test_outputs_that_are_wrong_now_and_then_are_not_put_down_to_offsets(make_bu
 def test_windows_with_offsets_are_told_by_their_samples(make_bundle):
     bundle = make_bundle("prelocal")
     reference = bundle.reference()
-    rest = subjects.without_offsets(reference, bundle.spec)
+    rest = contenders.without_offsets(reference, bundle.spec)
     dropped = set(reference.kinds) - set(rest.kinds)
     assert {"eeg with 20 mV offsets", "channel flat at an offset"} <= dropped
     assert {kind for kind in reference.kinds if re.fullmatch(r"eeg \d", kind)} <= set(rest.kinds)
     only = dataclasses.replace(
         reference, kinds=("x",), inputs=reference.inputs[:1] + np.float32(5000), outputs=reference.outputs[:1]
     )
-    assert subjects.without_offsets(only, bundle.spec) is None
+    assert contenders.without_offsets(only, bundle.spec) is None
 
 
 def test_a_rate_that_is_not_held_is_not_called_slow(make_bundle, sjepa_bench, tmp_path):
@@ -369,9 +368,9 @@ def test_in_place_nothing_is_copied_in_a_call(make_bundle, in_place):
     for cell in found:
         (median,) = [p.value.value for p in cell.latency.percentiles if p.percent == 50]
         assert (median > 5000) is not in_place
-    (subject,) = opened_on(bundle, "buffers", in_place=in_place)
-    assert all(np.isfinite(window).all() and window.std() > 0 for window in subject.inputs(4))
-    subject.close()
+    (contender,) = opened_on(bundle, "buffers", in_place=in_place)
+    assert all(np.isfinite(window).all() and window.std() > 0 for window in contender.inputs(4))
+    contender.close()
 
 
 def test_a_backend_that_cannot_be_released_costs_no_figures(make_bundle, caplog):
@@ -415,18 +414,18 @@ def test_opening_takes_at_most_half_of_the_time(make_bundle, monkeypatch):
             return time.perf_counter() + self.late
 
     clock = Late()
-    opened = subjects.open_backend
+    opened = contenders.open_backend
 
     def slow(*arguments):
         clock.late += 600
         return opened(*arguments)
 
-    monkeypatch.setattr(subjects, "open_backend", slow)
+    monkeypatch.setattr(contenders, "open_backend", slow)
     plan = {"backends": ("ort-cpu", "torch-eager"), "scenarios": ("back-to-back",), "time_limit": 1100.0}
     report, _ = run_bench((make_bundle("prelocal"),), BenchConfig(**QUICK | plan), clock=clock)
     assert report.partial == "Half of the time limit passed before all backends were open."
     (late,) = report.left_out
-    assert (late.what, late.reason) == ("bundle on torch-eager fp32", subjects.TOO_LATE)
+    assert (late.what, late.reason) == ("bundle on torch-eager fp32", contenders.TOO_LATE)
     assert cells(report, backend="ort-cpu")[0].latency.n_blocks == 5
 
 
@@ -577,22 +576,22 @@ def test_a_share_must_be_one(sjepa_bench):
         assert (status, "is no share" in err) == (2, True)
 
 
-# ---------------------------------------------------------------- peers and machine
+# ---------------------------------------------------------------- baselines and machine
 
 
 @pytest.mark.parametrize("variant", ["prelocal", "postlocal", "contextual", "base"])
 @pytest.mark.parametrize("name", ["torch-eager", "braindecode"])
-def test_peers_give_the_reference_outputs(make_bundle, variant, name):
-    (subject,) = opened_on(make_bundle(variant), name)
-    assert subject.judgement.passed, subject.judgement
-    subject.close()
+def test_baselines_give_the_reference_outputs(make_bundle, variant, name):
+    (contender,) = opened_on(make_bundle(variant), name)
+    assert contender.judgement.passed, contender.judgement
+    contender.close()
 
 
 def test_torch_compile_gives_the_reference_outputs(make_bundle):
     """Once: it takes seconds."""
-    (subject,) = opened_on(make_bundle("prelocal"), "torch-compile")
-    assert subject.judgement.passed, subject.judgement
-    subject.close()
+    (contender,) = opened_on(make_bundle("prelocal"), "torch-compile")
+    assert contender.judgement.passed, contender.judgement
+    contender.close()
 
 
 def test_every_compiled_model_runs_compiled_however_many_there_are(make_bundle, monkeypatch):
@@ -623,19 +622,19 @@ def test_every_compiled_model_runs_compiled_however_many_there_are(make_bundle, 
 
 def test_what_cannot_be_measured_is_left_out_with_its_reason(make_bundle):
     found = opened_on(make_bundle("prelocal"), precision="tf32")
-    reasons = {entry.what: entry.reason for entry in subjects.grouped(found)}
+    reasons = {entry.what: entry.reason for entry in contenders.grouped(found)}
     everything = ", ".join(reasons)
     assert all(name in everything for name in ALL_BACKENDS if name not in planted.BACKENDS)
     assert "The float64 reference is slow by design" in reasons["torch"]
-    peers = ", ".join(f"bundle on {name} tf32" for name in ("torch-eager", "torch-compile", "braindecode"))
-    assert "fp32 on the CPU, not in tf32" in reasons[peers]
+    baselines = ", ".join(f"bundle on {name} tf32" for name in ("torch-eager", "torch-compile", "braindecode"))
+    assert "fp32 on the CPU, not in tf32" in reasons[baselines]
     with pytest.raises(BackendError, match="is not a backend"):
-        list(subjects.open_subjects((), (), backends=("x",), precisions=(), options=ONE_THREAD, seed=0))
+        list(contenders.open_contenders((), (), backends=("x",), precisions=(), options=ONE_THREAD, seed=0))
 
 
-def test_peers_name_what_installs_them():
-    assert set(PEERS) & {"ort-cpu", "tensorrt"} == set()
-    for entry in PEERS.values():
+def test_baselines_name_what_installs_them():
+    assert set(BASELINES) & {"ort-cpu", "tensorrt"} == set()
+    for entry in BASELINES.values():
         assert entry.package in ("torch", "braindecode")
 
 
@@ -657,17 +656,17 @@ def test_nvml_is_asked_by_the_bus_and_answers_none_where_it_fails(monkeypatch):
         nvmlDeviceGetTemperature=figure({(0,): 41}),
         nvmlDeviceGetTotalEnergyConsumption=figure({(): 5_000}),
     )
-    monkeypatch.setattr(environment.ctypes, "CDLL", {"libnvidia-ml.so.1": library}.__getitem__)
-    nvml = environment.Nvml("0000:4B:00.0")
+    monkeypatch.setattr(machine.ctypes, "CDLL", {"libnvidia-ml.so.1": library}.__getitem__)
+    nvml = machine.Nvml("0000:4B:00.0")
     state = nvml.state()
     assert nvml.joules() == 5.0
     assert (state.gpu_mhz, state.gpu_memory_mhz, state.gpu_celsius, state.gpu_watts) == (1980.0, 3201.0, 41.0, None)
-    assert environment.Nvml("0000:00:00.0").joules() is None
+    assert machine.Nvml("0000:00:00.0").joules() is None
 
 
 def test_others_on_the_processor_are_counted():
-    before = environment.CpuTimes(at=0.0, own=1.0, busy=10.0, stolen=0.5)
-    after = environment.CpuTimes(at=2.0, own=2.0, busy=14.0, stolen=0.7)
+    before = machine.CpuTimes(at=0.0, own=1.0, busy=10.0, stolen=0.5)
+    after = machine.CpuTimes(at=2.0, own=2.0, busy=14.0, stolen=0.7)
     assert after.others_since(before) == pytest.approx(1.5)
     assert after.stolen_during(before) == (pytest.approx(0.2), 2.0)
     assert after.stolen_since(before) == pytest.approx(0.1)
@@ -678,11 +677,11 @@ def test_others_on_the_processor_are_counted():
 def test_processor_times_are_those_that_the_system_counts(monkeypatch, tmp_path):
     """proc(5): user nice system idle iowait irq softirq steal guest guest_nice, in ticks."""
     stat = tmp_path / "stat"
-    monkeypatch.setattr(environment, "STAT", stat)
-    assert environment.CpuTimes.now().stolen is None
+    monkeypatch.setattr(machine, "STAT", stat)
+    assert machine.CpuTimes.now().stolen is None
     tick = os.sysconf("SC_CLK_TCK")
     stat.write_text(" ".join(["cpu ", *(str(n * tick) for n in (100, 20, 30, 4000, 5, 6, 7, 80, 9, 1))]) + "\ncpu0 1 2\n")
-    now = environment.CpuTimes.now()
+    now = machine.CpuTimes.now()
     assert (now.busy, now.stolen) == (163.0, 80.0)
 
 
@@ -694,13 +693,13 @@ def test_what_the_hypervisor_took_from_a_cell_is_told_and_makes_the_run_noisy(ma
         stat.write_text(f"cpu  0 0 0 0 0 0 0 {ticks[0]:.0f} 0 0\n")
 
     write()
-    monkeypatch.setattr(environment, "STAT", stat)
+    monkeypatch.setattr(machine, "STAT", stat)
     block = scenarios.ClosedLoop.run
 
     def run(self):
         began = time.perf_counter()
         block(self)
-        if self.subject.backend.name == "sleeps":
+        if self.contender.backend.name == "sleeps":
             ticks[0] += 0.5 * (time.perf_counter() - began) * os.sysconf("SC_CLK_TCK")
             write()
 
@@ -753,16 +752,16 @@ def test_reasons_of_several_runs_are_told_once():
 
 
 @pytest.mark.parametrize(("precision", "allowed"), [("fp32", False), ("tf32", True), ("fp16", False)])
-def test_peers_on_the_gpu_have_tensorfloat_32_in_tf32_alone(precision, allowed):
+def test_baselines_on_the_gpu_have_tensorfloat_32_in_tf32_alone(precision, allowed):
     """Both products and convolutions: cuDNN's default is to use it."""
-    peer = TorchEagerCuda.__new__(TorchEagerCuda)
-    peer.device, peer.precision, peer._n_threads = "cuda:0", precision, torch.get_num_threads()
+    baseline = TorchEagerCuda.__new__(TorchEagerCuda)
+    baseline.device, baseline.precision, baseline._n_threads = "cuda:0", precision, torch.get_num_threads()
     libraries = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [library.allow_tf32 for library in libraries]
     try:
         for library in libraries:
             library.allow_tf32 = not allowed
-        peer.activate()
+        baseline.activate()
         assert [library.allow_tf32 for library in libraries] == [allowed, allowed]
     finally:
         for library, value in zip(libraries, before, strict=True):

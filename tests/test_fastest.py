@@ -29,7 +29,7 @@ from sjepa_deploy.runtime.backends import fastest
 from sjepa_deploy.runtime.backends.fastest import FastestRecord, find
 from sjepa_deploy.runtime.backends.ort import OrtCpuBackend
 from sjepa_deploy.runtime.backends.reference import TorchBackend
-from sjepa_deploy.runtime.bench import contenders as subjects
+from sjepa_deploy.runtime.bench import contenders
 from sjepa_deploy.runtime.bench.files import load_report, write_report
 from sjepa_deploy.runtime.bench.keep_fastest import choose, keep
 from sjepa_deploy.runtime.bench.results import Cell, CellKey, Estimate, Latency, LeftOut, Percentile
@@ -238,8 +238,8 @@ def test_each_batch_runs_on_the_backend_that_was_chosen(crossing, monkeypatch):
 def test_the_benchmark_judges_it_where_it_is_asked_for_and_never_chooses_it(crossing):
     bundle, report = crossing
     keep(report, bundle)
-    facts = subjects.bundle_facts((bundle,))
-    by_default = subjects.open_subjects((bundle,), facts, backends=(), precisions=("bf16",), options=ONE_THREAD, seed=0)
+    facts = contenders.bundle_facts((bundle,))
+    by_default = contenders.open_contenders((bundle,), facts, backends=(), precisions=("bf16",), options=ONE_THREAD, seed=0)
     reasons = {each.what: each.reason for each in by_default if isinstance(each, LeftOut)}
     assert reasons["fastest"] == "It runs what others are; ask for it with --backend fastest."
     again, _ = run_bench((bundle,), BenchConfig(**QUICK | {"backends": ("ort-cpu", "fastest")}))
@@ -422,7 +422,7 @@ def test_a_backend_that_cannot_be_opened_is_named_and_the_others_are_released(cr
 def test_fast_and_wrong_is_never_chosen(make_bundle, monkeypatch, sjepa_bench, tmp_path):
     planted.plant(monkeypatch.setitem)
     for name in ("wrong", "sleeps"):
-        monkeypatch.setitem(BACKENDS, name, subjects.ALL_BACKENDS[name])
+        monkeypatch.setitem(BACKENDS, name, contenders.ALL_BACKENDS[name])
     path = copy_bundle(make_bundle("prelocal"), tmp_path / "b")
     options = ("--backend", "sleeps", "--backend", "wrong", "--threads", "1", "--duration", "0.1", "--batch", "1")
     assert sjepa_bench(path, *options, "--keep-fastest", "--out", tmp_path / "o")[0] == 0
@@ -433,7 +433,7 @@ def test_fast_and_wrong_is_never_chosen(make_bundle, monkeypatch, sjepa_bench, t
 def test_nothing_is_kept_of_an_interrupted_run(make_bundle, crossing, monkeypatch, sjepa_bench, tmp_path):
     planted.plant(monkeypatch.setitem)
     monkeypatch.setattr(planted.Interrupts, "calls_left", 3000)
-    monkeypatch.setitem(BACKENDS, "interrupts", subjects.ALL_BACKENDS["interrupts"])
+    monkeypatch.setitem(BACKENDS, "interrupts", contenders.ALL_BACKENDS["interrupts"])
     path = copy_bundle(make_bundle("prelocal"), tmp_path / "p")
     options = ("--backend", "interrupts", "--backend", "ort-cpu", "--duration", "60", "--keep-fastest", "--out", tmp_path / "o")
     assert sjepa_bench(path, *options)[0] == 130

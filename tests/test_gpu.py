@@ -20,7 +20,7 @@ from sjepa_deploy.files import bytes_hash
 from sjepa_deploy.parity import batch_sizes, check_parity
 from sjepa_deploy.runtime.backend import BACKENDS, BackendOptions, open_backend, why_not
 from sjepa_deploy.runtime.backends.engines import BuildSettings, EngineStore
-from sjepa_deploy.runtime.bench.baselines import PEERS
+from sjepa_deploy.runtime.bench.baselines import BASELINES
 from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, HostBuffer, Stream
 
 pytestmark = pytest.mark.gpu
@@ -166,10 +166,10 @@ def test_graphs_of_pytorch_outlive_those_captured_after_them(bundle):
     """A capture empties PyTorch's cache of memory: what an earlier graph reads must not be in it."""
     pytest.importorskip("torch")
     name = "torch-cuda-graph"
-    if reason := PEERS[name].why_not():
+    if reason := BASELINES[name].why_not():
         pytest.skip(str(reason))
     windows = bundle.reference().inputs
-    backend = open_backend(bundle, name, "fp32", among=PEERS)
+    backend = open_backend(bundle, name, "fp32", among=BASELINES)
     want = {n: backend.run(windows[:n]).copy() for n in (1, 3, 8)}
     for n, outputs in want.items():
         np.testing.assert_array_equal(backend.run(windows[:n]), outputs)

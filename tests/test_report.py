@@ -15,7 +15,7 @@ from sjepa_deploy.cli import _command, run_command
 from sjepa_deploy.errors import BenchmarkError, MissingDependencyError
 from sjepa_deploy.runtime.bench import report_plots, report_tables, tables
 from sjepa_deploy.runtime.bench.compare import Change, Comparison
-from sjepa_deploy.runtime.bench.decision_age import LEFT_OUT, budgets, with_budgets
+from sjepa_deploy.runtime.bench.decision_age import LEFT_OUT, decision_ages, with_decision_ages
 from sjepa_deploy.runtime.bench.files import load_report, write_report
 from sjepa_deploy.runtime.bench.report import comparison_to_markdown, to_markdown, warnings, write_comparison, write_html
 from sjepa_deploy.runtime.bench.results import CellKey, Estimate, LeftOut, Noise, Percentile
@@ -172,16 +172,16 @@ def test_what_a_reader_must_know_first_comes_first(made):
     assert to_markdown(report).index("> Partial: It was interrupted.") < to_markdown(report).index("## ")
 
 
-# ---------------------------------------------------------------- the budget of a report
+# ---------------------------------------------------------------- the ages of decisions of a report
 
 
-def test_the_budget_takes_the_recommended_backend_at_the_slowest_paced_rate(made):
+def test_the_decision_age_takes_the_recommended_backend_at_the_slowest_paced_rate(made):
     report, _ = made
     specs = {
         "prelocal": ModelSpec(variant="prelocal", n_chans=129, n_times=200, sfreq=100.0),
         "contextual": ModelSpec(variant="prelocal", n_chans=129, n_times=152, sfreq=100.0),
     }
-    ages = budgets(report, specs)
+    ages = decision_ages(report, specs)
     assert [age.bundle for age in ages] == ["prelocal", "prelocal, --n-times 152", "contextual"]
     cell = report.cell(CellKey(scenario="paced", bundle="prelocal", backend="ort-cpu", precision="fp32", rate=10.0))
     parts = {part.name: part for part in ages[0].parts}
@@ -191,14 +191,14 @@ def test_the_budget_takes_the_recommended_backend_at_the_slowest_paced_rate(made
     assert [part.seconds for part in ages[2].parts if part.name == "model"] == [0]
 
 
-def test_without_a_paced_run_the_budget_takes_the_closed_loop_and_without_a_p99_there_is_none(made):
+def test_without_a_paced_run_the_decision_age_takes_the_closed_loop_and_without_a_p99_there_is_none(made):
     report, _ = made
     spec = ModelSpec(variant="prelocal", n_chans=129, n_times=152, sfreq=100.0)
     closed = dataclasses.replace(report, cells=tuple(c for c in report.cells if c.key.scenario == "back-to-back"))
-    (age, _) = budgets(closed, dict.fromkeys(MEDIANS, spec))
+    (age, _) = decision_ages(closed, dict.fromkeys(MEDIANS, spec))
     assert age.parts[-1].source == "measured: p99, back to back"
     few, _ = make_report(n=200)
-    assert budgets(dataclasses.replace(few, cells=few.cells[:2]), dict.fromkeys(MEDIANS, spec)) == ()
+    assert decision_ages(dataclasses.replace(few, cells=few.cells[:2]), dict.fromkeys(MEDIANS, spec)) == ()
 
 
 # ---------------------------------------------------------------- the page
@@ -596,11 +596,11 @@ def test_without_scipy_a_report_says_why_it_has_no_ages(monkeypatch, made):
     spec = ModelSpec(variant="prelocal", n_chans=129, n_times=200, sfreq=100.0)
     monkeypatch.setitem(sys.modules, "scipy", None)
     monkeypatch.setitem(sys.modules, "scipy.signal", None)
-    without = with_budgets(report, dict.fromkeys(MEDIANS, spec))
+    without = with_decision_ages(report, dict.fromkeys(MEDIANS, spec))
     assert without.decision_age == ()
     assert without.left_out[-1].what == LEFT_OUT
     assert "SciPy" in without.left_out[-1].reason
     monkeypatch.undo()
-    again = with_budgets(without, dict.fromkeys(MEDIANS, spec))
+    again = with_decision_ages(without, dict.fromkeys(MEDIANS, spec))
     assert len(again.decision_age) == 4
     assert again.left_out == report.left_out

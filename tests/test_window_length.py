@@ -226,7 +226,7 @@ def test_a_source_that_is_slower_than_the_model_is_refused():
 INFERENCE = AgePart(name="inference", seconds=0.005, source="measured")
 
 
-def test_the_budget_of_the_default_window():
+def test_the_decision_age_of_the_default_window():
     age = decision_age(small_spec(), bundle="b", backend="ort-cpu", precision="fp32", hop=0.1, inference=INFERENCE)
     parts = {part.name: part.seconds for part in age.parts}
     assert list(parts) == ["window", "model", "filters", "hop", "transport", "inference"]

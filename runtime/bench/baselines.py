@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _HERE = "sjepa_deploy.runtime.bench.baselines"
 
-PEERS: dict[str, BackendEntry] = {
+BASELINES: dict[str, BackendEntry] = {
     "torch-eager": BackendEntry(target=f"{_HERE}:TorchEager", package="torch", extra="export"),
     "torch-compile": BackendEntry(target=f"{_HERE}:TorchCompile", package="torch", extra="export"),
     "braindecode": BackendEntry(
@@ -45,8 +45,8 @@ PEERS: dict[str, BackendEntry] = {
     ),
 }
 
-ALL_BACKENDS = BACKENDS | PEERS
-"""Every backend of the toolkit, and the peers."""
+ALL_BACKENDS = BACKENDS | BASELINES
+"""Every backend of the toolkit, and the baselines."""
 
 REFERENCE_BACKEND = "torch"
 """The float64 reference: slow by design, and measured only where it is asked for."""

@@ -67,7 +67,7 @@ class NothingBackend:
         """Release nothing."""
 
 
-class Subject:
+class Contender:
     """One bundle on one backend in one precision, ready to be called.
 
     Attributes
@@ -157,7 +157,7 @@ def bundle_facts(bundles: tuple[Bundle, ...]) -> tuple[BundleFacts, ...]:
     return tuple(facts)
 
 
-def open_subjects(
+def open_contenders(
     bundles: tuple[Bundle, ...],
     facts: tuple[BundleFacts, ...],
     *,
@@ -167,7 +167,7 @@ def open_subjects(
     seed: int,
     in_place: bool = False,
     late: Callable[[], bool] = lambda: False,
-) -> Iterator[Subject | LeftOut]:
+) -> Iterator[Contender | LeftOut]:
     """Open and judge every combination, one a turn; what cannot be measured here comes as `LeftOut`.
 
     Parameters
@@ -217,38 +217,38 @@ def open_subjects(
 
 def _open(
     bundle: Bundle, label: str, name: str, precision: RunPrecision, options: BackendOptions, seed: int, in_place: bool
-) -> Subject | LeftOut:
+) -> Contender | LeftOut:
     what = f"{label} on {name} {precision}"
-    subject = None
+    contender = None
     try:
         free = _free_device_memory(options.device)
         backend = open_backend(bundle, name, precision, options, ALL_BACKENDS)
-        subject = Subject(label, bundle, backend, seed=seed, in_place=in_place)
-        subject.judge(bundle)
+        contender = Contender(label, bundle, backend, seed=seed, in_place=in_place)
+        contender.judge(bundle)
         left = _free_device_memory(options.device)
         if free is not None and left is not None:
-            subject.device_bytes = max(0, free - left)
+            contender.device_bytes = max(0, free - left)
     except SjepaError as e:
-        return _left_out(what, e, subject)
+        return _left_out(what, e, contender)
     except Exception as e:  # whatever a foreign library raises: the others are measured all the same
         logger.exception("%s failed", what)
-        return _left_out(what, e, subject)
-    return subject
+        return _left_out(what, e, contender)
+    return contender
 
 
-def _left_out(what: str, error: Exception, subject: Subject | None) -> LeftOut:
-    if subject is not None:
-        close_subject(subject)
+def _left_out(what: str, error: Exception, contender: Contender | None) -> LeftOut:
+    if contender is not None:
+        close_contender(contender)
     return LeftOut(what=what, reason=first_line(error))
 
 
-def close_subject(subject: Subject) -> LeftOut | None:
-    """Close `subject`, and return what kept it from closing: after a CUDA error that stays, releasing fails like all else."""
+def close_contender(contender: Contender) -> LeftOut | None:
+    """Close `contender`, and return what kept it from closing: after a CUDA error that stays, releasing fails like all else."""
     try:
-        subject.close()
+        contender.close()
     except Exception as e:  # whatever a foreign library raises: the others are measured and reported all the same
-        logger.exception("%s could not be closed", subject.label)
-        return LeftOut(what=f"closing: {subject.label}", reason=first_line(e))
+        logger.exception("%s could not be closed", contender.label)
+        return LeftOut(what=f"closing: {contender.label}", reason=first_line(e))
     return None
 
 
@@ -274,6 +274,6 @@ def grouped(left_out: list[LeftOut]) -> tuple[LeftOut, ...]:
     return tuple(LeftOut(what=", ".join(dict.fromkeys(what)), reason=reason) for reason, what in by_reason.items())
 
 
-def harness(bundle: Bundle, label: str, *, seed: int) -> Subject:
-    """Return the subject that does nothing, with the windows of `bundle`."""
-    return Subject(label, bundle, NothingBackend(bundle.spec), seed=seed)
+def harness(bundle: Bundle, label: str, *, seed: int) -> Contender:
+    """Return the contender that does nothing, with the windows of `bundle`."""
+    return Contender(label, bundle, NothingBackend(bundle.spec), seed=seed)

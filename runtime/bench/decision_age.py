@@ -1,6 +1,6 @@
 """How old the EEG is that a decision rests on: what the model, the filters, the hop and the machine add, part by part.
 
-A budget is an upper bound: the whole hop, and the 99th percentiles of what is measured. Its parts stand in the order of the
+An age is an upper bound: the whole hop, and the 99th percentiles of what is measured. Its parts stand in the order of the
 signal, from the middle of the EEG that the newest token is made of to the decision.
 """
 
@@ -31,20 +31,20 @@ it is an upper bound. An amplifier that sends blocks adds their length."""
 
 
 LEFT_OUT = "ages of decisions"
-"""What `BenchReport.left_out` calls the budgets."""
+"""What `BenchReport.left_out` calls the ages of decisions."""
 
 
-def with_budgets(report: BenchReport, specs: Mapping[str, ModelSpec]) -> BenchReport:
-    """Return `report` with its `budgets`, or where SciPy is missing with the reason why it has none."""
+def with_decision_ages(report: BenchReport, specs: Mapping[str, ModelSpec]) -> BenchReport:
+    """Return `report` with its ages of decisions, or where SciPy is missing with the reason why it has none."""
     others = tuple(left for left in report.left_out if left.what != LEFT_OUT)
     try:
-        return dataclasses.replace(report, decision_age=budgets(report, specs), left_out=others)
+        return dataclasses.replace(report, decision_age=decision_ages(report, specs), left_out=others)
     except MissingDependencyError as e:
         return dataclasses.replace(report, left_out=(*others, LeftOut(what=LEFT_OUT, reason=str(e))))
 
 
-def budgets(report: BenchReport, specs: Mapping[str, ModelSpec]) -> tuple[DecisionAge, ...]:
-    """Return the budgets of the recommended backends, as their bundles are and with the shortest window on the same weights.
+def decision_ages(report: BenchReport, specs: Mapping[str, ModelSpec]) -> tuple[DecisionAge, ...]:
+    """Return the ages of decisions of the recommended backends, with the windows of their bundles and the shortest ones.
 
     Inference takes the p99 of the slowest rate at which the backend was paced, back to back where it was not; the hop is the
     time between two windows at that rate.
@@ -104,7 +104,7 @@ def decision_age(
     source_sfreq: float | None = None,
     transport: AgePart = LSL_LOOPBACK,
 ) -> DecisionAge:
-    """Return the budget of one model on one backend.
+    """Return the age of a decision of one model on one backend.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ def decision_age(
 
 
 def low_latency(age: DecisionAge, spec: ModelSpec) -> DecisionAge | None:
-    """Return the budget of the same weights with the shortest window that has as many tokens; None where `spec` has it already.
+    """Return the age for the same weights with the shortest window that has as many tokens; None where `spec` has it already.
 
     Inference is taken to be as fast: a shorter window is no slower.
     """

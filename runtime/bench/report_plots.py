@@ -133,7 +133,7 @@ def _finish(figure: Figure, title: str, description: str) -> Plot:
 
 
 def age_plot(ages: Sequence[DecisionAge]) -> Plot | None:
-    """Draw one stacked bar a budget, from the oldest EEG on the left to the decision on the right."""
+    """Draw one stacked bar an age, from the oldest EEG on the left to the decision on the right."""
     youngest = sorted(ages, key=lambda age: age.total_s)
     bars = {
         f"{_who(age.bundle, age.backend, age.precision)}: {age.total_s:.3f} s": {p.name: p.seconds for p in reversed(age.parts)}

@@ -324,7 +324,7 @@ def resource_table(report: BenchReport) -> Table:
 
 
 def age_table(report: BenchReport) -> Table:
-    """Return the parts of the decision-age budgets, the youngest decisions first."""
+    """Return the parts of the ages of decisions, the youngest decisions first."""
     ages = sorted(report.decision_age, key=lambda age: age.total_s)
     names = tuple(dict.fromkeys(part.name for age in ages for part in age.parts))
     rows = []
@@ -338,7 +338,7 @@ def age_table(report: BenchReport) -> Table:
 
 
 def age_sources(report: BenchReport) -> Table:
-    """Return where each part of the budgets comes from."""
+    """Return where each part of the ages of decisions comes from."""
     found: dict[tuple[str, str], list[str]] = {}
     for age in report.decision_age:
         for part in age.parts:

@@ -546,7 +546,7 @@ class BenchReport:
     capacity : tuple of Capacity
         Streams that are held.
     decision_age : tuple of DecisionAge
-        Budgets.
+        Of the recommended backends.
     recommendations : tuple of Recommendation
         One for each bundle.
     left_out : tuple of LeftOut

@@ -16,19 +16,19 @@ import numpy as np
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BenchmarkError, SjepaError
 from sjepa_deploy.runtime.backend import BackendOptions
-from sjepa_deploy.runtime.bench import loops as latency
+from sjepa_deploy.runtime.bench import loops
 from sjepa_deploy.runtime.bench.compare import recommend
 from sjepa_deploy.runtime.bench.contenders import (
     TOO_LATE,
-    Subject,
+    Contender,
     bundle_facts,
-    close_subject,
+    close_contender,
     first_line,
     grouped,
     harness,
-    open_subjects,
+    open_contenders,
 )
-from sjepa_deploy.runtime.bench.decision_age import with_budgets
+from sjepa_deploy.runtime.bench.decision_age import with_decision_ages
 from sjepa_deploy.runtime.bench.noise import Canary, judge
 from sjepa_deploy.runtime.bench.results import (
     INTERRUPTED,
@@ -153,7 +153,7 @@ class Run:
         self.bundles, self.config, self.command, self.clock = bundles, config, command, clock
         self.facts = bundle_facts(bundles)
         self.began, self.created = clock.now(), datetime.datetime.now(datetime.timezone.utc)
-        self.subjects: list[Subject] = []
+        self.contenders: list[Contender] = []
         self.measurements: list[Measurement] = []
         self.left_out: list[LeftOut] = []
         self.canary = Canary(clock)
@@ -175,9 +175,9 @@ class Run:
     # ---- what to measure ---------------------------------------------------------------------------------------------------
 
     def open(self, progress: Progress) -> None:
-        """Open and judge the subjects."""
+        """Open and judge the contenders."""
         config = self.config
-        opened = open_subjects(
+        opened = open_contenders(
             self.bundles,
             self.facts,
             backends=config.backends,
@@ -193,14 +193,14 @@ class Run:
                 if found.reason == TOO_LATE:
                     self.partial = "Half of the time limit passed before all backends were open."
             else:
-                self.subjects.append(found)
+                self.contenders.append(found)
                 progress(f"{found.label} is open and judged", 0, 0)
-        if not self.subjects:
+        if not self.contenders:
             reasons = "; ".join(f"{entry.what}: {entry.reason}" for entry in grouped(self.left_out))
             raise BenchmarkError(f"No backend can be measured here: {reasons}", "Name another --backend or --precision.")
 
     def plan(self, bench: Bench, cache: Path) -> None:
-        """Make the measurements of every subject; the backend that does nothing comes first."""
+        """Make the measurements of every contender; the backend that does nothing comes first."""
         config = self.config
         of = {s: replace(bench, seconds=config.seconds_of.get(s, config.seconds) / config.n_blocks) for s in SCENARIOS}
         nothing = harness(self.bundles[0], self.facts[0].label, seed=config.seed)
@@ -208,33 +208,33 @@ class Run:
         if "paced" in config.scenarios:
             for rate in config.rates:
                 self.measurements.append(Paced(of["paced"], nothing, config.n_blocks, rate, config.deadline, keep_warm=False))
-        for subject in self.subjects:
+        for contender in self.contenders:
             for scenario in config.scenarios:
-                self.measurements += self._measurements(of[scenario], subject, scenario, cache)
+                self.measurements += self._measurements(of[scenario], contender, scenario, cache)
 
-    def _measurements(self, bench: Bench, subject: Subject, scenario: Scenario, cache: Path) -> Iterator[Measurement]:
+    def _measurements(self, bench: Bench, contender: Contender, scenario: Scenario, cache: Path) -> Iterator[Measurement]:
         config, n_blocks = self.config, self.config.n_blocks
         if scenario == "cold-start":
-            yield ColdStarts(bench, subject, config.processes, cache, config.options)
+            yield ColdStarts(bench, contender, config.processes, cache, config.options)
         elif scenario in ("back-to-back", "throughput"):
             usual = THROUGHPUT_BATCHES if scenario == "throughput" else (1,)
-            fitting = [b for b in config.batches or usual if b in subject.sizes] or list(subject.sizes[:1])
+            fitting = [b for b in config.batches or usual if b in contender.sizes] or list(contender.sizes[:1])
             if config.batches and fitting != list(config.batches):
-                missing = [b for b in config.batches if b not in subject.sizes]
+                missing = [b for b in config.batches if b not in contender.sizes]
                 self.left_out.append(
-                    LeftOut(what=f"{scenario}, batch {missing}: {subject.label}", reason=f"Its graph takes {subject.sizes}.")
+                    LeftOut(what=f"{scenario}, batch {missing}: {contender.label}", reason=f"Its graph takes {contender.sizes}.")
                 )
             for batch in fitting:
-                yield ClosedLoop(bench, subject, n_blocks, scenario, batch)
-        elif 1 not in subject.sizes:
-            reason = f"Its graph takes batches of {subject.sizes[0]} only, and windows come one by one."
-            self.left_out.append(LeftOut(what=f"{scenario}: {subject.label}", reason=reason))
+                yield ClosedLoop(bench, contender, n_blocks, scenario, batch)
+        elif 1 not in contender.sizes:
+            reason = f"Its graph takes batches of {contender.sizes[0]} only, and windows come one by one."
+            self.left_out.append(LeftOut(what=f"{scenario}: {contender.label}", reason=reason))
         elif scenario == "streams":
-            yield Streams(bench, subject, n_blocks, config.rates[0], config.deadline)
+            yield Streams(bench, contender, n_blocks, config.rates[0], config.deadline)
         else:
             for rate in config.rates:
                 for keep_warm in (False, True):
-                    yield Paced(bench, subject, n_blocks, rate, config.deadline, keep_warm)
+                    yield Paced(bench, contender, n_blocks, rate, config.deadline, keep_warm)
 
     # ---- measuring ---------------------------------------------------------------------------------------------------------
 
@@ -251,7 +251,7 @@ class Run:
                     self.partial = late if self.partial is None else f"{self.partial} {late}"
                     return
                 measurement = waiting[index]
-                progress(f"{measurement.scenario}: {measurement.subject.label}", done, total)
+                progress(f"{measurement.scenario}: {measurement.contender.label}", done, total)
                 self.clock.wait_until(self.clock.now() + SETTLE_S)
                 self.canary.sing()
                 self._block(measurement)
@@ -262,16 +262,16 @@ class Run:
             measurement.block()
         except Exception as e:  # whatever a backend raises in the middle: the others are measured all the same
             if not isinstance(e, SjepaError):
-                logger.exception("%s failed", measurement.subject.label)
+                logger.exception("%s failed", measurement.contender.label)
             self.measurements.remove(measurement)
-            self.left_out.append(LeftOut(what=f"{measurement.scenario}: {measurement.subject.label}", reason=first_line(e)))
+            self.left_out.append(LeftOut(what=f"{measurement.scenario}: {measurement.contender.label}", reason=first_line(e)))
 
     def _measure_loop(self) -> None:
         """Time the loop around a call that does nothing, a hundred times."""
-        inputs, turns = self.subjects[0].inputs(1), []
+        inputs, turns = self.contenders[0].inputs(1), []
         for _ in range(100):
             start = self.clock.now()
-            n = len(latency.closed_loop(lambda eeg: None, inputs, self.clock, 0.001))
+            n = len(loops.closed_loop(lambda eeg: None, inputs, self.clock, 0.001))
             turns.append((self.clock.now() - start) / n)
         self.loop_us = float(np.median(turns)) * 1e6
 
@@ -302,12 +302,12 @@ class Run:
             bundles=self.facts,
             cells=tuple(cells),
             loop_us=self.loop_us,
-            parity=tuple(s.judgement for s in self.subjects if s.judgement is not None),
+            parity=tuple(s.judgement for s in self.contenders if s.judgement is not None),
             capacity=tuple(capacity),
             left_out=grouped(self.left_out),
         )
         specs = {fact.label: bundle.spec for fact, bundle in zip(self.facts, self.bundles, strict=True)}
-        return with_budgets(replace(report, recommendations=recommend(report)), specs), samples
+        return with_decision_ages(replace(report, recommendations=recommend(report)), specs), samples
 
     def _noise(self, cells: list[Cell]) -> Noise | None:
         if self.cpu_before is None or not self.canary.us:
@@ -317,7 +317,7 @@ class Run:
 
     def close(self) -> None:
         """Release every backend. What cannot be released is reported: it loses no figures."""
-        self.left_out += filter(None, map(close_subject, self.subjects))
+        self.left_out += filter(None, map(close_contender, self.contenders))
 
 
 def run_bench(

@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
-from sjepa_deploy.runtime.bench import cold_start, estimates
-from sjepa_deploy.runtime.bench import loops as latency
-from sjepa_deploy.runtime.bench.contenders import Subject
+from sjepa_deploy.runtime.bench import cold_start, estimates, loops
+from sjepa_deploy.runtime.bench.contenders import Contender
 from sjepa_deploy.runtime.bench.loops import Served
 from sjepa_deploy.runtime.bench.results import (
     Capacity,
@@ -82,7 +81,7 @@ class Measurement:
 
     Attributes
     ----------
-    subject : Subject
+    contender : Contender
         What is called.
     n_blocks : int
         Blocks that are wanted.
@@ -90,8 +89,8 @@ class Measurement:
 
     scenario: Scenario
 
-    def __init__(self, bench: Bench, subject: Subject, n_blocks: int) -> None:
-        self.bench, self.subject, self.n_blocks = bench, subject, n_blocks
+    def __init__(self, bench: Bench, contender: Contender, n_blocks: int) -> None:
+        self.bench, self.contender, self.n_blocks = bench, contender, n_blocks
         self.before: MachineState | None = None
         self.after = MachineState()
         self.stolen: list[tuple[float, float]] = []
@@ -105,7 +104,7 @@ class Measurement:
 
     def block(self) -> None:
         """Run one block."""
-        self.subject.activate()
+        self.contender.activate()
         if self.before is None:
             self.before = machine_state(self.bench.nvml)
             self.stable = self.warm_up()
@@ -129,18 +128,18 @@ class Measurement:
         raise NotImplementedError
 
     def _key(self, **more: int | float | bool | None) -> CellKey:
-        backend = self.subject.backend
-        known = CellKey(scenario=self.scenario, bundle=self.subject.bundle, backend=backend.name, precision=backend.precision)
+        backend = self.contender.backend
+        known = CellKey(scenario=self.scenario, bundle=self.contender.bundle, backend=backend.name, precision=backend.precision)
         return replace(known, **more)  # type: ignore[arg-type]
 
     def _cell(self, key: CellKey) -> Cell:
-        judgement = self.subject.judgement
+        judgement = self.contender.judgement
         return Cell(
             id="",
             key=key,
             parity=None if judgement is None else judgement.passed,
             caution=None if judgement is None else judgement.caution,
-            resources=Resources(device_bytes=self.subject.device_bytes),
+            resources=Resources(device_bytes=self.contender.device_bytes),
             before=self.before or MachineState(),
             after=self.after,
             stolen_cpu=self._stolen_cpu(),
@@ -159,30 +158,30 @@ class Measurement:
 class ClosedLoop(Measurement):
     """Calls back to back at one batch size: latency and throughput."""
 
-    def __init__(self, bench: Bench, subject: Subject, n_blocks: int, scenario: Scenario, batch: int) -> None:
-        super().__init__(bench, subject, n_blocks)
+    def __init__(self, bench: Bench, contender: Contender, n_blocks: int, scenario: Scenario, batch: int) -> None:
+        super().__init__(bench, contender, n_blocks)
         self.scenario, self.batch = scenario, batch
-        self.inputs = subject.inputs(batch)
-        self.blocks: list[latency.Array] = []
+        self.inputs = contender.inputs(batch)
+        self.blocks: list[loops.Array] = []
         self.joules = 0.0
         self.split: Split | None = None
 
     def warm_up(self) -> bool:
         """Call until latencies stand still."""
-        return latency.warm_up(self.subject.backend.run, self.inputs, self.bench.clock)
+        return loops.warm_up(self.contender.backend.run, self.inputs, self.bench.clock)
 
     def run(self) -> None:
         """Call for the length of a block."""
-        run, clock = self.subject.backend.run, self.bench.clock
-        latency.closed_loop(run, self.inputs, clock, LEAD_IN_S)
+        run, clock = self.contender.backend.run, self.bench.clock
+        loops.closed_loop(run, self.inputs, clock, LEAD_IN_S)
         joules = self._joules()
-        self.blocks.append(latency.closed_loop(run, self.inputs, clock, self.bench.seconds))
+        self.blocks.append(loops.closed_loop(run, self.inputs, clock, self.bench.seconds))
         self.joules += (self._joules() or 0.0) - (joules or 0.0)
         if self.n_run == 0:
             self.split = self._measure_split()
 
     def _measure_split(self) -> Split | None:
-        split: Callable[..., Split] | None = getattr(self.subject.backend, "split", None)
+        split: Callable[..., Split] | None = getattr(self.contender.backend, "split", None)
         return None if split is None else split(self.inputs[0], N_SPLIT)
 
     def cells(self) -> list[tuple[Cell, Samples]]:
@@ -210,11 +209,11 @@ class Paced(Measurement):
     scenario = "paced"
 
     def __init__(
-        self, bench: Bench, subject: Subject, n_blocks: int, rate: float, deadline: float | None, keep_warm: bool
+        self, bench: Bench, contender: Contender, n_blocks: int, rate: float, deadline: float | None, keep_warm: bool
     ) -> None:
-        super().__init__(bench, subject, n_blocks)
+        super().__init__(bench, contender, n_blocks)
         self.rate, self.deadline = rate, deadline or 1 / rate
-        self.inputs = subject.inputs(1)
+        self.inputs = contender.inputs(1)
         self.wants_keep_warm = keep_warm
         self.keep_warm: KeepWarm | None = None
         self.blocks: list[tuple[float, Served]] = []
@@ -222,20 +221,20 @@ class Paced(Measurement):
 
     def warm_up(self) -> bool:
         """Call until latencies stand still, and make the first dummy calls."""
-        stable = latency.warm_up(self.subject.backend.run, self.inputs, self.bench.clock)
+        stable = loops.warm_up(self.contender.backend.run, self.inputs, self.bench.clock)
         if self.wants_keep_warm:
             dummy = self.inputs[-1]
             period = min(KEEP_WARM_S, 0.1 / self.rate)
-            self.keep_warm = KeepWarm(lambda: self.subject.backend.run(dummy), period, self.bench.clock)
+            self.keep_warm = KeepWarm(lambda: self.contender.backend.run(dummy), period, self.bench.clock)
         return stable
 
     def run(self) -> None:
         """Serve the windows that are due in a block."""
-        run, clock = self.subject.backend.run, self.bench.clock
-        latency.closed_loop(run, self.inputs, clock, LEAD_IN_S)
+        run, clock = self.contender.backend.run, self.bench.clock
+        loops.closed_loop(run, self.inputs, clock, LEAD_IN_S)
         joules, cpu, start = self._joules(), time.process_time(), clock.now()
-        due = latency.even(self.rate, max(2, round(self.bench.seconds * self.rate))).tolist()
-        served = latency.open_loop(run, {1: self.inputs}, due, clock, period=1 / self.rate, keep_warm=self.keep_warm)
+        due = loops.even(self.rate, max(2, round(self.bench.seconds * self.rate))).tolist()
+        served = loops.open_loop(run, {1: self.inputs}, due, clock, period=1 / self.rate, keep_warm=self.keep_warm)
         self.blocks.append((start - self.bench.began, served))
         self.elapsed += clock.now() - start
         self.cpu += time.process_time() - cpu
@@ -268,12 +267,12 @@ class Streams(Measurement):
 
     scenario = "streams"
 
-    def __init__(self, bench: Bench, subject: Subject, n_blocks: int, rate: float, deadline: float | None) -> None:
-        super().__init__(bench, subject, n_blocks)
+    def __init__(self, bench: Bench, contender: Contender, n_blocks: int, rate: float, deadline: float | None) -> None:
+        super().__init__(bench, contender, n_blocks)
         self.rate, self.deadline = rate, deadline or 1 / rate
-        largest = subject.sizes[-1]
+        largest = contender.sizes[-1]
         sizes = [2**i for i in range(12) if 2**i <= largest]
-        self.batches: dict[int, Sequence[FloatArray]] = {size: subject.inputs(size) for size in sizes}
+        self.batches: dict[int, Sequence[FloatArray]] = {size: contender.inputs(size) for size in sizes}
         self.n_held, self.n_refused = 0, None  # type: int, int | None
         self._next, self._doubted = 1, False
         self.probes: list[tuple[int, float, Served]] = []
@@ -286,11 +285,11 @@ class Streams(Measurement):
 
     def warm_up(self) -> bool:
         """Meet every batch size, and guess the capacity from how long a call takes."""
-        run, clock = self.subject.backend.run, self.bench.clock
+        run, clock = self.contender.backend.run, self.bench.clock
         per_second = 0.0
         for size, inputs in self.batches.items():
-            latency.closed_loop(run, inputs, clock, LEAD_IN_S)
-            per_second = max(per_second, size / float(np.median(latency.closed_loop(run, inputs, clock, LEAD_IN_S))))
+            loops.closed_loop(run, inputs, clock, LEAD_IN_S)
+            per_second = max(per_second, size / float(np.median(loops.closed_loop(run, inputs, clock, LEAD_IN_S))))
         self._next = max(1, int(0.7 * per_second / self.rate))
         return True
 
@@ -299,11 +298,11 @@ class Streams(Measurement):
         n = self._next
         rng = np.random.default_rng(self.bench.seed)
         seconds = min(2 * self.bench.seconds, max(self.bench.seconds, PROBE_WINDOWS / (n * self.rate)))
-        due = latency.streams(n, self.rate, seconds, rng)
+        due = loops.streams(n, self.rate, seconds, rng)
         clock = self.bench.clock
-        latency.closed_loop(self.subject.backend.run, self.batches[1], clock, LEAD_IN_S)
+        loops.closed_loop(self.contender.backend.run, self.batches[1], clock, LEAD_IN_S)
         start = clock.now()
-        served = latency.open_loop(self.subject.backend.run, self.batches, due.tolist(), clock, period=1 / self.rate)
+        served = loops.open_loop(self.contender.backend.run, self.batches, due.tolist(), clock, period=1 / self.rate)
         self.probes.append((n, start - self.bench.began, served))
         self._decide(n, holds(served, self.deadline), nearly=float(np.median(served.latency)) <= self.deadline)
 
@@ -325,9 +324,9 @@ class Streams(Measurement):
     @property
     def capacity(self) -> Capacity:
         """What the search found."""
-        backend = self.subject.backend
+        backend = self.contender.backend
         return Capacity(
-            bundle=self.subject.bundle,
+            bundle=self.contender.bundle,
             backend=backend.name,
             precision=backend.precision,
             rate=self.rate,
@@ -352,16 +351,16 @@ class ColdStarts(Measurement):
 
     scenario = "cold-start"
 
-    def __init__(self, bench: Bench, subject: Subject, n_blocks: int, cache: Path, options: BackendOptions) -> None:
-        self._compiles = "compile" in subject.backend.name  # its first process compiles, the others find what it compiled
-        super().__init__(bench, subject, n_blocks + self._compiles)
-        self._cache = cache / f"{subject.bundle}-{subject.backend.name}-{subject.backend.precision}"
+    def __init__(self, bench: Bench, contender: Contender, n_blocks: int, cache: Path, options: BackendOptions) -> None:
+        self._compiles = "compile" in contender.backend.name  # its first process compiles, the others find what it compiled
+        super().__init__(bench, contender, n_blocks + self._compiles)
+        self._cache = cache / f"{contender.bundle}-{contender.backend.name}-{contender.backend.precision}"
         self._options = options
         self.started: list[cold_start.Started] = []
 
     def run(self) -> None:
         """Start one process."""
-        backend, path = self.subject.backend, self.subject.path
+        backend, path = self.contender.backend, self.contender.path
         self.started.append(cold_start.measure(path, backend.name, backend.precision, self._options, cache=self._cache))
 
     def cells(self) -> list[tuple[Cell, Samples]]:
@@ -378,7 +377,7 @@ class ColdStarts(Measurement):
         if first_compile is not None:
             phases.insert(0, Phase(name="first call, nothing cached", seconds=Estimate(value=first_compile)))
         peaks = [s.peak_bytes for s in found if s.peak_bytes is not None]
-        cell = self._cell(self._key(batch=self.subject.sizes[0]))
+        cell = self._cell(self._key(batch=self.contender.sizes[0]))
         cold = ColdStart(
             n=len(found),
             phases=tuple(phases),
@@ -391,7 +390,7 @@ class ColdStarts(Measurement):
 
 def holds(served: Served, deadline: float) -> bool:
     """Return whether a probe was held: p99 within the deadline and a backlog that stays bounded."""
-    return latency.held([served]) and estimates.percentile(served.latency, 99.0) <= deadline
+    return loops.held([served]) and estimates.percentile(served.latency, 99.0) <= deadline
 
 
 def _segments(served: Served) -> list[Served]:
@@ -409,18 +408,18 @@ def _open_loop_cell(
     runs = whole or [served for _, served in blocks]
     values = np.concatenate([served.latency for _, served in blocks]) * 1e6
     number = np.repeat(np.arange(len(blocks)), [len(served.due) for _, served in blocks])
-    held = latency.held(runs)
+    held = loops.held(runs)
     missed = [run.latency > deadline for run in runs]
-    jitter = latency.jitter(runs) if cell.key.n_streams is None else None
+    jitter = loops.jitter(runs) if cell.key.n_streams is None else None
     calls = sum(float((1 / run.batch).sum()) for run in runs)
     open_loop = OpenLoop(
         n_due=sum(run.n_due for run in runs),
         n_done=len(values),
         held=held,
-        utilization=latency.utilization(runs),
+        utilization=loops.utilization(runs),
         deadline_s=deadline,
         missed=sum(int(m.sum()) for m in missed),
-        longest_run=max(latency.longest_run(m) for m in missed),
+        longest_run=max(loops.longest_run(m) for m in missed),
         mean_batch=len(values) / calls,
     )
     jitter_us = None if jitter is None else jitter * 1e6

@@ -21,7 +21,7 @@ from sjepa_deploy.errors import BenchmarkError, MissingDependencyError, Regressi
 from sjepa_deploy.runtime.backend import BACKENDS, FASTEST_BACKEND, BackendOptions
 from sjepa_deploy.runtime.backends.fastest import FastestRecord
 from sjepa_deploy.runtime.bench.compare import Comparison, compare, regressions
-from sjepa_deploy.runtime.bench.decision_age import with_budgets
+from sjepa_deploy.runtime.bench.decision_age import with_decision_ages
 from sjepa_deploy.runtime.bench.files import load_report, load_samples, write_report
 from sjepa_deploy.runtime.bench.keep_fastest import keep
 from sjepa_deploy.runtime.bench.report import write_comparison, write_html, write_markdown
@@ -236,7 +236,7 @@ def _render(path: Path, bundles: tuple[Path, ...], screen: Console) -> None:
         specs = {opened.manifest.digest: opened.spec for opened in map(Bundle.open, bundles)}
         if strange := [fact.label for fact in report.bundles if fact.digest not in specs]:
             raise BenchmarkError(f"{path} is of other bundles too: {listed(strange)}.", "Name all that were measured, or none.")
-        report = with_budgets(report, {fact.label: specs[fact.digest] for fact in report.bundles})
+        report = with_decision_ages(report, {fact.label: specs[fact.digest] for fact in report.bundles})
         report = write_report(report, samples, path)
     _write_pages(report, samples, path, screen)
 
