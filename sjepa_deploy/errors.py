@@ -93,6 +93,10 @@ class BenchmarkError(SjepaError):
     """A benchmark that cannot be run, or a report of one that cannot be read or written."""
 
 
+class OutputError(SjepaError):
+    """A file or folder that a command may not replace, or cannot write."""
+
+
 class RegressionError(BenchmarkError):
     """A benchmark that found a backend slower than before."""
 

@@ -24,10 +24,9 @@ from rich.markup import escape
 
 import sjepa_deploy
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.cli import console, entry, print_json
+from sjepa_deploy.cli import console, entry, options, print_json
 from sjepa_deploy.cli.live import live_view, summary_table
 from sjepa_deploy.errors import ParityError, StreamError
-from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, BackendOptions
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decision import Decision
@@ -35,12 +34,11 @@ from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.open_source import open_source
 from sjepa_deploy.runtime.live.recorder import Recorder, RecordSource, RunDescription, read_record
 from sjepa_deploy.runtime.live.sources import Chunk, Incident, Source
-from sjepa_deploy.runtime.live.windows import BadChannels
-from sjepa_deploy.runtime.predictor import Predictor, load
+from sjepa_deploy.runtime.predictor import Predictor
 from sjepa_deploy.runtime.watch.dashboard import TOKEN_VARIABLE, Dashboard, parse_address
 from sjepa_deploy.runtime.watch.monitor import Monitor
 from sjepa_deploy.runtime.watch.watching import watch
-from sjepa_deploy.spec import RUN_PRECISIONS, UNITS_IN_VOLTS, RunPrecision, Unit
+from sjepa_deploy.spec import Unit
 
 COLLECT_EVERY_S = 60.0
 """Seconds from one garbage collection to the next: they run after a decision, never in the middle of one."""
@@ -52,168 +50,251 @@ LAST_LINES_S = 5.0
 """Seconds that a reader of --out has at the end."""
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--source", help="lsl:NAME, lsl:type=EEG, lsl:source_id=..., file:RECORDING or synthetic.")
-@click.option("--check", type=click.Path(path_type=Path), help="Instead: compare the live path on this recording with PyTorch.")
-@click.option("--replay", type=click.Path(path_type=Path), help="Instead: decode a record again and compare its decisions.")
-@click.option("--hop", type=float, default=0.1, help="Seconds from one decision to the next; 0 decides at every sample.")
-@click.option("--deadline", type=float, help="Seconds after the newest sample by which a decision is due.  [default: the hop]")
-@click.option("--late", type=click.Choice(["skip", "queue", "hold"]), default="skip", help="What to do with late windows.")
-@click.option("--bridge", type=int, default=0, help="Largest number of lost samples to interpolate in time.")
-@click.option(
-    "--bad-channels",
-    type=click.Choice(["flag", "repair", "stop"]),
-    default="flag",
-    help="What to do with flat, saturated, disconnected or non-finite channels.",
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What to decode: one of the three is given.
+
+    Attributes
+    ----------
+    source : str or None
+        Address of a live stream.
+    check : Path or None
+        Recording on which the live path is compared with PyTorch.
+    replay : Path or None
+        Record whose decisions are made again and compared.
+    """
+
+    source: str | None
+    check: Path | None
+    replay: Path | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Where decisions go.
+
+    Attributes
+    ----------
+    out : Path or None
+        File of JSON lines; ``-`` is standard output.
+    append : bool
+        Whether lines are added to a file that is there.
+    outlet : str or None
+        Name of an LSL stream.
+    record : Path or None
+        XDF file of the whole run.
+    force : bool
+        Whether files that are there are replaced.
+    dashboard : bool
+        Whether a page for browsers is served.
+    dashboard_address : str or None
+        HOST:PORT of the page.
+    """
+
+    out: Path | None
+    append: bool
+    outlet: str | None
+    record: Path | None
+    force: bool
+    dashboard: bool
+    dashboard_address: str | None
+
+    def check(self) -> None:
+        """Check, before the decoder starts, that every file may be written."""
+        if self.append and self.force:
+            raise click.UsageError("--append keeps the file and --force replaces it: give one of them.")
+        options.check_file(self.out, force=self.force, append=self.append)
+        if self.record is not None:
+            options.check_file(self.record, "--record", force=self.force)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Session:
+    """How the command runs.
+
+    Attributes
+    ----------
+    speed : float
+        Speed of a file or of the synthetic stream.
+    duration : float or None
+        Seconds of stream after which the decoder stops.
+    priority : int or None
+        Real-time priority of the decoder's threads.
+    quiet : bool
+        Whether the live view is left out.
+    """
+
+    speed: float
+    duration: float | None
+    priority: int | None
+    quiet: bool
+
+
+def _config(bads: tuple[str, ...] | None, **values: Any) -> StreamConfig:
+    return StreamConfig(bads=bads or (), **values)
+
+
+DEFAULTS = StreamConfig()
+
+
+@options.command
+@options.bundle
+@options.fills(
+    "task",
+    Task,
+    click.option("--source", help="Stream to decode: lsl:NAME, lsl:type=EEG, lsl:source_id=..., file:RECORDING or synthetic."),
+    click.option("--check", type=options.path, help="Instead: compare the live path on this recording with PyTorch."),
+    click.option("--replay", type=options.path, help="Instead: decode a record again and compare its decisions."),
 )
-@click.option("--interpolate", is_flag=True, help="Interpolate channels of the model that the stream lacks.")
-@click.option("--bads", default="", help="Channels of the stream known to be bad, A,B,...: they count as lacking.")
-@click.option("--max-jitter", type=float, default=0.1, help="Seconds that a stamp may be off before it is always a loss.")
-@click.option("--give-up", type=float, help="Seconds without samples after which to stop.  [default: never]")
-@click.option("--unit", type=click.Choice(list(UNITS_IN_VOLTS)), help="Unit of a source that does not state it.")
-@click.option("--channels", help="Names A,B,... of the channels of a source that does not name them.")
-@click.option("--sfreq", type=float, help="Rate in Hz of the synthetic stream, or of a file that does not state it.")
-@click.option("--speed", type=float, default=1.0, help="Speed of a file or the synthetic stream; inf for as fast as possible.")
-@click.option("--duration", type=float, help="Seconds of stream after which to stop.  [default: never]")
-@click.option("--backend", default=DEFAULT_BACKEND, help="What runs the model.")
-@click.option("--precision", type=click.Choice(RUN_PRECISIONS), help="Precision to run in.  [default: the bundle's first]")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="JSON-lines file of decisions and incidents to append to; - for stdout."
+@options.signal_facts
+@options.fills(
+    "config",
+    _config,
+    click.option(
+        "--hop", type=float, default=DEFAULTS.hop, help="Seconds from one decision to the next; 0 decides at every sample."
+    ),
+    click.option(
+        "--deadline", type=float, help="Seconds after the newest sample by which a decision is due.  [default: the hop]"
+    ),
+    click.option("--late", type=click.Choice(["skip", "queue", "hold"]), default=DEFAULTS.late, help="Policy for late windows."),
+    click.option("--bridge", type=int, default=DEFAULTS.bridge, help="Largest number of lost samples to interpolate in time."),
+    click.option(
+        "--bad-channels",
+        type=click.Choice(["flag", "repair", "stop"]),
+        default=DEFAULTS.bad_channels,
+        help="Policy for flat, saturated, disconnected or non-finite channels.",
+    ),
+    options.interpolate,
+    click.option(
+        "--bads", type=options.Names(), metavar="A,B,...", help="Channels of the stream known to be bad: they count as missing."
+    ),
+    click.option(
+        "--max-jitter",
+        type=float,
+        default=DEFAULTS.max_jitter,
+        help="Seconds that a stamp may be off before it always means lost samples.",
+    ),
+    click.option("--give-up", type=float, help="Seconds without samples after which the decoder stops.  [default: never]"),
+    click.option("--keep-warm", type=float, help="Seconds after which an idle backend gets a dummy call, for GPUs: 0.005."),
+    click.option(
+        "--roll/--no-roll",
+        default=None,
+        help="Whether the backend gets new samples alone, and keeps the others: --backend cuda.  [default: where it can]",
+    ),
 )
-@click.option("--outlet", help="Name of an LSL stream to send decisions to.")
-@click.option("--record", type=click.Path(path_type=Path), help="XDF file to record the run in, for --replay.")
-@click.option("--dashboard", is_flag=True, help="Serve a page for browsers, and /metrics for Prometheus.")
-@click.option(
-    "--dashboard-address",
-    metavar="HOST:PORT",
-    help=f"Where, with --dashboard; other machines need the token in {TOKEN_VARIABLE}.  [default: 127.0.0.1:8765]",
+@options.backend_choice(
+    click.option("--persistent", is_flag=True, help="Keep a kernel on the GPU that answers without a launch: --backend cuda.")
 )
-@click.option("--priority", type=click.IntRange(1, 99), help="Real-time priority (SCHED_FIFO) of the decoder's threads.")
-@click.option("--persistent", is_flag=True, help="A kernel that stays on the GPU answers, without a launch: --backend cuda.")
-@click.option(
-    "--roll/--no-roll",
-    default=None,
-    help="Whether the backend is given new samples alone, and keeps the others: --backend cuda.  [default: where it can]",
+@options.fills(
+    "outputs",
+    Outputs,
+    options.out_file,
+    options.append,
+    click.option("--outlet", help="Name of an LSL stream to send decisions to."),
+    click.option("--record", type=options.path, help="XDF file to record the run in, for --replay."),
+    options.force,
+    click.option("--dashboard", is_flag=True, help="Serve a page for browsers, and /metrics for Prometheus."),
+    click.option(
+        "--dashboard-address",
+        metavar="HOST:PORT",
+        help=f"Address of the page; other machines need the token in {TOKEN_VARIABLE}.  [default: 127.0.0.1:8765]",
+    ),
 )
-@click.option("--keep-warm", type=float, help="Seconds after which an idle backend gets a dummy call, for GPUs: 0.005.")
-@click.option("--quiet", is_flag=True, help="No live view.")
-@click.option("--json", "json_output", is_flag=True, help="Print the summary as JSON.")
+@options.fills(
+    "session",
+    Session,
+    click.option(
+        "--speed", type=float, default=1.0, help="Speed of a file or of the synthetic stream; inf: as fast as possible."
+    ),
+    click.option("--duration", type=float, help="Seconds of stream after which the decoder stops.  [default: never]"),
+    click.option("--priority", type=click.IntRange(1, 99), help="Real-time priority (SCHED_FIFO) of the decoder's threads."),
+    options.quiet,
+)
+@options.json_output
 def stream(
     bundle: Path,
-    source: str | None,
-    check: Path | None,
-    replay: Path | None,
-    hop: float,
-    deadline: float | None,
-    late: Any,
-    bridge: int,
-    bad_channels: BadChannels,
-    interpolate: bool,
-    bads: str,
-    max_jitter: float,
-    give_up: float | None,
-    unit: Unit | None,
-    channels: str | None,
-    sfreq: float | None,
-    speed: float,
-    duration: float | None,
-    backend: str,
-    precision: RunPrecision | None,
-    out: Path | None,
-    outlet: str | None,
-    record: Path | None,
-    dashboard: bool,
-    dashboard_address: str | None,
-    priority: int | None,
-    persistent: bool,
-    roll: bool | None,
-    keep_warm: float | None,
-    quiet: bool,
+    *,
+    task: Task,
+    facts: options.SignalFacts,
+    config: StreamConfig,
+    choice: options.BackendChoice,
+    outputs: Outputs,
+    session: Session,
     json_output: bool,
 ) -> None:
     """Decode a live stream with BUNDLE: one decision every hop, with its age, and nothing left out in silence.
 
-    The stream goes through the causal twin of the preprocessing that the bundle asks for. Ctrl-C or SIGTERM end it with
+    The stream goes through the causal twin of the preprocessing that the bundle asks for. Ctrl-C or SIGTERM end the run with
     everything written. The exit status is 1 if --check or --replay find a difference.
     """
-    if sum(what is not None for what in (source, check, replay)) != 1:
+    if sum(what is not None for what in (task.source, task.check, task.replay)) != 1:
         raise click.UsageError("Give one of --source, --check and --replay.")
-    screen = console(json_output or str(out) == "-")
-    config = StreamConfig(
-        hop=hop,
-        deadline=deadline,
-        late=late,
-        bridge=bridge,
-        bad_channels=bad_channels,
-        interpolate=interpolate,
-        bads=tuple(filter(None, bads.split(","))),
-        max_jitter=max_jitter,
-        give_up=give_up,
-        keep_warm=keep_warm,
-        roll=roll,
-    )
+    outputs.check()
+    screen = console(json_output or outputs.out == options.STDOUT)
     opened = Bundle.open(bundle)
-    options = BackendOptions(persistent=persistent)
-    if check is not None:
-        with load(opened, backend=backend, precision=precision, check_unit=False, options=options) as predict:
-            _check(screen, predict, check, config, unit, sfreq, json_output)
+    if task.check is not None:
+        with choice.load(opened, check_unit=False) as predict:
+            _check(screen, predict, task.check, config, facts.unit, facts.sfreq, json_output)
         return
-    if replay is not None:
-        _replay(screen, opened, replay, backend, precision, options, json_output)
+    if task.replay is not None:
+        _replay(screen, opened, task.replay, choice, json_output)
         return
-    assert source is not None
-    if priority is not None:
-        _set_real_time(priority)
+    assert task.source is not None
+    if session.priority is not None:
+        _set_real_time(session.priority)
     with contextlib.ExitStack() as closing:
-        predict = load(opened, backend=backend, precision=precision, check_unit=False, options=options)
+        predict = choice.load(opened, check_unit=False)
         closing.callback(predict.close)
-        names = None if channels is None else channels.split(",")
-        opened_source = open_source(source, opened.spec, unit=unit, ch_names=names, sfreq=sfreq, speed=speed)
-        closing.callback(opened_source.close)
+        source = open_source(
+            task.source, opened.spec, unit=facts.unit, ch_names=facts.ch_names, sfreq=facts.sfreq, speed=session.speed
+        )
+        closing.callback(source.close)
         offline = False
-        if speed == float("inf") and hasattr(opened_source, "set_chunk"):
+        if session.speed == float("inf") and hasattr(source, "set_chunk"):
             offline = True
-            opened_source.set_chunk(max(1, config.hop_samples(opened.spec)))
-        decoder = Decoder(predict, opened_source, config)
+            source.set_chunk(max(1, config.hop_samples(opened.spec)))
+        decoder = Decoder(predict, source, config)
         monitor = watch(decoder)
         run = RunDescription(
-            stream=opened_source.info,
+            stream=source.info,
             config=config,
             bundle=str(bundle),
             bundle_digest=opened.manifest.digest,
-            backend=backend,
+            backend=choice.backend,
             precision=predict.backend.precision,
             version=sjepa_deploy.__version__,
         )
         recorder = lines = None
-        if record is not None:
+        if outputs.record is not None:
+            options.make_way(outputs.record, force=outputs.force)
             n_outputs = math.prod(opened.spec.output_shape)
-            recorder = Recorder(record, run, n_outputs, lambda why: _note(opened_source, "record", why), patient=offline)
+            recorder = Recorder(outputs.record, run, n_outputs, lambda why: _note(source, "record", why), patient=offline)
             closing.callback(recorder.close)
             decoder.on_chunk(recorder.chunk)
             decoder.on_decision(recorder.decision)
             decoder.on_incident(recorder.incident)
-        if outlet is not None:
+        if outputs.outlet is not None:
             from sjepa_deploy.runtime.live.lsl_outlet import LslOutlet
 
-            sending = LslOutlet(outlet, opened.spec, {"run": run, "window_s": opened.spec.n_times / opened.spec.sfreq})
+            facts_of_run = {"run": run, "window_s": opened.spec.n_times / opened.spec.sfreq}
+            sending = LslOutlet(outputs.outlet, opened.spec, facts_of_run)
             decoder.on_decision(sending.send)
-        if out is not None:
-            lines = _Lines(out, opened_source, patient=offline)
+        if outputs.out is not None:
+            options.make_way(outputs.out, force=outputs.force)
+            lines = _Lines(outputs.out, source, patient=offline)
             closing.callback(lines.close)
             decoder.on_decision(lines.put)
             decoder.on_incident(lines.put)
-        if duration is not None:
-            decoder.on_chunk(_stop_after(decoder, duration))
+        if session.duration is not None:
+            decoder.on_chunk(_stop_after(decoder, session.duration))
         _announce(screen, decoder)
         if opened.manifest.weights.random:
             screen.print("[bold yellow]The weights of this bundle are random: the predictions mean nothing.[/]")
-        if dashboard or dashboard_address is not None:
-            host, port = parse_address(dashboard_address or "")
+        if outputs.dashboard or outputs.dashboard_address is not None:
+            host, port = parse_address(outputs.dashboard_address or "")
             served = closing.enter_context(Dashboard(monitor, host=host, port=port, token=os.environ.get(TOKEN_VARIABLE)))
             screen.print(f"dashboard: {served.url}", soft_wrap=True)
-        view = contextlib.nullcontext() if quiet or json_output else live_view(monitor, screen)
+        view = contextlib.nullcontext() if session.quiet or json_output else live_view(monitor, screen)
         started = time.monotonic()
         with view, _stopped_by_signals(decoder), _undisturbed(decoder):
             counters = decoder.run()
@@ -259,28 +340,19 @@ def _check(
         raise ParityError(f"The live path differs from the offline one on {recording}.", "Do not decode with this release.")
 
 
-def _replay(
-    screen: Console,
-    bundle: Bundle,
-    path: Path,
-    backend: str,
-    precision: RunPrecision | None,
-    options: BackendOptions,
-    json_output: bool,
-) -> None:
+def _replay(screen: Console, bundle: Bundle, path: Path, choice: options.BackendChoice, json_output: bool) -> None:
     record = read_record(path)
     if record.run.bundle_digest != bundle.manifest.digest:
         raise StreamError(f"{path} was decoded with another bundle ({record.run.bundle}).", "Name that bundle.")
     # What was late then is decoded now, and not compared; whole windows give the bits that new samples alone gave.
     config = dataclasses.replace(record.run.config, late="queue", roll=False)
-    precision = precision or record.run.precision
-    with load(bundle, backend=backend, precision=precision, check_unit=False, options=options) as predict:
+    with choice.load(bundle, precision=record.run.precision, check_unit=False) as predict:
         decoder = Decoder(predict, RecordSource(record), config)
         again = {decision.index: decision.prediction for decision in decoder}
     missing = [index for index in record.decisions if index not in again]
     differ = [i for i, made in again.items() if i in record.decisions and made.tobytes() != record.decisions[i].tobytes()]
     screen.print(
-        f"{len(record.decisions)} decisions on {decoder.counters.samples} samples decoded again with {backend}: "
+        f"{len(record.decisions)} decisions on {decoder.counters.samples} samples decoded again with {choice.backend}: "
         f"{len(differ)} differ, {len(missing)} are missing",
         soft_wrap=True,
     )

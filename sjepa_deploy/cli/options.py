@@ -1,0 +1,348 @@
+"""Defines the options that commands share: each has one name, one type, one default and one help text.
+
+`fills` collects options into one dataclass, so that a command takes a few arguments. `command` gives every command ``--help``,
+``--version`` and ``--config``. `check_file` and `check_files` hold the rule of ``--out``.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.errors import OutputError, listed
+from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, BackendOptions
+from sjepa_deploy.runtime.predictor import Predictor, load
+from sjepa_deploy.spec import RUN_PRECISIONS, UNITS_IN_VOLTS, RunPrecision, Unit
+
+Function = Callable[..., Any]
+Option = Callable[[Function], Function]
+"""What adds an option to the function of a command."""
+
+STDOUT = Path("-")
+"""What ``--out`` calls standard output."""
+
+
+class Names(click.ParamType[tuple[str, ...]]):
+    """Names separated by commas; in a configuration file also a list. With `choices`, others are refused."""
+
+    name = "names"
+
+    def __init__(self, choices: Sequence[str] = ()) -> None:
+        self.choices = tuple(choices)
+
+    def convert(self, value: str | Sequence[str], param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Return the names as a tuple."""
+        parts = value.split(",") if isinstance(value, str) else value
+        names = tuple(str(part).strip() for part in parts) if value else ()
+        if "" in names:
+            self.fail(f"{value!r} has an empty name. Separate names by one comma.", param, ctx)
+        if self.choices and (unknown := [name for name in names if name not in self.choices]):
+            self.fail(f"{unknown[0]!r} is not one of {', '.join(map(repr, self.choices))}.", param, ctx)
+        return names
+
+
+def several(*spellings: str, choices: Sequence[str] = (), help: str) -> Option:
+    """Return an option that takes names separated by commas, and that may be repeated. The command gets them as one tuple."""
+
+    def joined(ctx: click.Context, param: click.Parameter, values: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(itertools.chain.from_iterable(values)))
+
+    return click.option(*spellings, type=Names(choices), multiple=True, metavar="A,B,...", callback=joined, help=help)
+
+
+def command(function: Function) -> click.Command:
+    """Return `function` as a command with ``--config``, ``--version`` and ``--help``."""
+    return recipe_command(config(function))
+
+
+def recipe_command(function: Function) -> click.Command:
+    """Return `function`, which has a ``--config`` of its own, as a command with ``--version`` and ``--help``."""
+    settings = {"help_option_names": ["-h", "--help"], "show_default": True}
+    return click.command(context_settings=settings)(click.version_option(package_name="sjepa-deploy")(function))
+
+
+def fills(name: str, make: Callable[..., object], *options: Option) -> Option:
+    """Return a decorator that adds `options` to a command and collects their values.
+
+    Parameters
+    ----------
+    name : str
+        Argument of the command that gets what `make` returns.
+    make : callable
+        A dataclass, or a function, that takes the options by their names.
+    *options : decorator
+        Options in the order of the help page.
+    """
+    names = [parameter.name for parameter in _parameters(options)]
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def collected(*args: Any, **values: Any) -> Any:
+            own = {each: values.pop(each) for each in names}
+            return function(*args, **{name: make(**own)}, **values)
+
+        return added(*options)(collected)
+
+    return decorate
+
+
+def added(*options: Option) -> Option:
+    """Return a decorator that adds `options` in the order of the help page."""
+
+    def decorate(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def _parameters(options: Iterable[Option]) -> list[click.Parameter]:
+    def nothing() -> None:
+        pass
+
+    added(*options)(nothing)
+    parameters: list[click.Parameter] = nothing.__click_params__  # type: ignore[attr-defined]
+    return parameters[::-1]
+
+
+# ---- options of one value -----------------------------------------------------------------------------------------------------
+
+path = click.Path(path_type=Path)
+bundle = click.argument("bundle", type=path)
+backend = click.option("--backend", default=DEFAULT_BACKEND, help="Backend that runs the model; sjepa-doctor lists them.")
+precision = click.option(
+    "--precision", type=click.Choice(RUN_PRECISIONS), help="Precision to compute in.  [default: the bundle's first]"
+)
+backends = several("--backend", "backends", help="Backends, separated by commas or repeated.  [default: all that run here]")
+precisions = several(
+    "--precision", "precisions", choices=RUN_PRECISIONS, help="Precisions, separated by commas or repeated.  [default: all]"
+)
+threads = click.option(
+    "--threads", "n_threads", type=click.IntRange(min=1), help="CPU threads of a call.  [default: the backend's]"
+)
+device = click.option("--device", type=click.IntRange(min=0), default=0, help="Number of the GPU.")
+interpolate = click.option("--interpolate", is_flag=True, help="Interpolate missing channels from the others by their positions.")
+montage = click.option("--montage", help="Channels with positions: a montage of MNE, or a file with name, x, y, z in metres.")
+model_sfreq = click.option("--sfreq", type=float, help="Sampling rate of the model in Hz.")
+n_times = click.option("--n-times", type=int, help="Samples of a window.")
+spatial_filters = click.option("--spatial-filters", type=int, help="Spatial filters of the model.")
+seed = click.option("--seed", type=int, default=0, help="Seed of everything random.")
+out_file = click.option("--out", type=path, help="File to write; - is standard output.")
+force = click.option("--force", is_flag=True, help="Replace what is there.")
+append = click.option("--append", is_flag=True, help="Add to the end of the file of --out.")
+quiet = click.option("--quiet", is_flag=True, help="Show no live view.")
+json_output = click.option("--json", "json_output", is_flag=True, help="Print the result as JSON.")
+
+
+# ---- options that fill a dataclass ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendChoice:
+    """What runs the model.
+
+    Attributes
+    ----------
+    backend : str
+        Name of the backend.
+    precision : RunPrecision or None
+        What to compute in. None is the first of the bundle.
+    options : BackendOptions
+        What the backend is asked for.
+    """
+
+    backend: str
+    precision: RunPrecision | None
+    options: BackendOptions
+
+    def load(self, bundle: Bundle, *, precision: RunPrecision | None = None, check_unit: bool = True) -> Predictor:
+        """Open `bundle` for decoding; `precision` stands in where none was asked for."""
+        precision = self.precision or precision
+        return load(bundle, backend=self.backend, precision=precision, options=self.options, check_unit=check_unit)
+
+
+def backend_choice(*more: Option) -> Option:
+    """Return the options that choose the backend, and `more` fields of `BackendOptions`. The command gets a `BackendChoice`."""
+
+    def make(backend: str, precision: RunPrecision | None, **options: Any) -> BackendChoice:
+        return BackendChoice(backend=backend, precision=precision, options=BackendOptions(**options))
+
+    return fills("choice", make, backend, precision, threads, device, *more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignalFacts:
+    """What the user says of a signal that does not say it itself.
+
+    Attributes
+    ----------
+    unit : {"uV", "mV", "V"} or None
+        Unit of the samples.
+    ch_names : tuple of str or None
+        Names of the channels in order.
+    sfreq : float or None
+        Sampling rate in Hz.
+    """
+
+    unit: Unit | None
+    ch_names: tuple[str, ...] | None
+    sfreq: float | None
+
+
+signal_facts = fills(
+    "facts",
+    SignalFacts,
+    click.option("--unit", type=click.Choice(list(UNITS_IN_VOLTS)), help="Unit of a recording or stream that does not state it."),
+    click.option(
+        "--channels",
+        "ch_names",
+        type=Names(),
+        metavar="A,B,...",
+        help="Channels, in order, of a recording or stream that does not name them.",
+    ),
+    click.option("--sfreq", type=float, help="Rate in Hz of a recording that does not state it, or of the synthetic stream."),
+)
+"""The command gets `SignalFacts` as ``facts``."""
+
+
+# ---- --config ----------------------------------------------------------------------------------------------------------------
+
+
+def _read_config(ctx: click.Context, param: click.Parameter, file: Path | None) -> None:
+    """Take the values of `file` where the command line gives none."""
+    if file is None:
+        return
+    options = {
+        spelling.lstrip("-"): option
+        for option in ctx.command.params
+        if isinstance(option, click.Option) and option.expose_value
+        for spelling in option.opts
+    }
+    values = {}
+    for key, value in _read_yaml(file).items():
+        option = options.get(str(key).replace("_", "-"))
+        if option is None:
+            raise click.BadParameter(f"{file} has the unknown key {key!r}. The keys are {', '.join(sorted(options))}.")
+        if value is None:
+            continue
+        try:
+            values[str(option.name)] = _checked(ctx, option, value)
+        except click.BadParameter as e:
+            raise click.BadParameter(f"{file}: {key}: {e.message}") from e
+    ctx.default_map = {**(ctx.default_map or {}), **values}
+
+
+def _read_yaml(file: Path) -> dict[object, object]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise click.BadParameter(f"{file} cannot be read ({e.strerror}).") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise click.BadParameter(f"{file} is not YAML ({e}).") from e
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise click.BadParameter(f"{file} holds no options. Write one on each line, as in hop: 0.1.")
+    return content
+
+
+def _checked(ctx: click.Context, option: click.Option, value: object) -> object:
+    """Return `value` as a default of `option`, once it is known to fit."""
+    if isinstance(value, bool) != option.is_flag:
+        raise click.BadParameter("true or false is needed." if option.is_flag else "true or false is no value of this option.")
+    several = option.multiple or option.nargs != 1
+    if isinstance(value, list):
+        if not several and not isinstance(option.type, Names):
+            raise click.BadParameter("one value is needed, not a list.")
+    elif not isinstance(value, (bool, str, int, float)):
+        raise click.BadParameter(f"{value!r} is no value of an option. Put text in quotes.")
+    elif option.multiple:
+        value = [value]
+    option.type_cast_value(ctx, value)
+    return value
+
+
+config = click.option(
+    "--config",
+    type=path,
+    is_eager=True,
+    expose_value=False,
+    callback=_read_config,
+    metavar="FILE",
+    help="YAML file of options, as in hop: 0.1; the command line wins.",
+)
+
+
+# ---- --out -------------------------------------------------------------------------------------------------------------------
+
+
+def check_file(file: Path | None, flag: str = "--out", *, force: bool, append: bool | None = None) -> None:
+    """Check, before the work starts, that a command may write `file`.
+
+    A file that is there is refused without `force` or `append`. Standard output, devices and pipes are always written.
+
+    Parameters
+    ----------
+    file : Path or None
+        What to write. None and ``-`` are standard output.
+    flag : str
+        Option that named the file.
+    force : bool
+        Whether the user lets the command replace the file.
+    append : bool or None
+        Whether the user lets the command add to the file. None: the command cannot.
+
+    Raises
+    ------
+    OutputError
+        If the file is there, or cannot be written.
+    """
+    if file is None or file == STDOUT:
+        return
+    parent = file.resolve().parent
+    if file.is_dir():
+        reason = errno.EISDIR
+    elif not parent.is_dir():
+        reason = errno.ENOTDIR if parent.exists() else errno.ENOENT
+    elif not os.access(file if file.exists() else parent, os.W_OK):
+        reason = errno.EACCES
+    else:
+        if file.is_file() and not (force or append):
+            raise _is_there(file, flag, can_append=append is not None)
+        return
+    raise OutputError(f"{file} cannot be written ({os.strerror(reason)}).", f"Choose another {flag}.")
+
+
+def check_files(files: Iterable[Path], flag: str = "--out", *, force: bool) -> None:
+    """Check, before the work starts, that none of `files` would be replaced without `force`.
+
+    Raises
+    ------
+    OutputError
+        If one is there.
+    """
+    if not force and (there := [file for file in files if file.exists()]):
+        raise _is_there(there[0], flag, can_append=False)
+
+
+def make_way(file: Path, *, force: bool) -> None:
+    """Remove a file that the user lets the command replace. Devices and pipes stay."""
+    if force and file.is_file():
+        file.unlink()
+
+
+def _is_there(file: Path, flag: str, *, can_append: bool) -> OutputError:
+    ways = ["--force to replace it", *(["--append to add to it"] if can_append else [])]
+    return OutputError(f"{file} is there already.", f"Use {listed(ways)}, or choose another {flag}.")
