@@ -382,7 +382,10 @@ def test_the_hostile_pickle_would_run_if_it_were_let(tmp_path):
 
 
 def test_a_pickled_module_is_refused_by_the_name_of_its_class(tmp_path):
-    refusal(save(small_model(), tmp_path / "model.pth"), r"\(sjepa_deploy\.models\.networks\.SignalJEPA_PostLocal\) and could run code")
+    refusal(
+        save(small_model(), tmp_path / "model.pth"),
+        r"\(sjepa_deploy\.models\.networks\.SignalJEPA_PostLocal\) and could run code",
+    )
 
 
 # ---------------------------------------------------------------- refused: damaged files
