@@ -25,8 +25,8 @@ class Counters:
     skipped_late, skipped_gap, failed : int
         Windows left out because they were late (`late="skip"`), because samples are missing in them, or because the backend
         failed, or its server did not answer.
-    misses, longest_misses : int
-        Windows without a decision of their own by their deadline, and the longest run of them.
+    misses, miss_run, longest_misses : int
+        Windows without a decision of their own by their deadline; how many of them in a row just now, and at most.
     """
 
     samples: int = 0
@@ -47,4 +47,5 @@ class Counters:
     skipped_gap: int = 0
     failed: int = 0
     misses: int = 0
+    miss_run: int = 0
     longest_misses: int = 0

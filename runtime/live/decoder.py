@@ -99,7 +99,6 @@ class Decoder:
         self._heard = monotonic()
         self._silent = self._stopping = False
         self._last: Decision | None = None
-        self._misses = 0
         window = self.windows.eeg().copy()
         against = self._against_rolling()
         if self.config.roll and against is not None:
@@ -296,13 +295,14 @@ class Decoder:
         return outputs
 
     def _count_miss(self, *, missed: bool) -> None:
+        counters = self.counters
         if not missed:
-            self._misses = 0
+            counters.miss_run = 0
             return
-        self._misses += 1
-        self.counters.misses += 1
-        self.counters.longest_misses = max(self.counters.longest_misses, self._misses)
-        if self._misses == 1:
+        counters.miss_run += 1
+        counters.misses += 1
+        counters.longest_misses = max(counters.longest_misses, counters.miss_run)
+        if counters.miss_run == 1:
             self._report("deadline", f"A decision is later than {self.deadline:.3g} s.")
 
     def _fill_pause(self, keep_warm: KeepWarm) -> None:

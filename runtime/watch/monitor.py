@@ -1,8 +1,10 @@
-"""What a live decoder tells about itself: fed by its loop in microseconds, read by others without ever holding it up."""
+"""Keeps what a live decoder does for those who watch it: the decoder writes in microseconds, and readers never hold it up."""
 
 from __future__ import annotations
 
 import bisect
+import copy
+import math
 import os
 import time
 from collections import deque
@@ -13,6 +15,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from sjepa_deploy.runtime.live.counters import Counters
+from sjepa_deploy.runtime.live.decision import Decision
+from sjepa_deploy.runtime.live.sources import Incident
 from sjepa_deploy.spec import Position, Unit
 
 if TYPE_CHECKING:
@@ -20,17 +25,19 @@ if TYPE_CHECKING:
 
 StreamState = Literal["waiting", "filling", "decoding", "silent", "reconnecting", "stopped"]
 STREAM_STATES: tuple[StreamState, ...] = ("waiting", "filling", "decoding", "silent", "reconnecting", "stopped")
-"""Waiting for a source; window not yet whole; decisions come; no samples come; source lost; ended."""
+"""In this order: no source yet; the window is not whole yet; decisions come; no samples come; the source is lost; the end."""
 
 _RENARD = (1.0, 1.25, 1.6, 2.0, 2.5, 3.15, 4.0, 5.0, 6.3, 8.0)  # ISO 3's R10: equal steps on a log axis, in round numbers
-LATENCY_EDGES: tuple[float, ...] = (*(round(step * 10.0**decade, 9) for decade in range(-5, 1) for step in _RENARD), 10.0)
-"""Upper edges of the latency bins in seconds, 10 us to 10 s, ten a decade. One more bin holds what is later."""
-
-MAX_NAMES = 64
-"""Different counters, or reasons to skip, that a monitor takes: names are literals of the code, never made from data."""
+TIME_EDGES: tuple[float, ...] = (*(round(step * 10.0**decade, 9) for decade in range(-5, 1) for step in _RENARD), 10.0)
+"""Upper edges of the bins of ages and latencies in seconds, 10 us to 10 s, ten a decade. One more bin holds what is later."""
 
 SAMPLES_FOR_P99 = 100
-"""A 99th percentile of fewer latencies than this would be their largest, and is not given."""
+"""A 99th percentile of fewer values than this would be their largest, and is not given."""
+
+SKIPS = {"skipped_late": "late", "skipped_gap": "gap", "held": "held", "failed": "backend failed"}
+"""Why a window has no decision of its own: the counter, and the reason in words."""
+
+Measure = Literal["age", "latency"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +59,11 @@ class StreamFacts:
     unit : {"uV", "mV", "V"}
         Unit of `ChannelQuality.rms`.
     hop, deadline : float
-        Seconds from one window to the next, and from the time a decision is due to when it misses its deadline.
+        Seconds from one window to the next, and the age at which a decision misses its deadline.
     output_names : tuple of str
-        One name a value of a decision; empty for a base model, whose features nobody watches.
+        One name for each value of a decision; empty for a base model, whose features are not shown.
     random_weights : bool
-        Whether the decisions mean nothing.
+        Whether the weights are random, so that decisions mean nothing.
     """
 
     bundle: str
@@ -75,35 +82,35 @@ class StreamFacts:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Decisions:
-    """The newest decisions, oldest first. Times are seconds of the decoder's clock.
+    """The newest decisions by column, oldest first. Times are seconds of the decoder's clock; see `Decision` for their meaning.
 
     Attributes
     ----------
     index : array of int64, shape (n,)
         Number of the window, counted from the start of the stream.
-    time, due, decided : array of float64, shape (n,)
-        Stamp of the newest sample in the window, when the decision was due, when it was there.
+    time, received, decided : array of float64, shape (n,)
+        Stamp of the newest sample in the window, when this sample arrived, when the prediction was there.
     prediction : array of float64, shape (n, n_outputs)
-        What the model said.
+        Output of the model.
     flags : tuple of tuple of str, length n
-        What the decoder says about the window, such as "repaired" or "bridged".
+        `Decision.flags`.
     """
 
     index: NDArray[np.int64]
     time: NDArray[np.float64]
-    due: NDArray[np.float64]
+    received: NDArray[np.float64]
     decided: NDArray[np.float64]
     prediction: NDArray[np.float64]
     flags: tuple[tuple[str, ...], ...]
 
     @property
     def latency(self) -> NDArray[np.float64]:
-        """Seconds from when each decision was due to when it was there."""
-        return self.decided - self.due
+        """Seconds from the arrival of each window's newest sample to the decision."""
+        return self.decided - self.received
 
     @property
     def age(self) -> NDArray[np.float64]:
-        """Seconds from the stamp of each window's newest sample to the decision."""
+        """Seconds from the stamp of each window's newest sample to the decision. The deadline counts in them."""
         return self.decided - self.time
 
     def __len__(self) -> int:
@@ -111,13 +118,30 @@ class Decisions:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Times:
+    """How long all decisions since the start took.
+
+    Attributes
+    ----------
+    counts : array of int64, shape (len(TIME_EDGES) + 1,)
+        Decisions in the bins of `TIME_EDGES`.
+    total, largest : float
+        Sum and maximum in seconds; the maximum is NaN before any decision.
+    """
+
+    counts: NDArray[np.int64]
+    total: float
+    largest: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ChannelQuality:
-    """How the channels are.
+    """The quality of each channel.
 
     Attributes
     ----------
     state : array of uint8, shape (n_chans,)
-        A `ChannelState` each.
+        A `ChannelState` for each channel.
     rms : array of float64, shape (n_chans,)
         Root mean square in the model's unit; NaN where unknown.
     repaired : array of bool, shape (n_chans,)
@@ -129,17 +153,9 @@ class ChannelQuality:
     repaired: NDArray[np.bool_]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Incident:
-    """Something that happened to the stream at `time` (seconds of the decoder's clock)."""
-
-    time: float
-    text: str
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Snapshot:
-    """Everything that a monitor knows at one moment: windows are decisions and skips, to the last one.
+    """Everything that a monitor knows at one moment.
 
     Attributes
     ----------
@@ -149,18 +165,14 @@ class Snapshot:
         A `StreamState`.
     now, started, newest_sample : float
         Seconds of the decoder's clock: the moment of the snapshot, the start, the stamp of the newest sample (NaN before any).
-    counters, skips : dict of str to int
-        What was counted, and windows without a decision by reason.
-    n_decisions, n_misses : int
-        Decisions made; decisions later than the deadline, and windows skipped because they were late.
-    miss_run, longest_miss_run : int
-        Misses in a row, now and at worst.
+    counters : Counters
+        A copy of the decoder's own.
+    n_noted : int
+        Decisions since the monitor began, of which `decisions` holds the newest.
     decisions : Decisions
         The newest ones.
-    latency_counts : array of int64, shape (len(LATENCY_EDGES) + 1,)
-        All latencies since the start in the bins of `LATENCY_EDGES`.
-    latency_sum, latency_max, age_max : float
-        In seconds, of all decisions since the start (NaN before any).
+    age, latency : Times
+        Ages and latencies of the decisions since the monitor began.
     quality : ChannelQuality
         How the channels are.
     incidents : tuple of Incident
@@ -174,32 +186,26 @@ class Snapshot:
     now: float
     started: float
     newest_sample: float
-    counters: dict[str, int]
-    skips: dict[str, int]
-    n_decisions: int
-    n_misses: int
-    miss_run: int
-    longest_miss_run: int
+    counters: Counters
+    n_noted: int
     decisions: Decisions
-    latency_counts: NDArray[np.int64]
-    latency_sum: float
-    latency_max: float
-    age_max: float
+    age: Times
+    latency: Times
     quality: ChannelQuality
     incidents: tuple[Incident, ...]
     memory: int
 
     @property
-    def n_skipped(self) -> int:
-        """Windows without a decision."""
-        return sum(self.skips.values())
+    def skips(self) -> dict[str, int]:
+        """Windows without a decision of their own, by reason."""
+        return {reason: getattr(self.counters, name) for name, reason in SKIPS.items()}
 
     @property
-    def n_windows(self) -> int:
-        """Windows that a decision was due for."""
-        return self.n_decisions + self.n_skipped
+    def n_skipped(self) -> int:
+        """Windows without a decision of their own."""
+        return sum(self.skips.values())
 
-    def percentile(self, of: Literal["latency", "age"], q: float) -> float:
+    def percentile(self, of: Measure, q: float) -> float:
         """Return a percentile in seconds over the newest decisions, raw; NaN where there are too few for it."""
         values: NDArray[np.float64] = getattr(self.decisions, of)
         if not len(values) or (q >= 99 and len(values) < SAMPLES_FOR_P99):
@@ -207,8 +213,26 @@ class Snapshot:
         return float(np.percentile(values, q))
 
 
+class _Durations:
+    """Counts durations in the bins of `TIME_EDGES`."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(TIME_EDGES) + 1)
+        self._total = 0.0
+        self._largest = float("-inf")
+
+    def add(self, seconds: float) -> None:
+        self._counts[bisect.bisect_left(TIME_EDGES, seconds)] += 1
+        self._total += seconds
+        self._largest = max(self._largest, seconds)
+
+    def copy(self) -> Times:
+        largest = self._largest if math.isfinite(self._largest) else float("nan")
+        return Times(counts=np.array(self._counts, np.int64), total=self._total, largest=largest)
+
+
 class Monitor:
-    """What a decoder's loop writes and its viewers read.
+    """Takes what a decoder's loop does, and hands it to viewers.
 
     One thread writes: each call takes a few microseconds, allocates nothing that stays, and waits for nobody. Any thread reads:
     `snapshot` copies, and copies again if the loop wrote meanwhile (a seqlock: an odd version means a write is under way).
@@ -217,6 +241,8 @@ class Monitor:
     ----------
     facts : StreamFacts
         What does not change.
+    counters : Counters
+        The decoder's own. Every write copies them.
     n_recent : int
         Decisions to keep.
     n_incidents : int
@@ -228,6 +254,7 @@ class Monitor:
     def __init__(
         self,
         facts: StreamFacts,
+        counters: Counters,
         *,
         n_recent: int = 4096,
         n_incidents: int = 64,
@@ -240,91 +267,47 @@ class Monitor:
         self._state: StreamState = "waiting"
         self._started = clock()
         self._newest_sample = float("nan")
-        self._counters: dict[str, int] = {}
-        self._skips: dict[str, int] = {}
-        self._n_decisions = self._n_misses = self._miss_run = self._longest_miss_run = 0
-        self._rows = np.zeros((n_recent, 4 + len(facts.output_names)))  # index, time, due, decided, prediction
+        self._live_counters, self._counters = counters, copy.copy(counters)
+        self._n_noted = 0
+        self._rows = np.zeros((n_recent, 4 + len(facts.output_names)))  # index, time, received, decided, prediction
         self._flags: list[tuple[str, ...]] = [()] * n_recent
-        self._latency_counts = [0] * (len(LATENCY_EDGES) + 1)
-        self._latency_sum = 0.0
-        self._latency_max = self._age_max = float("-inf")
+        self._ages, self._latencies = _Durations(), _Durations()
         self._quality_state = np.zeros(n_chans, np.uint8)
         self._rms = np.full(n_chans, np.nan)
         self._repaired = np.zeros(n_chans, np.bool_)
-        self._incidents: deque[tuple[float, str]] = deque(maxlen=n_incidents)
+        self._incidents: deque[Incident] = deque(maxlen=n_incidents)
 
-    def decided(
-        self, *, index: int, time: float, due: float, decided: float, prediction: ArrayLike, flags: tuple[str, ...] = ()
-    ) -> None:
-        """Note a decision.
-
-        Parameters
-        ----------
-        index : int
-            Number of the window.
-        time, due, decided : float
-            Stamp of the newest sample in the window, when the decision was due, when it was there; seconds of the clock.
-        prediction : array-like, shape (n_outputs,)
-            One value an output name; anything for a base model.
-        flags : tuple of str
-            What is to be said about the window.
-        """
-        latency = decided - due
-        missed = latency > self.facts.deadline
-        slot = self._n_decisions % len(self._flags)
+    def decided(self, decision: Decision) -> None:
+        """Take a decision; of the prediction, one value an output name of the facts."""
+        prediction = decision.prediction.ravel() if self.facts.output_names else ()
+        slot = self._n_noted % len(self._flags)
         row = self._rows[slot]
         self._version += 1
         try:
-            row[0] = index
-            row[1] = time
-            row[2] = due
-            row[3] = decided
-            if self.facts.output_names:
-                row[4:] = prediction
-            self._flags[slot] = flags
-            self._latency_counts[bisect.bisect_left(LATENCY_EDGES, latency)] += 1
-            self._latency_sum += latency
-            self._latency_max = max(self._latency_max, latency)
-            self._age_max = max(self._age_max, decided - time)
-            self._n_decisions += 1
-            if missed:
-                self._miss()
-            else:
-                self._miss_run = 0
+            row[0] = decision.index
+            row[1] = decision.time
+            row[2] = decision.received
+            row[3] = decision.decided
+            row[4:] = prediction
+            self._flags[slot] = decision.flags
+            self._ages.add(decision.age)
+            self._latencies.add(decision.latency)
+            self._n_noted += 1
+            self._counters = copy.copy(self._live_counters)
         finally:
             self._version += 1
 
-    def skipped(self, reason: str, *, late: bool = False) -> None:
-        """Note a window that no decision is made for; one that is skipped because it is `late` has missed its deadline."""
+    def received(self, newest: float) -> None:
+        """Take the stamp of the newest sample, in seconds of the clock, after its chunk was decoded."""
         self._version += 1
         try:
-            self._skips[reason] = self._skips.get(reason, 0) + 1
-            assert len(self._skips) <= MAX_NAMES
-            if late:
-                self._miss()
-        finally:
-            self._version += 1
-
-    def received(self, n_samples: int, newest: float) -> None:
-        """Note samples from the source, and the stamp of the newest one in seconds of the clock."""
-        self._version += 1
-        try:
-            self._counters["samples received"] = self._counters.get("samples received", 0) + n_samples
             self._newest_sample = newest
-        finally:
-            self._version += 1
-
-    def count(self, name: str, n: int = 1) -> None:
-        """Add `n` to a counter, which is there once it was counted. Words with spaces, such as "samples lost"."""
-        self._version += 1
-        try:
-            self._counters[name] = self._counters.get(name, 0) + n
-            assert len(self._counters) <= MAX_NAMES
+            self._counters = copy.copy(self._live_counters)
         finally:
             self._version += 1
 
     def set_quality(self, state: ArrayLike, rms: ArrayLike, repaired: ArrayLike = False) -> None:
-        """Note how the channels are: see `ChannelQuality`."""
+        """Take how the channels are: see `ChannelQuality`."""
         self._version += 1
         try:
             self._quality_state[:] = state
@@ -334,21 +317,17 @@ class Monitor:
             self._version += 1
 
     def set_state(self, state: StreamState) -> None:
-        """Note what the stream is doing."""
+        """Take what the stream is doing."""
         self._state = state
 
-    def incident(self, text: str) -> None:
-        """Note that something happened, in a few words for the viewers."""
+    def happened(self, incident: Incident) -> None:
+        """Take an incident."""
         self._version += 1
         try:
-            self._incidents.append((self._clock(), text))
+            self._incidents.append(incident)
+            self._counters = copy.copy(self._live_counters)
         finally:
             self._version += 1
-
-    def _miss(self) -> None:
-        self._n_misses += 1
-        self._miss_run += 1
-        self._longest_miss_run = max(self._longest_miss_run, self._miss_run)
 
     def snapshot(self) -> Snapshot:
         """Return everything as it is now. Takes some 50 us, and never keeps the loop waiting."""
@@ -365,7 +344,7 @@ class Monitor:
         # tobytes() keeps the interpreter's lock, which copy() gives away: the loop hardly ever gets in between
         rows = np.frombuffer(self._rows.tobytes()).reshape(self._rows.shape)
         flags = tuple(self._flags)
-        n, size = self._n_decisions, len(flags)
+        n, size = self._n_noted, len(flags)
         if n < size:
             rows, flags = rows[:n], flags[:n]
         else:
@@ -376,26 +355,20 @@ class Monitor:
             now=self._clock(),
             started=self._started,
             newest_sample=self._newest_sample,
-            counters=self._counters.copy(),
-            skips=self._skips.copy(),
-            n_decisions=n,
-            n_misses=self._n_misses,
-            miss_run=self._miss_run,
-            longest_miss_run=self._longest_miss_run,
+            counters=self._counters,
+            n_noted=n,
             decisions=Decisions(
                 index=rows[:, 0].astype(np.int64),
                 time=rows[:, 1],
-                due=rows[:, 2],
+                received=rows[:, 2],
                 decided=rows[:, 3],
                 prediction=rows[:, 4:],
                 flags=flags,
             ),
-            latency_counts=np.array(self._latency_counts, np.int64),
-            latency_sum=self._latency_sum,
-            latency_max=self._latency_max if n else float("nan"),
-            age_max=self._age_max if n else float("nan"),
+            age=self._ages.copy(),
+            latency=self._latencies.copy(),
             quality=ChannelQuality(state=self._quality_state.copy(), rms=self._rms.copy(), repaired=self._repaired.copy()),
-            incidents=tuple(Incident(time=when, text=text) for when, text in tuple(self._incidents)),
+            incidents=tuple(self._incidents),
             memory=memory,
         )
 

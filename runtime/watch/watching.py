@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
 from sjepa_deploy.eeg.quality import ChannelState
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.sources import Chunk, Incident
-from sjepa_deploy.runtime.watch.monitor import Monitor, StreamFacts
+from sjepa_deploy.runtime.watch.monitor import Monitor, StreamFacts, StreamState
 
 QUALITY_EVERY_S = 0.5
 """Seconds from one look at the channels to the next."""
 
-_SKIPS = {"skipped_late": "late", "skipped_gap": "gap", "held": "held", "failed": "backend failed"}
-_NOT_COUNTED_HERE = {"samples", "windows", "decisions", "misses", "longest_misses", *_SKIPS}
-_STATES = {"lost": "reconnecting", "silent": "silent"}
+_STATES: dict[str, StreamState] = {"lost": "reconnecting", "silent": "silent"}
 
 
 def watch(decoder: Decoder) -> Monitor:
@@ -46,9 +42,10 @@ class _Watcher:
                 output_names=() if spec.variant == "base" else names,
                 random_weights=manifest.weights.random,
             ),
+            decoder.counters,
             clock=decoder.source.clock,
         )
-        self._seen = dataclasses.replace(decoder.counters)
+        self._n_windows = 0
         self._quality_at = -np.inf
         column = {name.casefold(): i for i, name in enumerate(decoder.windows.ch_names)}
         self._columns = np.array([column.get(name.casefold(), -1) for name in spec.ch_names])
@@ -58,23 +55,14 @@ class _Watcher:
 
     def _decided(self, decision: Decision) -> None:
         if not decision.held:
-            self.monitor.decided(
-                index=decision.index,
-                time=decision.time,
-                due=decision.time,
-                decided=decision.decided,
-                prediction=decision.prediction if self.monitor.facts.output_names else (),
-                flags=decision.flags,
-            )
+            self.monitor.decided(decision)
 
     def _received(self, chunk: Chunk) -> None:
         monitor, counters = self.monitor, self._decoder.counters
         newest = float(chunk.stamps[-1])
-        monitor.received(len(chunk.stamps), newest)
-        changed = counters.windows != self._seen.windows or counters.samples_lost != self._seen.samples_lost
-        if changed:
-            self._count()
-        if changed or not counters.decisions:
+        monitor.received(newest)
+        if counters.windows != self._n_windows or not counters.decisions:
+            self._n_windows = counters.windows
             monitor.set_state("decoding" if counters.decisions else "filling")
         if newest - self._quality_at >= QUALITY_EVERY_S or newest < self._quality_at:
             self._quality_at = newest
@@ -84,19 +72,6 @@ class _Watcher:
             monitor.set_quality(state, self._decoder.windows.eeg()[0].std(axis=1), repaired)
 
     def _happened(self, incident: Incident) -> None:
-        self.monitor.incident(f"{incident.kind}: {incident.text}")
+        self.monitor.happened(incident)
         if incident.kind in _STATES:
-            self.monitor.set_state(_STATES[incident.kind])  # type: ignore[arg-type]
-
-    def _count(self) -> None:
-        now = self._decoder.counters
-        for field in dataclasses.fields(now):
-            n = getattr(now, field.name) - getattr(self._seen, field.name)
-            if n <= 0:
-                continue
-            if field.name in _SKIPS:
-                for _ in range(n):
-                    self.monitor.skipped(_SKIPS[field.name], late=field.name in ("skipped_late", "held"))
-            elif field.name not in _NOT_COUNTED_HERE:
-                self.monitor.count(field.name.replace("_", " "), n)
-        self._seen = dataclasses.replace(now)
+            self.monitor.set_state(_STATES[incident.kind])
