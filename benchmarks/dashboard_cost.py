@@ -26,6 +26,8 @@ import numpy as np
 from machine import describe_machine, write_result
 
 from sjepa_deploy.eeg.montage import read_montage
+from sjepa_deploy.runtime.live.counters import Counters
+from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.watch.dashboard import Dashboard, describe, describe_state
 from sjepa_deploy.runtime.watch.monitor import Monitor, StreamFacts, resident_memory
 
@@ -65,12 +67,12 @@ def make_monitor() -> Monitor:
         bundle="bundle", bundle_hash="0" * 64, backend="none", source="none", ch_names=montage.ch_names,
         positions=montage.positions, sfreq=100.0, unit="uV", hop=HOP, deadline=HOP, output_names=("prediction",),
     )  # fmt: skip
-    return Monitor(facts)
+    return Monitor(facts, Counters())
 
 
 def run_loop(monitor: Monitor, seconds: float) -> np.ndarray:
     """Return how late each turn of the loop began, in seconds."""
-    state, rms, value = np.zeros(129, np.uint8), np.ones(129), np.zeros(1)
+    state, rms, value = np.zeros(129, np.uint8), np.ones(129), np.zeros(1, np.float32)
     start = time.monotonic()
     late = []
     for index in range(int(seconds / HOP)):
@@ -80,9 +82,9 @@ def run_loop(monitor: Monitor, seconds: float) -> np.ndarray:
         late.append(woken - due)
         while time.monotonic() < woken + 0.0002:
             pass
-        monitor.received(1, due)
+        monitor.received(due)
         monitor.set_quality(state, rms)
-        monitor.decided(index=index, time=due, due=due, decided=time.monotonic(), prediction=value)
+        monitor.decided(Decision(index, value, due, due + HOP, due, time.monotonic(), 0.0, False, False, ()))
     return np.array(late)
 
 
@@ -107,7 +109,7 @@ def serve_in_a_thread(monitor: Monitor) -> Iterator[int]:
             while True:
                 snapshot = monitor.snapshot()
                 pipe.feed_data(json.dumps(describe_state(snapshot, after)).encode() + b"\n")
-                after = snapshot.n_decisions
+                after = snapshot.n_noted
                 await asyncio.sleep(0.25)
 
         tasks = [asyncio.create_task(feed_it()), asyncio.create_task(feed.read(pipe))]

@@ -1,16 +1,19 @@
-"""A small stream and a pretended decoder, for tests of what watches a decoder."""
+"""A small stream and a live decoder, for tests of what watches a decoder."""
 
-import itertools
 import threading
-import time
 
 import numpy as np
 from bundles import MONTAGE
+from streams import eeg, info_of
 
-from sjepa_deploy.eeg.quality import ChannelState
-from sjepa_deploy.eeg.recording import fit_recording, read_recording, windows
+from sjepa_deploy.runtime.live.config import StreamConfig
+from sjepa_deploy.runtime.live.counters import Counters
+from sjepa_deploy.runtime.live.decision import Decision
+from sjepa_deploy.runtime.live.decoder import Decoder
+from sjepa_deploy.runtime.live.sources import Incident, ReplaySource
 from sjepa_deploy.runtime.predictor import load
 from sjepa_deploy.runtime.watch.monitor import Monitor, StreamFacts
+from sjepa_deploy.runtime.watch.watching import watch
 
 
 def facts(**changes) -> StreamFacts:
@@ -31,59 +34,82 @@ def facts(**changes) -> StreamFacts:
     return StreamFacts(**known | changes)
 
 
-class PretendDecoder(threading.Thread):
-    """A loop that decodes a recording over and over and feeds a monitor, as a live decoder does.
+def decision(index, *, time=None, transport=0.0, latency=0.01, deadline=0.1, prediction=(0.0, 0.0), **fields) -> Decision:
+    """Return a decision on window `index` of a stream with a hop of 0.1 s, whose newest sample took `transport` seconds."""
+    time = index * 0.1 if time is None else time
+    received = time + transport
+    known = {"infer_s": latency, "held": False, "bridged": False, "bad_channels": ()} | fields
+    prediction = np.asarray(prediction, np.float32)
+    return Decision(index, prediction, time, time + deadline, received, received + latency, **known)
+
+
+class Written:
+    """A monitor that is written as a decoder writes it, with counters that the test sets."""
+
+    def __init__(self, **options):
+        self.counters = Counters()
+        changes = {name: options.pop(name) for name in list(options) if name in StreamFacts.__dataclass_fields__}
+        self.monitor = Monitor(facts(**changes), self.counters, **options)
+
+    def decide(self, index, **fields):
+        made = decision(index, **fields)
+        self.counters.windows += 1
+        self.counters.decisions += 1
+        self.monitor.decided(made)
+        return made
+
+    def count(self, **more):
+        """Add to the counters, and let the monitor see them."""
+        for name, n in more.items():
+            setattr(self.counters, name, getattr(self.counters, name) + n)
+        self.monitor.received(self.monitor.snapshot().newest_sample)
+
+    def happen(self, text, *, kind="gap", time=0.0):
+        self.monitor.happened(Incident(kind=kind, time=time, text=text))
+
+
+class LiveDecoder(threading.Thread):
+    """A decoder of synthetic EEG in a thread, in real time, and its monitor.
 
     Parameters
     ----------
     bundle : Bundle
         What to decode with.
-    recording : Path
-        What to decode: its channels are interpolated to those of the bundle.
     hop : float
         Seconds from one decision to the next.
+    flat, saturated : int or None
+        Channels that carry no EEG.
     """
 
-    def __init__(self, bundle, recording, *, hop=0.1):
+    def __init__(self, bundle, *, hop=0.1, flat=None, saturated=None):
         super().__init__(name="decoder", daemon=True)
         spec = bundle.spec
-        fitted = fit_recording(read_recording(recording), spec, interpolate=True)
-        self._windows = windows(fitted.data, spec.n_times, round(hop * spec.sfreq))
-        self._predict = load(bundle)
-        self._hop = hop
-        self._ended = threading.Event()
-        self.lateness: list[float] = []
-        """Seconds that each turn of the loop began after its time."""
-        names = [f"{spec.output_name} {i}" for i in range(spec.n_outputs)]
-        positions = None if spec.positions is None else tuple(spec.positions)
-        described = {"ch_names": spec.ch_names, "positions": positions, "sfreq": spec.sfreq, "output_names": tuple(names)}
-        self.monitor = Monitor(facts(hop=hop, deadline=hop, bundle_hash=bundle.manifest.digest, **described))
-        self.quality = np.zeros(spec.n_chans, np.uint8)
+        n_loop = 6000
+        loop = eeg(n_loop, spec.n_chans, spec.sfreq)
+        if flat is not None:
+            loop[:, flat] = 0.0
+        if saturated is not None:
+            loop[:, saturated] = 2e5
+        source = ReplaySource(
+            info_of(spec), lambda start, stop: loop[np.arange(start, stop) % n_loop], chunk=round(hop * spec.sfreq)
+        )
+        self._predict = load(bundle, check_unit=False)
+        self._decoder = Decoder(self._predict, source, StreamConfig(hop=hop, bad_channels="repair", late="queue"))
+        self.monitor = watch(self._decoder)
+        self.latencies: list[float] = []
+        """Seconds from the arrival of each window's newest sample to its decision."""
+        self._decoder.on_decision(lambda made: self.latencies.append(made.latency))
 
     def run(self):
-        self.monitor.set_state("decoding")
-        self.monitor.incident("source connected")
-        start = time.monotonic()
-        for index in itertools.count():
-            due = start + index * self._hop
-            if self._ended.wait(max(0.0, due - time.monotonic())):
-                break
-            self.lateness.append(time.monotonic() - due)
-            window = self._windows[index % len(self._windows)]
-            self.monitor.received(round(self._hop * self.monitor.facts.sfreq), due)
-            prediction = self._predict(np.ascontiguousarray(window[None]))[0]
-            rms = window.std(axis=1)
-            self.monitor.set_quality(self.quality, rms, self.quality > ChannelState.OK)
-            flags = ("repaired",) if self.quality.any() else ()
-            decided = time.monotonic()
-            self.monitor.decided(index=index, time=due, due=due, decided=decided, prediction=prediction, flags=flags)
+        self._decoder.run()
         self.monitor.set_state("stopped")
-        self._predict.close()
 
     def __enter__(self):
         self.start()
         return self
 
     def __exit__(self, *exception):
-        self._ended.set()
+        self._decoder.stop()
         self.join()
+        self._decoder.close()
+        self._predict.close()

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from eeg_files import eeg_file
-from monitors import PretendDecoder, facts
+from monitors import LiveDecoder, Written, facts
 from prometheus_client.parser import text_string_to_metric_families
 
 from sjepa_deploy.eeg.quality import ChannelState
@@ -24,7 +23,6 @@ from sjepa_deploy.errors import DashboardError, MissingDependencyError
 from sjepa_deploy.runtime.watch import dashboard as dashboard_module
 from sjepa_deploy.runtime.watch.dashboard import Dashboard, is_loopback, parse_address
 from sjepa_deploy.runtime.watch.dashboard_server import Feed
-from sjepa_deploy.runtime.watch.monitor import Monitor
 
 pytestmark = pytest.mark.alone
 
@@ -33,9 +31,7 @@ TOKEN = "not-a-secret-0123456789"
 
 @pytest.fixture(scope="module")
 def decoder(make_bundle):
-    with PretendDecoder(make_bundle("prelocal"), eeg_file("eeglab_data.set")) as running:
-        running.quality[1] = ChannelState.FLAT
-        running.quality[4] = ChannelState.SATURATED
+    with LiveDecoder(make_bundle("prelocal", n_outputs=3), flat=1, saturated=4) as running:
         yield running
 
 
@@ -70,7 +66,7 @@ def wait_until(condition, seconds=120):
 
 @contextlib.contextmanager
 def idle_dashboard(monitor=None, **options):
-    with Dashboard(monitor or Monitor(facts()), port=0, **options) as serving:
+    with Dashboard(monitor or Written().monitor, port=0, **options) as serving:
         headers = {"authorization": f"Bearer {options['token']}"} if options.get("token") else None
         wait_until_served(serving, headers)
         yield serving
@@ -102,7 +98,7 @@ def test_page_is_live_and_fits(browser, dashboard, decoder, tmp_path, width, sch
     first = texts(browser, "#outputs td.n")
     drawn = browser.run("return document.querySelector('#values polyline').getAttribute('points')")
     browser.wait(f"state.decisions > {shown + 5}")
-    assert shown + 5 < int(browser.text("#decisions").replace(",", "")) <= decoder.monitor.snapshot().n_decisions
+    assert shown + 5 < int(browser.text("#decisions").replace(",", "")) <= decoder.monitor.snapshot().counters.decisions
     assert len(first) == 3
     assert first != texts(browser, "#outputs td.n")
     assert drawn != browser.run("return document.querySelector('#values polyline').getAttribute('points')")
@@ -117,27 +113,27 @@ def test_page_is_live_and_fits(browser, dashboard, decoder, tmp_path, width, sch
 
 
 def test_numbers_are_those_of_the_monitor(browser):
-    monitor = Monitor(facts(), clock=lambda: 100.0)
+    written = Written(clock=lambda: 100.0)
     for index in range(250):
-        due = index * 0.1
-        decided = due + (0.25 if index in (100, 101) else 0.012)
-        prediction = (np.sin(index), np.nan)
-        monitor.decided(index=index, time=due, due=due, decided=decided, prediction=prediction, flags=("bridged",))
-    monitor.skipped("gap")
-    monitor.received(1234, 99.5)
-    monitor.set_quality(np.full(8, ChannelState.NAN), np.full(8, np.nan))
-    monitor.incident("source lost")
-    with idle_dashboard(monitor) as dashboard:
+        latency = 0.24 if index in (100, 101) else 0.002
+        written.decide(index, transport=0.01, latency=latency, prediction=(np.sin(index), np.nan), bridged=True)
+    written.count(windows=1, skipped_gap=1, samples=1234, misses=2, longest_misses=2)
+    written.monitor.received(99.5)
+    written.monitor.set_quality(np.full(8, ChannelState.NAN), np.full(8, np.nan))
+    written.happen("source lost", kind="lost")
+    with idle_dashboard(written.monitor) as dashboard:
         browser.open(dashboard.url)
         browser.wait("rows.length === 250 && state !== null")
-        shown = {"decisions": "250", "latency-p50": "12.0 ms", "latency-max": "250 ms", "misses": "2", "run": "2", "skipped": "1"}
+        shown = {"decisions": "250", "age-p50": "12.0 ms", "age-max": "250 ms", "misses": "2", "run": "2", "skipped": "1"}
         for name, text in (shown | {"silence": "500 ms", "flags": "bridged"}).items():
             assert browser.text(f"#{name}") == text, name
+        assert "From the arrival of the sample: median 2.00 ms" in browser.text("#age-span")
         assert texts(browser, "#outputs td.n") == [f"{np.sin(249):.3f}", "NaN"]
         assert browser.text("#channels").startswith("F3 NaN, Fz NaN")
-        assert "source lost" in browser.text("#events")
+        assert "lost: source lost" in browser.text("#events")
         counted = dict(zip(texts(browser, "#counters th"), texts(browser, "#counters td"), strict=True))
         assert counted | {"samples received": "1,234", "skipped: gap": "1", "windows": "251"} == counted
+        assert not any(name.startswith(("skipped: late", "samples lost")) for name in counted)  # what did not happen
         assert_clean(browser, dashboard)
     browser.wait("document.getElementById('alert').textContent.startsWith('The decoder has ended')")
 
@@ -146,12 +142,11 @@ def test_names_from_a_stream_are_text(browser):
     """Channel names come from whoever sends the stream."""
     hostile = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
     names = (hostile, *facts().ch_names[1:])
-    monitor = Monitor(facts(bundle=hostile, source=hostile, output_names=(hostile, "b"), ch_names=names))
-    monitor.decided(index=0, time=0.0, due=0.0, decided=0.1, prediction=(1, 2), flags=(hostile,))
-    monitor.set_quality([1] + 7 * [0], np.ones(8))
-    monitor.incident(hostile)
-    monitor.count(hostile)
-    with idle_dashboard(monitor) as dashboard:
+    written = Written(bundle=hostile, source=hostile, output_names=(hostile, "b"), ch_names=names)
+    written.decide(0, prediction=(1, 2))
+    written.monitor.set_quality([1] + 7 * [0], np.ones(8))
+    written.happen(hostile, kind=hostile)
+    with idle_dashboard(written.monitor) as dashboard:
         open_page(browser, dashboard)
         assert browser.text("#bundle") == hostile
         assert browser.text("#channels") == f"{hostile} flat"
@@ -160,9 +155,9 @@ def test_names_from_a_stream_are_text(browser):
 
 
 def test_without_positions_the_channels_are_a_grid(browser):
-    monitor = Monitor(facts(positions=None))
-    monitor.decided(index=0, time=0.0, due=0.0, decided=0.1, prediction=(1, 2))
-    with idle_dashboard(monitor) as dashboard:
+    written = Written(positions=None)
+    written.decide(0, prediction=(1, 2))
+    with idle_dashboard(written.monitor) as dashboard:
         open_page(browser, dashboard)
         assert browser.run("return document.querySelectorAll('#map title').length") == 8
         assert browser.run("return document.querySelectorAll('#map .head').length") == 0
@@ -196,13 +191,15 @@ def test_colours_can_be_told_from_their_ground(browser, dashboard, scheme):
 
 
 def test_metrics_are_those_of_the_monitor():
-    monitor = Monitor(facts(), clock=lambda: 100.0)
+    written = Written(clock=lambda: 100.0)
     latencies = np.random.default_rng(0).lognormal(-4, 1, 500)
-    for index, latency in enumerate(latencies):
-        monitor.decided(index=index, time=0.0, due=1.0, decided=1.0 + latency, prediction=(index, -index))
-    monitor.skipped("gap")
-    monitor.count("samples lost", 7)
-    monitor.received(5000, 99.0)
+    ages = [
+        written.decide(index, time=0.0, transport=1.0, latency=latency, prediction=(index, -index)).age
+        for index, latency in enumerate(latencies)
+    ]
+    written.count(windows=1, skipped_gap=1, samples_lost=7, samples=5000, misses=11)
+    monitor = written.monitor
+    monitor.received(99.0)
     monitor.set_quality([1, 0, 0, 0, 0, 0, 0, 5], [np.nan] + 7 * [12.5], 7 * [False] + [True])
     monitor.set_state("decoding")
     with idle_dashboard(monitor) as dashboard:
@@ -216,12 +213,16 @@ def test_metrics_are_those_of_the_monitor():
     assert samples["sjepa_windows_skipped_total", "gap"] == 1
     assert samples["sjepa_samples_lost_total",] == 7
     assert samples["sjepa_samples_received_total",] == 5000
-    assert samples["sjepa_deadline_misses_total",] == (latencies > 0.1).sum()
-    assert samples["sjepa_latency_seconds_sum",] == pytest.approx(latencies.sum())
-    buckets = {s.labels["le"]: s.value for s in families["sjepa_latency_seconds"].samples if s.name.endswith("_bucket")}
-    assert len(buckets) == 62
-    for le, n in buckets.items():
-        assert n == (latencies <= float(le)).sum()
+    assert samples["sjepa_deadline_misses_total",] == 11
+    assert samples["sjepa_windows_skipped_total", "late"] == samples["sjepa_gaps_total",] == 0  # there from the start
+    for name, values in (("sjepa_latency_seconds", latencies), ("sjepa_decision_age_seconds", np.array(ages))):
+        assert samples[f"{name}_sum",] == pytest.approx(values.sum())
+        buckets = {s.labels["le"]: s.value for s in families[name].samples if s.name.endswith("_bucket")}
+        assert len(buckets) == 62
+        for le, n in buckets.items():
+            assert n == (values <= float(le)).sum()
+    assert "arrival" in families["sjepa_latency_seconds"].documentation
+    assert "stamp" in families["sjepa_decision_age_seconds"].documentation
     assert samples["sjepa_age_seconds", "0.5"] == pytest.approx(1 + np.median(latencies))
     assert samples["sjepa_channels", "flat"] == samples["sjepa_channels", "missing"] == samples["sjepa_channels_repaired",] == 1
     assert samples["sjepa_channel_rms", "P4"] == 12.5
@@ -234,7 +235,7 @@ def test_metrics_are_those_of_the_monitor():
 
 
 def test_health_is_that_of_the_stream():
-    monitor = Monitor(facts())
+    monitor = Written().monitor
     with idle_dashboard(monitor) as dashboard:
         assert get(dashboard, "/healthz")[0] == 503  # waiting for a source
         for state, status in (("decoding", 200), ("silent", 503), ("filling", 200), ("reconnecting", 503)):
@@ -250,13 +251,13 @@ def test_health_is_that_of_the_stream():
 def test_other_addresses_need_a_token(host):
     assert not is_loopback(host)
     with pytest.raises(DashboardError, match="SJEPA_DASHBOARD_TOKEN"):
-        Dashboard(Monitor(facts()), host=host, port=0)
+        Dashboard(Written().monitor, host=host, port=0)
 
 
 @pytest.mark.parametrize("token", ["", "short", "fifteen-letters", "ä" * 20, "with a\nnew line in it"])
 def test_weak_tokens_are_refused(token):
     with pytest.raises(DashboardError, match="16 characters"):
-        Dashboard(Monitor(facts()), port=0, token=token)
+        Dashboard(Written().monitor, port=0, token=token)
 
 
 def test_token_as_header_cookie_or_once_in_the_address():
@@ -363,10 +364,10 @@ def n_pages(dashboard):
 
 def test_clients_that_do_not_read_are_let_go_and_cost_nothing(make_bundle):
     """They get no more than what the system buffers, while others and the decoder go on as before."""
-    with PretendDecoder(make_bundle("prelocal"), eeg_file("eeglab_data.set"), hop=0.02) as decoder:
+    with LiveDecoder(make_bundle("prelocal"), hop=0.02) as decoder:
         with Dashboard(decoder.monitor, port=0) as dashboard:
             wait_until_served(dashboard)
-            before, turns = rss(dashboard.server_pid), len(decoder.lateness)
+            before, turns = rss(dashboard.server_pid), len(decoder.latencies)
             sleepers = [stream_of(dashboard, read=False) for _ in range(8)]
             wait_until(lambda: n_pages(dashboard) == 8)
             wait_until(lambda: n_pages(dashboard) == 0)  # the buffers are full after some 4 s, and 5 s later they are let go
@@ -374,9 +375,9 @@ def test_clients_that_do_not_read_are_let_go_and_cost_nothing(make_bundle):
             for client in sleepers:
                 assert len(read_to_the_end(client)) < 2**20
                 client.close()
-        lateness = np.array(decoder.lateness[turns:])
-        assert len(lateness) > 200
-        assert np.median(lateness) < 0.1  # some 0.0002 on a machine that does nothing else
+        latencies = np.array(decoder.latencies[turns:])
+        assert len(latencies) > 200
+        assert np.median(latencies) < 0.1  # some 0.0005 on a machine that does nothing else
 
 
 def test_a_slow_client_gets_the_newest_state():
@@ -446,9 +447,9 @@ def test_a_server_that_dies_is_started_again(monkeypatch, caplog):
 def test_the_server_ends_with_its_decoder():
     """Even where the decoder is killed."""
     script = (
-        "import time; from monitors import facts; from sjepa_deploy.runtime.watch.monitor import Monitor; "
+        "import time; from monitors import Written; "
         "from sjepa_deploy.runtime.watch.dashboard import Dashboard\n"
-        "with Dashboard(Monitor(facts()), port=0) as d:\n"
+        "with Dashboard(Written().monitor, port=0) as d:\n"
         "    while d.server_pid is None: time.sleep(0.01)\n"
         "    print(d.server_pid, flush=True); time.sleep(600)"
     )
@@ -465,15 +466,15 @@ def test_closing_frees_the_port():
     with idle_dashboard() as dashboard:
         port, server = dashboard.port, dashboard.server_pid
         with pytest.raises(DashboardError, match=f"port {port} \\(Address already in use"):
-            Dashboard(Monitor(facts()), port=port)
+            Dashboard(Written().monitor, port=port)
     assert not Path(f"/proc/{server}").exists()
-    Dashboard(Monitor(facts()), port=port).close()  # was never entered
+    Dashboard(Written().monitor, port=port).close()  # was never entered
 
 
 def test_extra_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"sjepa-deploy\[dashboard\]"):
-        Dashboard(Monitor(facts()))
+        Dashboard(Written().monitor)
 
 
 @pytest.mark.parametrize(
@@ -501,16 +502,16 @@ def test_what_is_no_address(text):
 
 def test_an_address_of_another_machine_is_refused():
     with pytest.raises(DashboardError, match="cannot listen"):
-        Dashboard(Monitor(facts()), host="192.0.2.1", port=0, token=TOKEN)
+        Dashboard(Written().monitor, host="192.0.2.1", port=0, token=TOKEN)
 
 
 # With the real command
 
 
 def test_stream_command_serves_its_decoder(browser, make_bundle):
-    bundle, recording = make_bundle("prelocal").path, eeg_file("eeglab_data.set")
+    bundle = make_bundle("prelocal").path
     start = "from sjepa_deploy.cli.stream import main; main()"
-    arguments = [bundle, "--source", f"file:{recording}", "--dashboard", "--dashboard-address", "127.0.0.1:0"]
+    arguments = [bundle, "--source", "synthetic", "--dashboard", "--dashboard-address", "127.0.0.1:0"]
     with subprocess.Popen([sys.executable, "-c", start, *arguments], stdout=subprocess.PIPE, text=True) as process:
         try:
             url = next(line for line in process.stdout if line.startswith("dashboard: ")).split()[1]

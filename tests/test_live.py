@@ -4,15 +4,12 @@ import io
 
 import numpy as np
 import pytest
-from monitors import facts
+from monitors import Written
 from rich.console import Console
 
 from sjepa_deploy.cli.live import draw_snapshot, live_view, seconds
 from sjepa_deploy.eeg.montage import read_montage
 from sjepa_deploy.eeg.quality import ChannelState
-from sjepa_deploy.runtime.watch.monitor import Monitor
-
-pytestmark = pytest.mark.alone
 
 HYDROCEL = read_montage("GSN-HydroCel-129").ch_names
 
@@ -28,21 +25,19 @@ def drawn(monitor, on):
 
 
 def busy_monitor(n_chans=8, n_outputs=2):
-    monitor = Monitor(facts(ch_names=HYDROCEL[:n_chans], output_names=tuple(f"output {i}" for i in range(n_outputs))))
+    written = Written(ch_names=HYDROCEL[:n_chans], output_names=tuple(f"output {i}" for i in range(n_outputs)))
     for index in range(120):
-        due = index * 0.1
         prediction = np.linspace(-1, 1, n_outputs) * (index + 1)
-        monitor.decided(index=index, time=due, due=due, decided=due + 0.02, prediction=prediction, flags=("repaired",))
-    monitor.decided(index=120, time=12.0, due=12.0, decided=12.5, prediction=prediction, flags=("repaired",))
+        written.decide(index, transport=0.008, latency=0.012, prediction=prediction, bridged=True)
+    written.decide(120, transport=0.008, latency=0.492, prediction=prediction, bridged=True)
     state = np.zeros(n_chans, np.uint8)
     state[:6] = list(ChannelState)
-    monitor.set_quality(state, np.arange(n_chans) + 0.5, state == ChannelState.MISSING)
-    monitor.skipped("gap")
-    monitor.count("samples lost", 3)
+    written.monitor.set_quality(state, np.arange(n_chans) + 0.5, state == ChannelState.MISSING)
+    written.count(windows=1, skipped_gap=1, samples_lost=3, misses=1, longest_misses=1)
     for i in range(9):
-        monitor.incident(f"incident {i}")
-    monitor.set_state("decoding")
-    return monitor
+        written.happen(f"incident {i}")
+    written.monitor.set_state("decoding")
+    return written.monitor
 
 
 @pytest.mark.parametrize("n_chans", [8, 32, 40, 129])
@@ -58,7 +53,8 @@ def test_says_what_is_wrong(encoding):
     text = drawn(busy_monitor(), screen(encoding=encoding))
     for words in (
         "left-or-right  decoding",
-        "latency  p50 20 ms",
+        "age      p50 20 ms",
+        "latency  p50 12 ms",
         "max 500 ms",
         "122 = 121 decisions + 1 skipped (gap 1)",
         "misses   1, at worst 1 in a row",
@@ -66,8 +62,8 @@ def test_says_what_is_wrong(encoding):
         "F E2 1.5",
         "?~E6 5.5",
         "1 saturated",
-        "incident 8",
-        "flags    repaired",
+        "gap: incident 8",
+        "flags    late, bridged",
     ):
         assert words in text, words
 
@@ -80,7 +76,7 @@ def test_many_channels_are_one_sign_each_and_the_bad_ones_are_named():
 
 
 def test_before_the_first_decision():
-    text = drawn(Monitor(facts()), screen())
+    text = drawn(Written().monitor, screen())
     assert "waiting" in text
     assert "no decision yet" in text
 
@@ -91,7 +87,7 @@ def test_plain_lines_where_there_is_no_terminal():
         monitor.set_state("stopped")
     on.file.flush()
     (line,) = on.file.buffer.getvalue().decode().splitlines()
-    assert ": stopped, 121 decisions, 1 skipped, 1 misses, latency p50 20 ms" in line
+    assert ": stopped, 121 decisions, 1 skipped, 1 misses, age p50 20 ms" in line
     assert "\x1b" not in line
 
 

@@ -1,5 +1,6 @@
 """What the monitor says is what was written, at any moment, however fast the loop writes."""
 
+import dataclasses
 import itertools
 import threading
 import tracemalloc
@@ -8,12 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from monitors import facts
+from monitors import Written, decision
+from streams import ScriptedSource, chunks_of, eeg, info_of
 
 from sjepa_deploy.eeg.quality import ChannelState
-from sjepa_deploy.runtime.watch.monitor import LATENCY_EDGES, Monitor
-
-pytestmark = pytest.mark.alone
+from sjepa_deploy.runtime.live.config import StreamConfig
+from sjepa_deploy.runtime.live.counters import Counters
+from sjepa_deploy.runtime.live.decoder import Decoder
+from sjepa_deploy.runtime.predictor import load
+from sjepa_deploy.runtime.watch.monitor import TIME_EDGES
+from sjepa_deploy.runtime.watch.watching import watch
 
 
 class Clock:
@@ -24,114 +29,133 @@ class Clock:
         return self.now
 
 
-def decide(monitor, index, latency, *, prediction=(0.0, 0.0), flags=()):
-    due = index * 0.1
-    monitor.decided(index=index, time=due - 0.02, due=due, decided=due + latency, prediction=prediction, flags=flags)
-
-
 def test_nothing_yet():
-    taken = Monitor(facts()).snapshot()
+    taken = Written().monitor.snapshot()
     assert taken.state == "waiting"
-    assert (taken.n_windows, taken.n_misses, len(taken.decisions)) == (0, 0, 0)
-    assert np.isnan([taken.latency_max, taken.age_max, taken.newest_sample, taken.percentile("latency", 50)]).all()
+    assert (taken.counters, taken.n_skipped, len(taken.decisions)) == (Counters(), 0, 0)
+    largest = [taken.latency.largest, taken.age.largest, taken.newest_sample, taken.percentile("latency", 50)]
+    assert np.isnan(largest).all()
 
 
-@given(st.lists(st.one_of(st.floats(-0.01, 20.0), st.sampled_from(["late", "gap"])), max_size=60), st.integers(1, 20))
-def test_agrees_with_a_plain_account_of_the_same_windows(windows, n_recent):
-    monitor = Monitor(facts(deadline=0.1), n_recent=n_recent)
-    misses, kept = [], []
-    for index, window in enumerate(windows):
-        if isinstance(window, str):
-            monitor.skipped(window, late=window == "late")
-            if window == "late":
-                misses.append(True)
-        else:
-            decide(monitor, index, window, prediction=(index, -index), flags=(f"window {index}",))
-            due = index * 0.1
-            kept.append((index, due, due + window))
-            misses.append(due + window - due > 0.1)
-    taken = monitor.snapshot()
-    runs = "".join("x" if missed else " " for missed in misses).split(" ")
-    assert taken.n_windows == len(windows) == taken.n_decisions + taken.n_skipped
-    assert taken.skips == {r: windows.count(r) for r in ("late", "gap") if r in windows}
-    assert taken.n_misses == sum(misses)
-    assert taken.longest_miss_run == max(map(len, runs))
-    assert taken.miss_run == len(runs[-1])
-    newest = kept[-n_recent:]
+@given(st.lists(st.tuples(st.floats(0.0, 3.0), st.floats(0.0, 20.0)), max_size=60), st.integers(1, 20))
+def test_agrees_with_a_plain_account_of_the_same_decisions(times, n_recent):
+    written = Written(n_recent=n_recent)
+    made = [
+        written.decide(index, transport=transport, latency=latency, prediction=(index, -index), bridged=index % 3 == 0)
+        for index, (transport, latency) in enumerate(times)
+    ]
+    taken = written.monitor.snapshot()
+    assert taken.n_noted == taken.counters.decisions == len(times)
+    newest = made[-n_recent:]
     of = taken.decisions
-    assert list(zip(of.index, of.due, of.decided, strict=True)) == newest
-    assert of.flags == tuple((f"window {index}",) for index, _, _ in newest)
-    assert of.prediction.tolist() == [[index, -index] for index, _, _ in newest]
-    latencies = np.array([decided - due for _, due, decided in kept])
-    edges = np.array([-np.inf, *LATENCY_EDGES, np.inf])
-    expected = [((latencies > low) & (latencies <= high)).sum() for low, high in itertools.pairwise(edges)]
-    assert list(taken.latency_counts) == expected
-    if kept:
-        assert taken.latency_max == latencies.max()
-        assert taken.latency_sum == pytest.approx(latencies.sum())
-        assert taken.percentile("latency", 50) == pytest.approx(np.percentile(latencies[-n_recent:], 50))
+    columns = zip(of.index, of.time, of.received, of.decided, strict=True)
+    assert list(columns) == [(d.index, d.time, d.received, d.decided) for d in newest]
+    assert of.flags == tuple(d.flags for d in newest)
+    assert of.prediction.tolist() == [[d.index, -d.index] for d in newest]
+    edges = np.array([-np.inf, *TIME_EDGES, np.inf])
+    for name in ("age", "latency"):
+        values, times_of = np.array([getattr(d, name) for d in made]), getattr(taken, name)
+        expected = [((values > low) & (values <= high)).sum() for low, high in itertools.pairwise(edges)]
+        assert list(times_of.counts) == expected
+        if made:
+            assert times_of.largest == values.max()
+            assert times_of.total == pytest.approx(values.sum())
+            assert taken.percentile(name, 50) == pytest.approx(np.percentile(values[-n_recent:], 50))
+
+
+def test_age_counts_from_the_stamp_and_latency_from_the_arrival():
+    """A sample that is 8 ms under way and decided 3.8 ms after its arrival: the decision's latency is 3.8 ms, its age 11.8."""
+    written = Written()
+    written.decide(0, transport=0.008, latency=0.0038)
+    taken = written.monitor.snapshot()
+    assert taken.latency.largest == pytest.approx(0.0038)
+    assert taken.age.largest == pytest.approx(0.0118)
+
+
+def test_counters_are_those_of_the_decoder(make_bundle):
+    """Over losses, late windows and misses, the monitor never says anything but what the decoder counted."""
+    with load(make_bundle("prelocal")) as predict:
+        spec = predict.spec
+        samples, stamps = eeg(1500), np.arange(1500) / spec.sfreq
+        kept = np.r_[0:400, 440:900, 905:1500]
+        chunks = chunks_of(samples[kept], stamps[kept])
+        late = [dataclasses.replace(c, received=c.received + (0.3 if 70 <= i < 80 else 0)) for i, c in enumerate(chunks)]
+        decoder = Decoder(predict, ScriptedSource(info_of(spec), late), StreamConfig(late="skip"))
+        monitor, runs = watch(decoder), [0]
+        decoder.on_decision(lambda made: runs.append(monitor.snapshot().counters.miss_run))
+        decoder.run()
+    taken = monitor.snapshot()
+    assert taken.counters == decoder.counters
+    assert taken.skips == {
+        "late": decoder.counters.skipped_late, "gap": decoder.counters.skipped_gap, "held": 0, "backend failed": 0
+    }  # fmt: skip
+    assert taken.counters.windows == taken.counters.decisions + taken.n_skipped
+    assert taken.skips["late"] > 5
+    assert taken.skips["gap"] > 5
+    assert taken.counters.longest_misses >= taken.skips["late"] > 0
+    assert [i.kind for i in taken.incidents if i.kind == "gap"] == ["gap", "gap"]
+    assert taken.state == "decoding"
 
 
 def test_edges_are_ten_a_decade():
-    steps = np.diff(np.log10(LATENCY_EDGES))
-    assert (LATENCY_EDGES[0], LATENCY_EDGES[-1], len(LATENCY_EDGES)) == (1e-5, 10.0, 61)
+    steps = np.diff(np.log10(TIME_EDGES))
+    assert (TIME_EDGES[0], TIME_EDGES[-1], len(TIME_EDGES)) == (1e-5, 10.0, 61)
     assert (abs(steps - 0.1) < 0.01).all()
 
 
 def test_a_high_percentile_of_few_latencies_is_not_given():
-    monitor = Monitor(facts())
+    written = Written()
     for index in range(99):
-        decide(monitor, index, 0.01)
-    assert np.isnan(monitor.snapshot().percentile("latency", 99))
-    decide(monitor, 99, 0.01)
-    assert monitor.snapshot().percentile("latency", 99) == pytest.approx(0.01)
+        written.decide(index, latency=0.01)
+    assert np.isnan(written.monitor.snapshot().percentile("latency", 99))
+    written.decide(99, latency=0.01)
+    assert written.monitor.snapshot().percentile("latency", 99) == pytest.approx(0.01)
 
 
-def test_counters_quality_events_and_state():
+def test_quality_incidents_and_state():
     clock = Clock()
-    monitor = Monitor(facts(), n_incidents=2, clock=clock)
-    monitor.received(10, 0.5)
-    monitor.received(5, 0.6)
-    monitor.count("samples lost", 3)
-    monitor.count("gaps")
+    written = Written(n_incidents=2, clock=clock)
+    monitor = written.monitor
+    monitor.received(0.5)
+    monitor.received(0.6)
     monitor.set_state("decoding")
     monitor.set_quality([0, 1, 5, 0, 0, 0, 0, 0], np.arange(8.0), [False, True, True] + 5 * [False])
     for second in range(3):
-        clock.now = float(second)
-        monitor.incident(f"incident {second}")
+        written.happen(f"incident {second}", time=float(second))
+    clock.now = 2.0
     taken = monitor.snapshot()
-    assert taken.counters == {"samples received": 15, "samples lost": 3, "gaps": 1}
     assert (taken.newest_sample, taken.state, taken.now) == (0.6, "decoding", 2.0)
     assert [ChannelState(s).name for s in taken.quality.state[:3]] == ["OK", "FLAT", "MISSING"]
     assert taken.quality.repaired.tolist() == [False, True, True] + 5 * [False]
-    assert [(e.time, e.text) for e in taken.incidents] == [(1.0, "incident 1"), (2.0, "incident 2")]
+    assert [(i.time, i.text) for i in taken.incidents] == [(1.0, "incident 1"), (2.0, "incident 2")]
     assert taken.memory > 10e6
 
 
 def test_a_base_model_has_no_values_to_keep():
-    monitor = Monitor(facts(output_names=()))
-    decide(monitor, 0, 0.01, prediction=np.zeros((8, 64)))
-    assert monitor.snapshot().decisions.prediction.shape == (1, 0)
+    written = Written(output_names=())
+    written.decide(0, prediction=np.zeros((8, 64)))
+    assert written.monitor.snapshot().decisions.prediction.shape == (1, 0)
 
 
 def test_a_refused_write_leaves_the_monitor_readable():
-    monitor = Monitor(facts())
+    written = Written()
     with pytest.raises(ValueError):
-        decide(monitor, 0, 0.01, prediction=(1.0, 2.0, 3.0))
-    assert monitor.snapshot().n_decisions == 0
+        written.monitor.decided(decision(0, prediction=(1.0, 2.0, 3.0)))
+    assert written.monitor.snapshot().n_noted == 0
 
 
 def test_snapshots_are_of_one_moment_while_the_loop_writes():
     """Every value written is a function of the window's number, so that a mixture of two moments would show."""
-    monitor = Monitor(facts(), n_recent=64)
+    written = Written(n_recent=64)
+    monitor = written.monitor
     stop = threading.Event()
 
     def loop():
         index = 0
         while not stop.is_set():
-            monitor.received(1, index)
-            decide(monitor, index, 0.01, prediction=(index, 2 * index), flags=(str(index),))
-            monitor.skipped("gap")
+            written.counters.samples += 1
+            monitor.received(index)
+            written.decide(index, prediction=(index, 2 * index), bridged=index % 2 == 0)
             index += 1
 
     thread = threading.Thread(target=loop)
@@ -143,13 +167,12 @@ def test_snapshots_are_of_one_moment_while_the_loop_writes():
             index = taken.decisions.index
             assert (np.diff(index) == 1).all()
             np.testing.assert_array_equal(taken.decisions.prediction, np.stack([index, 2 * index], axis=1))
-            np.testing.assert_allclose(taken.decisions.due, index * 0.1)
-            assert taken.decisions.flags == tuple((str(i),) for i in index)
-            assert taken.n_decisions == taken.latency_counts.sum()
-            assert 0 <= taken.n_decisions - taken.n_skipped <= 1
-            assert 0 <= taken.counters.get("samples received", 0) - taken.n_decisions <= 1
+            np.testing.assert_allclose(taken.decisions.time, index * 0.1)
+            assert taken.decisions.flags == tuple(("bridged",) if i % 2 == 0 else () for i in index)
+            assert taken.n_noted == taken.age.counts.sum() == taken.latency.counts.sum() == taken.counters.decisions
+            assert 0 <= taken.counters.samples - taken.n_noted <= 1
             if len(index):
-                assert index[-1] == taken.n_decisions - 1 >= last
+                assert index[-1] == taken.n_noted - 1 >= last
                 last = index[-1]
         assert last > 0
     finally:
@@ -158,15 +181,15 @@ def test_snapshots_are_of_one_moment_while_the_loop_writes():
 
 
 def test_the_loop_allocates_nothing_that_stays():
-    monitor = Monitor(facts(), n_recent=256)
+    written = Written(n_recent=256)
     state, rms = np.zeros(8, np.uint8), np.ones(8)
 
     def loop(n):
         for index in range(n):
-            monitor.received(10, index * 0.1)
-            decide(monitor, index, 0.01)
-            monitor.set_quality(state, rms)
-            monitor.incident("something")
+            written.monitor.received(index * 0.1)
+            written.decide(index)
+            written.monitor.set_quality(state, rms)
+            written.happen("something")
 
     loop(1000)  # every slot is filled
     tracemalloc.start()

@@ -1,9 +1,9 @@
-"""The browser page of a live decoder: what the decoder's process does for it, which is little.
+"""Feeds the browser page of a live decoder from the decoder's process.
 
 The server runs in a process of its own (`sjepa_deploy.runtime.watch.dashboard_server`), at a low priority. The decoder's process
-only takes a snapshot a few times a second and writes it to a pipe from a thread. That thread keeps the priority that it inherits:
-whoever can be held up while having the interpreter's lock would hold up the decoder. However many clients there are and
-however slowly they read, the decoder's interpreter lock, garbage and memory know nothing of them.
+only takes a snapshot a few times a second and writes the snapshot to a pipe from a thread. This thread keeps the priority that it
+inherits: a thread of a lower priority could be held up while it has the interpreter's lock, and would hold up the decoder. The
+number of clients and how slowly they read do not touch the decoder's interpreter lock, garbage or memory.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ import sys
 import tempfile
 import threading
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from sjepa_deploy.eeg.montage import scalp_map
 from sjepa_deploy.eeg.quality import ChannelState
 from sjepa_deploy.errors import DashboardError, MissingDependencyError
-from sjepa_deploy.runtime.watch.monitor import LATENCY_EDGES, Monitor, Snapshot, StreamFacts
+from sjepa_deploy.runtime.live.counters import Counters
+from sjepa_deploy.runtime.watch.monitor import SKIPS, TIME_EDGES, Measure, Monitor, Snapshot, StreamFacts, Times
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -52,6 +53,13 @@ SEND_BUFFER = 65536
 
 DEAD_CLIENT_MS = 20_000
 """Milliseconds after which the system gives up a client that takes nothing."""
+
+_COUNTED = {"samples": "samples received"} | {
+    field.name: field.name.replace("_", " ")
+    for field in dataclasses.fields(Counters)
+    if field.name not in ("samples", "windows", "decisions", "misses", "miss_run", "longest_misses", *SKIPS)
+}
+"""Counters that the page and Prometheus show as they are: the field, and its name in words."""
 
 _LOG = logging.getLogger(__name__)
 _START = """import os, sys
@@ -199,7 +207,7 @@ class Dashboard:
             last = self._stop.is_set()
             snapshot = self._monitor.snapshot()
             _write_line(pipe, describe_state(snapshot, after))
-            after = snapshot.n_decisions
+            after = snapshot.n_noted
             if last:
                 return
             self._stop.wait(INTERVAL)
@@ -217,39 +225,38 @@ class Dashboard:
 def describe(facts: StreamFacts) -> dict[str, Any]:
     """Return what the page must know once, as JSON types."""
     places = None if facts.positions is None else _plain(scalp_map(facts.positions), 4)
-    described = dataclasses.asdict(facts) | {"places": places, "edges": LATENCY_EDGES}
+    described = dataclasses.asdict(facts) | {"places": places, "edges": TIME_EDGES}
     del described["positions"]
     return described | {"channel_states": [state.name.lower() for state in ChannelState]}
 
 
 def describe_state(snapshot: Snapshot, after: int = 0) -> dict[str, Any]:
     """Return a snapshot as JSON types, with the decisions after the first `after` ones. Times are in seconds before now."""
-    decisions, quality, now = snapshot.decisions, snapshot.quality, snapshot.now
-    new = slice(max(0, len(decisions) - (snapshot.n_decisions - max(after, 0))), None)
+    counters, decisions, quality, now = snapshot.counters, snapshot.decisions, snapshot.quality, snapshot.now
+    new = slice(max(0, len(decisions) - (snapshot.n_noted - max(after, 0))), None)
     return {
         "state": snapshot.state,
         "uptime": now - snapshot.started,
         "silence": _number(now - snapshot.newest_sample),
-        "windows": snapshot.n_windows,
-        "decisions": snapshot.n_decisions,
-        "misses": snapshot.n_misses,
-        "miss_run": snapshot.miss_run,
-        "longest_miss_run": snapshot.longest_miss_run,
+        "windows": counters.decisions + snapshot.n_skipped,  # not the one that is being decoded
+        "decisions": counters.decisions,
+        "misses": counters.misses,
+        "miss_run": counters.miss_run,
+        "longest_miss_run": counters.longest_misses,
         "skips": snapshot.skips,
-        "counters": snapshot.counters,
-        "latency": _spread(snapshot, "latency") | {"max": _number(snapshot.latency_max), "sum": snapshot.latency_sum},
-        "latency_counts": snapshot.latency_counts.tolist(),
-        "age": _spread(snapshot, "age") | {"max": _number(snapshot.age_max)},
+        "counters": {words: getattr(counters, name) for name, words in _COUNTED.items()},
+        "age": _spread(snapshot, "age", snapshot.age),
+        "latency": _spread(snapshot, "latency", snapshot.latency),
         "channels": {
             "state": quality.state.tolist(),
             "repaired": quality.repaired.astype(int).tolist(),
             "rms": _plain(quality.rms, 3),
         },
-        "events": [[round(now - incident.time, 1), incident.text] for incident in snapshot.incidents],
+        "events": [[round(now - incident.time, 1), f"{incident.kind}: {incident.text}"] for incident in snapshot.incidents],
         "memory": snapshot.memory,
         "new": {
             "index": decisions.index[new].tolist(),
-            "due": _plain(decisions.due[new], 4),
+            "time": _plain(decisions.time[new], 4),
             "latency": _plain(decisions.latency[new], 6),
             "age": _plain(decisions.age[new], 6),
             "prediction": _plain(decisions.prediction[new], 5),
@@ -258,8 +265,9 @@ def describe_state(snapshot: Snapshot, after: int = 0) -> dict[str, Any]:
     }
 
 
-def _spread(snapshot: Snapshot, of: Literal["latency", "age"]) -> dict[str, float | None]:
-    return {f"p{q}": _number(snapshot.percentile(of, q)) for q in (50, 99)}
+def _spread(snapshot: Snapshot, of: Measure, times: Times) -> dict[str, Any]:
+    percentiles = {f"p{q}": _number(snapshot.percentile(of, q)) for q in (50, 99)}
+    return percentiles | {"max": _number(times.largest), "sum": times.total, "counts": times.counts.tolist()}
 
 
 def _number(value: float) -> float | None:

@@ -1,7 +1,7 @@
-"""The server behind `sjepa_deploy.runtime.watch.dashboard`, in its own process: states come in on a pipe, and go out over HTTP.
+"""Serves the states of a decoder over HTTP, in a process of its own, which `runtime.watch.dashboard` writes them to.
 
-``/`` is the page, ``/events`` its states as server-sent events, ``/metrics`` the same for Prometheus, and ``/healthz`` tells a
-watchdog whether decisions come. Nothing can be changed through it. It ends when the pipe does.
+``/`` is the page, ``/events`` its states as server-sent events, ``/metrics`` the states for Prometheus, and ``/healthz`` tells a
+watchdog whether decisions come. A client can change nothing. The server ends when the pipe does.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import base64
 import hashlib
 import hmac
 import ipaddress
+import itertools
 import json
 import re
 import socket
@@ -264,20 +265,21 @@ class Metrics:
 
     @staticmethod
     def _times(facts: dict[str, Any], state: dict[str, Any]) -> Iterator[Metric]:
-        upper = [*map(str, facts["edges"]), "+Inf"]
-        buckets, n = [], 0
-        for edge, count in zip(upper, state["latency_counts"], strict=True):
-            n += count
-            buckets.append((edge, n))
-        text = "From when a decision was due to when it was there"
-        yield HistogramMetricFamily("sjepa_latency_seconds", text, buckets, state["latency"]["sum"])
+        for name, what in (
+            ("latency", "From the arrival of a window's newest sample to the decision"),
+            ("decision_age", "From the stamp of a window's newest sample to the decision"),
+        ):
+            times = state[name.removeprefix("decision_")]
+            upper = itertools.accumulate(times["counts"])
+            buckets = list(zip([*map(str, facts["edges"]), "+Inf"], upper, strict=True))
+            yield HistogramMetricFamily(f"sjepa_{name}_seconds", what, buckets, times["sum"])
         yield GaugeMetricFamily("sjepa_latency_max_seconds", "Longest latency since the start", _or_nan(state["latency"]["max"]))
-        age = GaugeMetricFamily("sjepa_age_seconds", "Age of the newest sample at the newest decisions", labels=["quantile"])
+        age = GaugeMetricFamily("sjepa_age_seconds", "Age of the newest decisions", labels=["quantile"])
         for quantile, name in (("0.5", "p50"), ("0.99", "p99")):
             age.add_metric([quantile], _or_nan(state["age"][name]))
         yield age
         yield GaugeMetricFamily("sjepa_age_max_seconds", "Largest age since the start", _or_nan(state["age"]["max"]))
-        yield GaugeMetricFamily("sjepa_deadline_seconds", "What a decision may take", facts["deadline"])
+        yield GaugeMetricFamily("sjepa_deadline_seconds", "Age at which a decision misses its deadline", facts["deadline"])
         yield GaugeMetricFamily("sjepa_hop_seconds", "From one window to the next", facts["hop"])
         run = "Longest run of missed deadlines since the start"
         yield GaugeMetricFamily("sjepa_longest_miss_run", run, state["longest_miss_run"])

@@ -18,7 +18,7 @@ from rich.text import Text
 from sjepa_deploy.eeg.quality import ChannelState
 from sjepa_deploy.errors import listed
 from sjepa_deploy.runtime.live.counters import Counters
-from sjepa_deploy.runtime.watch.monitor import Monitor, Snapshot
+from sjepa_deploy.runtime.watch.monitor import SKIPS, Measure, Monitor, Snapshot, Times
 
 REFRESH_PER_SECOND = 2
 LINE_EVERY = 10.0
@@ -81,11 +81,10 @@ def line_of(snapshot: Snapshot) -> str:
     """Return a snapshot in one line."""
     parts = [
         f"{seconds(snapshot.now - snapshot.started)}: {snapshot.state}",
-        f"{snapshot.n_decisions} decisions",
+        f"{snapshot.counters.decisions} decisions",
         f"{snapshot.n_skipped} skipped",
-        f"{snapshot.n_misses} misses",
-        f"latency p50 {seconds(snapshot.percentile('latency', 50))} p99 {seconds(snapshot.percentile('latency', 99))} "
-        f"max {seconds(snapshot.latency_max)}",
+        f"{snapshot.counters.misses} misses",
+        f"age {_spread(snapshot, 'age', snapshot.age)}",
         f"last sample {seconds(snapshot.now - snapshot.newest_sample)} ago",
         _bad_channels(snapshot, 4),
     ]
@@ -100,7 +99,8 @@ def draw_snapshot(snapshot: Snapshot, screen: Console) -> RenderableType:
     head = [_header(snapshot), *_times(snapshot), *_counts(snapshot)]
     quality = _quality(snapshot, screen)
     incidents = [
-        Text(f"{seconds(snapshot.now - e.time)} ago: {e.text}", style="dim", no_wrap=True) for e in snapshot.incidents[-3:]
+        Text(f"{seconds(snapshot.now - e.time)} ago: {e.kind}: {e.text}", style="dim", no_wrap=True)
+        for e in snapshot.incidents[-3:]
     ]
     used = len(head) + sum(_height(part, screen) for part in quality) + len(incidents) + 1
     outputs = _outputs(snapshot, screen, max(1, screen.height - used))
@@ -125,22 +125,29 @@ def _header(snapshot: Snapshot) -> Text:
 
 def _times(snapshot: Snapshot) -> list[Text]:
     facts = snapshot.facts
-    latency = [f"{name} {seconds(snapshot.percentile('latency', q))}" for name, q in (("p50", 50), ("p99", 99))]
     silence = snapshot.now - snapshot.newest_sample
     lines = [
-        Text(f"latency  {'  '.join(latency)}  max {seconds(snapshot.latency_max)}  deadline {seconds(facts.deadline)}"),
+        Text(f"age      {_spread(snapshot, 'age', snapshot.age)}  deadline {seconds(facts.deadline)}"),
+        Text(f"latency  {_spread(snapshot, 'latency', snapshot.latency)}"),
         Text("newest sample  "),
     ]
-    lines[1].append(f"{seconds(silence)} ago", "bold red" if silence > 1 + facts.hop else "")
+    lines[-1].append(f"{seconds(silence)} ago", "bold red" if silence > 1 + facts.hop else "")
     return lines
 
 
+def _spread(snapshot: Snapshot, of: Measure, times: Times) -> str:
+    newest = [f"{name} {seconds(snapshot.percentile(of, q))}" for name, q in (("p50", 50), ("p99", 99))]
+    return "  ".join([*newest, f"max {seconds(times.largest)}"])
+
+
 def _counts(snapshot: Snapshot) -> list[Text]:
-    windows = f"{snapshot.n_windows} = {snapshot.n_decisions} decisions + {snapshot.n_skipped} skipped"
-    reasons = ", ".join(f"{reason} {n}" for reason, n in snapshot.skips.items())
-    run = f", at worst {snapshot.longest_miss_run} in a row" if snapshot.n_misses else ""
-    misses = Text(f"misses   {snapshot.n_misses}{run}", "bold red" if snapshot.miss_run else "")
-    rest = ", ".join(f"{name} {n}" for name, n in snapshot.counters.items())
+    counters, skipped = snapshot.counters, snapshot.n_skipped
+    windows = f"{counters.decisions + skipped} = {counters.decisions} decisions + {skipped} skipped"
+    reasons = ", ".join(f"{reason} {n}" for reason, n in snapshot.skips.items() if n)
+    run = f", at worst {counters.longest_misses} in a row" if counters.misses else ""
+    misses = Text(f"misses   {counters.misses}{run}", "bold red" if counters.miss_run else "")
+    shown = {"windows", "decisions", "misses", "miss_run", "longest_misses", *SKIPS}
+    rest = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in vars(counters).items() if n and name not in shown)
     return [
         Text(f"windows  {windows}{f' ({reasons})' if reasons else ''}", no_wrap=True, overflow="ellipsis"),
         misses,
@@ -227,9 +234,8 @@ def summary_table(counters: Counters, shot: Snapshot) -> Table:
         n = getattr(counters, field.name)
         if n or field.name in always:
             table.add_row(field.name.replace("_", " "), str(n))
-    if shot.n_decisions:
-        ages = {"p50": shot.percentile("age", 50), "p99": shot.percentile("age", 99), "max": shot.age_max}
-        table.add_row("age of the newest sample", ", ".join(f"{name} {seconds(age)}" for name, age in ages.items()))
+    if len(shot.decisions):
+        table.add_row("age of the newest decisions", _spread(shot, "age", shot.age))
     return table
 
 

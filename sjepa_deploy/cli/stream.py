@@ -526,7 +526,7 @@ def _report(
         if n:
             screen.print(f"[bold red]Not written: {n} {what}.[/]")
     if json_output:
-        ages = {f"p{q:g}": shot.percentile("age", q) for q in (50.0, 99.0)} | {"max": shot.age_max}
+        ages = {f"p{q:g}": shot.percentile("age", q) for q in (50.0, 99.0)} | {"max": shot.age.largest}
         print_json(
             {
                 "counters": counters,
