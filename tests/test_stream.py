@@ -472,10 +472,9 @@ def test_monitor_follows_the_decoder(predict):
     monitor = watch(decoder)
     counters = decoder.run()
     shot = monitor.snapshot()
-    assert shot.n_decisions == counters.decisions
-    assert shot.n_windows == counters.windows
-    assert shot.skips == {"gap": counters.skipped_gap}
-    assert shot.counters["samples lost"] == 300
+    assert shot.counters == counters
+    assert shot.counters.samples_lost == 300
+    assert shot.skips == {"late": 0, "gap": counters.skipped_gap, "held": 0, "backend failed": 0}
     assert ChannelState(shot.quality.state[2]) is ChannelState.FLAT
     assert shot.quality.repaired.tolist() == [False, False, True] + [False] * 5
     assert any("300 samples" in incident.text for incident in shot.incidents)
