@@ -19,11 +19,12 @@ from machine import describe_machine, write_result
 from sjepa_deploy.bundle import Bundle, Provenance
 from sjepa_deploy.export.to_bundle import to_bundle
 from sjepa_deploy.models.networks import build_model
+from sjepa_deploy.runtime.backend import Backend
 from sjepa_deploy.runtime.predictor import Predictor
 from sjepa_deploy.spec import ModelSpec
 
 
-class NoBackend:
+class NoBackend(Backend):
     name = "nothing"
     precision = "fp32"
 

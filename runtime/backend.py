@@ -1,17 +1,18 @@
-"""The protocol of a backend, and the table of those that exist."""
+"""Defines what a backend is, lists the backends and opens them."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.errors import BackendError, MissingDependencyError, SjepaError
+from sjepa_deploy.errors import BackendError, InputError, MissingDependencyError, SjepaError
 from sjepa_deploy.spec import RunPrecision
 
 FloatArray = NDArray[np.float32]
@@ -53,49 +54,151 @@ class BackendOptions:
     persistent: bool = False
 
 
-@runtime_checkable
-class Backend(Protocol):
-    """Something that runs the graph of one bundle.
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Where the time of a call goes, in microseconds: medians of calls that were split, apart from those of the percentiles.
 
-    `run` takes C-contiguous float32 windows (batch, n_chans, n_times) of an allowed batch size and returns the outputs
-    (batch, ...) in float32. It may return the same buffer at every call. A second thread at the same time gets an error.
+    GPU backends are split with CUDA events on their stream. With mapped memory there are no copies: h2d and d2h are None.
+
+    Attributes
+    ----------
+    n : int
+        Calls that were split.
+    enqueue_us : float
+        Until everything was handed to the GPU.
+    h2d_us, d2h_us : float or None
+        Copies of input and output between the events.
+    compute_us : float
+        The model.
+    host_us : float
+        The call less what the GPU took.
+    overhead_us : float
+        What the events add to a call.
+    how : str
+        In which mode the call was split, e.g. "stream, copies" where the measured calls replay a graph.
+    """
+
+    n: int
+    enqueue_us: float
+    h2d_us: float | None
+    compute_us: float
+    d2h_us: float | None
+    host_us: float
+    overhead_us: float
+    how: str
+
+
+class Backend(ABC):
+    """Runs the graph of one bundle. Every backend derives from this class.
+
+    A backend has a name, a precision and `run`. All else is optional: the defaults below say that it is not offered, and nobody
+    asks a backend for more than stands here. `open_backend` calls a backend's class with a bundle, a precision and
+    `BackendOptions`. See docs/extending.md for the steps, and `sjepa_deploy.runtime.gpu.backend.GpuBackend` for what backends on
+    a GPU share.
+
+    Attributes
+    ----------
+    name : str
+        Name in the table of backends.
+    precision : {"fp32", "tf32", "fp16", "bf16"}
+        What the backend computes in.
+    engine : {"cached", "built"} or None
+        Whether opening the backend reads an engine that was built before, or builds one. None: it has no engine.
+    build_seconds : float or None
+        How long the cached engine took to build.
     """
 
     name: str
     precision: RunPrecision
+    engine: Literal["cached", "built"] | None = None
+    build_seconds: float | None = None
 
+    @abstractmethod
     def run(self, eeg: FloatArray) -> FloatArray:
-        """Run the model on `eeg`."""
-        ...
+        """Run the model on windows.
 
-    def close(self) -> None:
+        A backend may refuse a second thread that calls at the same time (`two_threads`).
+
+        Parameters
+        ----------
+        eeg : array of float32, shape (batch, n_chans, n_times)
+            C-contiguous windows of a batch size that the graph allows.
+
+        Returns
+        -------
+        array of float32, shape (batch, ...)
+            The outputs. Every call may return the same buffer.
+        """
+
+    def run_on_gpu(self, eeg: Any) -> FloatArray:
+        """Run the model on windows on the GPU (DLPack, CUDA array interface), in place. The next call may overwrite the result.
+
+        Raises
+        ------
+        InputError
+            If the backend reads no arrays on the GPU.
+        """
+        raise InputError(
+            f"The backend {self.name} does not read arrays on the GPU.",
+            "Copy the windows to a NumPy array, or use a GPU backend.",
+        )
+
+    def input_buffer(self, batch: int) -> FloatArray | None:
+        """Return the buffer that `run` reads, shape (batch, n_chans, n_times), or None if there is none.
+
+        Windows that are written there and passed to `run` are not copied.
+        """
+        return None
+
+    def warmup(self, batches: tuple[int, ...] = (1,), n_runs: int = 10) -> None:  # noqa: B027 a backend may have nothing to do
+        """Prepare calls of each of `batches`, so that the first real call takes no longer than others."""
+
+    def activate(self) -> None:  # noqa: B027 as above
+        """Set what the backend needs for the whole process, e.g. a library's number of threads, before a series of calls."""
+
+    def split(self, eeg: FloatArray, n: int) -> Split | None:
+        """Return where the time of `n` calls on `eeg` goes, or None if the backend cannot tell."""
+        return None
+
+    def close(self) -> None:  # noqa: B027 as above
         """Release what the backend holds."""
-        ...
 
 
-@runtime_checkable
-class RollingBackend(Backend, Protocol):
-    """A backend that keeps the newest window of a stream, so that a call takes its newest samples alone.
-
-    `roll` takes C-contiguous float32 samples (n_chans, n), 1 <= n <= n_times, that follow those of the last `roll`, and returns
-    the bits that `run` returns for the window that ends with them. A whole window follows any. `restart`, and every error, let it
-    be the only one that is taken next.
+class RollingBackend(Backend):
+    """A backend that keeps the newest window of a stream, so that a call passes its newest samples alone.
 
     Attributes
     ----------
     persistent : bool
-        Whether a kernel stays on the GPU, which a call of another size makes leave.
+        Whether a kernel stays on the GPU and leaves it when a call of another size comes.
     """
 
-    persistent: bool
+    persistent: bool = False
 
+    @abstractmethod
     def roll(self, eeg: FloatArray) -> FloatArray:
-        """Run the model on the window that ends with `eeg`."""
-        ...
+        """Run the model on the window that ends with new samples.
 
+        Parameters
+        ----------
+        eeg : array of float32, shape (n_chans, n), 1 <= n <= n_times
+            C-contiguous samples that follow those of the last `roll`. A whole window, n = n_times, need not follow anything.
+            The first `roll` must be a whole window, and so must the next after `restart()` or an error.
+
+        Returns
+        -------
+        array of float32, shape (1, ...)
+            The same bits as `run` returns for the window that ends with `eeg`. The next call may overwrite them.
+
+        Raises
+        ------
+        InputError
+            If a whole window is due and n is less.
+        """
+
+    @abstractmethod
     def restart(self) -> None:
-        """Take a whole window next."""
-        ...
+        """Forget the window: the next `roll` must be a whole window."""
 
 
 def two_threads() -> BackendError:
@@ -105,7 +208,7 @@ def two_threads() -> BackendError:
 
 @dataclass(frozen=True, kw_only=True)
 class BackendEntry:
-    """Where a backend is found and what it needs.
+    """A row of the table of backends: where the backend's class is and what it needs.
 
     Attributes
     ----------
@@ -120,6 +223,8 @@ class BackendEntry:
     depends_on : tuple of str
         What its speed depends on: names of packages, "processor", "cores", "gpu", "driver".
         `sjepa_deploy.runtime.backends.fastest` compares them.
+    persistent : bool
+        Whether it knows `BackendOptions.persistent`.
     """
 
     target: str
@@ -127,6 +232,7 @@ class BackendEntry:
     extra: str
     probe: str = ""
     depends_on: tuple[str, ...] = ()
+    persistent: bool = False
 
     def why_not(self) -> SjepaError | None:
         """Return what keeps the backend from running on this machine, or None if nothing does."""
@@ -195,6 +301,7 @@ BACKENDS: dict[str, BackendEntry] = {
         extra="gpu",
         probe="sjepa_deploy.runtime.fused.backend:probe",
         depends_on=(*_ON_GPU, "nvidia-cuda-nvrtc", "sjepa-deploy"),
+        persistent=True,
     ),
     "fastest": BackendEntry(target="sjepa_deploy.runtime.backends.fastest:FastestBackend", package="numpy", extra=""),
 }
@@ -203,11 +310,11 @@ BACKENDS: dict[str, BackendEntry] = {
 DEFAULT_BACKEND = "ort-cpu"
 
 FASTEST_BACKEND = "fastest"
-"""The one that runs each batch size on another of them, as was measured."""
+"""Runs each batch size on the backend that was measured to be the fastest."""
 
 
 SERVER_SCHEMES = ("triton", "triton-shm")
-"""Backends that are a server, named SCHEME:HOST:PORT/MODEL: windows go over the wire, or through shared memory of one host."""
+"""Schemes of servers, which are named SCHEME:HOST:PORT/MODEL: windows go over the wire, or through shared memory of one host."""
 
 
 def is_server(name: str) -> bool:
@@ -228,28 +335,31 @@ def open_backend(
     ----------
     bundle : Bundle
         What to run.
-    name, precision : str
-        On what, and in what.
+    name : str
+        Name in the table of backends, or the address of a server.
+    precision : {"fp32", "tf32", "fp16", "bf16"}
+        What to compute in.
     options : BackendOptions or None
-        What may be asked of it.
+        Threads, GPU, memory and waiting. None: the defaults.
     among : dict of str to BackendEntry
-        Where to look it up: a benchmark knows more than those that decode (`sjepa_deploy.runtime.bench.baselines`).
+        Table of backends. A benchmark knows more backends than decoding (`sjepa_deploy.runtime.bench.baselines`).
 
     Raises
     ------
     BackendError
-        If there is no such backend, or it cannot run this graph here.
+        If there is no such backend, or the backend cannot run this graph here.
     MissingDependencyError
-        If what it needs is not installed.
+        If a package that the backend needs is not installed.
     """
     options = options or BackendOptions()
-    if options.persistent and name != "cuda":
-        raise BackendError(f"The backend {name} keeps no kernel on the GPU.", 'Use the backend "cuda", or leave persistent out.')
+    if not is_server(name) and name not in among:
+        raise BackendError(f"{name!r} is not a backend.", f"Use one of {', '.join(among)}, or triton:HOST:PORT/MODEL.")
+    if options.persistent and (is_server(name) or not among[name].persistent):
+        able = " or ".join(f'"{known}"' for known, entry in among.items() if entry.persistent)
+        raise BackendError(f"The backend {name} keeps no kernel on the GPU.", f"Use the backend {able}, or leave persistent out.")
     if is_server(name):
         served: Backend = _find("sjepa_deploy.serving.client:connect")(bundle, name, precision)
         return served
-    if name not in among:
-        raise BackendError(f"{name!r} is not a backend.", f"Use one of {', '.join(among)}, or triton:HOST:PORT/MODEL.")
     if missing := among[name].why_not():
         raise missing
     backend: Backend = _find(among[name].target)(bundle, precision, options)

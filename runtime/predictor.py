@@ -162,11 +162,9 @@ class Predictor:
         return eeg
 
     def _run_on_gpu(self, eeg: object) -> FloatArray:
-        run = getattr(self.backend, "run_on_gpu", None)
-        if run is None or not on_gpu(eeg):
+        if not on_gpu(eeg):
             self._refuse_type(eeg)
-        out: FloatArray = run(eeg)
-        return out
+        return self.backend.run_on_gpu(eeg)
 
     def predict(self, eeg: FloatArray) -> FloatArray:
         """Decode any number of windows, shape (n, n_chans, n_times), in batches. The result is a new array."""

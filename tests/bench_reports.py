@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from sjepa_deploy.parity import ParityResult
+from sjepa_deploy.runtime.backend import Split
 from sjepa_deploy.runtime.bench.decision_age import decision_age, low_latency
 from sjepa_deploy.runtime.bench.results import (
     HARNESS,
@@ -29,7 +30,6 @@ from sjepa_deploy.runtime.bench.results import (
     Resources,
     samples_needed,
 )
-from sjepa_deploy.runtime.gpu.timing import Split
 from sjepa_deploy.runtime.machine import Environment, MachineState
 from sjepa_deploy.spec import ModelSpec
 

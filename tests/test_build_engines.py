@@ -171,7 +171,7 @@ def test_an_interrupted_call_does_not_end_the_next_one_early(rig, bundle, monkey
     """The GPU finishes it some time after the interrupt, and the next call's work only when that is waited for."""
     build_engine(bundle, "fp32")
     backend = open_backend(bundle, "tensorrt", "fp32", BackendOptions(wait=wait))
-    runner, windows = backend.runner, eeg(bundle, 3)
+    runner, windows = backend, eeg(bundle, 3)
     want = {n: outputs(bundle, "fp32", windows[-n:]) for n in (1, 2, 3)}
     backend.warmup()
     lane = runner._lanes[1]
@@ -282,7 +282,10 @@ def test_takes_arrays_on_the_gpu_in_place(rig, bundle, monkeypatch):
             windows[...] = windows[::-1].copy()
         for _ in range(40):  # more addresses than graphs are kept for
             np.testing.assert_array_equal(predict(OnGpu(eeg(bundle, 2))), want[0])
-    with sjepa_deploy.load(bundle, backend="ort-cpu") as predict, pytest.raises(InputError, match="a OnGpu, not a NumPy array"):
+    with (
+        sjepa_deploy.load(bundle, backend="ort-cpu") as predict,
+        pytest.raises(InputError, match="ort-cpu does not read arrays on the GPU"),
+    ):
         predict(tensor)
 
 
@@ -547,10 +550,10 @@ def test_large_batches_that_no_graph_takes(rig, bundle, caplog):
 def test_two_threads_on_one_backend_are_told_apart(rig, bundle):
     build_engine(bundle, "fp32")
     backend = open_backend(bundle, "tensorrt", "fp32")
-    backend.runner._turn.begin()
+    backend._turn.begin()
     with pytest.raises(BackendError, match="Two threads call one backend at once"):
         backend.run(eeg(bundle, 1))
-    backend.runner._turn.end()
+    backend._turn.end()
     backend.close()
 
 

@@ -20,11 +20,11 @@ from bundles import copy_bundle
 import sjepa_deploy
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.eeg.synthetic import eeg_windows
-from sjepa_deploy.errors import BackendError, BenchmarkError
+from sjepa_deploy.errors import BackendError, BenchmarkError, InputError
 from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.parity import TOLERANCE
 from sjepa_deploy.runtime import machine as environment
-from sjepa_deploy.runtime.backend import BACKENDS, BackendEntry, BackendOptions, open_backend
+from sjepa_deploy.runtime.backend import BACKENDS, Backend, BackendEntry, BackendOptions, open_backend
 from sjepa_deploy.runtime.backends import fastest
 from sjepa_deploy.runtime.backends.fastest import FastestRecord, find
 from sjepa_deploy.runtime.backends.ort import OrtCpuBackend
@@ -229,8 +229,10 @@ def test_each_batch_runs_on_the_backend_that_was_chosen(crossing, monkeypatch):
     with sjepa_deploy.load(bundle, backend="fastest", n_threads=1) as predict:
         for n in (1, 2, 3, 4, 1):
             assert np.abs(predict(windows[:n]) - wanted[:n]).max() < TOLERANCE["fp32"] * np.sqrt(np.mean(wanted**2))
-        for name in ("input_buffer", "run_on_gpu", "warmup"):
-            assert not hasattr(predict.backend, name), "not all that were chosen have it"
+        assert predict.backend.input_buffer(1) is None
+        assert predict.backend.split(windows[:1], 1) is None
+        with pytest.raises(InputError, match="The backend torch does not read arrays on the GPU"):
+            predict(types.SimpleNamespace(shape=(2, 1, 1), __dlpack_device__=lambda: (2, 0)))
     assert ran == [("ort-cpu", 1), ("torch", 2), ("torch", 3), ("torch", 4), ("ort-cpu", 1)]
     assert sorted(closed) == ["ort-cpu", "torch"]
 
@@ -275,7 +277,7 @@ def test_a_bundle_on_several_machines_has_a_record_of_each(crossing, monkeypatch
     assert find(bundle, "fp32").backends == ("ort-cpu", "torch")
 
 
-class OnGpu:
+class OnGpu(Backend):
     """A backend with all that those of GPUs have."""
 
     name = "first"
@@ -303,7 +305,7 @@ class OnGpuToo(OnGpu):
     name = "second"
 
 
-def test_what_all_that_were_chosen_have_is_handed_on_by_the_batch(crossing, monkeypatch):
+def test_what_the_chosen_backends_offer_is_handed_on_by_the_batch(crossing, monkeypatch):
     bundle, report = crossing
     for cls in (OnGpu, OnGpuToo):
         monkeypatch.setitem(BACKENDS, cls.name, BackendEntry(target=f"{__name__}:{cls.__name__}", package="numpy", extra=""))

@@ -35,10 +35,8 @@ class Whole(TorchBackend):
         return super().run(eeg)
 
 
-class Rolling(Whole):
+class Rolling(Whole, RollingBackend):
     """The same with a window that it keeps. `sizes` are the numbers of samples that it was given."""
-
-    persistent = False
 
     def __init__(self, bundle):
         super().__init__(bundle)

@@ -20,7 +20,7 @@ from typing import Any
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, SjepaError
-from sjepa_deploy.runtime.backend import BACKENDS, FASTEST_BACKEND, BackendOptions, FloatArray, open_backend
+from sjepa_deploy.runtime.backend import BACKENDS, FASTEST_BACKEND, Backend, BackendOptions, FloatArray, Split, open_backend
 from sjepa_deploy.runtime.backends.engines import EngineStore
 from sjepa_deploy.runtime.machine import gpu, n_cores, processor, versions
 from sjepa_deploy.serialize import DecodeError, decode, encode
@@ -172,13 +172,13 @@ def _differences(record: FastestRecord, bundle: Bundle, device: int) -> list[str
     return found + [clause(n, record.machine.get(n), v, "record") for n, v in here.items() if record.machine.get(n) != v]
 
 
-class FastestBackend:
+class FastestBackend(Backend):
     """Each batch size on the backend that was measured to be the fastest on this machine, see `FastestRecord.backend_at`.
 
     All that were chosen are opened at once, with the same options. Outputs of different backends differ within the tolerance of
     the precision.
 
-    `input_buffer`, `run_on_gpu` and `warmup` are there if all of them have it.
+    What a call offers, e.g. `input_buffer`, is what the backend for its batch size offers.
 
     Attributes
     ----------
@@ -197,7 +197,7 @@ class FastestBackend:
         graph = bundle.graph(precision)
         self.precision = precision
         self.record = find(bundle, precision, options.device)
-        backends: dict[str, Any] = {}
+        backends: dict[str, Backend] = {}
         with contextlib.ExitStack() as opened:
             for name in self.record.backends:
                 try:
@@ -208,31 +208,37 @@ class FastestBackend:
         sizes = range(graph.static_batch or 1, graph.max_batch + 1)
         self._at = {batch: backends[self.record.backend_at(batch)] for batch in sizes}
         self._largest = self._at[graph.max_batch]
-        for name in ("input_buffer", "run_on_gpu", "warmup"):
-            if all(hasattr(backend, name) for backend in backends.values()):
-                setattr(self, name, getattr(self, f"_{name}"))
 
     def run(self, eeg: FloatArray) -> FloatArray:
         """Run the model on `eeg`, shape (batch, n_chans, n_times). The result may be overwritten by the next call."""
-        out: FloatArray = self._for(len(eeg)).run(eeg)
-        return out
+        return self._for(len(eeg)).run(eeg)
 
-    def _for(self, batch: int) -> Any:
-        """Return what runs `batch` windows; what is too large for the graph is refused by the one for the largest."""
+    def _for(self, batch: int) -> Backend:
+        """Return what runs `batch` windows. The backend for the largest batch refuses larger ones."""
         return self._at.get(batch, self._largest)
 
-    def _run_on_gpu(self, eeg: Any) -> FloatArray:
+    def run_on_gpu(self, eeg: Any) -> FloatArray:
+        """Run the model on an array on the GPU, if the backend for its batch size reads one."""
         shape = eeg.shape if hasattr(eeg, "shape") else eeg.__cuda_array_interface__["shape"]
-        out: FloatArray = self._for(shape[0]).run_on_gpu(eeg)
-        return out
+        return self._for(shape[0]).run_on_gpu(eeg)
 
-    def _input_buffer(self, batch: int) -> FloatArray:
-        buffer: FloatArray = self._for(batch).input_buffer(batch)
-        return buffer
+    def input_buffer(self, batch: int) -> FloatArray | None:
+        """Return the buffer that `run` reads at this batch size, or None if there is none."""
+        return self._for(batch).input_buffer(batch)
 
-    def _warmup(self, batches: tuple[int, ...] = (1,), n_runs: int = 10) -> None:
+    def warmup(self, batches: tuple[int, ...] = (1,), n_runs: int = 10) -> None:
+        """Prepare each of `batches` on its backend."""
         for batch in batches:
             self._for(batch).warmup((batch,), n_runs)
+
+    def activate(self) -> None:
+        """Set what the backends need for the whole process."""
+        for backend in dict.fromkeys(self._at.values()):
+            backend.activate()
+
+    def split(self, eeg: FloatArray, n: int) -> Split | None:
+        """Return where the time of `n` calls goes, if the backend for this batch size can tell."""
+        return self._for(len(eeg)).split(eeg, n)
 
     def close(self) -> None:
         """Release all of them."""

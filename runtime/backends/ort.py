@@ -19,10 +19,10 @@ import onnxruntime as ort
 
 from sjepa_deploy.bundle import ONNX_CONTRACT_KEY, Bundle, graph_contract
 from sjepa_deploy.errors import BackendError, BundleError
-from sjepa_deploy.runtime.backend import BackendOptions, FloatArray, two_threads
+from sjepa_deploy.runtime.backend import Backend, BackendOptions, FloatArray, Split, two_threads
 from sjepa_deploy.runtime.gpu.backend import Turn
 from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, HostBuffer, Stream, address_on_gpu
-from sjepa_deploy.runtime.gpu.timing import Split, split_calls
+from sjepa_deploy.runtime.gpu.timing import split_calls
 from sjepa_deploy.spec import RunPrecision
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def open_session(bundle: Bundle, precision: RunPrecision, settings: Any, provide
     return session
 
 
-class OrtCpuBackend:
+class OrtCpuBackend(Backend):
     """ONNX Runtime on the CPU.
 
     Input and output buffers are made once for each batch size and bound, so that a call allocates nothing. One thread at a time.
@@ -128,7 +128,7 @@ class OrtCpuBackend:
         del self._session
 
 
-class OrtCudaBackend:
+class OrtCudaBackend(Backend):
     """ONNX Runtime on an NVIDIA GPU, every node of the graph on it.
 
     Buffers are made once for each batch size and bound; with `BackendOptions.cuda_graph` a call replays ONNX Runtime's graph.
@@ -325,6 +325,7 @@ class OrtTensorRTBackend(OrtCudaBackend):
     """TensorRT inside ONNX Runtime. It builds its engine when it is opened, and allows TensorFloat-32 in float32."""
 
     name = "ort-tensorrt"
+    engine = "built"
     provider = "TensorrtExecutionProvider"
 
     def _probe(self) -> None:

@@ -8,14 +8,14 @@ import numpy as np
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError
-from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
+from sjepa_deploy.runtime.backend import Backend, BackendOptions, FloatArray
 from sjepa_deploy.spec import RunPrecision
 
 if TYPE_CHECKING:
     from sjepa_deploy.models.networks import SignalJEPAModule
 
 
-class TorchBackend:
+class TorchBackend(Backend):
     """The checkpoint in the bundle, run by PyTorch in float64 and rounded to float32 once.
 
     Raises

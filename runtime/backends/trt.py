@@ -12,12 +12,12 @@ import numpy as np
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, EngineError, InputError
-from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
+from sjepa_deploy.runtime.backend import Backend, BackendOptions, FloatArray, Split
 from sjepa_deploy.runtime.backends.engines import EngineStore, Machine
 from sjepa_deploy.runtime.backends.tensorrt_api import TensorRT
 from sjepa_deploy.runtime.gpu.backend import Turn
 from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, Gpu, Graph, HostBuffer, Stream, address_on_gpu, check
-from sjepa_deploy.runtime.gpu.timing import Split, split_calls
+from sjepa_deploy.runtime.gpu.timing import split_calls
 from sjepa_deploy.spec import ModelSpec, RunPrecision
 
 MAX_GPU_ADDRESSES = 16
@@ -38,7 +38,7 @@ def machine_of(api: TensorRT, gpu: Gpu) -> Machine:
     )
 
 
-class EngineRunner:
+class EngineRunner(Backend):
     """One engine on one GPU: buffers, a context and a graph for each batch size, made when it is first met.
 
     Nothing is allocated by a call at a batch size that was met before. One thread at a time: a second one gets an error. Open
@@ -66,13 +66,13 @@ class EngineRunner:
     def __init__(self, api: TensorRT, device: Device, plan: bytes, spec: ModelSpec, options: BackendOptions) -> None:
         self._api, self._device, self._spec, self._options = api, device, spec, options
         device.make_current()
-        self.engine = api.deserialize(plan)
-        check_tensors(api, self.engine, spec)
-        self.min_batch, self.max_batch = api.batches(self.engine, spec.input_name)
+        self._engine = api.deserialize(plan)
+        check_tensors(api, self._engine, spec)
+        self.min_batch, self.max_batch = api.batches(self._engine, spec.input_name)
         with contextlib.ExitStack() as opened:
             self._stream = opened.enter_context(closing(Stream(device, options.wait)))
             self._wait = self._stream.wait
-            scratch = DeviceBuffer(device, api.memory_size(self.engine))  # shared: contexts run one after another
+            scratch = DeviceBuffer(device, api.memory_size(self._engine))  # shared: contexts run one after another
             self._scratch = opened.enter_context(closing(scratch))
             self._closing = opened.pop_all()
         self._lanes: dict[int, _Lane] = {}
@@ -164,7 +164,7 @@ class EngineRunner:
         self._gpu_lanes.clear()
         self._lanes.clear()
         self._closing.close()
-        del self.engine
+        del self._engine
 
     def _lane(self, batch: int) -> _Lane:
         """Return what runs `batch` windows, once a call is over that was interrupted: its flag would end the next one early."""
@@ -179,7 +179,7 @@ class EngineRunner:
                 f"The batch has {batch} windows, the engine's profile is {self.min_batch} to {self.max_batch}.",
                 "Split it, or build an engine with sjepa-build --max-batch.",
             )
-        context = self._api.create_context(self.engine, self._scratch.address, self._scratch.nbytes, self._stream.handle)
+        context = self._api.create_context(self._engine, self._scratch.address, self._scratch.nbytes, self._stream.handle)
         lane = _Lane(self._device, self._stream, context, batch, self._spec, self._options, self._api)
         self._lanes[batch] = lane
         return lane
@@ -318,7 +318,7 @@ def check_tensors(api: TensorRT, engine: Any, spec: ModelSpec) -> None:
         raise EngineError(f"The engine has {found}, the model {wanted} in float32.", "Build it again with sjepa-build --rebuild.")
 
 
-class TensorRTBackend:
+class TensorRTBackend(EngineRunner):
     """The engine of a bundle for this machine.
 
     Raises
@@ -330,27 +330,24 @@ class TensorRTBackend:
     """
 
     name = "tensorrt"
+    engine = "cached"
 
     def __init__(self, bundle: Bundle, precision: RunPrecision, options: BackendOptions) -> None:
         self.precision = precision
         bundle.graph(precision)
         api = TensorRT(self.name)
         with contextlib.ExitStack() as opened:
-            self._device = opened.enter_context(closing(Device(options.device)))
+            device = opened.enter_context(closing(Device(options.device)))
             store = EngineStore(bundle=bundle)
-            self.record = store.choose(precision, machine_of(api, self._device.gpu))
-            runner = EngineRunner(api, self._device, store.plan(self.record), bundle.spec, options)
-            self.runner = opened.enter_context(closing(runner))
-            self._closing = opened.pop_all()
-        self.run = self.runner.run
-        self.run_on_gpu = self.runner.run_on_gpu
-        self.input_buffer = self.runner.input_buffer
-        self.warmup = self.runner.warmup
-        self.split = self.runner.split
+            record = store.choose(precision, machine_of(api, device.gpu))
+            super().__init__(api, device, store.plan(record), bundle.spec, options)
+            opened.pop_all()
+        self.build_seconds = record.build_seconds
 
     def close(self) -> None:
         """Release the engine and everything on the GPU."""
-        self._closing.close()
+        with closing(self._device):
+            super().close()
 
 
 class TensorRTRTXBackend(TensorRTBackend):

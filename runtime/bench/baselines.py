@@ -16,7 +16,7 @@ import numpy as np
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError
-from sjepa_deploy.runtime.backend import BACKENDS, BackendEntry, BackendOptions, FloatArray
+from sjepa_deploy.runtime.backend import BACKENDS, Backend, BackendEntry, BackendOptions, FloatArray
 from sjepa_deploy.runtime.machine import n_cores
 from sjepa_deploy.spec import ModelSpec, RunPrecision
 
@@ -55,7 +55,7 @@ COMPILATIONS = 8
 """How often a function may be compiled, `recompile_limit` of PyTorch: for other batch sizes, say."""
 
 
-class TorchEager:
+class TorchEager(Backend):
     """PyTorch as it is, on the CPU: one call of the module.
 
     Raises
@@ -130,6 +130,7 @@ class TorchCompile(TorchEager):
     """``torch.compile`` with its defaults, which needs a C++ compiler. It compiles at the first call of a batch size."""
 
     name = "torch-compile"
+    engine = "cached"
     mode: str | None = None
 
     def _prepare(self) -> Callable[[Tensor], Tensor]:

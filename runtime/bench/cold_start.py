@@ -15,7 +15,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from sjepa_deploy.errors import BackendError
 from sjepa_deploy.runtime.backend import BackendOptions, open_backend
@@ -110,7 +109,7 @@ def child(began: float) -> None:
     bundle = Bundle.open(request["bundle"])
     opened_bundle = time.perf_counter()
     options = decode(BackendOptions, request["options"])
-    backend: Any = open_backend(bundle, request["backend"], request["precision"], options, ALL_BACKENDS)
+    backend = open_backend(bundle, request["backend"], request["precision"], options, ALL_BACKENDS)
     opened_backend = time.perf_counter()
     batch = bundle.graph(request["precision"]).static_batch or 1
     eeg = example_windows(bundle.spec, batch, seed=0)
@@ -127,17 +126,13 @@ def child(began: float) -> None:
         "first call": latencies[0],
         "steady call": steady,
     }
-    record = getattr(backend, "record", None)
-    engine = "cached" if record is not None or "compile" in backend.name else None
-    if record is not None:
-        phases = {"engine build": record.build_seconds} | phases
-    elif backend.name == "ort-tensorrt":
-        engine = "built"
+    if backend.build_seconds is not None:
+        phases = {"engine build": backend.build_seconds} | phases
     answer = Started(
         phases=phases,
         calls_to_steady=next(i for i, latency in enumerate([*latencies, steady], 1) if latency <= 1.5 * steady),
         peak_bytes=_peak_bytes(),
-        engine=engine,
+        engine=backend.engine,
     )
     sys.stdout.write(json.dumps({"began": began, **encode(answer)}) + "\n")
     sys.stdout.flush()

@@ -50,7 +50,7 @@ def without_offsets(reference: Reference, spec: ModelSpec) -> Reference | None:
     return Reference(kinds=kinds, inputs=reference.inputs[keep], outputs=reference.outputs[keep])
 
 
-class NothingBackend:
+class NothingBackend(Backend):
     """The backend that does nothing: its latencies are what measuring costs."""
 
     name = HARNESS
@@ -117,14 +117,13 @@ class Contender:
         self.judgement = Judgement(bundle=self.bundle, result=result, without_offsets=without)
 
     def activate(self) -> None:
-        """Set what the backend keeps for the whole process, where it does."""
-        if activate := getattr(self.backend, "activate", None):
-            activate()
+        """Set what the backend needs for the whole process."""
+        self.backend.activate()
 
     def inputs(self, batch: int) -> list[FloatArray]:
         """Return different batches to call it with in turn; in place one, in the buffer that the backend reads."""
-        if self._in_place and hasattr(self.backend, "input_buffer"):
-            buffer: FloatArray = self.backend.input_buffer(batch)
+        buffer = self.backend.input_buffer(batch) if self._in_place else None
+        if buffer is not None:
             buffer[...] = np.resize(self._pool, buffer.shape)
             return [buffer]
         n = max(2, min(N_TURNS, N_WINDOWS // batch))

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from sjepa_deploy.parity import NOT_FINITE, ParityResult
-from sjepa_deploy.runtime.gpu.timing import Split
+from sjepa_deploy.runtime.backend import Split
 from sjepa_deploy.runtime.machine import NOT_READ, Environment, MachineState
 from sjepa_deploy.spec import RunPrecision, Variant
 

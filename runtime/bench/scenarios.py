@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
+from sjepa_deploy.runtime.backend import BackendOptions, FloatArray, Split
 from sjepa_deploy.runtime.bench import cold_start, estimates, loops
 from sjepa_deploy.runtime.bench.contenders import Contender
 from sjepa_deploy.runtime.bench.loops import Served
@@ -28,7 +28,6 @@ from sjepa_deploy.runtime.bench.results import (
     Samples,
     Scenario,
 )
-from sjepa_deploy.runtime.gpu.timing import Split
 from sjepa_deploy.runtime.keep_warm import Clock, KeepWarm
 from sjepa_deploy.runtime.machine import CpuTimes, MachineState, Nvml, machine_state
 
@@ -181,8 +180,7 @@ class ClosedLoop(Measurement):
             self.split = self._measure_split()
 
     def _measure_split(self) -> Split | None:
-        split: Callable[..., Split] | None = getattr(self.contender.backend, "split", None)
-        return None if split is None else split(self.inputs[0], N_SPLIT)
+        return self.contender.backend.split(self.inputs[0], N_SPLIT)
 
     def cells(self) -> list[tuple[Cell, Samples]]:
         """Return one cell."""

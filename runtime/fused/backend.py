@@ -18,7 +18,7 @@ import numpy as np
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, InputError
-from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
+from sjepa_deploy.runtime.backend import BackendOptions, FloatArray, RollingBackend
 from sjepa_deploy.runtime.fused.lane import Lane, Launcher, refuse_persistent
 from sjepa_deploy.runtime.fused.program import Layout, Program, best_layout, make_program, refuse_spec
 from sjepa_deploy.runtime.fused.weights import WEIGHTS_FILE, Weights, read_safetensors
@@ -115,7 +115,7 @@ class Module:
         check(self._cu.cuModuleUnload(self._module))
 
 
-class FusedBackend:
+class FusedBackend(RollingBackend):
     """A bundle on the fused kernels.
 
     Buffers are made once for each batch size and each number of new samples, so that a call allocates nothing.

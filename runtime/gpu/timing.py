@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import median
 
+from sjepa_deploy.runtime.backend import Split
 from sjepa_deploy.runtime.gpu.cuda import Device, Stream, check
 
 Step = Callable[[], object]
@@ -67,37 +67,3 @@ def split_calls(device: Device, stream: Stream, fill: Step, steps: dict[str, Ste
         overhead_us=median(whole) - median(bare),
         how=how,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """Where the time of a call goes, in microseconds: medians of calls that were split, apart from those of the percentiles.
-
-    GPU backends are split with CUDA events on their stream. With mapped memory there are no copies: h2d and d2h are None.
-
-    Attributes
-    ----------
-    n : int
-        Calls that were split.
-    enqueue_us : float
-        Until everything was handed to the GPU.
-    h2d_us, d2h_us : float or None
-        Copies of input and output between the events.
-    compute_us : float
-        The model.
-    host_us : float
-        The call less what the GPU took.
-    overhead_us : float
-        What the events add to a call.
-    how : str
-        In which mode the call was split, e.g. "stream, copies" where the measured calls replay a graph.
-    """
-
-    n: int
-    enqueue_us: float
-    h2d_us: float | None
-    compute_us: float
-    d2h_us: float | None
-    host_us: float
-    overhead_us: float
-    how: str

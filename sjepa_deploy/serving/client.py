@@ -24,7 +24,7 @@ from sjepa_deploy.errors import (
     UnansweredError,
     listed,
 )
-from sjepa_deploy.runtime.backend import FloatArray
+from sjepa_deploy.runtime.backend import Backend, FloatArray
 from sjepa_deploy.serving.contract import (
     BUNDLE_PARAMETER,
     CHECKED_PARAMETER,
@@ -81,7 +81,7 @@ class Answer:
     attempts: int
 
 
-class Client:
+class Client(Backend):
     """A model on a Triton server, called like one on this machine.
 
     A client without a bundle follows new versions of the model as long as montage, unit and outputs stay the same. A client of
@@ -145,11 +145,6 @@ class Client:
     def spec(self) -> ModelSpec:
         """The model's contract."""
         return self.manifest.spec
-
-    @property
-    def precision(self) -> RunPrecision:
-        """What the served graph computes in."""
-        return self.contract.precision
 
     def run(self, eeg: FloatArray) -> FloatArray:
         """Run the model on `eeg`, shape (batch, n_chans, n_times), unchecked, as every backend does. See `infer` for errors.
@@ -246,6 +241,7 @@ class Client:
                         "Start it with sjepa-serve, or check host, port and name of the model.",
                     ) from e
         self.contract = Contract.loads(config.parameters[CONTRACT_KEY].string_value, self.model)
+        self.precision = self.contract.precision
         self.max_batch: int = config.max_batch_size
         served = {v: self.contract.manifests[v] for v in sorted(versions, key=int) if v in self.contract.manifests}
         if not served:

@@ -16,7 +16,7 @@ import numpy as np
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import InputError, ServingError
-from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
+from sjepa_deploy.runtime.backend import Backend, BackendOptions, FloatArray
 from sjepa_deploy.runtime.predictor import Predictor, load
 from sjepa_deploy.serving.contract import (
     BUNDLE_PARAMETER,
@@ -142,7 +142,7 @@ class PreparedModel(TritonPythonModel):
         return self._tensor_of(request)
 
 
-class _NoBackend:
+class _NoBackend(Backend):
     """Stands for the backend of a predictor that only checks."""
 
     name = "none"
