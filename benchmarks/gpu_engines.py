@@ -111,7 +111,8 @@ def timed(call: Callable[[], Any], n: int = N_CALLS) -> dict[str, float]:
 
 def overhead(backend: Any, buffer: Any) -> dict[str, float]:
     """Return what a call costs beyond launch and wait, and what the copy of the window into pinned memory costs, in us."""
-    lane, wait = backend._lanes[1], backend._wait
+    lane = backend._lanes[1]
+    wait = lane._wait
 
     def bare() -> None:
         check(lane.launch())
@@ -122,9 +123,9 @@ def overhead(backend: Any, buffer: Any) -> dict[str, float]:
 
     pairs = [(medians(lambda: backend.run(buffer)), medians(bare)) for _ in range(5)]
     nothing = {"launch": lane.launch, "wait": wait}
-    lane.launch, backend._wait = (lambda: (0,)), (lambda: None)  # the Python around launch and wait alone
+    lane.launch, lane._wait = (lambda: (0,)), (lambda: None)  # the Python around launch and wait alone
     python_only = medians(lambda: backend.run(buffer))
-    lane.launch, backend._wait = nothing["launch"], nothing["wait"]
+    lane.launch, lane._wait = nothing["launch"], nothing["wait"]
     window = np.array(buffer)
     return {
         "run_minus_launch_and_wait": statistics.median(a - b for a, b in pairs),

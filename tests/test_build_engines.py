@@ -171,10 +171,10 @@ def test_an_interrupted_call_does_not_end_the_next_one_early(rig, bundle, monkey
     """The GPU finishes it some time after the interrupt, and the next call's work only when that is waited for."""
     build_engine(bundle, "fp32")
     backend = open_backend(bundle, "tensorrt", "fp32", BackendOptions(wait=wait))
-    runner, windows = backend, eeg(bundle, 3)
+    windows = eeg(bundle, 3)
     want = {n: outputs(bundle, "fp32", windows[-n:]) for n in (1, 2, 3)}
     backend.warmup()
-    lane = runner._lanes[1]
+    lane = backend._lanes[1]
     launch = lane.launch
 
     def interrupted(*first):
@@ -182,15 +182,14 @@ def test_an_interrupted_call_does_not_end_the_next_one_early(rig, bundle, monkey
             call()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sjepa_deploy.runtime.backends.trt.address_on_gpu", lambda array, stream, window: (1, array.ctypes.data))
-    split = "sjepa_deploy.runtime.backends.trt.split_calls"
+    monkeypatch.setattr("sjepa_deploy.runtime.gpu.backend.address_on_gpu", lambda array, stream, window: (1, array.ctypes.data))
     cases = [
         (backend.run, (lane, "launch"), interrupted, 1),
         (backend.run, (lane, "launch"), lambda: interrupted(launch), 1),
-        (backend.run, (runner, "_wait"), interrupted, 1),
-        (backend.run, (runner, "_wait"), interrupted, 2),  # a batch size that is new: its first call is not ended early either
-        (backend.run_on_gpu, (runner, "_wait"), interrupted, 1),
-        (lambda window: backend.split(window, 1), (split,), lambda *ignored: interrupted(launch), 3),
+        (backend.run, (lane, "_wait"), interrupted, 1),
+        (backend.run, (lane, "_wait"), interrupted, 2),  # a batch size that is new: its first call is not ended early either
+        (backend.run_on_gpu, (lane, "_wait"), interrupted, 1),
+        (lambda window: backend.split(window, 1), (lane, "steps"), lambda: ({"compute": lambda: interrupted(launch)}, ""), 3),
     ]
     rig.driver.lags = True
     for call, place, replacement, next_batch in cases:
@@ -271,7 +270,7 @@ def test_takes_arrays_on_the_gpu_in_place(rig, bundle, monkeypatch):
         assert array.array.shape[1:] == window
         return len(array.array), array.array.ctypes.data
 
-    monkeypatch.setattr("sjepa_deploy.runtime.backends.trt.address_on_gpu", address)  # cuda.core asks the real driver
+    monkeypatch.setattr("sjepa_deploy.runtime.gpu.backend.address_on_gpu", address)  # cuda.core asks the real driver
     build_engine(bundle, "fp32")
     with sjepa_deploy.load(bundle, backend="tensorrt") as predict:
         windows = eeg(bundle, 2)
@@ -560,7 +559,7 @@ def test_two_threads_on_one_backend_are_told_apart(rig, bundle):
 @pytest.mark.parametrize("first", ["run", "run_on_gpu", "input_buffer", "warmup", "split"])
 def test_a_thread_that_did_not_open_the_backend_may_call_it(rig, bundle, monkeypatch, first):
     address = lambda array, stream, window: (len(array), array.ctypes.data)  # noqa: E731
-    monkeypatch.setattr("sjepa_deploy.runtime.backends.trt.address_on_gpu", address)
+    monkeypatch.setattr("sjepa_deploy.runtime.gpu.backend.address_on_gpu", address)
     build_engine(bundle, "fp32")
     backend, windows = open_backend(bundle, "tensorrt", "fp32"), eeg(bundle, 1)
     call = {"input_buffer": lambda: backend.input_buffer(1), "split": lambda: backend.split(windows, 1), "warmup": backend.warmup}

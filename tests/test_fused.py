@@ -28,6 +28,7 @@ from sjepa_deploy.runtime.fused import backend as fused
 from sjepa_deploy.runtime.fused import program as fused_program
 from sjepa_deploy.runtime.fused.program import Layout, best_layout, make_program
 from sjepa_deploy.runtime.fused.weights import _tiles, pack, read_safetensors
+from sjepa_deploy.runtime.gpu import backend as gpu_backend
 from sjepa_deploy.runtime.gpu import cuda, nvrtc
 from sjepa_deploy.runtime.live import decoder as stream
 from sjepa_deploy.runtime.live.check import causal_preprocessing
@@ -225,7 +226,7 @@ def test_windows_on_the_gpu(gpu, make_model, monkeypatch):
     memory = cuda.HostBuffer(backend._device, reference.inputs[:1].shape)
     memory.array[...] = reference.inputs[:1]
     # cuda.core asks the real driver
-    monkeypatch.setattr(fused, "address_on_gpu", lambda offset, stream, window: (1, memory.address + offset))
+    monkeypatch.setattr(gpu_backend, "address_on_gpu", lambda offset, stream, window: (1, memory.address + offset))
     np.testing.assert_array_equal(backend.run_on_gpu(0), want)
     other = backend.run(reference.inputs[1:2]).copy()
     np.testing.assert_array_equal(backend.run_on_gpu(0), want)
@@ -263,7 +264,7 @@ def test_a_thread_that_did_not_open_the_backend_may_call_it(gpu, make_model, mon
     backend = backend_for(gpu, bundle)
     memory = cuda.HostBuffer(backend._device, reference.inputs[:1].shape)
     memory.array[...] = reference.inputs[:1]
-    monkeypatch.setattr(fused, "address_on_gpu", lambda address, stream, window: (1, address))
+    monkeypatch.setattr(gpu_backend, "address_on_gpu", lambda address, stream, window: (1, address))
     call = {"input_buffer": lambda: backend.input_buffer(1), "warmup": lambda: backend.warmup(n_runs=1)}
     call |= {"roll": lambda: backend.roll(memory.array[0])}
     call |= {"run": lambda: backend.run(memory.array), "run_on_gpu": lambda: backend.run_on_gpu(memory.address)}
@@ -397,7 +398,7 @@ def test_a_kernel_that_stays_makes_room_for_other_calls(staying_gpu, make_model,
     two = backend.run(reference.inputs[:2]).copy()
     np.testing.assert_allclose(two[:1], one, rtol=1e-5)
     np.testing.assert_array_equal(backend.run(reference.inputs[:1]), one)
-    monkeypatch.setattr(fused, "address_on_gpu", lambda address, stream, window: (1, address))
+    monkeypatch.setattr(gpu_backend, "address_on_gpu", lambda address, stream, window: (1, address))
     np.testing.assert_array_equal(backend.run_on_gpu(backend.input_buffer(1).ctypes.data), one)
     np.testing.assert_array_equal(backend.run(reference.inputs[:1]), one)
     backend.close()

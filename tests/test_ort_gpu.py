@@ -14,6 +14,7 @@ from fake_gpu import FakeDriver, check_nothing_is_left, in_another_thread
 from sjepa_deploy.errors import BackendError
 from sjepa_deploy.runtime.backend import BackendOptions, open_backend
 from sjepa_deploy.runtime.backends import ort as ort_module
+from sjepa_deploy.runtime.gpu import backend as gpu_backend
 from sjepa_deploy.runtime.gpu import cuda
 
 
@@ -70,7 +71,7 @@ def test_calls_are_split_with_events(opened, memory):
 
 
 def test_arrays_on_the_gpu_are_bound_where_they_are(opened, monkeypatch):
-    monkeypatch.setattr(ort_module, "address_on_gpu", lambda array, stream, window: (len(array), array.ctypes.data))
+    monkeypatch.setattr(gpu_backend, "address_on_gpu", lambda array, stream, window: (len(array), array.ctypes.data))
     bundle = small_bundle("prelocal")
     backend, on_cpu = open_backend(bundle, "ort-cuda", "fp32"), open_backend(bundle, "ort-cpu", "fp32")
     windows = bundle.reference().inputs[:2].copy()
@@ -82,7 +83,7 @@ def test_arrays_on_the_gpu_are_bound_where_they_are(opened, monkeypatch):
 
 @pytest.mark.parametrize("first", ["run", "run_on_gpu", "input_buffer", "warmup", "split"])
 def test_a_thread_that_did_not_open_the_backend_may_call_it(opened, monkeypatch, first):
-    monkeypatch.setattr(ort_module, "address_on_gpu", lambda array, stream, window: (len(array), array.ctypes.data))
+    monkeypatch.setattr(gpu_backend, "address_on_gpu", lambda array, stream, window: (len(array), array.ctypes.data))
     bundle = small_bundle("prelocal")
     windows = bundle.reference().inputs[:1].copy()
     backend = open_backend(bundle, "ort-cuda", "fp32")

@@ -9,7 +9,6 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ import onnxruntime as ort
 
 from sjepa_deploy.bundle import ONNX_CONTRACT_KEY, Bundle, graph_contract
 from sjepa_deploy.errors import BackendError, BundleError
-from sjepa_deploy.runtime.backend import Backend, BackendOptions, FloatArray, Split, two_threads
-from sjepa_deploy.runtime.gpu.backend import Turn
-from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, HostBuffer, Stream, address_on_gpu
-from sjepa_deploy.runtime.gpu.timing import split_calls
+from sjepa_deploy.runtime.backend import Backend, BackendOptions, FloatArray, two_threads
+from sjepa_deploy.runtime.gpu.backend import GpuBackend
+from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, HostBuffer, Stream
+from sjepa_deploy.runtime.gpu.timing import Step
 from sjepa_deploy.spec import RunPrecision
 
 logger = logging.getLogger(__name__)
@@ -128,11 +127,11 @@ class OrtCpuBackend(Backend):
         del self._session
 
 
-class OrtCudaBackend(Backend):
+class OrtCudaBackend(GpuBackend["_Lane"]):
     """ONNX Runtime on an NVIDIA GPU, every node of the graph on it.
 
-    Buffers are made once for each batch size and bound; with `BackendOptions.cuda_graph` a call replays ONNX Runtime's graph.
-    ONNX Runtime waits in its own way: `BackendOptions.wait` has no effect. One thread at a time.
+    With `BackendOptions.cuda_graph` a call replays ONNX Runtime's graph. ONNX Runtime waits in its own way:
+    `BackendOptions.wait` has no effect.
 
     Raises
     ------
@@ -155,19 +154,17 @@ class OrtCudaBackend(Backend):
         settings.log_severity_level = 3
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         with contextlib.ExitStack() as opened:
-            self._device = opened.enter_context(closing(Device(options.device)))
-            self._stream = opened.enter_context(closing(Stream(self._device)))
+            device = opened.enter_context(closing(Device(options.device)))
+            stream = opened.enter_context(closing(Stream(device)))
             provider_options = {
                 "device_id": str(options.device),
-                "user_compute_stream": str(self._stream.handle),
+                "user_compute_stream": str(stream.handle),
                 **self._provider_options(bundle),
             }
             self._session = open_session(bundle, precision, settings, self.provider, provider_options)
-            self._closing = opened.pop_all()
-        self._bound: dict[int, _Binding] = {}
-        self._bound_on_gpu: dict[tuple[int, int], tuple[Any, Any]] = {}
+            super().__init__(device, stream, bundle.spec, opened.pop_all())
+        self._from_gpu: dict[tuple[int, int], tuple[Any, Any]] = {}  # by batch and address
         self._n_graphs = 0
-        self._turn = Turn(self._device)
 
     def _probe(self) -> None:
         probe_cuda()
@@ -178,98 +175,18 @@ class OrtCudaBackend(Backend):
             "enable_cuda_graph": str(int(self._options.cuda_graph)),
         }
 
-    def run(self, eeg: FloatArray) -> FloatArray:
-        """Run the model on `eeg`, shape (batch, n_chans, n_times). The result is overwritten by the next call.
-
-        If `eeg` is `input_buffer(batch)` itself, nothing is copied.
-        """
-        self._turn.begin()
-        try:
-            bound = self._bound.get(len(eeg)) or self._bind(len(eeg))
-            if eeg is not bound.input.array:
-                np.copyto(bound.input.array, eeg)
-            self._run(bound)
-            return bound.output.array
-        finally:
-            self._turn.end()
-
-    def run_on_gpu(self, eeg: Any) -> FloatArray:
-        """Run the model on an array on the GPU (DLPack, CUDA array interface) without copying it."""
-        self._turn.begin()
-        try:
-            batch, address = address_on_gpu(eeg, self._stream, self._spec.input_shape)
-            bound = self._bound.get(batch) or self._bind(batch)
-            known = self._bound_on_gpu.get((batch, address))
-            if known is None:
-                known = (self._io_binding(batch, address, bound.target), self._run_options())
-                if len(self._bound_on_gpu) < MAX_GRAPHS:
-                    self._bound_on_gpu[batch, address] = known
-            self._session.run_with_iobinding(*known)
-            self._download(bound)
-            self._stream.synchronize()
-            return bound.output.array
-        finally:
-            self._turn.end()
-
-    def input_buffer(self, batch: int) -> FloatArray:
-        """Return the pinned buffer that `run` reads, shape (batch, n_chans, n_times): fill it in place and pass it to `run`."""
-        self._turn.begin()
-        try:
-            return (self._bound.get(batch) or self._bind(batch)).input.array
-        finally:
-            self._turn.end()
-
-    def warmup(self, batches: tuple[int, ...] = (1,), n_runs: int = 10) -> None:
-        """Make buffers and graph for each of `batches`, and run them so that the GPU's clock rises."""
-        for batch in batches:
-            buffer = self.input_buffer(batch)
-            for _ in range(n_runs):
-                self.run(buffer)
-
-    def split(self, eeg: FloatArray, n: int) -> Split:
-        """Return where the time of `n` calls on `eeg` goes."""
-        self._turn.begin()
-        try:
-            bound = self._bound.get(len(eeg)) or self._bind(len(eeg))
-            steps: dict[str, Callable[[], object]] = {
-                "compute": lambda: self._session.run_with_iobinding(bound.binding, bound.options)
-            }
-            how = "as measured, in mapped memory"
-            if bound.device_buffers:
-                steps = {
-                    "h2d": lambda: self._stream.upload(bound.source, bound.input),
-                    **steps,
-                    "d2h": lambda: self._download(bound),
-                }
-                how = "as measured, with copies"
-            return split_calls(self._device, self._stream, lambda: np.copyto(bound.input.array, eeg), steps, n, how)
-        finally:
-            self._turn.end()
-
-    def _run(self, bound: _Binding) -> None:
-        if bound.device_buffers:
-            self._stream.upload(bound.source, bound.input)
-        self._session.run_with_iobinding(bound.binding, bound.options)
-        self._download(bound)
-        self._stream.synchronize()
-
-    def _download(self, bound: _Binding) -> None:
-        if bound.device_buffers:
-            self._stream.download(bound.output, bound.target)
-
-    def _bind(self, batch: int) -> _Binding:
-        bound = _Binding(self, self._device, batch)
+    def _open(self, batch: int) -> _Lane:
+        lane = _Lane(self, batch)
         try:
             for _ in range(3):  # ONNX Runtime runs once, then captures, then replays
-                self._run(bound)
+                lane.run()
         except Exception as e:  # ONNX Runtime raises its own kinds, which share no base
-            bound.close()
+            lane.close()
             raise BackendError(
                 f"ONNX Runtime {ort.__version__} cannot run {batch} windows on {self.provider}: {str(e).splitlines()[0]}",
                 "Free device memory, or use smaller batches.",
             ) from e
-        self._bound[batch] = bound
-        return bound
+        return lane
 
     def _io_binding(self, batch: int, source: int, target: int) -> Any:
         spec, device = self._spec, self._options.device
@@ -290,34 +207,71 @@ class OrtCudaBackend(Backend):
         """Release the session and its buffers."""
         self._device.make_current()
         self._stream.synchronize()
-        self._bound_on_gpu.clear()
+        self._from_gpu.clear()
         del self._session
-        for bound in self._bound.values():
-            bound.close()
-        self._bound.clear()
-        self._closing.close()
+        super().close()
 
 
-class _Binding:
-    """Buffers of one batch size, bound."""
+class _Lane:
+    """One batch size: buffers, and a binding of the session to them."""
 
-    def __init__(self, backend: OrtCudaBackend, device: Device, batch: int) -> None:
-        spec = backend._spec
+    def __init__(self, backend: OrtCudaBackend, batch: int) -> None:
+        self._backend, self._batch, self._stream, spec = backend, batch, backend._stream, backend._spec
         with contextlib.ExitStack() as opened:
             shapes = ((batch, *spec.input_shape), (batch, *spec.output_shape))
-            self.input, self.output = (opened.enter_context(closing(HostBuffer(device, shape))) for shape in shapes)
-            self.device_buffers: tuple[DeviceBuffer, ...] = ()
-            self.source, self.target = self.input.address, self.output.address
-            if backend._options.memory == "copy":
-                sizes = (self.input.nbytes, self.output.nbytes)
-                self.device_buffers = tuple(opened.enter_context(closing(DeviceBuffer(device, size))) for size in sizes)
-                self.source, self.target = (buffer.address for buffer in self.device_buffers)
-            self.binding = backend._io_binding(batch, self.source, self.target)
-            self.options = backend._run_options()
+            self._in, self._out = (opened.enter_context(closing(HostBuffer(backend._device, shape))) for shape in shapes)
+            self.input, self.output = self._in.array, self._out.array
+            self._copies = backend._options.memory == "copy"
+            self._source, self._target = self._in.address, self._out.address
+            if self._copies:
+                self._source, self._target = (
+                    opened.enter_context(closing(DeviceBuffer(backend._device, host.nbytes))).address
+                    for host in (self._in, self._out)
+                )
+            self._binding = backend._io_binding(batch, self._source, self._target)
+            self._options = backend._run_options()
             self._closing = opened.pop_all()
 
+    def run(self) -> None:
+        """Run on what is in `input`."""
+        if self._copies:
+            self._upload()
+        self._compute()
+        if self._copies:
+            self._download()
+        self._stream.synchronize()
+
+    def run_from(self, address: int) -> None:
+        """Run on windows in device memory."""
+        backend, key = self._backend, (self._batch, address)
+        known = backend._from_gpu.get(key)
+        if known is None:
+            known = (backend._io_binding(self._batch, address, self._target), backend._run_options())
+            if len(backend._from_gpu) < MAX_GRAPHS:
+                backend._from_gpu[key] = known
+        backend._session.run_with_iobinding(*known)
+        if self._copies:
+            self._download()
+        self._stream.synchronize()
+
+    def steps(self) -> tuple[dict[str, Step], str]:
+        """Return what a call enqueues, step by step, and in which mode."""
+        if not self._copies:
+            return {"compute": self._compute}, "as measured, in mapped memory"
+        return {"h2d": self._upload, "compute": self._compute, "d2h": self._download}, "as measured, with copies"
+
+    def _upload(self) -> None:
+        self._stream.upload(self._source, self._in)
+
+    def _compute(self) -> None:
+        self._backend._session.run_with_iobinding(self._binding, self._options)
+
+    def _download(self) -> None:
+        self._stream.download(self._out, self._target)
+
     def close(self) -> None:
-        del self.binding
+        """Free the buffers."""
+        del self._binding
         self._closing.close()
 
 

@@ -8,16 +8,14 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
-import numpy as np
-
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, EngineError, InputError
-from sjepa_deploy.runtime.backend import Backend, BackendOptions, FloatArray, Split
+from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.backends.engines import EngineStore, Machine
 from sjepa_deploy.runtime.backends.tensorrt_api import TensorRT
-from sjepa_deploy.runtime.gpu.backend import Turn
-from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, Gpu, Graph, HostBuffer, Stream, address_on_gpu, check
-from sjepa_deploy.runtime.gpu.timing import split_calls
+from sjepa_deploy.runtime.gpu.backend import GpuBackend
+from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, Gpu, Graph, HostBuffer, Stream, check
+from sjepa_deploy.runtime.gpu.timing import Step
 from sjepa_deploy.spec import ModelSpec, RunPrecision
 
 MAX_GPU_ADDRESSES = 16
@@ -38,11 +36,8 @@ def machine_of(api: TensorRT, gpu: Gpu) -> Machine:
     )
 
 
-class EngineRunner(Backend):
-    """One engine on one GPU: buffers, a context and a graph for each batch size, made when it is first met.
-
-    Nothing is allocated by a call at a batch size that was met before. One thread at a time: a second one gets an error. Open
-    one runner (or `sjepa_deploy.load` once) for each thread; they share nothing but the GPU.
+class EngineRunner(GpuBackend["_Lane"]):
+    """Runs one engine on one GPU, with a context and a graph for each batch size.
 
     Parameters
     ----------
@@ -64,114 +59,27 @@ class EngineRunner(Backend):
     """
 
     def __init__(self, api: TensorRT, device: Device, plan: bytes, spec: ModelSpec, options: BackendOptions) -> None:
-        self._api, self._device, self._spec, self._options = api, device, spec, options
+        self._api, self._options = api, options
         device.make_current()
         self._engine = api.deserialize(plan)
         check_tensors(api, self._engine, spec)
         self.min_batch, self.max_batch = api.batches(self._engine, spec.input_name)
         with contextlib.ExitStack() as opened:
-            self._stream = opened.enter_context(closing(Stream(device, options.wait)))
-            self._wait = self._stream.wait
+            stream = opened.enter_context(closing(Stream(device, options.wait)))
             scratch = DeviceBuffer(device, api.memory_size(self._engine))  # shared: contexts run one after another
             self._scratch = opened.enter_context(closing(scratch))
-            self._closing = opened.pop_all()
-        self._lanes: dict[int, _Lane] = {}
-        self._gpu_lanes: OrderedDict[tuple[int, int], _Launch] = OrderedDict()
-        self._turn = Turn(device)
-        self._unfinished = False
-
-    def run(self, eeg: FloatArray) -> FloatArray:
-        """Run the engine on `eeg`, shape (batch, n_chans, n_times). The result is overwritten by the next call.
-
-        If `eeg` is `input_buffer(batch)` itself, nothing is copied.
-        """
-        self._turn.begin()
-        try:
-            lane = self._lane(len(eeg))
-            if eeg is not lane.input:
-                np.copyto(lane.input, eeg)
-            self._unfinished = True
-            result = lane.launch()
-            if result[0]:
-                check(result)
-            self._wait()
-            self._unfinished = False
-            return lane.output
-        finally:
-            self._turn.end()
-
-    def run_on_gpu(self, eeg: Any) -> FloatArray:
-        """Run the engine on an array on the GPU (DLPack, CUDA array interface) without copying it.
-
-        An address that is met again is served by a graph; its memory must stay as large as it was. The result is a NumPy array
-        that the next call overwrites.
-        """
-        self._turn.begin()
-        try:
-            batch, address = address_on_gpu(eeg, self._stream, self._spec.input_shape)
-            lane = self._lane(batch)
-            launch = self._gpu_lanes.get((batch, address))
-            if launch is None:
-                launch = self._gpu_lanes[batch, address] = _Launch(self._stream, lane.enqueue_from(address))
-                if len(self._gpu_lanes) > MAX_GPU_ADDRESSES:
-                    self._gpu_lanes.popitem(last=False)[1].close()
-            elif self._options.cuda_graph and launch.graph is None:
-                launch.capture()
-            self._unfinished = True
-            check(launch())
-            self._wait()
-            self._unfinished = False
-            return lane.output
-        finally:
-            self._turn.end()
-
-    def input_buffer(self, batch: int) -> FloatArray:
-        """Return the pinned buffer that `run` reads, shape (batch, n_chans, n_times): fill it in place and pass it to `run`."""
-        self._turn.begin()
-        try:
-            return self._lane(batch).input
-        finally:
-            self._turn.end()
-
-    def warmup(self, batches: tuple[int, ...] = (1,), n_runs: int = 10) -> None:
-        """Make buffers, context and graph for each of `batches`, and run them so that the GPU's clock rises."""
-        for batch in batches:
-            buffer = self.input_buffer(batch)
-            for _ in range(n_runs):
-                self.run(buffer)
-
-    def split(self, eeg: FloatArray, n: int) -> Split:
-        """Return where the time of `n` calls on `eeg` goes."""
-        self._turn.begin()
-        try:
-            lane = self._lane(len(eeg))
-            steps, how = lane.steps()
-            self._unfinished = True
-            split = split_calls(self._device, self._stream, lambda: np.copyto(lane.input, eeg), steps, n, how)
-            self._unfinished = False
-            return split
-        finally:
-            self._turn.end()
+            super().__init__(device, stream, spec, opened.pop_all())
+        self._from_gpu: OrderedDict[tuple[int, int], _Launch] = OrderedDict()
 
     def close(self) -> None:
         """Release everything on the GPU."""
         self._device.make_current()
         self._stream.synchronize()
-        for launch in self._gpu_lanes.values():
+        for launch in self._from_gpu.values():
             launch.close()
-        for lane in self._lanes.values():
-            lane.close()
-        self._gpu_lanes.clear()
-        self._lanes.clear()
-        self._closing.close()
+        self._from_gpu.clear()
+        super().close()
         del self._engine
-
-    def _lane(self, batch: int) -> _Lane:
-        """Return what runs `batch` windows, once a call is over that was interrupted: its flag would end the next one early."""
-        if self._unfinished:
-            self._stream.synchronize()
-            self._unfinished = False
-        return self._lanes.get(batch) or self._open(batch)
 
     def _open(self, batch: int) -> _Lane:
         if not self.min_batch <= batch <= self.max_batch:
@@ -180,13 +88,11 @@ class EngineRunner(Backend):
                 "Split it, or build an engine with sjepa-build --max-batch.",
             )
         context = self._api.create_context(self._engine, self._scratch.address, self._scratch.nbytes, self._stream.handle)
-        lane = _Lane(self._device, self._stream, context, batch, self._spec, self._options, self._api)
-        self._lanes[batch] = lane
-        return lane
+        return _Lane(self._device, self._stream, context, batch, self._spec, self._options, self._api, self._from_gpu)
 
 
 class CaptureError(BackendError):
-    """An engine that TensorRT takes into no CUDA graph: 8.6 refuses some that are for large batches, at any batch size."""
+    """TensorRT cannot capture an engine in a CUDA graph. TensorRT 8.6 refuses some large-batch engines at every batch size."""
 
 
 class _Launch:
@@ -225,8 +131,11 @@ class _Lane:
         spec: ModelSpec,
         options: BackendOptions,
         api: TensorRT,
+        from_gpu: OrderedDict[tuple[int, int], _Launch],
     ) -> None:
         self._stream, self._context, self._spec, self._api = stream, context, spec, api
+        self._batch, self._cuda_graph, self._wait = batch, options.cuda_graph, stream.wait
+        self._from_gpu = from_gpu  # by batch and address, the least recently made first
         with contextlib.ExitStack() as opened:
             self._in, self._out = (
                 opened.enter_context(closing(HostBuffer(device, (batch, *shape))))
@@ -260,6 +169,29 @@ class _Lane:
             self.launch: Callable[[], tuple[Any]] = start if start.graph is None else start.graph.launch
             self._closing = opened.pop_all()
 
+    def run(self) -> None:
+        """Run on what is in `input`."""
+        self._stream.unfinished = True
+        result = self.launch()
+        if result[0]:
+            check(result)
+        self._wait()
+        self._stream.unfinished = False
+
+    def run_from(self, address: int) -> None:
+        """Run on windows in device memory. A second call with an address makes a graph of it: the memory must stay as large."""
+        launch = self._from_gpu.get((self._batch, address))
+        if launch is None:
+            launch = self._from_gpu[self._batch, address] = _Launch(self._stream, self.enqueue_from(address))
+            if len(self._from_gpu) > MAX_GPU_ADDRESSES:
+                self._from_gpu.popitem(last=False)[1].close()
+        elif self._cuda_graph and launch.graph is None:
+            launch.capture()
+        self._stream.unfinished = True
+        check(launch())
+        self._wait()
+        self._stream.unfinished = False
+
     def enqueue_from(self, source: int) -> Callable[[], None]:
         """Return a function that enqueues one call on the input at the device address `source`."""
         target = self._copies[1].address if self._copies else self._out.address
@@ -279,7 +211,7 @@ class _Lane:
         self._stream.download(self._out, target.address)
         self._stream.finish()
 
-    def steps(self) -> tuple[dict[str, Callable[[], object]], str]:
+    def steps(self) -> tuple[dict[str, Step], str]:
         """Return what a call enqueues, step by step, and in which mode."""
         if not self._copies:
             return {"compute": lambda: check(self.launch())}, "as measured, in mapped memory"

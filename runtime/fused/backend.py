@@ -12,7 +12,6 @@ import ctypes
 import dataclasses
 from collections.abc import Callable
 from contextlib import closing
-from typing import Any
 
 import numpy as np
 
@@ -23,8 +22,8 @@ from sjepa_deploy.runtime.fused.lane import Lane, Launcher, refuse_persistent
 from sjepa_deploy.runtime.fused.program import Layout, Program, best_layout, make_program, refuse_spec
 from sjepa_deploy.runtime.fused.weights import WEIGHTS_FILE, Weights, read_safetensors
 from sjepa_deploy.runtime.gpu import nvrtc
-from sjepa_deploy.runtime.gpu.backend import Turn
-from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, HostBuffer, Stream, address_on_gpu, check
+from sjepa_deploy.runtime.gpu.backend import GpuBackend
+from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, HostBuffer, Stream, check
 from sjepa_deploy.spec import RunPrecision
 
 OLDEST_CAPABILITY = 80
@@ -115,7 +114,7 @@ class Module:
         check(self._cu.cuModuleUnload(self._module))
 
 
-class FusedBackend(RollingBackend):
+class FusedBackend(GpuBackend[Lane], RollingBackend):
     """A bundle on the fused kernels.
 
     Buffers are made once for each batch size and each number of new samples, so that a call allocates nothing.
@@ -167,7 +166,7 @@ class FusedBackend(RollingBackend):
             host = self.program.weights
             check(cu.cuMemcpyHtoD(cu.CUdeviceptr(uploaded.address), host.ctypes.data, host.nbytes))
             self._device.synchronize()  # it may return before, and our stream does not wait for the default one
-            self._closing = opened.pop_all()
+            super().__init__(self._device, stream, self._spec, opened.pop_all())
         self._launcher = Launcher(
             device=self._device,
             stream=stream,
@@ -179,12 +178,10 @@ class FusedBackend(RollingBackend):
             weights=uploaded,
             max_batch=self._max_batch,
         )
-        self._lanes: dict[int, Lane] = {}  # by batch size
         self._rolling: dict[int, Lane] = {}  # by number of new samples
         self._roller: Launcher | None = None
         self._follows = False  # whether the window that the GPU keeps is the stream's newest
         self._latest: Lane | None = None
-        self._turn = Turn(self._device)
 
     def _load(self, weights: Weights, layout: Layout | None) -> None:
         """Compile and load the program, with less of the weights in shared memory if the GPU has too little of it."""
@@ -207,37 +204,6 @@ class FusedBackend(RollingBackend):
         if self.program.cooperative and self.module.blocks_at_once < self.program.least_blocks:
             self.module.close()
             raise BackendError("The GPU does not hold the fused kernels' blocks at once.", "Use another backend.")
-
-    def run(self, eeg: FloatArray) -> FloatArray:
-        """Run the model on `eeg`, shape (batch, n_chans, n_times). The result is overwritten by the next call.
-
-        If `eeg` is `input_buffer(batch)` itself, nothing is copied.
-        """
-        self._turn.begin()
-        try:
-            lane = self._lane(len(eeg))
-            if eeg is not lane.input:
-                np.copyto(lane.input, eeg)
-            lane.run()
-            return lane.output
-        finally:
-            self._turn.end()
-
-    def run_on_gpu(self, eeg: Any) -> FloatArray:
-        """Run the model on an array on the GPU (DLPack, CUDA array interface) without copying it.
-
-        The result is a NumPy array that the next call overwrites.
-        """
-        self._turn.begin()
-        try:
-            batch, address = address_on_gpu(eeg, self._launcher.stream, self._spec.input_shape)
-            if address % 16 and self._spec.n_times % 4 == 0:
-                raise InputError("The input on the GPU does not start at a multiple of 16 bytes.", "Copy it on the GPU.")
-            lane = self._lane(batch)
-            lane.run_from(address)
-            return lane.output
-        finally:
-            self._turn.end()
 
     def roll(self, eeg: FloatArray) -> FloatArray:
         """Run the model on the window that ends with new samples of a stream, shape (n_chans, n), 1 <= n <= n_times.
@@ -285,34 +251,17 @@ class FusedBackend(RollingBackend):
         """Let the next `roll` be one of a whole window: samples were left out."""
         self._follows = False
 
-    def input_buffer(self, batch: int) -> FloatArray:
-        """Return the pinned buffer that `run` reads, shape (batch, n_chans, n_times): fill it in place and pass it to `run`."""
-        self._turn.begin()
-        try:
-            return self._lane(batch).input
-        finally:
-            self._turn.end()
-
-    def warmup(self, batches: tuple[int, ...] = (1,), n_runs: int = 10) -> None:
-        """Make the buffers for each of `batches`, and run them so that the GPU's clock rises."""
-        for batch in batches:
-            buffer = self.input_buffer(batch)
-            for _ in range(n_runs):
-                self.run(buffer)
-
     def close(self) -> None:
         """Release everything on the GPU."""
         self._device.make_current()
         if self._latest is not None:
             self._latest.leave()  # before another lane waits for the stream that they share
-        for lane in (*self._lanes.values(), *self._rolling.values()):
+        for lane in self._rolling.values():
             lane.close()
-        self._lanes.clear()
         self._rolling.clear()
         self._follows = False
         self._latest = None
-        self._launcher.stream.synchronize()
-        self._closing.close()
+        super().close()
 
     def _lane(self, batch: int) -> Lane:
         """Return what runs `batch` windows, with no kernel of another lane on the GPU."""

@@ -1,16 +1,23 @@
-"""What every GPU backend shares."""
+"""The skeleton of a backend on a GPU: one thread at a time, buffers that are made once, windows on the GPU read in place."""
 
 from __future__ import annotations
 
 import threading
+from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Generic, Protocol, TypeVar
 
-from sjepa_deploy.runtime.backend import two_threads
-from sjepa_deploy.runtime.gpu.cuda import Device, current
+import numpy as np
+
+from sjepa_deploy.runtime.backend import Backend, FloatArray, Split, two_threads
+from sjepa_deploy.runtime.gpu.cuda import Device, Stream, address_on_gpu, current
+from sjepa_deploy.runtime.gpu.timing import Step, split_calls
+from sjepa_deploy.spec import ModelSpec
 
 
 class Turn:
-    """The right to call a backend on a GPU, which one thread has at a time, with the GPU's context its current one.
+    """Lets one thread at a time call a backend, with the GPU's context its current one.
 
     Each call stands between `begin` and `end`.
 
@@ -26,12 +33,12 @@ class Turn:
         self.end: Callable[[], None] = self._busy.release
 
     def begin(self) -> None:
-        """Take the turn.
+        """Begin a call.
 
         Raises
         ------
         BackendError
-            If another thread has it.
+            If another thread is in a call.
         """
         if not self._busy.acquire(blocking=False):
             raise two_threads()
@@ -41,3 +48,132 @@ class Turn:
         except BaseException:
             self._busy.release()
             raise
+
+
+class Lane(Protocol):
+    """What calls of one batch size need, made once: pinned input and output, and what starts a call.
+
+    Attributes
+    ----------
+    input, output : array of float32, shape (batch, ...)
+        Pinned memory that a call reads and writes.
+    """
+
+    input: FloatArray
+    output: FloatArray
+
+    def run(self) -> None:
+        """Run on what is in `input`, until `output` is there."""
+
+    def run_from(self, address: int) -> None:
+        """Run on windows at the device address `address`, until `output` is there."""
+
+    def steps(self) -> tuple[dict[str, Step], str] | None:
+        """Return the steps of a call and in which mode they run, see `split_calls`. None: a call cannot be split."""
+
+    def close(self) -> None:
+        """Free the buffers."""
+
+
+L = TypeVar("L", bound=Lane)
+
+
+class GpuBackend(Backend, Generic[L]):
+    """A backend on a GPU. A subclass opens a `Lane` for a batch size that is new (`_open`).
+
+    A call at a batch size that was met before allocates nothing. A second thread that calls at the same time gets an error: load
+    the bundle once in each thread.
+
+    Parameters
+    ----------
+    device, stream : Device, Stream
+        Where calls run.
+    spec : ModelSpec
+        The model.
+    closing : ExitStack
+        Closed last by `close`.
+    """
+
+    def __init__(self, device: Device, stream: Stream, spec: ModelSpec, closing: ExitStack) -> None:
+        self._device, self._stream, self._spec, self._closing = device, stream, spec, closing
+        self._lanes: dict[int, L] = {}  # by batch size
+        self._turn = Turn(device)
+
+    @abstractmethod
+    def _open(self, batch: int) -> L:
+        """Return a new lane for `batch` windows."""
+
+    def _lane(self, batch: int) -> L:
+        """Return the lane for `batch` windows, once an interrupted call has ended, which could end the next one early."""
+        if self._stream.unfinished:
+            self._stream.settle()
+        lane = self._lanes.get(batch)
+        if lane is None:
+            lane = self._lanes[batch] = self._open(batch)
+        return lane
+
+    def run(self, eeg: FloatArray) -> FloatArray:
+        """Run the model on `eeg`, shape (batch, n_chans, n_times). The next call overwrites the result.
+
+        If `eeg` is `input_buffer(batch)` itself, nothing is copied.
+        """
+        self._turn.begin()
+        try:
+            lane = self._lane(len(eeg))
+            if eeg is not lane.input:
+                np.copyto(lane.input, eeg)
+            lane.run()
+            return lane.output
+        finally:
+            self._turn.end()
+
+    def run_on_gpu(self, eeg: Any) -> FloatArray:
+        """Run the model on an array on the GPU (DLPack, CUDA array interface) without copying it.
+
+        The result is a NumPy array that the next call overwrites.
+        """
+        self._turn.begin()
+        try:
+            batch, address = address_on_gpu(eeg, self._stream, self._spec.input_shape)
+            lane = self._lane(batch)
+            lane.run_from(address)
+            return lane.output
+        finally:
+            self._turn.end()
+
+    def input_buffer(self, batch: int) -> FloatArray:
+        """Return the pinned buffer that `run` reads, shape (batch, n_chans, n_times): fill it in place and pass it to `run`."""
+        self._turn.begin()
+        try:
+            return self._lane(batch).input
+        finally:
+            self._turn.end()
+
+    def warmup(self, batches: tuple[int, ...] = (1,), n_runs: int = 10) -> None:
+        """Make a lane for each of `batches`, and run it so that the GPU's clock rises."""
+        for batch in batches:
+            buffer = self.input_buffer(batch)
+            for _ in range(n_runs):
+                self.run(buffer)
+
+    def split(self, eeg: FloatArray, n: int) -> Split | None:
+        """Return where the time of `n` calls on `eeg` goes."""
+        self._turn.begin()
+        try:
+            lane = self._lane(len(eeg))
+            found = lane.steps()
+            if found is None:
+                return None
+            steps, how = found
+            return split_calls(self._device, self._stream, lambda: np.copyto(lane.input, eeg), steps, n, how)
+        finally:
+            self._turn.end()
+
+    def close(self) -> None:
+        """Release everything on the GPU."""
+        self._device.make_current()
+        self._stream.synchronize()
+        for lane in self._lanes.values():
+            lane.close()
+        self._lanes.clear()
+        self._closing.close()

@@ -242,10 +242,17 @@ class Stream:
         The GPU.
     wait : {"spin", "flag", "block"}
         See `Wait`.
+
+    Attributes
+    ----------
+    unfinished : bool
+        Whether a call was launched whose end was not seen. Who launches sets it, and clears it after waiting: it stays set after
+        an interrupt.
     """
 
     def __init__(self, device: Device, wait: Wait = "spin") -> None:
         self._cu = cu = device.cu
+        self.unfinished = False
         self.mode = wait
         with contextlib.ExitStack() as opened:
             self.stream = check(cu.cuStreamCreate(int(cu.CUstream_flags.CU_STREAM_NON_BLOCKING)))
@@ -292,6 +299,11 @@ class Stream:
         """Wait whatever the mode, after work that `finish` did not end."""
         check(self._cu.cuStreamSynchronize(self.stream))
         self._flag[0] = 0  # of a launch that nothing else waited for
+
+    def settle(self) -> None:
+        """Wait for a call that was interrupted."""
+        self.synchronize()
+        self.unfinished = False
 
     def capture(self, enqueue: Callable[[], None]) -> Graph:
         """Return the graph of what `enqueue` puts into this stream; nothing runs."""

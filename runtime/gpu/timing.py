@@ -34,6 +34,7 @@ def split_calls(device: Device, stream: Stream, fill: Step, steps: dict[str, Ste
     record, handle, now = cu.cuEventRecord, stream.stream, time.perf_counter
     gpu_us: dict[str, list[float]] = {name: [] for name in steps}
     enqueue, whole, bare = [], [], []
+    stream.unfinished = True
     for _ in range(n):
         start = now()
         fill()
@@ -54,6 +55,7 @@ def split_calls(device: Device, stream: Stream, fill: Step, steps: dict[str, Ste
             step()
         stream.synchronize()
         bare.append((now() - start) * 1e6)
+    stream.unfinished = False
     for event in events:
         check(cu.cuEventDestroy(event))
     parts = {name: median(values) for name, values in gpu_us.items()}
