@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from bundles import export_small, small_spec
+from eeg_files import eeg_file
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from sjepa_deploy.bundle import Bundle
@@ -15,6 +16,19 @@ from sjepa_deploy.cli import run_command
 from sjepa_deploy.cli.bench import bench
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start, as below
+
+
+def pytest_addoption(parser):
+    explained = "fail every test that would be skipped because real recordings or Chromium are missing"
+    parser.addoption("--require-recordings", action="store_true", help=explained)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and item.config.getoption("require_recordings"):
+        report.outcome, report.longrepr = "failed", f"{call.excinfo.value} (--require-recordings lets no test be skipped)"
+    return report
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -65,6 +79,21 @@ def manifest_json(make_bundle):
     text = (make_bundle("prelocal", precisions=("fp32", "fp16", "bf16")).path / "manifest.json").read_text()
     assert json.loads(text)["parity"]
     return text
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """Return a function that writes a recording once and returns a `written_eeg.Written`: written("eeglab_data.set")."""
+    from written_eeg import write  # most runs need none
+
+    folder = tmp_path_factory.mktemp("recordings")
+    return functools.cache(lambda name: write(name, folder))
+
+
+@pytest.fixture(scope="session", params=["written", "real"])
+def recorded(request, written):
+    """Return a function from the name of a recording to its path; tests run with the stand-in first, then with the original."""
+    return eeg_file if request.param == "real" else lambda name: written(name).path
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,32 @@
-"""The real recordings that the tests read: they are shared by checkouts, and never part of the repository."""
+"""Finds the real recordings that tests read. `make recordings` fetches them; they are never part of the repository."""
 
+import csv
 import os
 from pathlib import Path
 
 import mne
+import pooch
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EEG = Path(os.environ.get("SJEPA_EEG", ROOT / "../shared/eeg"))
+CACHE = Path(pooch.os_cache("sjepa-deploy")) / "recordings"
+
+with (ROOT / "tests" / "recordings.tsv").open(newline="") as table:
+    REAL: dict[str, dict[str, str]] = {row["name"]: row for row in csv.DictReader(table, delimiter="\t")}
+"""Every real recording by name: its sha256, the address of its original, and that one's sha256 where it is converted."""
 
 
 def eeg_file(name: str) -> Path:
-    """Return the path of a recording, or fail the test: a skipped oracle would look like a passed one."""
-    path = EEG / name
-    if not path.is_file():
-        pytest.fail(f"There is no recording {path}: set SJEPA_EEG to the folder of the public test recordings.")
-    return path
+    """Return the path of a real recording, or skip the test; under ``--require-recordings`` a skipped test fails.
+
+    Recordings are looked for in the folder that SJEPA_EEG names, in ../shared/eeg, and where `make recordings` puts them.
+    """
+    assert name in REAL, f"tests/recordings.tsv does not list {name}."
+    named = os.environ.get("SJEPA_EEG")
+    for folder in (*([Path(named)] if named else []), ROOT / "../shared/eeg", CACHE):
+        if (folder / name).is_file():
+            return folder / name
+    pytest.skip("Real recordings are missing: `make recordings` fetches them.")
 
 
 def mne_template(name: str) -> mne.channels.DigMontage:

@@ -1,4 +1,3 @@
-import functools
 import importlib.metadata
 import json
 import os
@@ -15,7 +14,6 @@ import pytest
 import safetensors.torch
 import torch
 from bundles import MONTAGE, copy_bundle, edit_manifest, flip_byte, listing, rehash, small_spec
-from eeg_files import eeg_file
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import COMMANDS, _command, group, run_command
@@ -192,12 +190,18 @@ def test_verify_finds_other_weights_under_the_same_contract(sjepa, make_bundle, 
     assert sjepa("verify", bundle, "--backend", "ort-cpu")[0] == 1
 
 
-# ---------------------------------------------------------------- run on real EEG
+# ---------------------------------------------------------------- run on recordings
 
 
-@functools.cache
-def recording():
-    return mne.io.read_raw(eeg_file("eeglab_data.set"), preload=True, verbose="error")
+@pytest.fixture(scope="module")
+def eeglab(written):
+    """Return the path of a recording of 32 channels."""
+    return written("eeglab_data.set").path
+
+
+@pytest.fixture(scope="module")
+def recording(eeglab):
+    return mne.io.read_raw(eeglab, preload=True, verbose="error")
 
 
 def by_hand(raw, spec, model, hop):
@@ -229,19 +233,18 @@ def assert_equal_tables(text, times, outputs):
     assert np.abs(found - outputs).max() < 1e-5 * np.sqrt(np.mean(outputs**2))
 
 
-@pytest.fixture(scope="session")
-def eeglab_bundle(make_bundle):
+@pytest.fixture(scope="module")
+def eeglab_bundle(make_bundle, recording):
     """Return a 32-channel contextual model of the recording's own montage."""
-    raw = recording()
-    positions = tuple(tuple(map(float, channel["loc"][:3])) for channel in raw.info["chs"])
-    return make_bundle("contextual", n_chans=32, ch_names=tuple(raw.ch_names), positions=positions)
+    positions = tuple(tuple(map(float, channel["loc"][:3])) for channel in recording.info["chs"])
+    return make_bundle("contextual", n_chans=32, ch_names=tuple(recording.ch_names), positions=positions)
 
 
-def test_a_recording_is_decoded_as_pytorch_does_contextual(sjepa, eeglab_bundle, tmp_path):
-    status, out, err = sjepa("run", eeglab_bundle.path, eeg_file("eeglab_data.set"), "--out", tmp_path / "out.tsv", "--json")
+def test_a_recording_is_decoded_as_pytorch_does_contextual(sjepa, eeglab, recording, eeglab_bundle, tmp_path):
+    status, out, err = sjepa("run", eeglab_bundle.path, eeglab, "--out", tmp_path / "out.tsv", "--json")
     assert status == 0
     model = build_model(eeglab_bundle.spec, seed=0).double().eval()
-    times, outputs = by_hand(recording(), eeglab_bundle.spec, model, 200)
+    times, outputs = by_hand(recording, eeglab_bundle.spec, model, 200)
     assert_equal_tables((tmp_path / "out.tsv").read_text(), times, outputs)
     summary = json.loads(out)
     assert (summary["n_windows"], summary["hop"], summary["random_weights"]) == (len(times), 2.0, True)
@@ -251,13 +254,13 @@ def test_a_recording_is_decoded_as_pytorch_does_contextual(sjepa, eeglab_bundle,
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.tsv"]
 
 
-def test_channels_named_on_the_command_line_are_decoded_as_pytorch_does(sjepa, tmp_path):
+def test_channels_named_on_the_command_line_are_decoded_as_pytorch_does(sjepa, eeglab, recording, tmp_path):
     """In the reverse order of the file, to show that names decide."""
-    raw = recording().copy().pick(recording().ch_names[::-1])
+    raw = recording.copy().pick(recording.ch_names[::-1])
     flags = ("--precision", "fp32", "--max-batch", "8", "--n-outputs", "2", "--seed", "4")
     channels = ("--channels", ",".join(raw.ch_names))
     assert sjepa("export", "--variant", "postlocal", *channels, *flags, "--out", tmp_path / "bundle")[0] == 0
-    status, out, err = sjepa("run", tmp_path / "bundle", eeg_file("eeglab_data.set"), "--hop", "1")
+    status, out, err = sjepa("run", tmp_path / "bundle", eeglab, "--hop", "1")
     assert status == 0
     spec = Bundle.open(tmp_path / "bundle").spec
     times, outputs = by_hand(raw, spec, build_model(spec, seed=4).double().eval(), 100)
@@ -273,13 +276,13 @@ def about_its_centre(positions):
     return p - solution[:3]
 
 
-def test_a_recording_is_interpolated_to_129_channels_and_decoded_as_pytorch_does(sjepa, tmp_path):
+def test_a_recording_is_interpolated_to_129_channels_and_decoded_as_pytorch_does(sjepa, eeglab, recording, tmp_path):
     path, flags = tmp_path / "bundle", ("--precision", "fp32", "--max-batch", "8")
     assert sjepa("export", "--variant", "postlocal", *flags, "--out", path)[0] == 0
-    status, out, err = sjepa("run", path, eeg_file("eeglab_data.set"), "--interpolate")
+    status, out, err = sjepa("run", path, eeglab, "--interpolate")
     assert status == 0
     assert "recording: interpolated 128 of 129 channels: E1, E2, E3, E4, E5, E6, E7, E8 and 120 more\n" in err
-    raw, net = recording().copy(), read_montage("GSN-HydroCel-129")
+    raw, net = recording.copy(), read_montage("GSN-HydroCel-129")
     digs = []
     for names, positions in ((raw.ch_names, [channel["loc"][:3] for channel in raw.info["chs"]]), (net.ch_names, net.positions)):
         ch_pos = dict(zip(names, about_its_centre(positions), strict=True))
@@ -535,9 +538,9 @@ def test_verifications_that_cannot_be(refuses, bundle, flags, message):
     refuses(message, "verify", bundle, *flags.split())
 
 
-def test_a_precision_that_does_not_load_when_both_are_named(refuses, make_bundle):
+def test_a_precision_that_does_not_load_when_both_are_named(refuses, make_bundle, eeglab):
     path = make_bundle("prelocal", precisions=("fp32", "fp16", "bf16")).path
-    for command in (("verify", path, "--backend", "ort-cpu"), ("run", path, eeg_file("eeglab_data.set"), "--interpolate")):
+    for command in (("verify", path, "--backend", "ort-cpu"), ("run", path, eeglab, "--interpolate")):
         refuses("no bf16 kernels on the CPU. Use --precision fp32 or fp16", *command, "--precision", "bf16")
 
 
@@ -563,7 +566,7 @@ def test_runs_that_cannot_be(refuses, bundle, array, flags, message):
     refuses(message, "run", bundle, *array, *flags.split())
 
 
-def test_recordings_that_do_not_fit(refuses, bundle, eeglab_bundle, make_bundle, array, tmp_path):
+def test_recordings_that_do_not_fit(refuses, bundle, eeglab, eeglab_bundle, make_bundle, array, written, tmp_path):
     volts = tmp_path / "volts.npy"
     np.save(volts, np.load(array[0]) * 1e-6)
     message = r"which is no EEG: .*\. State the unit they are stored in with `--unit` \(volts passed as microvolts\?\)"
@@ -571,11 +574,11 @@ def test_recordings_that_do_not_fit(refuses, bundle, eeglab_bundle, make_bundle,
     refuses("Give --sfreq and --unit", "run", bundle, volts)
     refuses("There is no recording .*nowhere.edf. Check the path", "run", bundle, tmp_path / "nowhere.edf")
     message = "lacks, or marks as bad, 24 of the model's 32 channels: .*make them from the others with `--interpolate`"
-    refuses(message, "run", eeglab_bundle.path, eeg_file("biosig16.edf"))
+    refuses(message, "run", eeglab_bundle.path, written("biosig16.edf").path)
     refuses("Give exactly the model's channels in rows", "run", eeglab_bundle.path, *array)
     fast = make_bundle("prelocal", sfreq=250.0)
     message = "sampled at 128 Hz, the model at 250 Hz. Record at the model's rate or above"
-    refuses(message, "run", fast.path, eeg_file("eeglab_data.set"))
+    refuses(message, "run", fast.path, eeglab)
     refuses(r"cannot be written \(Is a directory\)", "run", bundle, *array, "--out", tmp_path)
     refuses(r"cannot be written \(No such file or directory\)", "run", bundle, *array, "--out", tmp_path / "no/out.tsv")
 

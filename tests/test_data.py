@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import shutil
 import warnings
 
@@ -6,7 +7,6 @@ import mne
 import numpy as np
 import pandas as pd
 import pytest
-from eeg_files import eeg_file
 from small import CH_NAMES, DATA
 
 from sjepa_deploy.eeg.montage import read_montage
@@ -22,8 +22,8 @@ REACTION = Target(stimulus=("square",), response=("rt",))
 
 
 @pytest.fixture(scope="module")
-def eeglab():
-    return DataConfig(source=(str(eeg_file("eeglab_data.set")),), target=REACTION)
+def eeglab(written):
+    return DataConfig(source=(str(written("eeglab_data.set").path),), target=REACTION)
 
 
 def make_raw(n_samples, ch_names=("Fz", "Cz", "Pz", "Oz"), sfreq=100.0, seed=0):
@@ -44,8 +44,18 @@ def save_raw(raw, path):
 # ---------------------------------------------------------------- windows and targets
 
 
-def test_reaction_times_equal_a_search_by_hand_through_the_events(eeglab):
-    raw = read_recording(eeg_file("eeglab_data.set"))
+def test_reaction_times_equal_those_that_were_written(written):
+    events = written("eeglab_data.set").events
+    pairs = [(stimulus, press) for stimulus, press in itertools.pairwise(events) if (stimulus[1], press[1]) == ("square", "rt")]
+    assert 60 < len(pairs) < sum(text == "square" for _, text in events)
+    expected = [(stimulus[0], press[0] - stimulus[0]) for stimulus, press in pairs]
+    found = reaction_times(read_recording(written("eeglab_data.set").path), REACTION)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_reaction_times_equal_a_search_by_hand_through_the_events(recorded):
+    eeglab = DataConfig(source=(str(recorded("eeglab_data.set")),), target=REACTION)
+    raw = read_recording(eeglab.source[0])
     events, ids = mne.events_from_annotations(raw, verbose="error")
     expected = []
     for i, (sample, _, kind) in enumerate(events):

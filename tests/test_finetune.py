@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from eeg_files import ROOT, eeg_file
+from eeg_files import ROOT
 from lightning.pytorch.callbacks import Callback
 from small import DATA, FINETUNE, PRETRAIN, make_spec
 from torch._dynamo.backends.debugging import aot_eager
@@ -251,8 +251,8 @@ def test_devices_that_are_not_here_and_folders_that_cannot_be_written_are_refuse
 
 @pytest.mark.parametrize("variant", ["prelocal", "postlocal", "contextual"])
 @pytest.mark.parametrize("freeze", [True, False])
-def test_reaction_time_of_a_real_recording_runs_to_the_end(variant, freeze, tmp_path):
-    data = DataConfig(source=(str(eeg_file("eeglab_data.set")),), target=Target(stimulus=("square",), response=("rt",)))
+def test_reaction_time_of_a_recording_runs_to_the_end(variant, freeze, written, tmp_path):
+    data = DataConfig(source=(str(written("eeglab_data.set").path),), target=Target(stimulus=("square",), response=("rt",)))
     tuned = dataclasses.replace(FINETUNE.engine, max_epochs=2)
     config = FinetuneConfig(
         variant=variant, encoder=FINETUNE.encoder, data=data, freeze_encoder=freeze, warmup_epochs=1, engine=tuned

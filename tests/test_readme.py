@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from eeg_files import eeg_file
 
 import sjepa_deploy
 from sjepa_deploy.runtime.backend import BackendOptions
@@ -27,11 +26,11 @@ def commands(start):
 
 
 @pytest.fixture(scope="module")
-def folder(default_contextual):
+def folder(default_contextual, written):
     """Return a folder in which the README's commands ran, with the recording that they name."""
     folder = default_contextual.path.parent
     for suffix in (".set", ".fdt"):
-        shutil.copy(eeg_file(f"eeglab_data{suffix}"), folder)
+        shutil.copy(written("eeglab_data.set").path.with_suffix(suffix), folder)
     exported, *lines = commands("sjepa-")
     assert exported == "sjepa-export --variant contextual"
     assert len(lines) >= 3

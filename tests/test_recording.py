@@ -9,6 +9,8 @@ import scipy.signal
 from eeg_files import eeg_file, mne_template
 from hypothesis import given
 from hypothesis import strategies as st
+from written_eeg import WRITERS
+from xdf_writer import Stream, write_xdf
 
 from sjepa_deploy.eeg.montage import read_montage
 from sjepa_deploy.eeg.recording import fit_recording, read_recording, window_starts, windows
@@ -32,10 +34,11 @@ def noise(n_chans, n_samples, rms=1e-5):
     return np.random.default_rng(0).normal(0, rms, (n_chans, n_samples))
 
 
-def copy(tmp_path, *names, cut=None):
+def copy(tmp_path, written, *names, cut=None):
     """Copy recordings and return the first; of the last, keep only a fraction (a float) or up to a byte (an int)."""
+    folder = next(written(name).path for name in names if name in WRITERS).parent
     for name in names:
-        content = eeg_file(name).read_bytes()
+        content = (folder / name).read_bytes()
         if name == names[-1] and cut is not None:
             content = content[: round(len(content) * cut) if isinstance(cut, float) else cut]
         (tmp_path / name).write_bytes(content)
@@ -43,11 +46,25 @@ def copy(tmp_path, *names, cut=None):
 
 
 @pytest.fixture(scope="module")
-def eeglab():
-    return read_recording(eeg_file("eeglab_data.set"))
+def eeglab(written):
+    return read_recording(written("eeglab_data.set").path)
 
 
 # ---------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "p300/sub-1_ses-1_run-01.edf"])
+def test_what_was_written_is_read(written, name):
+    """The oracle is the array that went in: names, volts to the resolution of the format, and events to the sample."""
+    wanted = written(name)
+    stated = {"unit": "uV", "ch_names": wanted.ch_names} if name.endswith((".xdf", ".npy")) else {}
+    raw = read_recording(wanted.path, sfreq=wanted.sfreq, **stated)
+    assert (tuple(raw.ch_names), raw.info["sfreq"]) == (wanted.ch_names, wanted.sfreq)
+    assert raw.get_channel_types(unique=True) == ["eeg"]
+    assert raw.preload
+    np.testing.assert_allclose(raw.get_data(), wanted.volts, rtol=0, atol=1.001 * wanted.resolution)
+    samples = [(round(onset * wanted.sfreq), text) for onset, text in wanted.events]
+    assert [(round(mark["onset"] * wanted.sfreq), mark["description"]) for mark in raw.annotations] == samples
 
 
 @pytest.mark.parametrize(
@@ -84,41 +101,30 @@ def test_xdf_takes_rate_from_the_stream_and_unit_and_names_from_the_caller():
     assert raw.get_data()[0, 0] == pytest.approx(0.88011974e-6)
 
 
-def described_xdf(monkeypatch, *, units=("microvolts", "microvolts", "bpm"), kind="EEG", gap=0.0, rate=250.0, n=1):
-    """Make pyxdf return a stream as LabRecorder describes it; the file itself only has to exist."""
+def described_xdf(path, *, units=("microvolts", "microvolts", "bpm"), kind="EEG", gap=0.0, rate=250.0, n=1):
+    """Write `n` streams as LabRecorder describes them, beside one of markers; return their samples."""
     samples = np.random.default_rng(1).normal(0, 10, (100, 3)).astype(np.float32)
     channels = [
-        {"label": [label], "unit": [unit], "type": [type_]}
+        {"label": label, "unit": unit, "type": type_}
         for label, unit, type_ in zip(("Fz", "Cz", "Pulse"), units, ("EEG", "EEG", "HR"), strict=True)
     ]
-    info = {
-        "name": ["amp"],
-        "type": [kind],
-        "channel_count": ["3"],
-        "nominal_srate": ["250"],
-        "channel_format": ["float32"],
-        "desc": [{"channels": [{"channel": channels}]}],
-    }
     stamps = 7.0 + np.arange(100) / rate + gap * (np.arange(100) >= 50)
-    markers = {"name": ["keys"], "type": ["Markers"], "nominal_srate": ["0"], "channel_format": ["string"]}
-    stream = {"info": info, "footer": {"info": {}}, "time_series": samples, "time_stamps": stamps}
-    streams = [{"info": markers, "time_series": [["a"]], "time_stamps": np.zeros(1)}, *[stream] * n]
-    monkeypatch.setattr("pyxdf.load_xdf", lambda file: (streams, {}))
+    keys = Stream(name="keys", kind="Markers", samples=["a"], stamps=np.array([7.0]))
+    amp = Stream(name="amp", kind=kind, samples=samples, stamps=stamps, rate=250.0, channels=channels)
+    write_xdf(path, keys, *[amp] * n)
     return samples
 
 
-def test_xdf_labels_units_and_types_come_from_the_description(monkeypatch, tmp_path):
-    samples = described_xdf(monkeypatch)
-    (tmp_path / "a.xdf").touch()
+def test_xdf_labels_units_and_types_come_from_the_description(tmp_path):
+    samples = described_xdf(tmp_path / "a.xdf")
     raw = read_recording(tmp_path / "a.xdf", ch_names=["ignored"])
     assert raw.ch_names == ["Fz", "Cz"]
     np.testing.assert_allclose(raw.get_data(), samples.T[:2].astype(float) * 1e-6)
 
 
-@pytest.mark.parametrize(("written", "unit"), [("µV", 1e-6), ("uV", 1e-6), ("millivolts", 1e-3), ("V", 1.0)])
-def test_xdf_units_are_understood(monkeypatch, tmp_path, written, unit):
-    samples = described_xdf(monkeypatch, units=(written, written, "bpm"))
-    (tmp_path / "a.xdf").touch()
+@pytest.mark.parametrize(("unit_written", "unit"), [("µV", 1e-6), ("uV", 1e-6), ("millivolts", 1e-3), ("V", 1.0)])
+def test_xdf_units_are_understood(tmp_path, unit_written, unit):
+    samples = described_xdf(tmp_path / "a.xdf", units=(unit_written, unit_written, "bpm"))
     np.testing.assert_allclose(read_recording(tmp_path / "a.xdf").get_data(), samples.T[:2].astype(float) * unit)
 
 
@@ -134,16 +140,14 @@ def test_xdf_units_are_understood(monkeypatch, tmp_path, written, unit):
         ({"n": 0}, None, "exactly one EEG stream.*keys"),
     ],
 )
-def test_xdf_streams_that_cannot_be_trusted(monkeypatch, tmp_path, stream, unit, message):
-    described_xdf(monkeypatch, **stream)
-    (tmp_path / "a.xdf").touch()
+def test_xdf_streams_that_cannot_be_trusted(tmp_path, stream, unit, message):
+    described_xdf(tmp_path / "a.xdf", **stream)
     with pytest.raises(RecordingError, match=message):
         read_recording(tmp_path / "a.xdf", unit=unit)
 
 
-def test_xdf_without_an_eeg_type_takes_the_only_regular_numeric_stream(monkeypatch, tmp_path):
-    described_xdf(monkeypatch, kind="Signal")
-    (tmp_path / "a.xdf").touch()
+def test_xdf_without_an_eeg_type_takes_the_only_regular_numeric_stream(tmp_path):
+    described_xdf(tmp_path / "a.xdf", kind="Signal")
     assert read_recording(tmp_path / "a.xdf").ch_names == ["Fz", "Cz"]
 
 
@@ -198,17 +202,17 @@ def test_bad_npy(tmp_path, array, kwargs, message):
         (["biosemi17.bdf"], 0),
         (["testbva.vmrk", "testbva.vhdr"], 0.5),
         (["testbva.vmrk", "testbva.vhdr"], 0),
-        (["testbva.vhdr", "testbva.vmrk", "testbva.dat"], 0.5),
-        (["testbva.vhdr", "testbva.vmrk", "testbva.dat"], -3),
-        (["testbva.vhdr", "testbva.vmrk", "testbva.dat"], 0),
+        (["testbva.vhdr", "testbva.vmrk", "testbva.eeg"], 0.5),
+        (["testbva.vhdr", "testbva.vmrk", "testbva.eeg"], -3),
+        (["testbva.vhdr", "testbva.vmrk", "testbva.eeg"], 0),
         (["openbci8.xdf"], 0.5),
         (["openbci8.xdf"], -3),
         (["openbci8.xdf"], 100),
         (["openbci8.xdf"], 0),
     ],
 )
-def test_truncated_recordings_are_refused_in_one_line(tmp_path, names, cut):
-    path = copy(tmp_path, *names, cut=cut)
+def test_truncated_recordings_are_refused_in_one_line(tmp_path, written, names, cut):
+    path = copy(tmp_path, written, *names, cut=cut)
     if path.suffix == ".vmrk":
         path = path.with_suffix(".vhdr")
     kwargs = {"unit": "uV", "ch_names": XDF_NAMES} if path.suffix == ".xdf" else {}
@@ -226,9 +230,9 @@ def test_truncated_fif_is_refused(tmp_path):
         read_recording(path)
 
 
-def test_a_missing_part_is_named(tmp_path):
+def test_a_missing_part_is_named(tmp_path, written):
     with pytest.raises(RecordingError, match=re.escape("eeglab_data.fdt")):
-        read_recording(copy(tmp_path, "eeglab_data.set"))
+        read_recording(copy(tmp_path, written, "eeglab_data.set"))
 
 
 @pytest.mark.parametrize("name", ["a.edf", "a.bdf", "a.vhdr", "a.set", "a_raw.fif", "a.xdf", "a.npy"])
@@ -246,11 +250,11 @@ def test_unknown_format_and_missing_file(tmp_path):
         read_recording(tmp_path / "nowhere.edf")
 
 
-def test_rate_and_unit_that_contradict_the_file():
+def test_rate_and_unit_that_contradict_the_file(written):
     with pytest.raises(RecordingError, match=r"sampled at 128 Hz, not 100 Hz.*`--sfreq`"):
-        read_recording(eeg_file("eeglab_data.set"), sfreq=100.0)
+        read_recording(written("eeglab_data.set").path, sfreq=100.0)
     with pytest.raises(RecordingError, match=r"states the unit of its samples itself.*`--unit`"):
-        read_recording(eeg_file("eeglab_data.set"), unit="V")
+        read_recording(written("eeglab_data.set").path, unit="V")
 
 
 def test_a_recording_without_eeg(tmp_path):
@@ -261,10 +265,11 @@ def test_a_recording_without_eeg(tmp_path):
 
 
 @pytest.mark.parametrize(("module", "name"), [("mne", "eeglab_data.set"), ("pyxdf", "openbci8.xdf")])
-def test_missing_packages_are_named(monkeypatch, module, name):
+def test_missing_packages_are_named(monkeypatch, written, module, name):
+    path = written(name).path
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingDependencyError, match=r"sjepa-deploy\[eeg\]"):
-        read_recording(eeg_file(name), unit="uV" if module == "pyxdf" else None)
+        read_recording(path, unit="uV" if module == "pyxdf" else None)
 
 
 # ---------------------------------------------------------------- fitting: channels
@@ -377,9 +382,9 @@ def test_measured_channels_are_kept_and_bad_ones_replaced():
     assert "interpolated 1 of 62 channels: Cz" in fitted.steps
 
 
-def test_a_recording_without_positions_is_placed_by_name():
+def test_a_recording_without_positions_is_placed_by_name(written):
     montage = read_montage("sjepa-62")
-    raw = read_recording(eeg_file("biosig16.edf"))
+    raw = read_recording(written("biosig16.edf").path)
     fitted = fit_recording(raw, make_spec(montage.ch_names, positions=montage.positions), interpolate=True)
     assert fitted.steps[:1] == ("placed 16 channels by their names in the 10-05 system",)
     ch_pos = mne_template("colin27_1005").get_positions()["ch_pos"]
@@ -388,8 +393,8 @@ def test_a_recording_without_positions_is_placed_by_name():
     np.testing.assert_allclose(again.data, fitted.data, atol=1e-3)
 
 
-def test_interpolation_that_is_impossible(eeglab, hydrocel):
-    raw = read_recording(eeg_file("biosemi17.bdf")).rename_channels({f"A{i}": f"B{i}" for i in range(1, 17)})
+def test_interpolation_that_is_impossible(eeglab, hydrocel, written):
+    raw = read_recording(written("biosemi17.bdf").path).rename_channels({f"A{i}": f"B{i}" for i in range(1, 17)})
     with pytest.raises(RecordingError, match="Only 0 good EEG channels of the recording have a position"):
         fit_recording(raw, hydrocel, interpolate=True)
     with pytest.raises(RecordingError, match="no channel positions to interpolate to"):
@@ -473,8 +478,8 @@ def test_too_short_or_too_slow():
     assert fit_recording(make_raw(noise(1, 200), ["Cz"]), make_spec(["Cz"])).data.shape == (1, 200)
 
 
-def test_real_129_channels_of_one_second():
-    raw = read_recording(eeg_file("test_raw_chanloc_fids.set"))
+def test_129_channels_of_one_second(recorded):
+    raw = read_recording(recorded("test_raw_chanloc_fids.set"))
     spec = make_spec([f"e{i}" for i in range(129, 0, -1)], sfreq=152.0, n_times=152, preprocessing=UNTOUCHED)
     fitted = fit_recording(raw, spec)
     assert fitted.data.shape == (129, 152)

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import scipy.signal
 from bundles import export_small, small_spec
-from eeg_files import eeg_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from streams import ScriptedSource, chunks_of, decode, decode_samples, eeg, info_of, predictions, replay, run_stream
@@ -135,7 +134,7 @@ def test_spline_weights_are_those_of_mne():
     np.testing.assert_allclose(spline_weights(unit[good], unit[bads]), wanted, atol=1e-7)
 
 
-def test_channels_of_another_net_are_interpolated_by_their_names():
+def test_channels_of_another_net_are_interpolated_by_their_names(written):
     """As `sjepa-run --interpolate` does it for the same recording."""
     from sjepa_deploy.eeg.recording import fit_recording
 
@@ -147,7 +146,7 @@ def test_channels_of_another_net_are_interpolated_by_their_names():
         sfreq=128.0,
         preprocessing=Preprocessing(reference="none", l_freq=None, h_freq=None),
     )
-    raw = read_recording(eeg_file("eeglab_data.set")).crop(0, 10)
+    raw = read_recording(written("eeglab_data.set").path).crop(0, 10)
     raw.set_montage(None)
     matrix, made = mixing_matrix(raw.ch_names, spec)
     wanted = fit_recording(raw, spec, interpolate=True).data
@@ -182,30 +181,31 @@ RECORDINGS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "variant"),
+    ("recorded", "name", "variant"),
     [
-        *((name, "postlocal") for name in RECORDINGS),
-        ("biosig16.edf", "prelocal"),
-        ("openbci8.xdf", "prelocal"),
-        ("testbva.vhdr", "contextual"),
-        ("openbci8.xdf", "contextual"),
+        ("written", "eeglab_data.set", "postlocal"),
+        ("written", "biosig16.edf", "prelocal"),
+        ("written", "testbva.vhdr", "contextual"),
+        ("written", "openbci8.xdf", "postlocal"),
+        *(("real", name, "postlocal") for name in RECORDINGS),
+        ("real", "biosig16.edf", "prelocal"),
+        ("real", "openbci8.xdf", "prelocal"),
+        ("real", "testbva.vhdr", "contextual"),
+        ("real", "openbci8.xdf", "contextual"),
     ],
+    indirect=["recorded"],
 )
-def test_live_path_equals_the_offline_model_on_recordings(name, variant, tmp_path):
+def test_live_path_equals_the_offline_model_on_recordings(recorded, name, variant, make_bundle):
     unit = {"unit": "uV"} if name.endswith(".xdf") else {}
-    try:
-        raw = read_recording(eeg_file(name), **unit)
-    except RecordingError:  # an XDF stream without labels
-        names = tuple(f"EEG{i}" for i in range(8))
-        raw = read_recording(eeg_file(name), ch_names=names, **unit)
+    path, unlabelled = recorded(name), tuple(f"EEG{i}" for i in range(8))
+    raw = read_recording(path, ch_names=unlabelled, **unit)
     n_chans = len(raw.ch_names)
     places = np.random.default_rng(0).normal(size=(n_chans, 3))
     places *= 0.09 / np.linalg.norm(places, axis=1, keepdims=True)
     positions = tuple(map(tuple, places.tolist())) if variant == "contextual" else None
-    spec = small_spec(variant, n_chans=n_chans, ch_names=tuple(raw.ch_names), positions=positions, **RECORDINGS[name])
-    bundle = export_small(tmp_path / "bundle", spec)
+    bundle = make_bundle(variant, n_chans=n_chans, ch_names=tuple(raw.ch_names), positions=positions, **RECORDINGS[name])
     with sjepa_deploy.load(bundle, check_unit=False) as predict:
-        result = check_streaming(predict, eeg_file(name), StreamConfig(hop=1.5 if name == "eeglab_data.set" else 0.5), **unit)
+        result = check_streaming(predict, path, StreamConfig(hop=1.5 if name == "eeglab_data.set" else 0.5), **unit)
     assert result.identical
     assert result.passed
     assert result.max_error <= 1e-5

@@ -10,7 +10,6 @@ import pytest
 import scipy.signal
 import torch
 from bundles import small_spec
-from eeg_files import eeg_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,8 +75,8 @@ def test_the_default_window_has_a_tail_of_almost_half_a_second():
 
 
 @pytest.fixture(scope="module")
-def recording():
-    return fit_recording(read_recording(eeg_file("eeglab_data.set")), small_spec()).data
+def recording(recorded):
+    return fit_recording(read_recording(recorded("eeglab_data.set")), small_spec()).data
 
 
 def by_hand(model, eeg):
@@ -87,7 +86,7 @@ def by_hand(model, eeg):
 
 @pytest.mark.parametrize("variant", ["prelocal", "contextual"])
 @pytest.mark.parametrize(("trained", "exported", "earlier"), [(200, 152, 0.48), (152, 200, -0.48), (200, 256, -0.56)])
-def test_the_change_is_that_of_the_outputs_on_real_eeg(recording, variant, trained, exported, earlier):
+def test_the_change_is_that_of_the_outputs_on_a_recording(recording, variant, trained, exported, earlier):
     longest = max(trained, exported)
     eeg = np.ascontiguousarray(windows(recording, longest, longest)[:20])
     short, long = (build_model(small_spec(variant, n_times=n), seed=3) for n in (exported, trained))
@@ -133,8 +132,8 @@ def test_the_export_offers_the_shorter_window(export, capsys):
     assert "The newest 48 samples of a window enter no token: decisions are 0.48 s old. --n-times 152 takes" in printed
 
 
-def test_the_export_of_the_shorter_window_says_what_it_changes_on_the_recording(export, capsys):
-    bundle, printed = export(capsys, "--n-times", 152, "--parity-data", eeg_file("eeglab_data.set"))
+def test_the_export_of_the_shorter_window_says_what_it_changes_on_the_recording(export, written, capsys):
+    bundle, printed = export(capsys, "--n-times", 152, "--parity-data", written("eeglab_data.set").path)
     (note,) = bundle.manifest.weights.notes
     assert re.match(
         r"made for windows of 200 samples, exported for 152: decisions are 0\.48 s younger; where the tokens hold the same EEG "

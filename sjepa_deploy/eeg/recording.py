@@ -78,7 +78,7 @@ def read_recording(
     ----------
     path : str or Path
         EDF, BDF, BrainVision .vhdr, EEGLAB .set, FIF or what else `mne.io.read_raw` reads; XDF with one regular EEG
-        stream, taken at its nominal rate; or .npy with an array of shape (n_chans, n_samples).
+        stream without pauses of over a second, taken at its nominal rate; or .npy with an array of shape (n_chans, n_samples).
     sfreq : float or None
         Sampling rate in Hz. Needed for .npy; elsewhere it must be the file's own.
     unit : {"uV", "mV", "V"} or None
@@ -321,7 +321,8 @@ def _read_xdf(path: Path, unit: Unit | None, ch_names: Sequence[str] | None) -> 
     except ImportError as error:
         raise MissingDependencyError("pyxdf", "eeg") from error
     with path.open("rb") as file:  # pyxdf leaves a file that it opens itself and refuses open
-        streams, _ = pyxdf.load_xdf(file)
+        # By default a pause must last 500 samples too, or pyxdf spreads it over the whole stream and hides it.
+        streams, _ = pyxdf.load_xdf(file, jitter_break_threshold_samples=1)
     stream = _eeg_stream(streams, path.name)
     info = stream["info"]
     name, rate = info["name"][0], float(info["nominal_srate"][0])
@@ -338,7 +339,7 @@ def _read_xdf(path: Path, unit: Unit | None, ch_names: Sequence[str] | None) -> 
             "Cut a stretch without loss out of it.",
         )
     samples = np.asarray(stream["time_series"], dtype=np.float64).T
-    described = ((info["desc"][0] or {}).get("channels") or [None])[0] or {}
+    described = (((info["desc"] or [None])[0] or {}).get("channels") or [None])[0] or {}
     channels: list[dict[str, list[str]]] = described.get("channel") or [{}] * len(samples)
     picks = [i for i, channel in enumerate(channels) if _text(channel, "type", "EEG").casefold() == "eeg"]
     labels = [_text(channels[i], "label", "") for i in picks]
