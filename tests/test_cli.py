@@ -329,11 +329,11 @@ def test_a_table_is_replaced_whole_or_not_at_all(sjepa, bundle, array, tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr("sjepa_deploy.cli.run._write", fail)
-        status, _, err = sjepa("run", bundle, *array, "--out", table)
+        status, _, err = sjepa("run", bundle, *array, "--out", table, "--force")
     assert (status, err) == (2, f"sjepa-run: {table} cannot be written (No space left on device). Choose another --out, "
                                 "or free some space.\n")  # fmt: skip
     assert table.read_text() == "old"
-    assert sjepa("run", bundle, *array, "--out", table)[0] == 0
+    assert sjepa("run", bundle, *array, "--out", table, "--force")[0] == 0
     assert table.read_text().startswith("time\t")
     assert {entry.name for entry in tmp_path.iterdir()} == {"bundle", "a.npy", "out.tsv"}
 
@@ -446,11 +446,18 @@ def refuses(sjepa, tmp_path):
         ("--variant prelocal --unit nV", "'nV' is not one of 'uV', 'mV', 'V'"),
         ("--variant prelocal --band 40 1", "The band 40.0 to 1.0 Hz is not one. Use positive edges"),
         ("--variant prelocal --n-outputs 2 --class-names a,b,c", "3 class names for 2 outputs. Name every output once"),
-        ("--variant prelocal --channels 8 --precision fp8", "'fp8' is not a precision. Use a list of fp32, fp16, bf16"),
-        ("--variant prelocal --channels 8 --precision ,", "names no precision. Use a list of fp32"),
+        (
+            "--variant prelocal --channels 8 --precision fp8",
+            "'fp8' is not one of 'fp32', 'tf32', 'fp16'.* See sjepa-export",
+        ),
+        ("--variant prelocal --channels 8 --precision ,", "',' has an empty name. Separate names by one comma"),
+        (
+            "--variant prelocal --channels 8 --precision tf32",
+            "'tf32' is not a precision of a graph. Use a list of fp32",
+        ),
         ("--variant prelocal --channels 8 --opset 16", "Opset 16 is not supported. Use one of 17 to 21; 17 runs everywhere"),
-        ("--variant prelocal --channels 8 --engine fp64", "'fp64' is not a precision of an engine. Use a list of fp32, tf32"),
-        ("--variant prelocal --channels Cz,,Pz", "A channel has an empty name. Name every channel once"),
+        ("--variant prelocal --channels 8 --engine fp64", "'fp64' is not one of 'auto', 'none', 'fp32', 'tf32'"),
+        ("--variant prelocal --channels Cz,,Pz", "'Cz,,Pz' has an empty name. Separate names by one comma"),
         ("--variant prelocal --max-batch 0", "'--max-batch': 0 is not in the range x>=1. See sjepa-export --help"),
         ("--variant prelocal --checkpoint nowhere", "There is no checkpoint at nowhere. Check the path"),
         ("--variant all --checkpoint nowhere", "A checkpoint holds one variant. Leave --variant all out"),

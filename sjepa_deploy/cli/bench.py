@@ -1,7 +1,8 @@
-"""``sjepa-bench``: how fast each backend of this machine is, and which one to use."""
+"""``sjepa-bench`` measures how fast each backend of this machine is, and which one to use."""
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import shlex
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.cli import console, entry, print_json
+from sjepa_deploy.cli import console, entry, options, print_json
 from sjepa_deploy.errors import BenchmarkError, MissingDependencyError, RegressionError, listed
 from sjepa_deploy.runtime.backend import BACKENDS, FASTEST_BACKEND, BackendOptions
 from sjepa_deploy.runtime.backends.fastest import FastestRecord
@@ -27,7 +28,7 @@ from sjepa_deploy.runtime.bench.keep_fastest import keep
 from sjepa_deploy.runtime.bench.report import write_comparison, write_html, write_markdown
 from sjepa_deploy.runtime.bench.results import SCENARIOS, BenchReport, Cell, Estimate, LeftOut, Samples, Scenario
 from sjepa_deploy.runtime.bench.run import BenchConfig, run_bench
-from sjepa_deploy.spec import RUN_PRECISIONS, RunPrecision
+from sjepa_deploy.spec import RunPrecision
 
 QUICK_S = 2.0
 QUICK_PROCESSES = 1
@@ -67,126 +68,228 @@ class Duration(click.ParamType[str]):
         return value
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.argument("bundles", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--backend", "backends", multiple=True, help="Backend to measure; may be repeated.  [default: all that run here]")
-@click.option(
-    "--precision",
-    "precisions",
-    type=click.Choice(RUN_PRECISIONS),
-    multiple=True,
-    help="Precision to measure; may be repeated.  [default: all]",
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is measured, as the user says it. What is empty or None takes the default.
+
+    Attributes
+    ----------
+    backends : tuple of str
+        Backends to measure.
+    precisions : tuple of RunPrecision
+        Precisions to measure.
+    scenarios : tuple of Scenario
+        How the backend is loaded.
+    batches : tuple of int
+        Batches of the closed loops.
+    rates : tuple of float
+        Windows a second when paced.
+    deadline : float or None
+        Seconds from due to done.
+    durations : tuple of str
+        Seconds in each cell, "2", or in the cells of one scenario, "paced=50".
+    processes : int or None
+        Cold starts of each backend.
+    quick : bool
+        Whether cells are short.
+    time_limit : float or None
+        Seconds after which the run ends with what it has.
+    seed : int
+        Seed of the order of blocks, the windows and the phases of streams.
+    options : BackendOptions
+        What the backends are asked for.
+    """
+
+    backends: tuple[str, ...]
+    precisions: tuple[RunPrecision, ...]
+    scenarios: tuple[Scenario, ...]
+    batches: tuple[int, ...]
+    rates: tuple[float, ...]
+    deadline: float | None
+    durations: tuple[str, ...]
+    processes: int | None
+    quick: bool
+    time_limit: float | None
+    seed: int
+    options: BackendOptions
+
+    def config(self, aim: Aim) -> BenchConfig:
+        """Return what to measure for `aim`."""
+        defaults = BenchConfig()
+        chosen: list[Scenario] = ["back-to-back", "paced"] if aim.recommend else []
+        chosen += ["throughput"] if aim.keep_fastest else []
+        return BenchConfig(
+            backends=self.backends,
+            precisions=self.precisions,
+            scenarios=self.scenarios or tuple(chosen) or SCENARIOS,
+            batches=self.batches,
+            rates=self.rates or (defaults.rates[-1:] if aim.recommend else defaults.rates),
+            deadline=self.deadline,
+            **_seconds(self.durations, QUICK_S if self.quick else defaults.seconds),
+            processes=self.processes or (QUICK_PROCESSES if self.quick else defaults.processes),
+            time_limit=self.time_limit,
+            seed=self.seed,
+            options=self.options,
+        )
+
+
+def _plan(n_threads: int | None, device: int, **values: Any) -> Plan:
+    return Plan(options=BackendOptions(n_threads=n_threads, device=device), **values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Aim:
+    """What a benchmark is for. Without an aim everything is measured and reported.
+
+    Attributes
+    ----------
+    recommend : bool
+        Measure only what tells which backend to use.
+    keep_fastest : bool
+        Keep in each bundle which backend is the fastest at each batch.
+    source : Path or None
+        Report from which the fastest are kept, in place of a run.
+    compared : tuple of Path or None
+        Two reports to compare.
+    rendered : Path or None
+        Report whose pages are written anew.
+    fail_above : float or None
+        Slowdown of a comparison that makes the exit status 1.
+    """
+
+    recommend: bool
+    keep_fastest: bool
+    source: Path | None
+    compared: tuple[Path, Path] | None
+    rendered: Path | None
+    fail_above: float | None
+
+    def check(self, bundles: tuple[Path, ...], plan: Plan) -> None:
+        """Refuse options that say different things."""
+        if self.compared is not None:
+            if bundles:
+                raise click.UsageError("--compare takes two reports, and no bundle.")
+            return
+        if self.fail_above is not None:
+            raise click.UsageError("--fail-above needs --compare.")
+        if self.rendered is not None:
+            return
+        if not bundles:
+            raise click.UsageError("Name a bundle, or two reports with --compare.")
+        if self.source is not None and not self.keep_fastest:
+            raise click.UsageError("--from needs --keep-fastest.")
+        if self.keep_fastest and self.source is None:
+            if plan.backends and len({*plan.backends} & {*BACKENDS} - {FASTEST_BACKEND}) < 2:
+                raise click.UsageError("--keep-fastest needs two backends or more that decode.")
+            if plan.scenarios and "throughput" not in plan.scenarios:
+                raise click.UsageError("--keep-fastest needs --scenario throughput.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Where the report goes.
+
+    Attributes
+    ----------
+    out : Path or None
+        Folder.
+    name : str
+        Name of the files in the folder, without suffix.
+    force : bool
+        Whether files that are there are replaced.
+    """
+
+    out: Path | None
+    name: str
+    force: bool
+
+    def check(self, name: str) -> None:
+        """Check, before anything is measured, that files of this `name` may be written."""
+        if self.out is not None:
+            suffixes = (".json", ".npz", ".md", ".html")
+            options.check_files([self.out / f"{name}{suffix}" for suffix in suffixes], force=self.force)
+
+
+@options.command
+@click.argument("bundles", nargs=-1, type=options.path)
+@options.fills(
+    "plan",
+    _plan,
+    options.backends,
+    options.precisions,
+    click.option(
+        "--scenario", "scenarios", type=click.Choice(SCENARIOS), multiple=True, help="Load; may be repeated.  [default: all]"
+    ),
+    click.option(
+        "--batch", "batches", type=int, multiple=True, help="Batch of the closed loops.  [default: 1; throughput 1,4,16,64]"
+    ),
+    click.option("--rate", "rates", type=float, multiple=True, help="Windows a second when paced.  [default: 10, 100]"),
+    click.option("--deadline", type=float, help="Seconds from due to done.  [default: until the next window]"),
+    click.option(
+        "--duration",
+        "durations",
+        type=Duration(),
+        multiple=True,
+        help="Seconds in each cell, or of one scenario: 2, paced=50; may be repeated.  [default: 10]",
+    ),
+    click.option(
+        "--processes", type=click.IntRange(min=1), help=f"Cold starts of each backend.  [default: {BenchConfig.processes}]"
+    ),
+    click.option("--quick", is_flag=True, help=f"Measure {QUICK_S:g} s in each cell, and {QUICK_PROCESSES} cold start."),
+    click.option("--time-limit", type=float, help="Seconds after which the run ends with what it has."),
+    options.threads,
+    options.device,
+    options.seed,
 )
-@click.option("--scenario", "scenarios", type=click.Choice(SCENARIOS), multiple=True, help="May be repeated.  [default: all]")
-@click.option(
-    "--batch", "batches", type=int, multiple=True, help="Batch of the closed loops.  [default: 1; throughput 1,4,16,64]"
+@options.fills(
+    "outputs",
+    Outputs,
+    options.out_folder("bench-DATE-TIME"),
+    click.option("--name", default="bench", help="Name of the files in --out, without suffix."),
+    options.force,
 )
-@click.option("--rate", "rates", type=float, multiple=True, help="Windows a second when paced.  [default: 10, 100]")
-@click.option("--deadline", type=float, help="Seconds from due to done.  [default: until the next window]")
-@click.option(
-    "--duration",
-    "durations",
-    type=Duration(),
-    multiple=True,
-    help="Seconds in each cell, or of one scenario: 2, paced=50; may be repeated.  [default: 10]",
+@options.fills(
+    "aim",
+    Aim,
+    click.option("--recommend", is_flag=True, help="Measure only what tells which backend to use, and name it."),
+    click.option(
+        "--keep-fastest",
+        is_flag=True,
+        help="Measure the throughput, and keep in each bundle which backend is the fastest at each batch, for --backend fastest.",
+    ),
+    click.option("--from", "source", type=options.path, help="With --keep-fastest: use this report (.json); measure nothing."),
+    click.option("--compare", "compared", type=options.path, nargs=2, help="Compare two reports (.json)."),
+    click.option("--render", "rendered", type=options.path, help="Write the pages of a report (.json) anew."),
+    click.option("--fail-above", type=Share(), help="With --compare: exit status 1 for a slowdown above this, e.g. 10%."),
 )
-@click.option("--processes", type=click.IntRange(min=1), help=f"Cold starts of each backend.  [default: {BenchConfig.processes}]")
-@click.option("--quick", is_flag=True, help=f"The same with {QUICK_S:g} s and {QUICK_PROCESSES} cold start.")
-@click.option("--time-limit", type=float, help="Seconds after which the run ends with what it has.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of a call.  [default: the backend's]")
-@click.option("--device", type=click.IntRange(min=0), default=0, help="Which GPU.")
-@click.option("--seed", type=int, default=0, help="Of the order of blocks, the windows and the phases of streams.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder for the report, or the comparison.  [default: bench-DATE-TIME]"
-)
-@click.option("--name", default="bench", help="Of the files in it.")
-@click.option("--recommend", is_flag=True, help="Measure only what tells which backend to use, and say which.")
-@click.option(
-    "--keep-fastest",
-    is_flag=True,
-    help="Measure the throughput, and keep in each bundle which backend is the fastest at each batch: for --backend fastest.",
-)
-@click.option(
-    "--from", "source", type=click.Path(path_type=Path), help="With --keep-fastest: use this report (.json), do not run."
-)
-@click.option("--compare", "compared", type=click.Path(path_type=Path), nargs=2, help="Compare two reports (.json).")
-@click.option("--render", "rendered", type=click.Path(path_type=Path), help="Write the pages of a report (.json) anew.")
-@click.option("--fail-above", type=Share(), help="With --compare: exit status 1 for a slowdown above this, e.g. 10%.")
-@click.option("--json", "json_output", is_flag=True, help="Print the report, or the comparison, as JSON.")
-def bench(
-    bundles: tuple[Path, ...],
-    backends: tuple[str, ...],
-    precisions: tuple[RunPrecision, ...],
-    scenarios: tuple[Scenario, ...],
-    batches: tuple[int, ...],
-    rates: tuple[float, ...],
-    deadline: float | None,
-    durations: tuple[str, ...],
-    processes: int | None,
-    quick: bool,
-    time_limit: float | None,
-    threads: int | None,
-    device: int,
-    seed: int,
-    out: Path | None,
-    name: str,
-    recommend: bool,
-    keep_fastest: bool,
-    source: Path | None,
-    compared: tuple[Path, Path] | None,
-    rendered: Path | None,
-    fail_above: float | None,
-    json_output: bool,
-) -> None:
+@options.json_output
+def bench(bundles: tuple[Path, ...], *, plan: Plan, outputs: Outputs, aim: Aim, json_output: bool) -> None:
     """Measure the latency of every backend of this machine on BUNDLES, beside parity.
 
-    Writes a report with every sample. Ctrl-C ends the run; what was measured by then is written, and marked as partial.
+    The command writes a report with every sample. Ctrl-C ends the run; what was measured by then is written, and marked as
+    partial.
     """
     screen = console(json_output)
-    if compared is not None:
-        if bundles:
-            raise click.UsageError("--compare takes two reports, and no bundle.")
-        _compare(compared, fail_above, out, screen, json_output)
+    aim.check(bundles, plan)
+    if aim.compared is not None:
+        _compare(aim.compared, aim.fail_above, outputs, screen, json_output)
         return
-    if rendered is not None:
-        _render(rendered, bundles, screen)
+    if aim.rendered is not None:
+        _render(aim.rendered, bundles, screen)
         return
-    if fail_above is not None:
-        raise click.UsageError("--fail-above needs --compare.")
-    if not bundles:
-        raise click.UsageError("Name a bundle, or two reports with --compare.")
-    if source is not None and not keep_fastest:
-        raise click.UsageError("--from needs --keep-fastest.")
+    outputs.check(outputs.name)
     opened = tuple(Bundle.open(bundle) for bundle in bundles)
 
     def keep_of(report: BenchReport) -> None:
         for bundle in opened:
-            for kept in keep(report, bundle, backends=backends, precisions=precisions, device=device):
+            for kept in keep(report, bundle, backends=plan.backends, precisions=plan.precisions, device=plan.options.device):
                 _print_kept(bundle, kept, screen)
 
-    if source is not None:
-        keep_of(load_report(source))
+    if aim.source is not None:
+        keep_of(load_report(aim.source))
         return
-    if keep_fastest and backends and len({*backends} & {*BACKENDS} - {FASTEST_BACKEND}) < 2:
-        raise click.UsageError("--keep-fastest needs two backends or more that decode.")
-    if keep_fastest and scenarios and "throughput" not in scenarios:
-        raise click.UsageError("--keep-fastest needs --scenario throughput.")
-    chosen: tuple[Scenario, ...] = (("back-to-back", "paced") if recommend else ()) + (("throughput",) if keep_fastest else ())
-    defaults = BenchConfig()
-    config = BenchConfig(
-        backends=backends,
-        precisions=precisions,
-        scenarios=scenarios or chosen or SCENARIOS,
-        batches=batches,
-        rates=rates or (defaults.rates[-1:] if recommend else defaults.rates),
-        deadline=deadline,
-        **_seconds(durations, QUICK_S if quick else defaults.seconds),
-        processes=processes or (QUICK_PROCESSES if quick else defaults.processes),
-        time_limit=time_limit,
-        seed=seed,
-        options=BackendOptions(n_threads=threads, device=device),
-    )
-    folder = out or Path(f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    config = plan.config(aim)
+    folder = outputs.out or Path(f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     _make(folder)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
@@ -197,9 +300,10 @@ def bench(
             command=_command_line(),
             progress=lambda text, done, total: bar.update(task, description=text, completed=done, total=total or None),
         )
-    report = write_report(report, samples, folder / f"{name}.json")
-    _write_pages(report, samples, folder / f"{name}.json", screen)
-    if recommend:
+    path = folder / f"{outputs.name}.json"
+    report = write_report(report, samples, path)
+    _write_pages(report, samples, path, screen)
+    if aim.recommend:
         _print_recommendations(report, screen)
     else:
         _print_report(report, screen)
@@ -208,7 +312,7 @@ def bench(
         print_json(report)
     if report.interrupted:
         raise KeyboardInterrupt
-    if keep_fastest:
+    if aim.keep_fastest:
         keep_of(report)
 
 
@@ -337,7 +441,8 @@ def _span(figure: Estimate | None) -> str:
     return "" if figure is None or figure.low is None else f"{figure.low:.4g} to {figure.high:.4g}"
 
 
-def _compare(paths: tuple[Path, Path], fail_above: float | None, out: Path | None, screen: Console, json_output: bool) -> None:
+def _compare(paths: tuple[Path, Path], fail_above: float | None, outputs: Outputs, screen: Console, json_output: bool) -> None:
+    outputs.check("compare")
     reports = [load_report(path) for path in paths]
     loaded = [(report, load_samples(report, path)) for report, path in zip(reports, paths, strict=True)]
     comparison = compare(loaded[0], loaded[1], (str(paths[0]), str(paths[1])))
@@ -346,9 +451,9 @@ def _compare(paths: tuple[Path, Path], fail_above: float | None, out: Path | Non
             f"{paths[0]} and {paths[1]} have no cell in common.", "Measure the same bundles on the same backends."
         )
     _print_comparison(comparison, screen)
-    if out is not None:
-        _make(out)
-        write_comparison(comparison, out / "compare")
+    if outputs.out is not None:
+        _make(outputs.out)
+        write_comparison(comparison, outputs.out / "compare")
     if json_output:
         print_json(comparison)
     worse = regressions(comparison, fail_above) if fail_above is not None else ()

@@ -1,22 +1,21 @@
-"""``sjepa-doctor``: what is here, and what keeps a backend from loading."""
+"""``sjepa-doctor`` shows what this machine has, and what keeps a backend from loading."""
 
 from __future__ import annotations
 
 import platform
 
-import click
 from rich.markup import escape
 from rich.table import Table
 
-from sjepa_deploy.cli import console, entry, print_json
+from sjepa_deploy.cli import console, entry, options, print_json
 from sjepa_deploy.runtime.backend import BACKENDS
 from sjepa_deploy.runtime.machine import gpu, n_cores, processor, versions
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--json", "json_output", is_flag=True, help="Print the findings as JSON.")
+@options.command
+@options.json_output
 def doctor(json_output: bool) -> None:
-    """Show versions, hardware, and which backends run here and why others don't."""
+    """Show versions, hardware, which backends run on this machine, and why others do not."""
     packages = versions()
     machine = {
         "python": platform.python_version(),

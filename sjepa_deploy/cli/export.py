@@ -1,20 +1,22 @@
-"""``sjepa-export``: from a checkpoint to a verified bundle."""
+"""``sjepa-export`` turns a checkpoint into a verified bundle."""
 
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
+from rich.console import Console
 from rich.markup import escape
 
 from sjepa_deploy.bundle import check_writable
-from sjepa_deploy.cli import console, entry, parity_table, print_json
+from sjepa_deploy.cli import console, entry, options, parity_table, print_json
 from sjepa_deploy.eeg.montage import Montage, read_montage
-from sjepa_deploy.errors import ExportError, InputError, MissingDependencyError, RecordingError
-from sjepa_deploy.spec import PRECISIONS, UNITS_IN_VOLTS, VARIANTS, ModelSpec, Precision
+from sjepa_deploy.errors import ExportError, InputError, MissingDependencyError, RecordingError, listed
+from sjepa_deploy.spec import PRECISIONS, RUN_PRECISIONS, UNITS_IN_VOLTS, VARIANTS, ModelSpec, Precision, RunPrecision, Unit
 
 if TYPE_CHECKING:
     from sjepa_deploy.bundle import Bundle
@@ -24,113 +26,222 @@ if TYPE_CHECKING:
 TRITON_PLATFORMS = ("python", "onnxruntime", "tensorrt")
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option(
-    "--variant", type=click.Choice([*VARIANTS, "all"]), help="Model to export. With a checkpoint it is read from there."
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Where the weights come from.
+
+    Attributes
+    ----------
+    variant : str or None
+        Model to export; the checkpoint's where there is one.
+    checkpoint : Path or None
+        Folder or file of the weights. None makes them random.
+    prefix : str or None
+        What stands before the model's keys.
+    """
+
+    variant: str | None
+    checkpoint: Path | None
+    prefix: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contract:
+    """What the user asks of the model's input and outputs. None takes the checkpoint's value, or the default contract's."""
+
+    montage: str | None
+    channels: tuple[str, ...] | None
+    n_times: int | None
+    sfreq: float | None
+    unit: Unit | None
+    n_outputs: int | None
+    class_names: tuple[str, ...] | None
+    spatial_filters: int | None
+    reference: str | None
+    band: tuple[float, float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graphs:
+    """Which graphs are written, and what they are judged with.
+
+    Attributes
+    ----------
+    precisions : tuple of Precision
+        One graph each; the first is the bundle's default.
+    opset, max_batch : int
+        ONNX opset and largest batch.
+    static_batch : int or None
+        The only batch size, in place of 1 to `max_batch`.
+    seed : int
+        Seed of random weights and of the windows that parity is judged with.
+    parity_data : Path or None
+        EEG of the user to judge with as well.
+    """
+
+    precisions: tuple[Precision, ...]
+    opset: int
+    max_batch: int
+    static_batch: int | None
+    seed: int
+    parity_data: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What is written.
+
+    Attributes
+    ----------
+    out : Path or None
+        Folder of the bundle.
+    force : bool
+        Whether a bundle that is there is replaced.
+    engines : tuple of str
+        TensorRT engines to build: precisions, or "auto" or "none" alone.
+    triton : Path or None
+        Triton model repository to add the bundle to.
+    triton_platform : str
+        Runtime of the graph in Triton.
+    """
+
+    out: Path | None
+    force: bool
+    engines: tuple[str, ...]
+    triton: Path | None
+    triton_platform: str
+
+
+def _graphs(precisions: tuple[RunPrecision, ...], **values: Any) -> Graphs:
+    if unknown := [name for name in precisions if name not in PRECISIONS]:
+        raise click.UsageError(f"{unknown[0]!r} is not a precision of a graph. Use a list of {listed(PRECISIONS)}.")
+    return Graphs(precisions=tuple(name for name in precisions if name in PRECISIONS) or PRECISIONS, **values)
+
+
+def _outputs(engines: tuple[str, ...], **values: Any) -> Outputs:
+    if len(engines) > 1 and {"auto", "none"} & {*engines}:
+        raise click.UsageError("--engine takes auto, none, or precisions.")
+    return Outputs(engines=engines, **values)
+
+
+@options.command
+@options.fills(
+    "weights",
+    Weights,
+    click.option(
+        "--variant", type=click.Choice([*VARIANTS, "all"]), help="Model to export. With a checkpoint it is read from there."
+    ),
+    click.option("--checkpoint", type=options.path, help="Folder or file of the weights. Without it they are random."),
+    click.option("--prefix", help="What stands before the model's keys in a checkpoint that holds several models."),
 )
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Folder or file of the weights. Without it they are random.")
-@click.option("--prefix", help="What stands before the model's keys in a checkpoint that holds several models.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the bundle.  [default: sjepa-VARIANT]")
-@click.option(
-    "--precision", default=",".join(PRECISIONS), help="Graphs to write, separated by commas; the first is the bundle's default."
+@options.fills(
+    "contract",
+    Contract,
+    options.montage,
+    click.option(
+        "--channels",
+        type=options.Names(),
+        metavar="A,B,...",
+        help="Channels of the model in order (picked from --montage), or their number.",
+    ),
+    options.n_times,
+    options.model_sfreq,
+    click.option("--unit", type=click.Choice(list(UNITS_IN_VOLTS)), help="Unit of the model's input."),
+    click.option("--n-outputs", type=int, help="Outputs of the model."),
+    click.option("--class-names", type=options.Names(), metavar="A,B,...", help="Names of the outputs."),
+    options.spatial_filters,
+    click.option("--reference", type=click.Choice(["average", "none"]), help="Reference that recordings are brought to."),
+    click.option(
+        "--band",
+        nargs=2,
+        type=float,
+        metavar="LOW HIGH",
+        help="Band in Hz that recordings are filtered to; 0 leaves a side open.",
+    ),
 )
-@click.option("--montage", help="Channels with positions: a montage of MNE, or a file with name, x, y, z in metres.")
-@click.option("--channels", help="Channel names in order, separated by commas (picked from --montage), or their number.")
-@click.option("--n-times", type=int, help="Samples of a window.")
-@click.option("--sfreq", type=float, help="Sampling rate in Hz.")
-@click.option("--unit", type=click.Choice(list(UNITS_IN_VOLTS)), help="Unit of the input.")
-@click.option("--n-outputs", type=int, help="Outputs of the model.")
-@click.option("--class-names", help="Names of the outputs, separated by commas.")
-@click.option("--spatial-filters", type=int, help="Spatial filters of the model.")
-@click.option("--reference", type=click.Choice(["average", "none"]), help="Reference that recordings are brought to.")
-@click.option(
-    "--band", nargs=2, type=float, metavar="LOW HIGH", help="Band in Hz that recordings are filtered to; 0 leaves a side open."
+@options.fills(
+    "graphs",
+    _graphs,
+    options.precisions,
+    click.option("--opset", type=int, default=17, help="ONNX opset."),
+    click.option("--max-batch", type=click.IntRange(min=1), default=64, help="Largest batch of windows."),
+    click.option("--static-batch", type=click.IntRange(min=1), help="The only batch size, in place of 1 to --max-batch."),
+    options.seed,
+    click.option("--parity-data", type=options.path, help="Recording, or .npy of windows, to judge with as well."),
 )
-@click.option("--opset", type=int, default=17, help="ONNX opset.")
-@click.option("--max-batch", type=click.IntRange(min=1), default=64, help="Largest batch of windows.")
-@click.option("--static-batch", type=click.IntRange(min=1), help="The only batch size, in place of 1 to --max-batch.")
-@click.option("--seed", type=int, default=0, help="Seed of random weights and of the windows that parity is judged with.")
-@click.option("--parity-data", type=click.Path(path_type=Path), help="Recording, or .npy of windows, to judge with as well.")
-@click.option(
-    "--engine",
-    "engines",
-    default="auto",
-    help="TensorRT engines to build for this machine: none, or a list of fp32, tf32, fp16, bf16. auto builds one for every graph "
-    "where TensorRT and a GPU are there.",
+@options.fills(
+    "outputs",
+    _outputs,
+    options.out_folder("sjepa-VARIANT"),
+    options.force,
+    options.several(
+        "--engine",
+        "engines",
+        choices=("auto", "none", *RUN_PRECISIONS),
+        default=("auto",),
+        help="TensorRT engines to build for this machine: precisions, or none. auto builds one for every graph where TensorRT "
+        "and a GPU are there.",
+    ),
+    click.option("--triton", type=options.path, help="Triton model repository to add the bundle to."),
+    click.option(
+        "--triton-platform", type=click.Choice(TRITON_PLATFORMS), default="python", help="Runtime of the graph in Triton."
+    ),
 )
-@click.option("--triton", type=click.Path(path_type=Path), help="Triton model repository to add the bundle to.")
-@click.option("--triton-platform", type=click.Choice(TRITON_PLATFORMS), default="python", help="What runs the graph in Triton.")
-@click.option("--force", is_flag=True, help="Replace a bundle that is there.")
-@click.option("--json", "json_output", is_flag=True, help="Print the result as JSON.")
-def export(
-    variant: str | None, checkpoint: Path | None, prefix: str | None, out: Path | None, json_output: bool, **flags: Any
-) -> None:
+@options.json_output
+def export(*, weights: Weights, contract: Contract, graphs: Graphs, outputs: Outputs, json_output: bool) -> None:
     """Export a SignalJEPA model into a bundle, and prove that it equals the PyTorch model.
 
     The bundle is a folder that any machine decodes with. Every graph is compared with the model in float64; if one differs by
-    more than its tolerance, nothing is written and the exit status is 1.
+    more than its tolerance, nothing is written and the exit status is 1. The first of --precision is the bundle's default.
     """
     for package in ("torch", "onnx", "onnxscript", "safetensors"):
         if importlib.util.find_spec(package) is None:
             raise MissingDependencyError(package, "export")
-    if variant == "all":
-        if checkpoint is not None:
-            raise ExportError("A checkpoint holds one variant.", "Leave --variant all out.")
-        folders = {name: (out or Path("sjepa-all")) / name for name in VARIANTS}
-        for folder in folders.values():
-            check_writable(folder, force=flags["force"])
-        bundles = [_export_one(name, None, None, folder, json_output, **flags) for name, folder in folders.items()]
-    else:
-        bundles = [_export_one(variant, checkpoint, prefix, out, json_output, **flags)]
+    screen = console(json_output)
+    if weights.variant != "all":
+        bundle = _export_one(screen, weights, contract, graphs, outputs)
+        if json_output:
+            print_json(_summary(bundle))
+        return
+    if weights.checkpoint is not None:
+        raise ExportError("A checkpoint holds one variant.", "Leave --variant all out.")
+    folders = {name: (outputs.out or Path("sjepa-all")) / name for name in VARIANTS}
+    for folder in folders.values():
+        check_writable(folder, force=outputs.force)
+    bundles = [
+        _export_one(screen, replace(weights, variant=name), contract, graphs, replace(outputs, out=folder))
+        for name, folder in folders.items()
+    ]
     if json_output:
-        print_json([_summary(b) for b in bundles] if variant == "all" else _summary(bundles[0]))
+        print_json([_summary(bundle) for bundle in bundles])
 
 
-def _export_one(
-    variant: str | None,
-    checkpoint: Path | None,
-    prefix: str | None,
-    out: Path | None,
-    json_output: bool,
-    *,
-    precision: str,
-    opset: int,
-    max_batch: int,
-    static_batch: int | None,
-    seed: int,
-    parity_data: Path | None,
-    engines: str,
-    triton: Path | None,
-    triton_platform: str,
-    force: bool,
-    **flags: Any,
-) -> Bundle:
+def _export_one(screen: Console, weights: Weights, contract: Contract, graphs: Graphs, outputs: Outputs) -> Bundle:
     from sjepa_deploy.bundle import Provenance
-    from sjepa_deploy.cli.build import parse_precisions
     from sjepa_deploy.export.to_bundle import ExportParityError, to_bundle
     from sjepa_deploy.models.checkpoint import load_model, read_checkpoint
     from sjepa_deploy.models.networks import build_model
     from sjepa_deploy.models.resolve import resolve_spec
 
-    screen = console(json_output)
-    precisions = _precisions(precision)
-    if engines not in ("auto", "none"):
-        parse_precisions(engines)  # before anything is written
-    read = read_checkpoint(checkpoint, prefix=prefix) if checkpoint else None
-    if variant is None and read is None:
+    if outputs.out is not None:
+        check_writable(outputs.out, force=outputs.force)
+    read = read_checkpoint(weights.checkpoint, prefix=weights.prefix) if weights.checkpoint else None
+    if weights.variant is None and read is None:
         raise ExportError(
             "Neither --variant nor --checkpoint was given.", "Name one; with --variant alone the weights are random."
         )
-    asked, montage = _asked(variant, **flags)
+    asked, montage = _asked(weights.variant, contract)
     spec, assumed = resolve_spec(asked, read, asked_montage=montage)
-    out = out or Path(f"sjepa-{spec.variant}")
+    out = outputs.out or Path(f"sjepa-{spec.variant}")
+    check_writable(out, force=outputs.force)
+    seed, parity_data = graphs.seed, graphs.parity_data
     eeg = None if parity_data is None else _parity_eeg(parity_data, spec)
     if read is None:
         model = build_model(spec, seed=seed)
-        weights = Provenance(source="random", format="initialisation", seed=seed, notes=assumed)
+        provenance = Provenance(source="random", format="initialisation", seed=seed, notes=assumed)
     else:
         model = load_model(read, spec)
-        weights = Provenance(
+        provenance = Provenance(
             source=read.file_name,
             format=read.file_format,
             sha256=read.sha256,
@@ -141,43 +252,43 @@ def _export_one(
             bundle = to_bundle(
                 model,
                 out,
-                weights=weights,
-                precisions=precisions,
-                opset=opset,
-                max_batch=max_batch,
-                static_batch=static_batch,
+                weights=provenance,
+                precisions=graphs.precisions,
+                opset=graphs.opset,
+                max_batch=graphs.max_batch,
+                static_batch=graphs.static_batch,
                 parity_windows=None if eeg is None else _stretches(eeg, spec.n_times, spec.n_times),
                 seed=seed,
-                force=force,
+                force=outputs.force,
                 progress=lambda text: status.update(f"{spec.variant}: {text}"),
             )
     except ExportParityError as e:
         screen.print(parity_table(e.results, f"{spec.variant}: parity with the PyTorch model in float64"))
         raise
     _report(screen, bundle, read is None)
-    _build_engines(screen, bundle, engines)
-    if triton is not None:
-        _add_to_triton(screen, bundle, triton, triton_platform)
+    _build_engines(screen, bundle, outputs.engines)
+    if outputs.triton is not None:
+        _add_to_triton(screen, bundle, outputs.triton, outputs.triton_platform)
     return bundle
 
 
-def _add_to_triton(screen: Any, bundle: Bundle, repository: Path, platform: Any) -> None:
+def _add_to_triton(screen: Console, bundle: Bundle, repository: Path, platform: Any) -> None:
     from sjepa_deploy.export.to_triton import to_triton
 
     model = to_triton(bundle, repository, platform=platform)
     screen.print(f"{model.name}: version {model.version} for {platform} in {escape(str(repository))}", soft_wrap=True)
 
 
-def _build_engines(screen: Any, bundle: Bundle, asked: str) -> None:
+def _build_engines(screen: Console, bundle: Bundle, asked: tuple[str, ...]) -> None:
     """Build what ``--engine`` asks for; where "auto" builds nothing, say why."""
-    if asked == "none":
+    if asked == ("none",):
         return
-    from sjepa_deploy.cli.build import build_engines, parse_precisions
+    from sjepa_deploy.cli.build import build_engines
     from sjepa_deploy.export.to_tensorrt import why_no_engines
     from sjepa_deploy.runtime.backends.tensorrt_api import TensorRT
 
-    if asked != "auto":
-        build_engines(bundle, parse_precisions(asked), screen)
+    if asked != ("auto",):
+        build_engines(bundle, tuple(name for name in RUN_PRECISIONS if name in asked), screen)
     elif reason := why_no_engines():
         screen.print(f"No TensorRT engines were built: {reason} On the machine that decodes: sjepa-build {bundle.path}")
     else:
@@ -185,44 +296,33 @@ def _build_engines(screen: Any, bundle: Bundle, asked: str) -> None:
         build_engines(bundle, tuple(p for p in bundle.precisions if p in can), screen)
 
 
-def _precisions(text: str) -> tuple[Precision, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if unknown := [name for name in names if name not in PRECISIONS]:
-        raise ExportError(f"{unknown[0]!r} is not a precision.", f"Use a list of {', '.join(PRECISIONS)}.")
-    if not names:
-        raise ExportError("--precision names no precision.", f"Use a list of {', '.join(PRECISIONS)}.")
-    return names  # type: ignore[return-value]
-
-
-def _asked(
-    variant: str | None, *, montage: str | None, channels: str | None, **flags: Any
-) -> tuple[dict[str, Any], Montage | None]:
-    names = {
-        "n_times": "n_times",
-        "sfreq": "sfreq",
-        "unit": "unit",
-        "n_outputs": "n_outputs",
-        "spatial_filters": "n_spat_filters",
+def _asked(variant: str | None, contract: Contract) -> tuple[dict[str, Any], Montage | None]:
+    """Return the fields of the specification that the user asks for, and the montage."""
+    fields = {
+        "variant": variant,
+        "n_times": contract.n_times,
+        "sfreq": contract.sfreq,
+        "unit": contract.unit,
+        "n_outputs": contract.n_outputs,
+        "n_spat_filters": contract.spatial_filters,
     }
-    asked = {ours: flags[flag] for flag, ours in names.items() if flags[flag] is not None}
-    if variant is not None:
-        asked["variant"] = variant
-    preprocessing = {} if flags["reference"] is None else {"reference": flags["reference"]}
-    if flags["band"] is not None:
-        preprocessing |= {name: edge or None for name, edge in zip(("l_freq", "h_freq"), flags["band"], strict=True)}
+    asked: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
+    preprocessing: dict[str, Any] = {} if contract.reference is None else {"reference": contract.reference}
+    if contract.band is not None:
+        preprocessing |= {name: edge or None for name, edge in zip(("l_freq", "h_freq"), contract.band, strict=True)}
     asked["preprocessing"] = preprocessing
-    if flags["class_names"] is not None:
-        asked["class_names"] = tuple(name.strip() for name in flags["class_names"].split(","))
-        asked.setdefault("n_outputs", len(asked["class_names"]))
-    chosen = None if montage is None else read_montage(montage)
-    if channels is None:
+    if contract.class_names is not None:
+        asked["class_names"] = contract.class_names
+        asked.setdefault("n_outputs", len(contract.class_names))
+    chosen = None if contract.montage is None else read_montage(contract.montage)
+    ch_names = contract.channels
+    if ch_names is None:
         return asked, chosen
-    if channels.strip().isdecimal():
-        asked["n_chans"] = int(channels)
+    if len(ch_names) == 1 and ch_names[0].isdecimal():
+        asked["n_chans"] = int(ch_names[0])
         if chosen is not None:
             raise InputError("--montage and a number of channels say two things.", "Name the channels, or leave one flag out.")
         return asked, None
-    ch_names = tuple(name.strip() for name in channels.split(","))
     if chosen is not None:
         return asked, chosen.pick(ch_names)
     asked |= {"ch_names": ch_names, "n_chans": len(ch_names)}
@@ -278,7 +378,7 @@ def _stretches(eeg: FloatArray, n_times: int, hop: int) -> FloatArray:
     return windows(eeg, n_times, hop) if eeg.ndim == 2 else eeg
 
 
-def _report(screen: Any, bundle: Bundle, random: bool) -> None:
+def _report(screen: Console, bundle: Bundle, random: bool) -> None:
     manifest, spec = bundle.manifest, bundle.spec
     screen.print(parity_table(manifest.parity, f"{spec.variant}: parity with the PyTorch model in float64"))
     for note in manifest.weights.notes:

@@ -1,4 +1,4 @@
-"""``sjepa-finetune``: a decoder from labelled EEG and a base model."""
+"""``sjepa-finetune`` learns a decoder from labelled EEG and a base model."""
 
 from __future__ import annotations
 
@@ -9,74 +9,79 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from sjepa_deploy.cli import console, entry, print_json
-from sjepa_deploy.cli.training import changes_of, is_first_process, print_transfer, require_training, shape_of, training_options
+from sjepa_deploy.cli import console, entry, options, print_json
+from sjepa_deploy.cli.training import print_transfer, require_training, shape_of, training_options
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--variant", type=click.Choice(["prelocal", "postlocal", "contextual"]), help="What to train.")
-@click.option("--pretrained", help="Checkpoint of the base model. Without one, training starts from scratch.")
-@click.option("--freeze-encoder", is_flag=True, help="Train the spatial filters and the last layer only.")
-@click.option("--transfer-encoder", is_flag=True, help="Take the feature encoder into PreLocal too.")
-@click.option("--accept-sfreq", is_flag=True, help="Take a base model of another sampling rate.")
-@click.option("--spatial-filters", type=int, help="Spatial filters.")
-@click.option("--warmup-epochs", type=int, help="Epochs in which only the new layers learn.")
-@click.option("--task", type=click.Choice(["regression", "classification"]), help="Whether the target is a number or a class.")
-@click.option(
-    "--stimulus",
-    multiple=True,
-    help="Event that a reaction time starts at, or trial_type of the rows of --column; may be repeated.",
+def _target(task: str | None, stimulus: tuple[str, ...], response: tuple[str, ...], column: str | None) -> dict[str, Any]:
+    """Return the flags as changes of the target."""
+    kind = "column" if column else None
+    return {"task": task, "stimulus": stimulus or None, "response": response or None, "column": column, "kind": kind}
+
+
+def _model(
+    *, freeze_encoder: bool, transfer_encoder: bool, accept_sfreq: bool, spatial_filters: int | None, **values: Any
+) -> dict[str, Any]:
+    """Return the flags as changes of the configuration."""
+    return {
+        "freeze_encoder": freeze_encoder or None,
+        "encoder_to_prelocal": transfer_encoder or None,
+        "accept_sfreq": accept_sfreq or None,
+        "n_spat_filters": spatial_filters,
+        **values,
+    }
+
+
+@options.recipe_command
+@options.fills(
+    "model",
+    _model,
+    click.option("--variant", type=click.Choice(["prelocal", "postlocal", "contextual"]), help="Model to train."),
+    click.option("--pretrained", help="Checkpoint of the base model. Without one, training starts from scratch."),
+    click.option("--freeze-encoder", is_flag=True, help="Train the spatial filters and the last layer only."),
+    click.option("--transfer-encoder", is_flag=True, help="Take the feature encoder into PreLocal too."),
+    click.option("--accept-sfreq", is_flag=True, help="Take a base model of another sampling rate."),
+    options.spatial_filters,
+    click.option("--warmup-epochs", type=int, help="Epochs in which only the new layers learn."),
 )
-@click.option("--response", multiple=True, help="Event that a reaction time ends at; may be repeated.")
-@click.option("--column", help="Column of a TSV, of participants.tsv or of Epochs' metadata that holds the target.")
+@options.fills(
+    "target",
+    _target,
+    click.option(
+        "--task", type=click.Choice(["regression", "classification"]), help="Whether the target is a number or a class."
+    ),
+    click.option(
+        "--stimulus",
+        multiple=True,
+        help="Event that a reaction time starts at, or trial_type of the rows of --column; may be repeated.",
+    ),
+    click.option("--response", multiple=True, help="Event that a reaction time ends at; may be repeated."),
+    click.option("--column", help="Column of a TSV, of participants.tsv or of Epochs' metadata that holds the target."),
+)
 @training_options
 def finetune(
     config_file: Path | None,
-    out: Path,
-    resume: bool,
-    json_output: bool,
     *,
-    variant: str | None,
-    pretrained: str | None,
-    freeze_encoder: bool,
-    transfer_encoder: bool,
-    accept_sfreq: bool,
-    spatial_filters: int | None,
-    warmup_epochs: int | None,
-    task: str | None,
-    stimulus: tuple[str, ...],
-    response: tuple[str, ...],
-    column: str | None,
-    **flags: Any,
+    out: Path,
+    force: bool,
+    resume: bool,
+    changes: dict[str, Any],
+    model: dict[str, Any],
+    target: dict[str, Any],
+    json_output: bool,
 ) -> None:
     """Fine-tune a variant, by default on synthetic reaction times, and write its checkpoint into --out."""
     require_training()
     from sjepa_deploy.learning.data import Target
     from sjepa_deploy.learning.finetune import FinetuneConfig
     from sjepa_deploy.learning.finetune import finetune as run
-    from sjepa_deploy.learning.loop import overridden, read_config
+    from sjepa_deploy.learning.loop import is_first_process, overridden, read_config
 
     config = read_config(FinetuneConfig, config_file)
-    target = {
-        "task": task,
-        "stimulus": stimulus or None,
-        "response": response or None,
-        "column": column,
-        "kind": "column" if column else None,
-    }
-    changes = {
-        "variant": variant,
-        "pretrained": pretrained,
-        "freeze_encoder": freeze_encoder or None,
-        "encoder_to_prelocal": transfer_encoder or None,
-        "accept_sfreq": accept_sfreq or None,
-        "n_spat_filters": spatial_filters,
-        "warmup_epochs": warmup_epochs,
-        "data.target": overridden(config.data.target or Target(), target),
-    }
-    config = overridden(config, changes | changes_of(flags))
+    learned = overridden(config.data.target or Target(), target)
+    config = overridden(config, model | {"data.target": learned} | changes)
     screen = console(json_output)
-    result = run(config, out, resume=resume, progress=screen.is_terminal and not json_output)
+    result = run(config, out, resume=resume, replace=force, progress=screen.is_terminal and not json_output)
     if not is_first_process():
         return
     if result.transfer is not None:

@@ -50,13 +50,22 @@ class Names(click.ParamType[tuple[str, ...]]):
         return names
 
 
-def several(*spellings: str, choices: Sequence[str] = (), help: str) -> Option:
+def several(*spellings: str, choices: Sequence[str] = (), default: Sequence[str] = (), help: str) -> Option:
     """Return an option that takes names separated by commas, and that may be repeated. The command gets them as one tuple."""
 
     def joined(ctx: click.Context, param: click.Parameter, values: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(itertools.chain.from_iterable(values)))
 
-    return click.option(*spellings, type=Names(choices), multiple=True, metavar="A,B,...", callback=joined, help=help)
+    metavar = f"[{'|'.join(choices)}],..." if choices else "A,B,..."
+    kind = Names(choices)
+    return click.option(*spellings, type=kind, multiple=True, default=default, metavar=metavar, callback=joined, help=help)
+
+
+def out_folder(default: str | None) -> Option:
+    """Return ``--out`` of a command that writes a folder. Without a `default` it must be given."""
+    if default is None:
+        return click.option("--out", type=path, required=True, help="Folder to write.")
+    return click.option("--out", type=path, help=f"Folder to write.  [default: {default}]")
 
 
 def command(function: Function) -> click.Command:

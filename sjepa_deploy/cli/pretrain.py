@@ -1,4 +1,4 @@
-"""``sjepa-pretrain``: a base model from unlabelled EEG."""
+"""``sjepa-pretrain`` learns a base model from unlabelled EEG."""
 
 from __future__ import annotations
 
@@ -8,36 +8,42 @@ from typing import Any
 import click
 from rich.markup import escape
 
-from sjepa_deploy.cli import console, entry, print_json
-from sjepa_deploy.cli.training import changes_of, is_first_process, require_training, shape_of, training_options
+from sjepa_deploy.cli import console, entry, options, print_json
+from sjepa_deploy.cli.training import require_training, shape_of, training_options
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+def _masking(mask: str | None, radius: float | None, target_layers: int | None) -> dict[str, Any]:
+    return {"masking.mode": mask, "masking.radius": radius, "target_layers": target_layers}
+
+
+@options.recipe_command
 @training_options
-@click.option("--mask", type=click.Choice(["block", "fixed"]), help="Blocks by radius, or the author's fixed sizes.")
-@click.option("--radius", type=float, help="Radius of a block in head radii: 0.4, 0.6 and 0.8 in the paper.")
-@click.option("--target-layers", type=int, help="The target is the mean of the teacher's last so many layers.")
+@options.fills(
+    "masking",
+    _masking,
+    click.option("--mask", type=click.Choice(["block", "fixed"]), help="Blocks by radius, or the author's fixed sizes."),
+    click.option("--radius", type=float, help="Radius of a block in head radii: 0.4, 0.6 and 0.8 in the paper."),
+    click.option("--target-layers", type=int, help="The target is the mean of the teacher's last so many layers."),
+)
 def pretrain(
     config_file: Path | None,
+    *,
     out: Path,
+    force: bool,
     resume: bool,
+    changes: dict[str, Any],
+    masking: dict[str, Any],
     json_output: bool,
-    mask: str | None,
-    radius: float | None,
-    target_layers: int | None,
-    **flags: Any,
 ) -> None:
     """Pretrain a base model, by default on synthetic EEG, and write its checkpoint into --out."""
     require_training()
-    from sjepa_deploy.learning.loop import overridden, read_config
+    from sjepa_deploy.learning.loop import is_first_process, overridden, read_config
     from sjepa_deploy.learning.pretrain import PretrainConfig
     from sjepa_deploy.learning.pretrain import pretrain as run
 
-    config = read_config(PretrainConfig, config_file)
-    masking = {"masking.mode": mask, "masking.radius": radius, "target_layers": target_layers}
-    config = overridden(config, changes_of(flags) | masking)
+    config = overridden(read_config(PretrainConfig, config_file), changes | masking)
     screen = console(json_output)
-    result = run(config, out, resume=resume, progress=screen.is_terminal and not json_output)
+    result = run(config, out, resume=resume, replace=force, progress=screen.is_terminal and not json_output)
     if not is_first_process():
         return
     fitted = result.fitted

@@ -1,4 +1,4 @@
-"""``sjepa-run``: decode a recording."""
+"""``sjepa-run`` decodes a recording."""
 
 from __future__ import annotations
 
@@ -15,52 +15,53 @@ import numpy as np
 from rich.markup import escape
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.cli import console, entry, print_json
+from sjepa_deploy.cli import console, entry, options, print_json
 from sjepa_deploy.eeg.recording import fit_recording, read_recording, window_starts, windows
 from sjepa_deploy.errors import RecordingError
-from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, FloatArray
-from sjepa_deploy.runtime.predictor import load
-from sjepa_deploy.spec import RUN_PRECISIONS, UNITS_IN_VOLTS, ModelSpec, RunPrecision, Unit
+from sjepa_deploy.runtime.backend import FloatArray
+from sjepa_deploy.spec import ModelSpec
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("recording", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="TSV to write.  [default: standard output]")
+@options.command
+@options.bundle
+@click.argument("recording", type=options.path)
+@options.out_file
+@options.force
 @click.option("--hop", type=float, help="Seconds from one window to the next.  [default: one window]")
-@click.option("--backend", default=DEFAULT_BACKEND, help="What runs the model.")
-@click.option("--precision", type=click.Choice(RUN_PRECISIONS), help="What to compute in.  [default: the bundle's first]")
-@click.option("--interpolate", is_flag=True, help="Interpolate the model's channels from the recording's by their positions.")
-@click.option("--sfreq", type=float, help="Sampling rate in Hz of a file that does not say (.npy).")
-@click.option("--unit", type=click.Choice(list(UNITS_IN_VOLTS)), help="Unit of a file that does not say (.npy, .xdf).")
-@click.option("--json", "json_output", is_flag=True, help="Print a summary as JSON; needs --out.")
+@options.interpolate
+@options.signal_facts
+@options.backend_choice()
+@options.json_output
 def run(
     bundle: Path,
     recording: Path,
+    *,
     out: Path | None,
+    force: bool,
     hop: float | None,
-    backend: str,
-    precision: RunPrecision | None,
     interpolate: bool,
-    sfreq: float | None,
-    unit: Unit | None,
+    facts: options.SignalFacts,
+    choice: options.BackendChoice,
     json_output: bool,
 ) -> None:
     """Decode RECORDING with BUNDLE into a table of time and prediction.
 
-    The recording goes through the preprocessing that the bundle asks for: channels picked by name, zero-phase band-pass,
-    resampling, reference, unit. `time` is that of the window's last sample in seconds from the start of the recording.
+    The table is tab-separated. Without --out it goes to standard output. The recording passes the preprocessing that the bundle
+    asks for: channels picked by name, zero-phase band-pass, resampling, reference, unit. The time of a row is that of the
+    window's last sample, in seconds from the start of the recording.
     """
+    out = None if out == options.STDOUT else out
     if json_output and out is None:
         raise click.UsageError("--json needs --out: standard output cannot hold both.")
+    options.check_file(out, force=force)
     screen = console(json_output or out is None)
     opened = Bundle.open(bundle)
     spec = opened.spec
     step = spec.n_times if hop is None else _samples(hop, spec)
-    raw = read_recording(recording, sfreq=sfreq, unit=unit, ch_names=spec.ch_names)
+    raw = read_recording(recording, sfreq=facts.sfreq, unit=facts.unit, ch_names=facts.ch_names or spec.ch_names)
     fitted = fit_recording(raw, spec, interpolate=interpolate)
     starts = window_starts(fitted.data.shape[1], spec.n_times, step)
-    with load(opened, backend=backend, precision=precision) as predict, screen.status("decoding"):
+    with choice.load(opened) as predict, screen.status("decoding"):
         outputs = predict.predict(windows(fitted.data, spec.n_times, step))
     times = (starts + spec.n_times - 1) / spec.sfreq
     try:
@@ -103,7 +104,7 @@ def _samples(hop: float, spec: ModelSpec) -> int:
 
 @contextlib.contextmanager
 def _whole_file(path: Path) -> Iterator[IO[str]]:
-    """Open `path` for writing such that it is written whole or not at all. Devices and pipes are written as they are."""
+    """Open `path` for writing. A file is written whole or not at all; devices and pipes are written as they are."""
     if path.exists() and not path.is_file():
         with path.open("w", newline="") as stream:
             yield stream

@@ -1,4 +1,4 @@
-"""``sjepa-serve``: bundles on a Triton Inference Server."""
+"""``sjepa-serve`` serves bundles with Triton Inference Server."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from sjepa_deploy.bundle import MANIFEST_FILE, Bundle
-from sjepa_deploy.cli import console, entry, print_json
-from sjepa_deploy.errors import ServingError, SjepaError
+from sjepa_deploy.cli import console, entry, options, print_json
+from sjepa_deploy.errors import ServingError, SjepaError, listed
 from sjepa_deploy.export.to_triton import DEFAULT_DEADLINE, PLATFORMS, ServedModel, to_triton
-from sjepa_deploy.runtime.backend import DEFAULT_BACKEND
 from sjepa_deploy.serving.server import Server
 from sjepa_deploy.spec import PRECISIONS, UNITS_IN_VOLTS
 
@@ -27,74 +26,93 @@ POLL = 0.5
 """Seconds between looks at the bundles and at the server."""
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.argument("bundles", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("--name", help="Name of the model, for a single bundle.  [default: sjepa-VARIANT]")
-@click.option("--platform", type=click.Choice(PLATFORMS), default="python", help="What runs the graph inside the server.")
-@click.option("--backend", default=DEFAULT_BACKEND, help="What runs the model where the platform is python.")
-@click.option("--precision", type=click.Choice(PRECISIONS), help="Graph to run.  [default: the bundle's first]")
-@click.option("--deadline", type=float, default=DEFAULT_DEADLINE, help="Seconds to an answer; batches and queues follow.")
-@click.option("--no-batching", is_flag=True, help="Run every request alone.")
-@click.option("--instances", type=click.IntRange(min=1), help="Copies of the model at work.  [default: one on each core]")
-@click.option("--gpu", is_flag=True, help="Put the copies on the GPUs.")
-@click.option(
-    "--from-unit", type=click.Choice(list(UNITS_IN_VOLTS)), help="Take windows in this unit and any reference (an ensemble)."
+def _model(no_batching: bool, **values: Any) -> dict[str, Any]:
+    return {"batched": not no_batching, **values}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """How the server is started, see `sjepa_deploy.serving.server.Server`."""
+
+    host: str
+    grpc_port: int | None
+    http_port: int | None
+    metrics_port: int | None
+    program: Path | None
+
+
+@options.command
+@click.argument("bundles", type=options.path, nargs=-1, required=True)
+@options.fills(
+    "model",
+    _model,
+    click.option("--name", help="Name of the model, for a single bundle.  [default: sjepa-VARIANT]"),
+    click.option("--platform", type=click.Choice(PLATFORMS), default="python", help="Runtime of the graph inside the server."),
+    options.backend,
+    options.precision,
+    click.option("--deadline", type=float, default=DEFAULT_DEADLINE, help="Seconds to an answer; batches and queues follow."),
+    click.option("--no-batching", is_flag=True, help="Run every request alone."),
+    click.option("--instances", type=click.IntRange(min=1), help="Copies of the model at work.  [default: one on each core]"),
+    click.option("--gpu", is_flag=True, help="Put the copies on the GPUs."),
+    click.option(
+        "--from-unit", type=click.Choice(list(UNITS_IN_VOLTS)), help="Take windows in this unit and any reference (an ensemble)."
+    ),
 )
-@click.option("--repository", type=click.Path(path_type=Path), help="Model repository to add to.  [default: a temporary one]")
-@click.option("--no-start", is_flag=True, help="Write the repository, and start nothing.")
-@click.option("--host", default="127.0.0.1", help="Address to listen on.")
-@click.option("--port", type=int, help="Port for gRPC.  [default: a free one]")
-@click.option("--http-port", type=int, help="Port for HTTP.  [default: a free one]")
-@click.option("--metrics-port", type=int, help="Port for Prometheus.  [default: a free one]")
-@click.option("--tritonserver", type=click.Path(path_type=Path), help="Server to run.  [default: found]")
-@click.option("--json", "json_output", is_flag=True, help="Print what is served as JSON, when it is ready.")
+@click.option("--repository", type=options.path, help="Model repository to add to.  [default: a temporary one]")
+@click.option("--no-start", is_flag=True, help="Write the repository, and start no server.")
+@options.fills(
+    "server",
+    ServerOptions,
+    click.option("--host", default="127.0.0.1", help="Address to listen on."),
+    click.option("--port", "grpc_port", type=int, help="Port for gRPC.  [default: a free one]"),
+    click.option("--http-port", type=int, help="Port for HTTP.  [default: a free one]"),
+    click.option("--metrics-port", type=int, help="Port for Prometheus.  [default: a free one]"),
+    click.option("--tritonserver", "program", type=options.path, help="Server to run.  [default: the one that is installed]"),
+)
+@options.json_output
 def serve(
     bundles: tuple[Path, ...],
-    name: str | None,
+    *,
+    model: dict[str, Any],
     repository: Path | None,
     no_start: bool,
-    host: str,
-    port: int | None,
-    http_port: int | None,
-    metrics_port: int | None,
-    tritonserver: Path | None,
+    server: ServerOptions,
     json_output: bool,
-    no_batching: bool,
-    **options: Any,
 ) -> None:
     """Serve BUNDLES with Triton Inference Server until interrupted.
 
     A bundle that is exported again to the same place is loaded as the next version, without losing a request.
     """
-    if name is not None and len(bundles) > 1:
+    if model["name"] is not None and len(bundles) > 1:
         raise click.UsageError("--name is for one bundle.")
+    if model["precision"] not in (None, *PRECISIONS):
+        raise click.UsageError(f"A server runs a graph as it is: use --precision {listed(PRECISIONS)}.")
     if no_start and repository is None:
         raise click.UsageError("--no-start needs --repository.")
     screen = console(json_output)
-    options |= {"name": name, "batched": not no_batching}
     with _folder(repository) as folder:
-        watched = [_Watched(path, folder, options) for path in bundles]
+        watched = [_Watched(path, folder, model) for path in bundles]
         models = [each.add() for each in watched]
-        for model in models:
-            _report(screen, model)
+        for served in models:
+            _report(screen, served)
         if no_start:
             if json_output:
-                print_json({"repository": str(folder), "models": [_summary(model) for model in models]})
+                print_json({"repository": str(folder), "models": [_summary(served) for served in models]})
             return
-        server = Server(folder, host=host, grpc_port=port, http_port=http_port, metrics_port=metrics_port, program=tritonserver)
-        with _interrupts() as interrupted, screen.status("starting tritonserver") as status, server:
+        running = Server(folder, **dataclasses.asdict(server))
+        with _interrupts() as interrupted, screen.status("starting tritonserver") as status, running:
             status.stop()
-            for what, where in server.endpoints.items():
+            for what, where in running.endpoints.items():
                 screen.print(f"{what}: [bold]{escape(where)}[/]")
-            for model in models:
-                screen.print(f"Use it with: --backend triton:{escape(server.endpoints['grpc'])}/{model.name}")
+            for served in models:
+                screen.print(f"Use it with: --backend triton:{escape(running.endpoints['grpc'])}/{served.name}")
             if json_output:
-                print_json({"endpoints": server.endpoints, "models": [_summary(model) for model in models]})
+                print_json({"endpoints": running.endpoints, "models": [_summary(served) for served in models]})
             while not interrupted.wait(POLL):
-                if server.process is None or server.process.poll() is not None:
+                if running.process is None or running.process.poll() is not None:
                     raise ServingError("tritonserver ended.", "Start it again, and look for the reason with --tritonserver.")
                 for each in watched:
-                    _reload(screen, server, each)
+                    _reload(screen, running, each)
             screen.print("stopping: requests that are in work are answered")
 
 

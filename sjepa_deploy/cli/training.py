@@ -1,21 +1,17 @@
-"""What ``sjepa-pretrain`` and ``sjepa-finetune`` share: flags that override the configuration, and reports."""
+"""Holds what ``sjepa-pretrain`` and ``sjepa-finetune`` share: options that override the recipe, and reports."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
+from sjepa_deploy.cli import options
 from sjepa_deploy.errors import MissingDependencyError
 from sjepa_deploy.spec import ModelSpec
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 DATA_FLAGS = ("montage", "sfreq", "n_times", "split", "fold", "n_folds")
 ENGINE_FLAGS = (
@@ -32,16 +28,32 @@ ENGINE_FLAGS = (
 )
 
 
-def training_options(command: F) -> F:
-    """Add the flags of every training command. Those that are not given leave the configuration as it is."""
-    options = [
-        click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML; sjepa_deploy/configs has examples."),
-        click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the checkpoint."),
+def _changes(*, sources: tuple[str, ...], interpolate: bool, compile_step: bool, **flags: Any) -> dict[str, Any]:
+    """Return the flags as changes of a configuration. A flag that is not given is None and changes nothing."""
+    changes = {f"data.{name}": flags[name] for name in DATA_FLAGS} | {f"engine.{name}": flags[name] for name in ENGINE_FLAGS}
+    switches = {"data.interpolate": interpolate or None, "engine.compile": compile_step or None}
+    return changes | switches | {"data.source": sources or None}
+
+
+training_options = options.added(
+    click.option(
+        "--config",
+        "config_file",
+        type=options.path,
+        metavar="FILE",
+        help="YAML file of the recipe, or the name of one in sjepa_deploy/configs; the command line wins.",
+    ),
+    options.out_folder(None),
+    options.force,
+    click.option("--resume", is_flag=True, help="Go on with the run in --out."),
+    options.fills(
+        "changes",
+        _changes,
         click.option("--data", "sources", multiple=True, help="Recording, *-epo.fif, .npz or BIDS folder; may be repeated."),
-        click.option("--montage", help="Names and positions of the channels: a montage of MNE, or a file."),
-        click.option("--interpolate", is_flag=True, help="Make the channels that a recording lacks from the others."),
-        click.option("--sfreq", type=float, help="Sampling rate in Hz to learn at."),
-        click.option("--n-times", type=int, help="Samples of a window."),
+        options.montage,
+        options.interpolate,
+        options.model_sfreq,
+        options.n_times,
         click.option("--split", type=click.Choice(["auto", "subject", "session", "block"]), help="What parts do not share."),
         click.option("--n-folds", type=int, help="Folds that subjects, sessions or blocks are dealt to."),
         click.option("--fold", type=int, help="The fold to test on."),
@@ -50,25 +62,20 @@ def training_options(command: F) -> F:
         click.option("--patience", type=int, help="Epochs without improvement after which training ends."),
         click.option("--batch-size", type=int, help="Windows of a step on each device."),
         click.option("--lr", type=float, help="Learning rate."),
-        click.option("--precision", type=click.Choice(["32-true", "bf16-mixed", "16-mixed"]), help="Arithmetic."),
+        click.option(
+            "--precision",
+            type=click.Choice(["32-true", "bf16-mixed", "16-mixed"]),
+            help="Arithmetic of the training, as Lightning calls it.",
+        ),
         click.option("--accelerator", type=click.Choice(["auto", "cpu", "gpu"]), help="Where to train."),
         click.option("--devices", type=int, help="Devices of a host; start that many processes with torchrun."),
         click.option("--num-nodes", type=int, help="Hosts."),
         click.option("--num-workers", type=int, help="Processes that fetch windows."),
         click.option("--compile", "compile_step", is_flag=True, help="Compile the training step with torch.compile."),
-        click.option("--resume", is_flag=True, help="Go on with the run in --out."),
-        click.option("--json", "json_output", is_flag=True, help="Print the result as JSON."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def changes_of(flags: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags as changes of a configuration."""
-    changes = {f"data.{name}": flags[name] for name in DATA_FLAGS} | {f"engine.{name}": flags[name] for name in ENGINE_FLAGS}
-    switches = {"data.interpolate": flags["interpolate"] or None, "engine.compile": flags["compile_step"] or None}
-    return changes | switches | {"data.source": flags["sources"] or None}
+    ),
+    options.json_output,
+)
+"""The options of every training command. An option that is not given leaves the configuration as it is."""
 
 
 def require_training() -> None:
@@ -82,11 +89,6 @@ def require_training() -> None:
     for package in ("torch", "safetensors", "lightning", "yaml"):
         if importlib.util.find_spec(package) is None:
             raise MissingDependencyError(package, "train")
-
-
-def is_first_process() -> bool:
-    """Return whether this process reports, of those that torchrun, or Lightning without it, started."""
-    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
 def shape_of(spec: ModelSpec) -> str:

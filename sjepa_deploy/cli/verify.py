@@ -1,68 +1,100 @@
-"""``sjepa-verify``: judge a bundle again on this machine, without PyTorch."""
+"""``sjepa-verify`` judges a bundle again on this machine, without PyTorch."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-import click
+from rich.console import Console
 from rich.markup import escape
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.cli import console, entry, parity_table, print_json
+from sjepa_deploy.cli import console, entry, options, parity_table, print_json
 from sjepa_deploy.errors import BackendError, ParityError
 from sjepa_deploy.parity import ParityResult, batch_sizes, check_parity
 from sjepa_deploy.runtime.backend import BACKENDS, is_server, open_backend, why_not
 from sjepa_deploy.spec import RUN_PRECISIONS, RunPrecision
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--backend", "backends", multiple=True, help="Backend to judge; may be repeated.  [default: all that load here]")
-@click.option(
-    "--precision",
-    "precisions",
-    type=click.Choice(RUN_PRECISIONS),
-    multiple=True,
-    help="Precision to judge (tf32 too); may be repeated.  [default: all graphs]",
-)
-@click.option("--json", "json_output", is_flag=True, help="Print the result as JSON.")
+@dataclass(frozen=True, kw_only=True)
+class NotJudged:
+    """A precision that a backend cannot run on this machine, and why."""
+
+    precision: RunPrecision
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What a verification found.
+
+    Attributes
+    ----------
+    bundle : str
+        Folder of the bundle.
+    passed : bool
+        Whether every result is within its tolerance.
+    results : tuple of ParityResult
+        One for each backend and precision that was judged.
+    not_judged : tuple of NotJudged
+        What could not be judged.
+    """
+
+    bundle: str
+    passed: bool
+    results: tuple[ParityResult, ...]
+    not_judged: tuple[NotJudged, ...]
+
+
+@options.command
+@options.bundle
+@options.backends
+@options.precisions
+@options.json_output
 def verify(bundle: Path, backends: tuple[str, ...], precisions: tuple[RunPrecision, ...], json_output: bool) -> None:
     """Compare what BUNDLE gives on this machine with the float64 outputs that the export stored in it.
 
     The hashes of all files are checked first. The exit status is 1 if a backend differs by more than the tolerance.
     """
     screen = console(json_output)
-    opened = Bundle.open(bundle)
-    reference = opened.reference()
+    found = _judge(Bundle.open(bundle), backends, precisions, screen)
+    screen.print(parity_table(found.results, f"{escape(found.bundle)}: parity on this machine"))
+    for reason in dict.fromkeys(each.reason for each in found.not_judged):
+        what = ", ".join(f"{each.precision} on {each.backend}" for each in found.not_judged if each.reason == reason)
+        screen.print(f"not judged: {what}. {escape(reason)}", soft_wrap=True)
+    if json_output:
+        print_json(found)
+    if not found.passed:
+        raise ParityError(f"{bundle} does not give the reference outputs on this machine.", "Do not decode with what failed.")
+
+
+def _judge(bundle: Bundle, backends: tuple[str, ...], precisions: tuple[RunPrecision, ...], screen: Console) -> Verification:
+    """Judge what is asked for, and of what is not named, all that runs here."""
+    reference = bundle.reference()
     results: list[ParityResult] = []
-    left_out: dict[str, str] = {}
-    for precision in sorted(set(precisions or opened.precisions), key=RUN_PRECISIONS.index):
-        graph = opened.graph(precision)
+    left_out: list[NotJudged] = []
+    for precision in sorted(set(precisions or bundle.precisions), key=RUN_PRECISIONS.index):
+        graph = bundle.graph(precision)
         for name in backends or BACKENDS:
             known = name in BACKENDS or is_server(name)
             asked = not known or (backends and precisions)  # then it loads or this fails
-            reason = None if asked else why_not(opened, name, precision)
+            reason = None if asked else why_not(bundle, name, precision)
             if reason is not None:
-                left_out[f"{precision} on {name}"] = reason
+                left_out.append(NotJudged(precision=precision, backend=name, reason=reason))
                 continue
             sizes = batch_sizes(graph.max_batch, graph.static_batch)
             with screen.status(f"{precision} on {name}"):
-                backend = open_backend(opened, name, precision)
+                backend = open_backend(bundle, name, precision)
                 result = check_parity(backend.run, reference, backend=name, precision=precision, sizes=sizes)
                 backend.close()
             results.append(result)
     if not results:
-        have = "; ".join(f"{what}: {reason}" for what, reason in left_out.items()) or f"it has {', '.join(opened.precisions)}."
-        raise BackendError(f"Nothing in {bundle} could be judged: {have}", "Name another --backend or --precision.")
+        reasons = "; ".join(f"{each.precision} on {each.backend}: {each.reason}" for each in left_out)
+        have = reasons or f"it has {', '.join(bundle.precisions)}."
+        raise BackendError(f"Nothing in {bundle.path} could be judged: {have}", "Name another --backend or --precision.")
     passed = all(result.passed for result in results)
-    screen.print(parity_table(tuple(results), f"{escape(str(bundle))}: parity on this machine"))
-    for reason in dict.fromkeys(left_out.values()):
-        what = ", ".join(name for name, its_reason in left_out.items() if its_reason == reason)
-        screen.print(f"not judged: {what}. {escape(reason)}", soft_wrap=True)
-    if json_output:
-        print_json({"bundle": str(bundle), "passed": passed, "results": results, "not_judged": left_out})
-    if not passed:
-        raise ParityError(f"{bundle} does not give the reference outputs on this machine.", "Do not decode with what failed.")
+    return Verification(bundle=str(bundle.path), passed=passed, results=tuple(results), not_judged=tuple(left_out))
 
 
 main = entry("verify")

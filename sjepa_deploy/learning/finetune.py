@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from sjepa_deploy.errors import DataError, TrainingError, listed
 from sjepa_deploy.learning.data import DataConfig, Split, Target, Windows, split_windows
 from sjepa_deploy.learning.loading import load_windows
-from sjepa_deploy.learning.loop import Batch, Engine, Fitted, WindowLoaders, check_enough, compile_if_wanted, fit, predict
+from sjepa_deploy.learning.loop import (
+    Batch,
+    Engine,
+    Fitted,
+    WindowLoaders,
+    check_enough,
+    check_run,
+    compile_if_wanted,
+    fit,
+    predict,
+)
 from sjepa_deploy.learning.metrics import Score, scores
 from sjepa_deploy.models.checkpoint import read_checkpoint, write_checkpoint
 from sjepa_deploy.models.networks import SignalJEPAModule, SignalJEPAWithTransformer, build_model
@@ -188,7 +198,9 @@ class FinetuneModule(lightning.LightningModule):
         return self.model.eval()
 
 
-def finetune(config: FinetuneConfig, out: Path | str, *, resume: bool = False, progress: bool = False) -> FinetuneResult:
+def finetune(
+    config: FinetuneConfig, out: Path | str, *, resume: bool = False, replace: bool = False, progress: bool = False
+) -> FinetuneResult:
     """Fine-tune a variant and write it into the folder `out`.
 
     Parameters
@@ -199,6 +211,8 @@ def finetune(config: FinetuneConfig, out: Path | str, *, resume: bool = False, p
         Gets ``config.json`` and ``model.safetensors``; checkpoints and logs go into ``out/training``.
     resume : bool
         Go on with the run in `out`.
+    replace : bool
+        Remove the run and the model in `out` when training starts.
     progress : bool
         Show a progress bar.
 
@@ -212,6 +226,7 @@ def finetune(config: FinetuneConfig, out: Path | str, *, resume: bool = False, p
         If `out` holds a run that is not to be resumed, or another one.
     """
     out = Path(out)
+    check_run(out / "training", config, resume=resume, replace=replace)
     windows = load_windows(config.data)
     split = split_windows(windows, config.data, seed=config.engine.seed)
     check_enough(split, config.engine)
@@ -220,7 +235,9 @@ def finetune(config: FinetuneConfig, out: Path | str, *, resume: bool = False, p
     model, report = _build(config, windows)
     module = FinetuneModule(model, config, windows.targets[split.train])
     loaders = WindowLoaders(windows, split, config.engine)
-    fitted, trainer = fit(module, loaders, out / "training", config, resume=resume, progress=progress, unused_parameters=True)
+    fitted, trainer = fit(
+        module, loaders, out / "training", config, resume=resume, replace=replace, progress=progress, unused_parameters=True
+    )
     predictions = predict(module, loaders, trainer).numpy()
     targets, known = windows.targets[split.test], windows.targets[split.train]
     if module.regression:

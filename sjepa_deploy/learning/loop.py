@@ -12,6 +12,8 @@ import importlib.util
 import json
 import logging
 import math
+import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from sjepa_deploy.errors import DataError, MissingDependencyError, TrainingError
 from sjepa_deploy.learning.data import Split, Windows
+from sjepa_deploy.models.braindecode_config import CONFIG_FILE
 from sjepa_deploy.models.checkpoint import WEIGHTS_FILE
 from sjepa_deploy.serialize import DecodeError, decode, encode
 
@@ -210,6 +213,11 @@ class StopWhenNothingImproves(callbacks.EarlyStopping):
         trainer.should_stop = trainer.should_stop or self.stopped_epoch > 0
 
 
+def is_first_process() -> bool:
+    """Return whether this process writes and reports, of those that torchrun, or Lightning without it, started."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+
+
 def check_enough(split: Split, engine: Engine) -> None:
     """Refuse a training set that does not fill one batch on every device.
 
@@ -239,6 +247,7 @@ def fit(
     config: object,
     *,
     resume: bool = False,
+    replace: bool = False,
     progress: bool = False,
     unused_parameters: bool = False,
 ) -> tuple[Fitted, lightning.Trainer]:
@@ -256,6 +265,8 @@ def fit(
         The whole configuration of the run.
     resume : bool
         Go on from the last whole epoch of the run in `folder`.
+    replace : bool
+        Remove the run that is in `folder`, and the model beside it.
     progress : bool
         Show a progress bar.
     unused_parameters : bool
@@ -268,7 +279,9 @@ def fit(
         here; or if the validation loss was never finite.
     """
     engine = loaders.engine
-    last = _open_run(folder, config, resume)
+    last = check_run(folder, config, resume=resume, replace=replace)
+    if last is None:
+        _start_run(folder, config, replace)
     best_checkpoint = callbacks.ModelCheckpoint(
         folder, "best", monitor="val_loss", enable_version_counter=False, save_on_train_epoch_end=True
     )
@@ -369,27 +382,50 @@ def overridden(config: T, changes: dict[str, Any]) -> T:
     return config
 
 
-def _open_run(folder: Path, config: object, resume: bool) -> Path | None:
-    """Return the checkpoint to go on from, and note the configuration where there is none."""
-    last, run_file, stored = folder / "last.ckpt", folder / RUN_FILE, encode(config)
+def check_run(folder: Path, config: object, *, resume: bool = False, replace: bool = False) -> Path | None:
+    """Check, before the work starts, that a run may use `folder`, and return the checkpoint to go on from.
+
+    Raises
+    ------
+    TrainingError
+        If there is a run that is neither resumed nor replaced, or another one, or a model, or nothing to resume.
+    """
+    if resume and replace:
+        raise TrainingError("A run is either resumed or replaced.", "Give --resume or --force.")
+    last, run_file = folder / "last.ckpt", folder / RUN_FILE
+    if replace:
+        return None
     if last.is_file():
         if not resume:
-            raise TrainingError(f"{folder} already holds a run.", "Go on with it by --resume, or choose another --out.")
-        if json.loads(run_file.read_text()) != stored:
+            raise TrainingError(
+                f"{folder} already holds a run.", "Go on with --resume, replace it with --force, or choose another --out."
+            )
+        if json.loads(run_file.read_text()) != encode(config):
             raise TrainingError(
                 f"The run in {folder} has another configuration.", f"Use the one in {RUN_FILE}, or choose another --out."
             )
         return last
     if resume and not run_file.is_file():
         raise TrainingError(f"{folder} holds no run to go on with.", "Leave out --resume, or name the --out of the run.")
-    if (folder.parent / WEIGHTS_FILE).exists():
-        raise TrainingError(f"{folder.parent} already holds a model.", "Choose another --out.")
+    if any((folder.parent / name).exists() for name in (WEIGHTS_FILE, CONFIG_FILE)):
+        raise TrainingError(f"{folder.parent} already holds a model.", "Use --force to replace it, or choose another --out.")
+    return None
+
+
+def _start_run(folder: Path, config: object, replace: bool) -> None:
+    """Make the folder of a run, and note its configuration. Of several processes the first one does."""
+    if not is_first_process():
+        return
     try:
+        if replace:
+            (folder.parent / WEIGHTS_FILE).unlink(missing_ok=True)
+            (folder.parent / CONFIG_FILE).unlink(missing_ok=True)
+            if (folder / RUN_FILE).is_file():
+                shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        run_file.write_text(json.dumps(stored, indent=1) + "\n")
+        (folder / RUN_FILE).write_text(json.dumps(encode(config), indent=1) + "\n")
     except OSError as e:
         raise TrainingError(f"{folder} cannot be written ({e.strerror}).", "Choose another --out.") from e
-    return None
 
 
 def _tensorboard(folder: Path) -> list[loggers.TensorBoardLogger]:

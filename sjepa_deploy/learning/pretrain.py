@@ -23,7 +23,7 @@ from sjepa_deploy.errors import DataError, SpecError
 from sjepa_deploy.learning import padded
 from sjepa_deploy.learning.data import DataConfig, split_windows
 from sjepa_deploy.learning.loading import load_windows
-from sjepa_deploy.learning.loop import Batch, Engine, Fitted, WindowLoaders, check_enough, compile_if_wanted, fit
+from sjepa_deploy.learning.loop import Batch, Engine, Fitted, WindowLoaders, check_enough, check_run, compile_if_wanted, fit
 from sjepa_deploy.learning.masking import Masking, Masks, MaskSampler
 from sjepa_deploy.models.checkpoint import write_checkpoint
 from sjepa_deploy.models.networks import SignalJEPA, build_model
@@ -317,7 +317,9 @@ def spread_of(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     return from_mean.square().mean(dim=0).sqrt().mean(), from_mean.abs().mean()
 
 
-def pretrain(config: PretrainConfig, out: Path | str, *, resume: bool = False, progress: bool = False) -> PretrainResult:
+def pretrain(
+    config: PretrainConfig, out: Path | str, *, resume: bool = False, replace: bool = False, progress: bool = False
+) -> PretrainResult:
     """Pretrain a base model and write it into the folder `out`.
 
     Parameters
@@ -328,6 +330,8 @@ def pretrain(config: PretrainConfig, out: Path | str, *, resume: bool = False, p
         Gets ``config.json`` and ``model.safetensors``; checkpoints and logs go into ``out/training``.
     resume : bool
         Go on with the run in `out`.
+    replace : bool
+        Remove the run and the model in `out` when training starts.
     progress : bool
         Show a progress bar.
 
@@ -339,6 +343,7 @@ def pretrain(config: PretrainConfig, out: Path | str, *, resume: bool = False, p
         If `out` holds a run that is not to be resumed, or another one.
     """
     out = Path(out)
+    check_run(out / "training", config, resume=resume, replace=replace)
     windows = load_windows(config.data)
     if windows.positions is None:
         raise DataError(
@@ -349,7 +354,7 @@ def pretrain(config: PretrainConfig, out: Path | str, *, resume: bool = False, p
     spec = ModelSpec(variant="base", encoder=config.encoder, **windows.model_fields)
     module = PretrainModule(config, spec)
     loaders = WindowLoaders(windows, split, config.engine)
-    fitted, trainer = fit(module, loaders, out / "training", config, resume=resume, progress=progress)
+    fitted, trainer = fit(module, loaders, out / "training", config, resume=resume, replace=replace, progress=progress)
     result = PretrainResult(
         spec=spec,
         fitted=fitted,
