@@ -1,7 +1,7 @@
 """Frozen dataclasses to JSON and back, and the JSON Schema that describes them.
 
 The dataclasses are the only description of what is stored: `encode` and `decode` move values, `json_schema` derives the
-schema that is shipped in ``sjepa_deploy/data``. `decode` is strict: an unknown key, a missing key or a value of the wrong
+schema that is shipped in ``sjepa_deploy/assets``. `decode` is strict: an unknown key, a missing key or a value of the wrong
 type is an error that names its place.
 """
 

@@ -178,6 +178,15 @@ def test_a_file_that_is_not_there(call, tmp_path):
     assert "c.yaml cannot be read (No such file or directory)" in err
 
 
+def test_the_file_of_the_docs_is_one(call, make_bundle, tmp_path):
+    page = (Path(__file__).parents[1] / "docs/options.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "lab.yaml").write_text(example)
+    status, _, err = call("stream", make_bundle("prelocal").path, "--config", tmp_path / "lab.yaml")
+    assert status == 2
+    assert "Give one of --source, --check and --replay" in err  # the only thing that is wrong
+
+
 def test_options_that_are_given_several_times_and_switches_stand_in_a_file(call, make_bundle, tmp_path):
     path = make_bundle("prelocal", precisions=("fp32", "fp16", "bf16")).path
     for backend, precision in (("ort-cpu", ["fp16", "fp32"]), (["ort-cpu"], "fp32,fp16"), ("ort-cpu", ["fp32,fp16"])):
