@@ -27,10 +27,11 @@ import planted
 from machine import describe_machine, write_result
 
 from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.runtime.bench.cells import HARNESS, CellKey
 from sjepa_deploy.runtime.bench.compare import compare
 from sjepa_deploy.runtime.bench.files import load_report, load_samples
 from sjepa_deploy.runtime.bench.merge import renamed
-from sjepa_deploy.runtime.bench.results import HARNESS, BenchReport, CellKey
+from sjepa_deploy.runtime.bench.results import BenchReport
 from sjepa_deploy.runtime.bench.run import BenchConfig, run_bench
 
 VARIANTS = ("prelocal", "postlocal", "contextual")

@@ -39,11 +39,13 @@ from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import SjepaError
 from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.backends.engines import EngineStore
+from sjepa_deploy.runtime.bench.cells import SCENARIOS, Samples
 from sjepa_deploy.runtime.bench.files import load_report, load_samples, write_report
 from sjepa_deploy.runtime.bench.keep_fastest import keep
 from sjepa_deploy.runtime.bench.merge import merge, renamed
-from sjepa_deploy.runtime.bench.results import SCENARIOS, BenchReport, LeftOut, Samples
+from sjepa_deploy.runtime.bench.results import BenchReport, Ending, LeftOut
 from sjepa_deploy.runtime.bench.run import BenchConfig, run_bench
+from sjepa_deploy.runtime.bench.words import why_partial
 from sjepa_deploy.serialize import decode
 
 VARIANTS = ("prelocal", "postlocal", "contextual")
@@ -122,7 +124,7 @@ def make_report(arguments: argparse.Namespace) -> None:
 
     def lost(part: Part, reason: str) -> None:
         scenarios, backends, precisions = (", ".join(w.split()) for w in (part.scenarios, part.backends, part.precisions))
-        missing.append(LeftOut(what=f"part {part.name} ({scenarios} of {backends} in {precisions})", reason=reason))
+        missing.append(LeftOut(what=(f"part {part.name} ({scenarios} of {backends} in {precisions})",), reason=reason))
 
     for part in PARTS:
         if arguments.only and part.name not in arguments.only.split(","):
@@ -178,8 +180,7 @@ def write_merged(files: Sequence[Path], out: Path, command: str | None = None, m
     reports = [(path, load_report(path)) for path in files]
     report, samples = merge([(report, load_samples(report, path)) for path, report in reports])
     if missing:
-        lost = f"{len(missing)} parts gave no result, see what was not measured."
-        report = replace(report, partial=lost if report.partial is None else f"{lost} {report.partial}")
+        report = replace(report, partial=(Ending(kind="parts lost", n=len(missing)), *report.partial))
     report = replace(report, command=command or report.command, left_out=(*report.left_out, *missing))
     return write_report(report, samples, out.parent / f"{out.name}.json")
 
@@ -208,7 +209,7 @@ def build(bundles: tuple[Bundle, ...], backends: list[str], precisions: list[str
 def summary(report: BenchReport) -> None:
     """Print one line a cell, for a log that is cut from the front."""
     for entry in report.left_out:
-        print(f"not measured: {entry.what}: {entry.reason}")
+        print(f"not measured: {entry.label}: {entry.reason}")
     for cell in report.cells:
         if cell.latency is None:
             loop = cell.open_loop
@@ -221,7 +222,7 @@ def summary(report: BenchReport) -> None:
         print(f"{found.bundle} on {found.backend} {found.precision}: {found.n_held} streams of {found.rate:g}/s")
     for choice in report.recommendations:
         print(f"{choice.bundle}: {choice.backend} {choice.precision}. {choice.why}")
-    print("noise:", report.noise, "partial:", report.partial)
+    print("noise:", report.noise, "partial:", why_partial(report) or None)
 
 
 def duration(text: str) -> tuple[str, float]:
@@ -289,7 +290,7 @@ def keep_fastest(report: BenchReport, path: Path, arguments: argparse.Namespace)
         bundle = Bundle.open(path)
         for kept in keep(report, bundle, backends=arguments.backend, precisions=arguments.precision, device=device):
             if isinstance(kept, LeftOut):
-                print(f"{kept.what} is not kept: {kept.reason}")
+                print(f"{kept.label} is not kept: {kept.reason}")
             else:
                 print(f"the fastest for {path.name} in {kept.precision} is {kept}")
     except SjepaError as e:

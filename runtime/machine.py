@@ -56,12 +56,14 @@ class Environment:
 
     Attributes
     ----------
-    processor, system, python : str
+    processor, system : str
         As the system names them.
+    python : tuple of str
+        Its version; of merged runs those of all Pythons.
     cores : int
         That this process may use.
-    versions : dict of str to str
-        Of the packages that matter and are installed.
+    versions : dict of str to tuple of str
+        Of the packages that matter and are installed, likewise.
     commit : str or None
         Of the source tree that ran, where it is one.
     gpu, gpu_driver : str or None
@@ -75,8 +77,8 @@ class Environment:
     processor: str
     cores: int
     system: str
-    python: str
-    versions: dict[str, str]
+    python: tuple[str, ...]
+    versions: dict[str, tuple[str, ...]]
     commit: str | None = None
     gpu: str | None = None
     gpu_driver: str | None = None
@@ -150,8 +152,8 @@ def environment(device: int = 0) -> Environment:
         processor=processor(),
         cores=n_cores(),
         system=platform.platform(),
-        python=platform.python_version(),
-        versions={name: version for name, version in versions().items() if version is not None},
+        python=(platform.python_version(),),
+        versions={name: (version,) for name, version in versions().items() if version is not None},
         commit=commit(Path(__file__).resolve().parents[1]),
         gpu=graphics["GPU"] if "CUDA" in graphics else None,
         gpu_driver=graphics["driver"] if "CUDA" in graphics else None,

@@ -180,7 +180,7 @@ def check_parity(
             keep = real[index]
             expected.append(expected_of[index][keep])
             actual.append(out[keep].astype(np.float64))
-            labels += [f"{reference.kinds[i]} at batch {size}" for i in index[keep]]
+            labels += [row_label(reference.kinds[i], size) for i in index[keep]]
             rows += size
     want, got = np.concatenate(expected), np.concatenate(actual)
     error = np.abs(got - want)
@@ -209,6 +209,11 @@ def check_parity(
         decision_flips=flips,
         flip_margin=margin,
     )
+
+
+def row_label(kind: str, batch: int) -> str:
+    """Return what `ParityResult.worst` calls a window of `kind` that was run in a batch of `batch` windows."""
+    return f"{kind} at batch {batch}"
 
 
 def _rms(values: NDArray[np.float64]) -> float:

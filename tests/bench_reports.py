@@ -6,29 +6,31 @@ import numpy as np
 
 from sjepa_deploy.parity import ParityResult
 from sjepa_deploy.runtime.backend import Split
-from sjepa_deploy.runtime.bench.decision_age import decision_age, low_latency
-from sjepa_deploy.runtime.bench.results import (
+from sjepa_deploy.runtime.bench.cells import (
     HARNESS,
     PERCENTS,
-    SCHEMA_VERSION,
-    AgePart,
-    BenchReport,
-    BundleFacts,
     Capacity,
     Cell,
     CellKey,
     ColdStart,
     Estimate,
-    Judgement,
     Latency,
-    LeftOut,
-    Noise,
     OpenLoop,
     Percentile,
     Phase,
-    Recommendation,
     Resources,
-    samples_needed,
+)
+from sjepa_deploy.runtime.bench.decision_age import decision_age, low_latency
+from sjepa_deploy.runtime.bench.estimates import samples_needed
+from sjepa_deploy.runtime.bench.results import (
+    SCHEMA_VERSION,
+    AgePart,
+    BenchReport,
+    BundleFacts,
+    Judgement,
+    LeftOut,
+    Noise,
+    Recommendation,
 )
 from sjepa_deploy.runtime.machine import Environment, MachineState
 from sjepa_deploy.spec import ModelSpec
@@ -203,13 +205,13 @@ def make_report(*, bundles=("prelocal", "contextual"), n=4000, **changes):
         seconds=612.0,
         command="sjepa-bench prelocal contextual --scenario all --out report",
         seed=0,
-        partial=None,
+        partial=(),
         environment=Environment(
             processor="AMD EPYC",
             cores=2,
             system="Linux",
-            python="3.11.7",
-            versions={"sjepa-deploy": "0.1.0", "onnxruntime": "1.32.0"},
+            python=("3.11.7",),
+            versions={"sjepa-deploy": ("0.1.0",), "onnxruntime": ("1.32.0",)},
             commit="e21d756",
             governor="performance",
             clock="perf_counter_ns, 1 ns",
@@ -232,7 +234,7 @@ def make_report(*, bundles=("prelocal", "contextual"), n=4000, **changes):
             Recommendation(bundle=b, backend="ort-cpu", precision="fp32", why="Lowest paced p99 of those that pass parity.")
             for b in bundles
         ),
-        left_out=(LeftOut(what="tensorrt", reason="tensorrt is not installed"),),
+        left_out=(LeftOut(what=("tensorrt",), reason="tensorrt is not installed", kind="not here"),),
         samples_file="report.npz",
     )
     return (dataclasses.replace(report, **changes) if changes else report), samples

@@ -12,6 +12,7 @@ import types
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from typing import get_args
 
 import jsonschema
 import numpy as np
@@ -20,6 +21,8 @@ import pytest
 import torch
 from bench_reports import measure_quickly
 from bundles import copy_bundle, flip_byte
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli.bench import Share
@@ -28,12 +31,14 @@ from sjepa_deploy.runtime import machine
 from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.bench import cold_start, contenders, noise, scenarios
 from sjepa_deploy.runtime.bench.baselines import ALL_BACKENDS, BASELINES, TorchCompile, TorchEagerCuda
+from sjepa_deploy.runtime.bench.cells import HARNESS, SCENARIOS, Estimate
 from sjepa_deploy.runtime.bench.files import load_report, load_samples, write_report
 from sjepa_deploy.runtime.bench.loops import Served
-from sjepa_deploy.runtime.bench.merge import merge, told_together
+from sjepa_deploy.runtime.bench.merge import merge, together
 from sjepa_deploy.runtime.bench.report import to_markdown
-from sjepa_deploy.runtime.bench.results import HARNESS, SCENARIOS, BenchReport
+from sjepa_deploy.runtime.bench.results import BenchReport, Disturbance, DisturbanceKind, Noise
 from sjepa_deploy.runtime.bench.run import BenchConfig, run_bench
+from sjepa_deploy.runtime.bench.words import why_noisy, why_partial
 from sjepa_deploy.runtime.keep_warm import Clock
 from sjepa_deploy.serialize import encode, json_schema
 
@@ -89,7 +94,7 @@ def test_the_shipped_schema_describes_the_dataclasses(whole):
 
 def test_every_cell_is_there_once(whole):
     report, samples, _ = whole
-    assert (report.partial, report.left_out, report.seed, report.command) == (None, (), 4, "sjepa-bench a b")
+    assert (report.partial, report.left_out, report.seed, report.command) == ((), (), 4, "sjepa-bench a b")
     assert len({c.key for c in report.cells}) == len({c.id for c in report.cells}) == len(report.cells)
     assert [fact.label for fact in report.bundles] == ["bundle", "bundle-2"]
     assert [fact.variant for fact in report.bundles] == ["prelocal", "contextual"]
@@ -181,7 +186,7 @@ def test_cold_starts_have_all_options_of_the_run(make_bundle, monkeypatch):
 
 def test_environment_noise_and_recommendation_are_told(whole):
     report, samples, _ = whole
-    assert report.environment.versions["numpy"] == np.__version__
+    assert report.environment.versions["numpy"] == (np.__version__,)
     assert report.environment.cores >= 1
     assert report.noise.canary_us.value == pytest.approx(np.median(samples["canary_us"]))
     assert {choice.bundle for choice in report.recommendations} <= {"bundle", "bundle-2"}
@@ -352,7 +357,7 @@ def test_a_backend_that_breaks_ends_nothing_but_itself(make_bundle):
     config = BenchConfig(**QUICK | {"backends": ("breaks", "ort-cpu"), "scenarios": ("back-to-back",)})
     report, _ = run_bench((make_bundle("prelocal"),), config)
     (entry,) = report.left_out
-    assert entry.what == "back-to-back: bundle on breaks fp32"
+    assert (entry.what, entry.kind) == (("back-to-back: bundle on breaks fp32",), "failed")
     assert entry.reason == "CUDA error: an illegal memory access was encountered"
     assert [c.key.backend for c in report.cells] == [HARNESS, "ort-cpu"]
 
@@ -380,8 +385,8 @@ def test_a_backend_that_cannot_be_released_costs_no_figures(make_bundle, caplog)
     assert [c.key.backend for c in report.cells] == [HARNESS, "ort-cpu"]
     assert {entry.reason: entry.what for entry in report.left_out} == {
         "CUDA error: an illegal memory access was encountered":
-            "bundle on sticks-at-once fp32, back-to-back: bundle on sticks fp32",
-        "CUDA error: the context is lost": "closing: bundle on sticks fp32",
+            ("bundle on sticks-at-once fp32", "back-to-back: bundle on sticks fp32"),
+        "CUDA error: the context is lost": ("closing: bundle on sticks fp32",),
     }  # fmt: skip
     closed = [record.getMessage() for record in caplog.records if "could not be closed" in record.getMessage()]
     assert closed == ["bundle on sticks-at-once fp32 could not be closed", "bundle on sticks fp32 could not be closed"]
@@ -392,14 +397,18 @@ def test_ctrl_c_writes_what_there_is_and_says_so(make_bundle, sjepa_bench, tmp_p
     status, out, err = sjepa_bench(make_bundle("prelocal").path, *options, "--out", tmp_path / "o")
     assert (status, err.strip().splitlines()[-1]) == (130, "sjepa-bench: interrupted")
     report = load_report(tmp_path / "o" / "bench.json")
-    assert report.partial == json.loads(out)["partial"] == "It was interrupted."
+    assert report.interrupted
+    assert [ending["kind"] for ending in json.loads(out)["partial"]] == ["interrupted"]
     assert load_samples(report, tmp_path / "o" / "bench.json").keys() >= {f"{c.id}.latency_us" for c in report.cells}
 
 
 def test_the_time_limit_ends_a_run_with_what_there_is(make_bundle):
     config = BenchConfig(**QUICK | {"seconds": 60.0, "n_blocks": 200, "scenarios": ("back-to-back",), "time_limit": 2.0})
     report, _ = run_bench((make_bundle("prelocal"),), config)
-    assert re.match(r"The time limit of 2 s passed after \d+ of 400 blocks.", report.partial)
+    (ending,) = report.partial
+    assert (ending.kind, ending.limit, ending.of) == ("time limit", 2.0, 400)
+    assert 0 < ending.n < 400
+    assert re.match(rf"The time limit of 2 s passed after {ending.n} of 400 blocks.", why_partial(report))
     assert not report.interrupted
     assert len({c.latency.n_blocks for c in report.cells}) <= 2, "rounds: all have as many blocks, or one more"
 
@@ -423,9 +432,10 @@ def test_opening_takes_at_most_half_of_the_time(make_bundle, monkeypatch):
     monkeypatch.setattr(contenders, "open_backend", slow)
     plan = {"backends": ("ort-cpu", "torch-eager"), "scenarios": ("back-to-back",), "time_limit": 1100.0}
     report, _ = run_bench((make_bundle("prelocal"),), BenchConfig(**QUICK | plan), clock=clock)
-    assert report.partial == "Half of the time limit passed before all backends were open."
+    assert [ending.kind for ending in report.partial] == ["opened late"]
+    assert "Half of the time limit passed" in why_partial(report)
     (late,) = report.left_out
-    assert (late.what, late.reason) == ("bundle on torch-eager fp32", contenders.TOO_LATE)
+    assert (late.what, late.kind, late.reason) == (("bundle on torch-eager fp32",), "too late", contenders.TOO_LATE)
     assert cells(report, backend="ort-cpu")[0].latency.n_blocks == 5
 
 
@@ -622,7 +632,7 @@ def test_every_compiled_model_runs_compiled_however_many_there_are(make_bundle, 
 
 def test_what_cannot_be_measured_is_left_out_with_its_reason(make_bundle):
     found = opened_on(make_bundle("prelocal"), precision="tf32")
-    reasons = {entry.what: entry.reason for entry in contenders.grouped(found)}
+    reasons = {entry.label: entry.reason for entry in contenders.grouped(found)}
     everything = ", ".join(reasons)
     assert all(name in everything for name in ALL_BACKENDS if name not in planted.BACKENDS)
     assert "The float64 reference is slow by design" in reasons["torch"]
@@ -710,10 +720,11 @@ def test_what_the_hypervisor_took_from_a_cell_is_told_and_makes_the_run_noisy(ma
     assert robbed.stolen_cpu == pytest.approx(0.5, abs=0.1)
     assert spared.stolen_cpu == 0
     assert report.noise.noisy
-    found = [reason for reason in report.noise.reasons if "during 1 of 3 cells" in reason]
-    assert "from back-to-back batch 1: bundle sleeps fp32" in found[0]
+    (found,) = (reason for reason in report.noise.reasons if reason.kind == "cells robbed")
+    assert (found.n_cells, found.n_known, found.cell) == (1, 3, "back-to-back batch 1: bundle sleeps fp32")
+    assert found.value == robbed.stolen_cpu
     text = to_markdown(report)
-    assert found[0] in text
+    assert re.search(r"during 1 of 3 cells, the most \(0\.[456]\d\) from back-to-back batch 1: bundle sleeps fp32", text)
     assert "stolen cores" in text
 
 
@@ -722,11 +733,9 @@ def test_a_machine_that_only_rests_is_quiet():
     steady = noise.judge([100.0, 101.0, 99.0, 100.0, 100.0, 101.0], 0.05, 0.01, [cell])
     assert (steady.noisy, steady.reasons) == (False, ())
     found = noise.judge([100.0, 140.0, 99.0, 130.0, 100.0, 101.0], 0.2, 0.03, [cell])
-    assert [re.sub(r"[\d.%]+", "#", reason) for reason in found.reasons] == [
-        "The same work took times that spread by # (interquartile range) over the run#",
-        "Other processes kept # cores busy#",
-        "The hypervisor took # cores#",
-    ]
+    assert [reason.kind for reason in found.reasons] == ["work varied", "others busy", "cores stolen"]
+    assert [reason.value for reason in found.reasons] == [found.canary_spread, 0.2, 0.03]
+    assert "Other processes kept 0.20 cores busy." in why_noisy(found)
 
 
 def test_the_canary_does_not_time_a_core_that_wakes_up():
@@ -746,9 +755,30 @@ def test_the_canary_does_not_time_a_core_that_wakes_up():
 
 
 def test_reasons_of_several_runs_are_told_once():
-    spread = [(run, f"It spread by {percent}%.") for run, percent in ((1, 42), (3, 74), (4, 5), (5, 6), (7, 8), (8, 9))]
-    told = told_together([spread[0], (2, "Others took 0.2 cores."), *spread[1:]])
-    assert told == ("Runs 1, 3 to 5, 7 to 8, the most in run 3: It spread by 74%.", "Run 2: Others took 0.2 cores.")
+    changes = ((1, -0.42), (3, -0.74), (4, 0.05), (5, 0.06), (7, 0.08), (8, 0.09))
+    drift = [(run, Disturbance(kind="work drifted", value=change)) for run, change in changes]
+    others = Disturbance(kind="others busy", value=0.2)
+    found = together([drift[0], (2, others), *drift[1:]])
+    assert [(each.kind, each.value, each.runs, each.worst_run) for each in found] == [
+        ("work drifted", -0.74, (1, 3, 4, 5, 7, 8), 3),
+        ("others busy", 0.2, (2,), 2),
+    ]
+    told = why_noisy(Noise(noisy=True, reasons=found, canary_us=Estimate(value=1.0), canary_spread=0.1))
+    assert re.match(r"Runs 1, 3 to 5, 7 to 8, the most in run 3: .* changed by -74%", told)
+    assert told.endswith("Run 2: Other processes kept 0.20 cores busy.")
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from(get_args(DisturbanceKind)), st.floats(-5, 5)), max_size=20))
+def test_no_disturbance_of_a_run_is_lost_in_a_merged_report(drawn):
+    reasons = [(run, Disturbance(kind=kind, value=value)) for run, kind, value in sorted(drawn)]
+    found = {each.kind: each for each in together(reasons)}
+    assert found.keys() == {reason.kind for _, reason in reasons}
+    for kind, each in found.items():
+        mine = [(run, reason.value) for run, reason in reasons if reason.kind == kind]
+        assert sorted(each.runs) == sorted(run for run, _ in mine)
+        assert abs(each.value) == max(abs(value) for _, value in mine)
+        assert (each.worst_run, each.value) in mine
 
 
 @pytest.mark.parametrize(("precision", "allowed"), [("fp32", False), ("tf32", True), ("fp16", False)])
@@ -774,7 +804,7 @@ def test_a_bundle_of_one_batch_is_measured_at_that_batch(make_bundle):
     report, _ = run_bench((Bundle.open(bundle.path),), config)
     (cell,) = cells(report, backend="ort-cpu")
     assert (cell.key.scenario, cell.key.batch) == ("back-to-back", 4)
-    assert {entry.what for entry in report.left_out} == {"paced: bundle on ort-cpu fp32, streams: bundle on ort-cpu fp32"}
+    assert [entry.what for entry in report.left_out] == [("paced: bundle on ort-cpu fp32", "streams: bundle on ort-cpu fp32")]
 
 
 # ---------------------------------------------------------------- several Pythons
@@ -799,7 +829,7 @@ def test_runs_of_several_pythons_become_one_report(make_bundle):
                 assert dataclasses.replace(twin, id=cell.id) == cell
     assert len(samples["canary_us"]) == sum(len(arrays["canary_us"]) for _, arrays in runs)
     assert {j.result.backend for j in report.parity} == {"ort-cpu", "torch-eager"}
-    assert [entry.what for entry in report.left_out] == ["ort-cuda", "ort-tensorrt"]
+    assert [entry.what for entry in report.left_out] == [("ort-cuda",), ("ort-tensorrt",)]
     jsonschema.Draft202012Validator(SCHEMA).validate(encode(report))
     with pytest.raises(BenchmarkError, match="Two reports have the cell"):
         merge([runs[0], runs[0]])
@@ -882,8 +912,8 @@ def test_the_report_of_a_gpu_machine_loses_only_what_hangs_and_goes_on(make_bund
     assert "written" not in capfd.readouterr().out
     again = load_report(out.with_suffix(".json"))
     assert report.command == "python benchmarks/gpu_latency.py BUNDLES OUT/latency --report"
-    lost = [entry for entry in report.left_out if entry.what.startswith("part hangs (back-to-back of tensorrt in fp32")]
+    lost = [entry for entry in report.left_out if entry.label.startswith("part hangs (back-to-back of tensorrt in fp32")]
     assert [entry.reason for entry in lost] == ["It ended without a result."]
-    assert report.partial == "1 parts gave no result, see what was not measured."
+    assert [(ending.kind, ending.n) for ending in report.partial] == [("parts lost", 1)]
     rest = tuple(entry for entry in report.left_out if entry not in lost)
-    assert again == dataclasses.replace(report, left_out=rest, partial=None)
+    assert again == dataclasses.replace(report, left_out=rest, partial=())

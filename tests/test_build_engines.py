@@ -230,7 +230,7 @@ def test_the_benchmark_measures_engines(rig, bundle, monkeypatch, memory):
     assert closed.after.gpu_mhz > closed.before.gpu_mhz
     assert "NVIDIA Fake 9000" in report.environment.gpu
     (entry,) = report.left_out
-    assert entry.what == "b on tensorrt fp16"
+    assert entry.what == ("b on tensorrt fp16",)
     assert "engine" in entry.reason
     assert not rig.driver.allocations
 

@@ -1,15 +1,18 @@
 """What `--compare` claims of simulated runs whose truth is known, and which backend is recommended."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from sjepa_deploy.runtime.bench import estimates
+from sjepa_deploy.runtime.bench.cells import Cell, CellKey, OpenLoop
 from sjepa_deploy.runtime.bench.compare import compare, recommend, regressions
-from sjepa_deploy.runtime.bench.results import SCHEMA_VERSION, BenchReport, BundleFacts, Cell, CellKey, OpenLoop
+from sjepa_deploy.runtime.bench.results import SCHEMA_VERSION, BenchReport, BundleFacts, Ending
 from sjepa_deploy.runtime.machine import Environment
 
 FACTS = BundleFacts(label="prelocal", variant="prelocal", n_chans=8, n_times=200, sfreq=100.0, digest="d", weights="random")
-MACHINE = Environment(processor="A", cores=2, system="Linux", python="3.11", versions={"numpy": "2.0"})
+MACHINE = Environment(processor="A", cores=2, system="Linux", python=("3.11",), versions={"numpy": ("2.0",)})
 
 
 def key(backend="ort-cpu", scenario="back-to-back", **more):
@@ -41,7 +44,7 @@ def report(figures, *, canary=None, open_loops=None, parity=None, caution=None, 
         )
     if canary is not None:
         samples["canary_us"] = canary
-    fields = {"environment": MACHINE, "partial": None, "bundles": (FACTS,)} | more
+    fields = {"environment": MACHINE, "partial": (), "bundles": (FACTS,)} | more
     return (
         BenchReport(
             schema_version=SCHEMA_VERSION,
@@ -143,16 +146,20 @@ def test_regressions_are_claimed_slowdowns_above_the_limit():
 def test_what_differs_beside_the_figures_is_listed():
     rng = np.random.default_rng(6)
     pool = simulate(rng, 100)
-    other = Environment(processor="B", cores=2, system="Linux", python="3.11", versions={"numpy": "2.1", "torch": "2.13"})
+    versions = {"numpy": ("2.1",), "torch": ("2.12", "2.13")}
+    other = dataclasses.replace(MACHINE, processor="B", python=("3.11", "3.13"), versions=versions)
     facts = BundleFacts(**{**vars(FACTS), "digest": "e"})
     streams = key(scenario="streams", rate=10.0, n_streams=7)
     before = report({key(): pool, streams: pool})
-    after = report({key("braindecode"): pool, key(): pool}, environment=other, bundles=(facts,), partial="It was interrupted.")
+    after = report(
+        {key("braindecode"): pool, key(): pool}, environment=other, bundles=(facts,), partial=(Ending(kind="interrupted"),)
+    )
     comparison = compare(before, after)
     assert comparison.differs == (
         "processor: A -> B",
+        "python: 3.11 -> 3.11 and 3.13",
         "numpy: 2.0 -> 2.1",
-        "torch: not installed -> 2.13",
+        "torch: not installed -> 2.12 and 2.13",
         "bundle prelocal: another export",
         "the run after is partial: It was interrupted.",
     )

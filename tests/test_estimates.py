@@ -14,9 +14,9 @@ from sjepa_deploy.runtime.bench.estimates import (
     of_blocks,
     percentile,
     ratio,
+    samples_needed,
     t_quantile,
 )
-from sjepa_deploy.runtime.bench.results import samples_needed
 
 
 def clustered(rng, n_blocks=12, n=200, between=0.03, within=0.1, level=100.0):

@@ -14,11 +14,12 @@ from bench_reports import MEDIANS, WRONG, make_report
 from sjepa_deploy.cli import _command, run_command
 from sjepa_deploy.errors import BenchmarkError, MissingDependencyError
 from sjepa_deploy.runtime.bench import report_plots, report_tables, tables
+from sjepa_deploy.runtime.bench.cells import CellKey, Estimate, Percentile
 from sjepa_deploy.runtime.bench.compare import Change, Comparison
-from sjepa_deploy.runtime.bench.decision_age import LEFT_OUT, decision_ages, with_decision_ages
+from sjepa_deploy.runtime.bench.decision_age import decision_ages, with_decision_ages
 from sjepa_deploy.runtime.bench.files import load_report, write_report
 from sjepa_deploy.runtime.bench.report import comparison_to_markdown, to_markdown, warnings, write_comparison, write_html
-from sjepa_deploy.runtime.bench.results import CellKey, Estimate, LeftOut, Noise, Percentile
+from sjepa_deploy.runtime.bench.results import Disturbance, Ending, LeftOut, Noise
 from sjepa_deploy.spec import ModelSpec
 
 pytestmark = pytest.mark.alone
@@ -153,15 +154,17 @@ def test_markdown_shows_names_as_they_are():
 
 def test_what_a_reader_must_know_first_comes_first(made):
     report, _ = made
-    noise = Noise(noisy=True, reasons=("Other processes kept 1.2 cores busy.",), canary_us=Estimate(value=1.0), canary_spread=0.3)
+    noise = Noise(
+        noisy=True, reasons=(Disturbance(kind="others busy", value=1.2),), canary_us=Estimate(value=1.0), canary_spread=0.3
+    )
     bundles = (dataclasses.replace(report.bundles[0], weights="random"), report.bundles[1])
     cells = list(report.cells)
     cells[1] = dataclasses.replace(cells[1], latency=dataclasses.replace(cells[1].latency, drifting=True, stable=False))
-    report = dataclasses.replace(report, partial="It was interrupted.", noise=noise, bundles=bundles, cells=tuple(cells))
+    report = dataclasses.replace(report, partial=(Ending(kind="interrupted"),), noise=noise, bundles=bundles, cells=tuple(cells))
     label = cells[1].key.label
     assert warnings(report) == (
         "Partial: It was interrupted.",
-        "The machine was not quiet: Other processes kept 1.2 cores busy.",
+        "The machine was not quiet: Other processes kept 1.20 cores busy.",
         "Outputs are wrong, and struck out: contextual on torch-compile fp32.",
         "Right on EEG, but not on windows with electrode offsets of millivolts (errors are under Parity): "
         "braindecode fp32 (prelocal).",
@@ -290,11 +293,12 @@ def test_few_samples_and_equal_samples_are_drawn(made):
 
 def test_a_report_of_nothing_but_its_environment_is_a_page(tmp_path):
     report, _ = make_report(n=200)
+    ended = Ending(kind="time limit", limit=2.0, n=0, of=9)
     empty = dataclasses.replace(
-        report, cells=(), parity=(), capacity=(), decision_age=(), recommendations=(), left_out=(), noise=None, partial="Ended."
+        report, cells=(), parity=(), capacity=(), decision_age=(), recommendations=(), left_out=(), noise=None, partial=(ended,)
     )
     write_html(empty, {}, tmp_path / "a.html")
-    assert "Partial: Ended." in (tmp_path / "a.html").read_text()
+    assert "Partial: The time limit of 2 s passed after 0 of 9 blocks." in (tmp_path / "a.html").read_text()
     assert to_markdown(empty).count("## ") == 1
 
 
@@ -546,7 +550,10 @@ def written(tmp_path, make_bundle):
     bundle = make_bundle("prelocal")
     report, samples = make_report(n=600)
     (fact, _) = report.bundles
-    left_out = (*report.left_out, LeftOut(what=LEFT_OUT, reason="This needs SciPy, which is not installed."))
+    left_out = (
+        *report.left_out,
+        LeftOut(what=("ages of decisions",), reason="This needs SciPy, which is not installed.", kind="ages"),
+    )
     report = dataclasses.replace(
         report,
         bundles=(dataclasses.replace(fact, digest=bundle.manifest.digest),),
@@ -598,7 +605,7 @@ def test_without_scipy_a_report_says_why_it_has_no_ages(monkeypatch, made):
     monkeypatch.setitem(sys.modules, "scipy.signal", None)
     without = with_decision_ages(report, dict.fromkeys(MEDIANS, spec))
     assert without.decision_age == ()
-    assert without.left_out[-1].what == LEFT_OUT
+    assert without.left_out[-1].kind == "ages"
     assert "SciPy" in without.left_out[-1].reason
     monkeypatch.undo()
     again = with_decision_ages(without, dict.fromkeys(MEDIANS, spec))

@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.runtime.backend import BACKENDS
+from sjepa_deploy.runtime.bench.cells import HARNESS, Cell, CellKey, Estimate, Samples
 from sjepa_deploy.runtime.bench.estimates import ratio
-from sjepa_deploy.runtime.bench.results import HARNESS, BenchReport, Cell, CellKey, Estimate, Recommendation, Samples
+from sjepa_deploy.runtime.bench.results import BenchReport, Recommendation
 from sjepa_deploy.runtime.bench.tables import number
+from sjepa_deploy.runtime.bench.words import why_noisy, why_partial
 from sjepa_deploy.spec import RUN_PRECISIONS
 
 SMALLEST_CLAIM = 0.05
@@ -165,19 +167,20 @@ def _differences(old: BenchReport, new: BenchReport) -> tuple[str, ...]:
     for name in ("processor", "cores", "system", "python", "gpu", "gpu_driver", "governor"):
         values = getattr(old.environment, name), getattr(new.environment, name)
         if values[0] != values[1]:
-            found.append(f"{name}: {values[0]} -> {values[1]}")
+            texts = (" and ".join(value) if isinstance(value, tuple) else value for value in values)
+            found.append(f"{name}: {' -> '.join(map(str, texts))}")
     packages = old.environment.versions, new.environment.versions
     for name in sorted(packages[0] | packages[1]):
-        values = packages[0].get(name), packages[1].get(name)
-        if values[0] != values[1]:
-            found.append(f"{name}: {values[0] or 'not installed'} -> {values[1] or 'not installed'}")
+        versions = packages[0].get(name), packages[1].get(name)
+        if versions[0] != versions[1]:
+            found.append(f"{name}: {' -> '.join(' and '.join(each or ('not installed',)) for each in versions)}")
     digests = [{fact.label: fact.digest for fact in report.bundles} for report in (old, new)]
     found += [f"bundle {b}: another export" for b in digests[0] if b in digests[1] and digests[0][b] != digests[1][b]]
     for report, name in ((old, "before"), (new, "after")):
         if report.noise is not None and report.noise.noisy:
-            found.append(f"the run {name} was noisy: {' '.join(report.noise.reasons)}")
+            found.append(f"the run {name} was noisy: {why_noisy(report.noise)}")
         if report.partial:
-            found.append(f"the run {name} is partial: {report.partial}")
+            found.append(f"the run {name} is partial: {why_partial(report)}")
     return tuple(found)
 
 

@@ -6,16 +6,18 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.eeg.synthetic import eeg_windows
 from sjepa_deploy.errors import BackendError, SjepaError
-from sjepa_deploy.parity import ParityResult, Reference, batch_sizes, check_parity
+from sjepa_deploy.parity import ParityResult, Reference, batch_sizes, check_parity, row_label
 from sjepa_deploy.runtime.backend import FASTEST_BACKEND, Backend, BackendOptions, FloatArray, open_backend
 from sjepa_deploy.runtime.bench.baselines import ALL_BACKENDS, REFERENCE_BACKEND
-from sjepa_deploy.runtime.bench.results import HARNESS, BundleFacts, Judgement, LeftOut
+from sjepa_deploy.runtime.bench.cells import HARNESS
+from sjepa_deploy.runtime.bench.results import BundleFacts, Judgement, LeftOut
 from sjepa_deploy.runtime.gpu.cuda import Device
 from sjepa_deploy.spec import RUN_PRECISIONS, UNITS_IN_VOLTS, ModelSpec, RunPrecision, graph_precision
 
@@ -112,7 +114,7 @@ class Contender:
         reference = bundle.reference()
         result, without = judge(reference), None
         rest = None if result.passed else without_offsets(reference, self.spec)
-        if rest is not None and result.worst.rpartition(" at batch ")[0] not in rest.kinds:
+        if rest is not None and result.worst not in {row_label(kind, size) for kind in rest.kinds for size in sizes}:
             without = judge(rest)
         self.judgement = Judgement(bundle=self.bundle, result=result, without_offsets=without)
 
@@ -195,13 +197,15 @@ def open_contenders(
         raise BackendError(f"{unknown[0]!r} is not a backend.", f"Use one of {', '.join(ALL_BACKENDS)}.")
     usable = []
     for name in backends or ALL_BACKENDS:
-        reason = ALL_BACKENDS[name].why_not()
+        error = ALL_BACKENDS[name].why_not()
         if name == REFERENCE_BACKEND and not backends:
-            yield LeftOut(what=name, reason=f"The float64 reference is slow by design; ask for it with --backend {name}.")
+            reason = f"The float64 reference is slow by design; ask for it with --backend {name}."
+            yield LeftOut(what=(name,), reason=reason, kind="on request")
         elif name == FASTEST_BACKEND and not backends:
-            yield LeftOut(what=name, reason=f"It runs what others are; ask for it with --backend {name}.")
-        elif reason is not None:
-            yield LeftOut(what=name, reason=str(reason))
+            reason = f"It runs others of these backends; ask for it with --backend {name}."
+            yield LeftOut(what=(name,), reason=reason, kind="on request")
+        elif error is not None:
+            yield LeftOut(what=(name,), reason=str(error), kind="not here")
         else:
             usable.append(name)
     for bundle, fact in zip(bundles, facts, strict=True):
@@ -209,7 +213,7 @@ def open_contenders(
         for precision in wanted:
             for name in usable:
                 if late():
-                    yield LeftOut(what=f"{fact.label} on {name} {precision}", reason=TOO_LATE)
+                    yield LeftOut(what=(f"{fact.label} on {name} {precision}",), reason=TOO_LATE, kind="too late")
                 else:
                     yield _open(bundle, fact.label, name, precision, options, seed, in_place)
 
@@ -238,7 +242,7 @@ def _open(
 def _left_out(what: str, error: Exception, contender: Contender | None) -> LeftOut:
     if contender is not None:
         close_contender(contender)
-    return LeftOut(what=what, reason=first_line(error))
+    return LeftOut(what=(what,), reason=first_line(error), kind="failed")
 
 
 def close_contender(contender: Contender) -> LeftOut | None:
@@ -247,7 +251,7 @@ def close_contender(contender: Contender) -> LeftOut | None:
         contender.close()
     except Exception as e:  # whatever a foreign library raises: the others are measured and reported all the same
         logger.exception("%s could not be closed", contender.label)
-        return LeftOut(what=f"closing: {contender.label}", reason=first_line(e))
+        return LeftOut(what=(f"closing: {contender.label}",), reason=first_line(e), kind="failed")
     return None
 
 
@@ -267,10 +271,11 @@ def _free_device_memory(ordinal: int) -> int | None:
 
 def grouped(left_out: list[LeftOut]) -> tuple[LeftOut, ...]:
     """Return one entry for each reason."""
-    by_reason: dict[str, list[str]] = {}
+    by_reason: dict[str, LeftOut] = {}
     for entry in left_out:
-        by_reason.setdefault(entry.reason, []).append(entry.what)
-    return tuple(LeftOut(what=", ".join(dict.fromkeys(what)), reason=reason) for reason, what in by_reason.items())
+        known = by_reason.setdefault(entry.reason, entry)
+        by_reason[entry.reason] = replace(known, what=tuple(dict.fromkeys((*known.what, *entry.what))))
+    return tuple(by_reason.values())
 
 
 def harness(bundle: Bundle, label: str, *, seed: int) -> Contender:

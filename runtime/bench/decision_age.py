@@ -30,17 +30,14 @@ LSL_LOOPBACK = AgePart(
 it is an upper bound. An amplifier that sends blocks adds their length."""
 
 
-LEFT_OUT = "ages of decisions"
-"""What `BenchReport.left_out` calls the ages of decisions."""
-
-
 def with_decision_ages(report: BenchReport, specs: Mapping[str, ModelSpec]) -> BenchReport:
     """Return `report` with its ages of decisions, or where SciPy is missing with the reason why it has none."""
-    others = tuple(left for left in report.left_out if left.what != LEFT_OUT)
+    others = tuple(left for left in report.left_out if left.kind != "ages")
     try:
         return dataclasses.replace(report, decision_age=decision_ages(report, specs), left_out=others)
     except MissingDependencyError as e:
-        return dataclasses.replace(report, left_out=(*others, LeftOut(what=LEFT_OUT, reason=str(e))))
+        missing = LeftOut(what=("ages of decisions",), reason=str(e), kind="ages")
+        return dataclasses.replace(report, left_out=(*others, missing))
 
 
 def decision_ages(report: BenchReport, specs: Mapping[str, ModelSpec]) -> tuple[DecisionAge, ...]:

@@ -15,7 +15,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from sjepa_deploy.runtime.bench.results import PERCENTS, Estimate, Latency, Percentile, samples_needed
+from sjepa_deploy.runtime.bench.cells import PERCENTS, Estimate, Latency, Percentile
 
 Array = NDArray[np.float64]
 Blocks = NDArray[np.integer]
@@ -29,6 +29,11 @@ MAX_RESAMPLED = 20_000
 """Larger pools are thinned for the bootstrap: of every block each m-th of its sorted samples, which is the same distribution."""
 
 TREND_LEVEL = 0.01
+
+
+def samples_needed(percent: float) -> int:
+    """Return how many samples a percentile needs: five beyond it, as fewer say nothing about where the tail ends."""
+    return math.ceil(round(5 / (1 - percent / 100), 6))
 
 
 def percentile(values: Array, percent: float) -> float:

@@ -12,8 +12,9 @@ from sjepa_deploy.errors import BenchmarkError, listed
 from sjepa_deploy.files import now, write_atomically
 from sjepa_deploy.runtime.backend import BACKENDS, FASTEST_BACKEND
 from sjepa_deploy.runtime.backends.fastest import Choice, FastestRecord, clause, machine_of, record_folder
+from sjepa_deploy.runtime.bench.cells import Cell, Estimate
 from sjepa_deploy.runtime.bench.compare import equally_fast
-from sjepa_deploy.runtime.bench.results import INTERRUPTED, BenchReport, Cell, Estimate, LeftOut
+from sjepa_deploy.runtime.bench.results import BenchReport, LeftOut
 from sjepa_deploy.serialize import encode
 from sjepa_deploy.spec import RUN_PRECISIONS, RunPrecision
 
@@ -93,7 +94,7 @@ def keep(
         If nothing can be chosen, the run was interrupted, or was made with another bundle or machine; or the folder cannot be
         written.
     """
-    if report.partial is not None and INTERRUPTED in report.partial:
+    if report.interrupted:
         raise BenchmarkError("The run was interrupted, and nothing is kept of it.", "Let it end, if need be with --time-limit.")
     label = next((fact.label for fact in report.bundles if fact.digest == bundle.manifest.digest), None)
     if label is None:
@@ -105,7 +106,7 @@ def keep(
         mine = [cell for cell in cells if cell.key.precision == precision]
         names = {cell.key.backend for cell in mine}
         if len(names) == 1:
-            found.append(LeftOut(what=f"{label} in {precision}", reason=f"Only {names.pop()} was measured."))
+            found.append(LeftOut(what=(f"{label} in {precision}",), reason=f"Only {names.pop()} was measured."))
         elif names:
             found.append(_record(report, bundle, precision, choose(mine), device))
     records = [each for each in found if isinstance(each, FastestRecord)]
@@ -124,13 +125,19 @@ def _record(
     report: BenchReport, bundle: Bundle, precision: RunPrecision, choices: tuple[Choice, ...], device: int
 ) -> FastestRecord:
     environment, here = report.environment, machine_of([choice.backend for choice in choices], device)
-    there = {"processor": environment.processor, "cores": str(environment.cores), **environment.versions}
-    there |= {"gpu": environment.gpu or "", "driver": environment.gpu_driver or ""}
+    there: dict[str, tuple[str | None, ...]] = {
+        "processor": (environment.processor,),
+        "cores": (str(environment.cores),),
+        "gpu": (environment.gpu,),
+        "driver": (environment.gpu_driver,),
+        **environment.versions,
+    }
     for name, value in here.items():
-        # of runs in several Pythons a report has the versions of all: "1.2 and 1.3"
-        if (value or "") not in (there.get(name, ""), *there.get(name, "").split(" and ")):
+        found = there.get(name, (None,))  # of runs in several Pythons a report has the versions of all
+        if value not in found:
+            measured = " and ".join(version for version in found if version is not None)
             raise BenchmarkError(
-                f"The report is of another machine or Python: {clause(name, there.get(name), value, 'report')}.",
+                f"The report is of another machine or Python: {clause(name, measured, value, 'report')}.",
                 "Keep it where it was measured, or measure here.",
             )
     machine = {name: value for name, value in here.items() if value is not None}

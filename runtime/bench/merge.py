@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from sjepa_deploy.errors import BenchmarkError
+from sjepa_deploy.runtime.bench.cells import HARNESS, Samples
 from sjepa_deploy.runtime.bench.compare import recommend
 from sjepa_deploy.runtime.bench.estimates import of_blocks
 from sjepa_deploy.runtime.bench.noise import canary_spread
-from sjepa_deploy.runtime.bench.results import HARNESS, BenchReport, LeftOut, Noise, Samples
+from sjepa_deploy.runtime.bench.results import BenchReport, Disturbance, LeftOut, Noise
 from sjepa_deploy.runtime.machine import Environment
 
 
@@ -45,12 +45,12 @@ def merge(runs: Sequence[tuple[BenchReport, Samples]]) -> tuple[BenchReport, Sam
         if "canary_us" in arrays:
             samples["canary_us"] = np.concatenate([samples.get("canary_us", np.empty(0)), arrays["canary_us"]])
     reports = [run for run, _ in runs]
-    partial = [f"Run {i}: {run.partial}" for i, run in enumerate(reports, 1) if run.partial]
+    partial = tuple(replace(ending, run=i) for i, run in enumerate(reports, 1) for ending in run.partial)
     merged = replace(
         first,
         seconds=sum(run.seconds for run in reports),
         command=" && ".join(run.command for run in reports),
-        partial=" ".join(partial) or None,
+        partial=partial,
         environment=_environment(reports),
         noise=_noise(reports, samples),
         bundles=tuple(bundles.values()),
@@ -89,16 +89,17 @@ def _hardware(report: BenchReport) -> tuple[str, int, str | None]:
 
 def _environment(reports: list[BenchReport]) -> Environment:
     """Return that of the first, with the versions of all Pythons."""
-    found: dict[str, list[str]] = {}
-    for report in reports:
-        for name, version in report.environment.versions.items():
-            found.setdefault(name, []).append(version)
-    pythons = dict.fromkeys(report.environment.python for report in reports)
+    each = [report.environment for report in reports]
+    names = dict.fromkeys(name for environment in each for name in environment.versions)
     return replace(
-        reports[0].environment,
-        python=" and ".join(pythons),
-        versions={name: " and ".join(dict.fromkeys(versions)) for name, versions in found.items()},
+        each[0],
+        python=_once(environment.python for environment in each),
+        versions={name: _once(environment.versions.get(name, ()) for environment in each) for name in names},
     )
+
+
+def _once(values: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(value for several in values for value in several))
 
 
 def _noise(reports: list[BenchReport], samples: Samples) -> Noise | None:
@@ -114,7 +115,7 @@ def _noise(reports: list[BenchReport], samples: Samples) -> Noise | None:
     canary = samples["canary_us"]
     return Noise(
         noisy=any(noise.noisy for _, noise in known),
-        reasons=told_together([(i, reason) for i, (_, noise) in enumerate(known, 1) for reason in noise.reasons]),
+        reasons=together([(i, reason) for i, (_, noise) in enumerate(known, 1) for reason in noise.reasons]),
         canary_us=of_blocks(canary),
         canary_spread=canary_spread(canary),
         others_cpu=average([noise.others_cpu for _, noise in known]),
@@ -122,36 +123,22 @@ def _noise(reports: list[BenchReport], samples: Samples) -> Noise | None:
     )
 
 
-def told_together(reasons: Sequence[tuple[int, str]]) -> tuple[str, ...]:
-    """Return the sentences of all runs, those that differ in their figures alone as one: that with the largest figure.
+def together(reasons: Sequence[tuple[int, Disturbance]]) -> tuple[Disturbance, ...]:
+    """Return the disturbances of several runs, those of one kind as one: the worst, with the numbers of all its runs.
 
     Parameters
     ----------
-    reasons : sequence of (int, str)
+    reasons : sequence of (int, Disturbance)
         Number of a run, and what disturbed it.
     """
-    figure = re.compile(r"[-+]?\d+(?:\.\d+)?")
-    alike: dict[str, list[tuple[float, int, str]]] = {}
+    alike: dict[tuple[str, str], list[tuple[int, Disturbance]]] = {}
     for run, reason in reasons:
-        largest = max((abs(float(text)) for text in figure.findall(reason)), default=0.0)
-        alike.setdefault(figure.sub("#", reason), []).append((largest, run, reason))
-    told = []
+        alike.setdefault((reason.kind, reason.told), []).append((run, reason))
+    found = []
     for group in alike.values():
-        _, worst, reason = max(group)
-        runs = spans([run for _, run, _ in group])
-        told.append(f"Run {worst}: {reason}" if len(group) == 1 else f"Runs {runs}, the most in run {worst}: {reason}")
-    return tuple(told)
-
-
-def spans(numbers: Sequence[int]) -> str:
-    """Return rising numbers as text, those in a row together: "1 to 3, 5"."""
-    found: list[list[int]] = []
-    for number in numbers:
-        if found and number == found[-1][-1] + 1:
-            found[-1].append(number)
-        else:
-            found.append([number])
-    return ", ".join(f"{first}{f' to {rest[-1]}' if rest else ''}" for first, *rest in found)
+        worst_run, worst = max(group, key=lambda pair: abs(pair[1].value))
+        found.append(replace(worst, runs=tuple(run for run, _ in group), worst_run=worst_run))
+    return tuple(found)
 
 
 def _left_out(reports: list[BenchReport]) -> tuple[LeftOut, ...]:
@@ -160,7 +147,6 @@ def _left_out(reports: list[BenchReport]) -> tuple[LeftOut, ...]:
     found: dict[LeftOut, None] = {}
     for report in reports:
         for entry in report.left_out:
-            what = [name for name in entry.what.split(", ") if name not in measured]
-            if what:
-                found[replace(entry, what=", ".join(what))] = None
+            if what := tuple(name for name in entry.what if name not in measured):
+                found[replace(entry, what=what)] = None
     return tuple(found)

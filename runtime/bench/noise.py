@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from sjepa_deploy.runtime.bench import estimates
-from sjepa_deploy.runtime.bench.results import Cell, Noise
+from sjepa_deploy.runtime.bench.cells import Cell
+from sjepa_deploy.runtime.bench.results import Disturbance, Noise
 from sjepa_deploy.runtime.keep_warm import Clock
 
 CANARY_LOOPS, CANARY_REPEATS = 5_000, 5
@@ -64,20 +65,17 @@ def judge(canary_us: Sequence[float], others: float | None, stolen: float | None
     spread, drift = canary_spread(canary), _drift(canary)
     reasons = []
     if spread > MAX_CANARY_SPREAD:
-        reasons.append(f"The same work took times that spread by {spread:.0%} (interquartile range) over the run.")
+        reasons.append(Disturbance(kind="work varied", value=spread))
     if others is not None and others > MAX_OTHERS_CPU:
-        reasons.append(f"Other processes kept {others:.2f} cores busy.")
+        reasons.append(Disturbance(kind="others busy", value=others))
     if stolen is not None and stolen > MAX_STOLEN_CPU:
-        reasons.append(f"The hypervisor took {stolen:.2f} cores.")
+        reasons.append(Disturbance(kind="cores stolen", value=stolen))
     known = [(cell.stolen_cpu, cell.key.label) for cell in cells if cell.stolen_cpu is not None]
     if robbed := [found for found in known if found[0] > MAX_STOLEN_FROM_CELL]:
         most, label = max(robbed)
-        reasons.append(
-            f"The hypervisor took more than {MAX_STOLEN_FROM_CELL:g} cores during {len(robbed)} of {len(known)} cells, "
-            f"the most ({most:.2f}) from {label}."
-        )
+        reasons.append(Disturbance(kind="cells robbed", value=most, cell=label, n_cells=len(robbed), n_known=len(known)))
     if estimates.has_trend(canary) and abs(drift) > MAX_CANARY_SPREAD:
-        reasons.append(f"The machine drifted: the same work changed by {drift:+.0%} from start to end.")
+        reasons.append(Disturbance(kind="work drifted", value=drift))
     return Noise(
         noisy=bool(reasons),
         reasons=tuple(reasons),

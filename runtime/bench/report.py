@@ -13,10 +13,12 @@ from pathlib import Path
 from sjepa_deploy.errors import BenchmarkError, MissingDependencyError
 from sjepa_deploy.runtime.bench import report_plots as plots
 from sjepa_deploy.runtime.bench import report_tables
+from sjepa_deploy.runtime.bench.cells import HARNESS, Cell, Samples, Scenario
 from sjepa_deploy.runtime.bench.compare import Comparison
 from sjepa_deploy.runtime.bench.report_plots import Plot
-from sjepa_deploy.runtime.bench.results import HARNESS, BenchReport, Cell, Judgement, Samples, Scenario
+from sjepa_deploy.runtime.bench.results import BenchReport, Judgement
 from sjepa_deploy.runtime.bench.tables import Table, all_markdown, markdown_code, markdown_text
+from sjepa_deploy.runtime.bench.words import why_noisy, why_partial
 
 Draw = Callable[[], Plot | None]
 
@@ -227,9 +229,9 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
 
 def warnings(report: BenchReport) -> tuple[str, ...]:
     """Return what a reader must know before believing a figure."""
-    found = [] if report.partial is None else [f"Partial: {report.partial}"]
+    found = [f"Partial: {why_partial(report)}"] if report.partial else []
     if report.noise is not None and report.noise.noisy:
-        found.append(f"The machine was not quiet: {' '.join(report.noise.reasons)}")
+        found.append(f"The machine was not quiet: {why_noisy(report.noise)}")
     if wrong := sorted(_judged(judgement) for judgement in report.parity if not judgement.passed):
         found.append(f"Outputs are wrong, and struck out: {', '.join(wrong)}.")
     careful: dict[str, list[str]] = {}

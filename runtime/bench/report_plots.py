@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.errors import MissingDependencyError
+from sjepa_deploy.runtime.bench.cells import HARNESS, Cell, Samples
 from sjepa_deploy.runtime.bench.estimates import percentile
-from sjepa_deploy.runtime.bench.results import HARNESS, Cell, DecisionAge, Samples
+from sjepa_deploy.runtime.bench.results import DecisionAge
 from sjepa_deploy.runtime.bench.tables import duration, number
 
 if TYPE_CHECKING:

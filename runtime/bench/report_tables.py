@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sjepa_deploy.parity import NOT_FINITE, ParityResult
+from sjepa_deploy.runtime.bench.cells import HARNESS, PERCENTS, Cell, CellKey, Estimate, Scenario
 from sjepa_deploy.runtime.bench.compare import Comparison
-from sjepa_deploy.runtime.bench.results import HARNESS, PERCENTS, BenchReport, Cell, CellKey, Estimate, Judgement, Scenario
+from sjepa_deploy.runtime.bench.results import BenchReport, Judgement
 from sjepa_deploy.runtime.bench.tables import (
     NOTHING,
     Column,
@@ -359,8 +360,8 @@ def environment_table(report: BenchReport) -> Table:
         "GPU driver": e.gpu_driver,
         "CPU governor": e.governor,
         "system": e.system,
-        "Python": e.python,
-        "packages": ", ".join(f"{name} {version}" for name, version in e.versions.items()),
+        "Python": " and ".join(e.python),
+        "packages": ", ".join(f"{name} {' and '.join(versions)}" for name, versions in e.versions.items()),
         "commit": e.commit,
         "clock": e.clock or None,
         "a turn of the measuring loop": None if report.loop_us is None else duration(report.loop_us * 1e-6),
@@ -383,7 +384,7 @@ def _cores(value: float | None) -> str | None:
 
 def left_out_table(report: BenchReport) -> Table:
     """Return what was not measured."""
-    rows = tuple(Row(entries=_texts(left.what, left.reason)) for left in report.left_out)
+    rows = tuple(Row(entries=_texts(left.label, left.reason)) for left in report.left_out)
     return Table(caption="Not measured", columns=_columns("what", "why"), rows=rows)
 
 

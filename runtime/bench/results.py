@@ -1,346 +1,17 @@
-"""What `sjepa-bench` found: the dataclasses of a benchmark report, and the two files that it is kept in.
-
-``NAME.json`` holds a `BenchReport` (``sjepa_deploy/assets/benchmark.schema.json`` describes it) and ``NAME.npz`` the raw samples
-of every cell, from which each figure can be computed again. Latencies are in microseconds, instants in seconds.
-
-Arrays of a cell in the ``.npz``, one value a call (one a window in open loop), by `Cell.id`:
-
-======================  ==================================================================================================
-``ID.latency_us``       what the percentiles are of: the call, or in open loop the time from due to done
-``ID.block``            number of the block that the sample belongs to
-``ID.at_s``             open loop: when the window was due, from the start of the run
-``ID.service_us``       open loop: the call alone, without the wait behind other windows
-======================  ==================================================================================================
-"""
+"""A benchmark report: the cells that were measured, and what was concluded from them."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from numpy.typing import NDArray
+from typing import Literal
 
 from sjepa_deploy.parity import NOT_FINITE, ParityResult
-from sjepa_deploy.runtime.backend import Split
-from sjepa_deploy.runtime.machine import NOT_READ, Environment, MachineState
+from sjepa_deploy.runtime.bench.cells import Capacity, Cell, CellKey, Estimate
+from sjepa_deploy.runtime.machine import Environment
 from sjepa_deploy.spec import RunPrecision, Variant
 
-SCHEMA_VERSION = 1
-
-Scenario = Literal["back-to-back", "paced", "streams", "throughput", "cold-start"]
-"""Closed loop; open loop of one stream; open loop of many streams, batched; closed loop over batch sizes; a new process."""
-
-SCENARIOS: tuple[Scenario, ...] = ("back-to-back", "paced", "streams", "throughput", "cold-start")
-
-HARNESS = "nothing"
-"""Name of the backend that does nothing: what measuring costs."""
-
-INTERRUPTED = "It was interrupted."
-
-PERCENTS = (50.0, 90.0, 95.0, 99.0, 99.9)
-
-Samples = dict[str, NDArray[Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A figure with its 95 % confidence interval.
-
-    Attributes
-    ----------
-    value : float
-        The figure.
-    low, high : float or None
-        Bounds; None where too few blocks were run to tell.
-    """
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Percentile:
-    """One percentile of the pooled samples of a cell.
-
-    Attributes
-    ----------
-    percent : float
-        Which, e.g. 99.9.
-    value : Estimate or None
-        In microseconds; None where there are too few samples to say.
-    n_needed : int
-        Samples that it needs.
-    """
-
-    percent: float
-    value: Estimate | None
-    n_needed: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Latency:
-    """The distribution of the latencies of a cell, in microseconds.
-
-    Attributes
-    ----------
-    n, n_blocks : int
-        Samples, and blocks that they were taken in.
-    percentiles : tuple of Percentile
-        p50, p90, p95, p99 and p99.9.
-    min_us, mean_us, max_us : float
-        Of all samples.
-    jitter_us : float or None
-        Standard deviation of the interval between the outputs of two windows in a row; open loop only.
-    stable : bool
-        Whether the warm-up ended with latencies that no longer fell or rose.
-    drifting : bool
-        Whether the medians of the blocks rise or fall over the run (Mann-Kendall, 1 %).
-    """
-
-    n: int
-    n_blocks: int
-    percentiles: tuple[Percentile, ...]
-    min_us: float
-    mean_us: float
-    max_us: float
-    jitter_us: float | None = None
-    stable: bool = True
-    drifting: bool = False
-
-    def at(self, percent: float) -> Estimate | None:
-        """Return the percentile `percent` in microseconds, or None where there are too few samples."""
-        return next((p.value for p in self.percentiles if p.percent == percent), None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OpenLoop:
-    """How windows that come at a rate were served.
-
-    Attributes
-    ----------
-    n_due, n_done : int
-        Windows that were due, and that were served before the run was given up.
-    held : bool
-        Whether the backlog stays bounded. Where not, latencies grow with the length of the run and mean nothing: there are none.
-    utilization : float
-        Time in the backend over the time that the windows take to arrive.
-    deadline_s : float
-        From due to done.
-    missed : int
-        Windows that were done later than that.
-    longest_run : int
-        Most windows missed in a row (of one stream after another, by due time).
-    beats : int
-        Dummy calls of the keep-warm policy.
-    beats_busy : float
-        Share of the time that they took.
-    cpu : float
-        Processor seconds of this process for each second of the run: pacing spins, keep-warm works.
-    mean_batch : float
-        Windows of a call.
-    """
-
-    n_due: int
-    n_done: int
-    held: bool
-    utilization: float
-    deadline_s: float
-    missed: int
-    longest_run: int
-    beats: int = 0
-    beats_busy: float = 0.0
-    cpu: float = 0.0
-    mean_batch: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """One phase of a cold start.
-
-    Attributes
-    ----------
-    name : str
-        "engine build" or "first call, nothing cached" where there is one, before the others; then "process", "import",
-        "open bundle", "open backend", "first call", "steady call".
-    seconds : Estimate
-        Median over the processes, with the smallest and the largest of them as bounds.
-    """
-
-    name: str
-    seconds: Estimate
-
-
-@dataclass(frozen=True, kw_only=True)
-class ColdStart:
-    """How long it takes from nothing to decoding, in processes of their own.
-
-    Attributes
-    ----------
-    n : int
-        Processes.
-    phases : tuple of Phase
-        In order.
-    engine : str or None
-        "built" or "cached", where the backend has an engine; None where it has none.
-    calls_to_steady : int
-        Calls until one takes at most 1.5 times the steady call (median over the processes).
-    """
-
-    n: int
-    phases: tuple[Phase, ...]
-    engine: str | None
-    calls_to_steady: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What a backend takes.
-
-    Attributes
-    ----------
-    host_bytes : int or None
-        Largest resident memory of a process that decodes with this backend alone; cold starts only.
-    device_bytes : int or None
-        Device memory that opening it and calling it at every batch size of parity took.
-    joules_per_window : float or None
-        Energy of the whole GPU (NVML's counter) over the windows decoded.
-    """
-
-    host_bytes: int | None = None
-    device_bytes: int | None = None
-    joules_per_window: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class CellKey:
-    """What was measured: cells of two reports with equal keys can be compared.
-
-    Attributes
-    ----------
-    scenario : str
-        See `Scenario`.
-    bundle : str
-        `BundleFacts.label`.
-    backend, precision : str
-        What ran it.
-    batch : int
-        Windows of a call; for many streams the most that are batched.
-    rate : float or None
-        Open loop: windows a second, of each stream.
-    n_streams : int or None
-        Open loop of many streams: how many.
-    keep_warm : bool
-        Open loop: whether idle gaps were filled by the keep-warm policy.
-    """
-
-    scenario: Scenario
-    bundle: str
-    backend: str
-    precision: RunPrecision
-    batch: int = 1
-    rate: float | None = None
-    n_streams: int | None = None
-    keep_warm: bool = False
-
-    @property
-    def what(self) -> str:
-        """The scenario with its parameters: "paced 100/s keep-warm"."""
-        words: list[str] = [self.scenario]
-        if self.n_streams is not None:
-            words.append(f"{self.n_streams} x")
-        if self.rate is not None:
-            words.append(f"{self.rate:g}/s")
-        if self.scenario in ("throughput", "back-to-back"):
-            words.append(f"batch {self.batch}")
-        if self.keep_warm:
-            words.append("keep-warm")
-        return " ".join(words)
-
-    @property
-    def label(self) -> str:
-        """A name for people: "paced 100/s keep-warm: contextual ort-cpu fp32"."""
-        return f"{self.what}: {self.bundle} {self.backend} {self.precision}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One measurement.
-
-    Attributes
-    ----------
-    id : str
-        Prefix of its arrays in the ``.npz``.
-    key : CellKey
-        What was measured.
-    parity : bool or None
-        `Judgement.passed`; None for the backend that does nothing. Where False the cell is struck out: it is fast and wrong.
-    caution : str or None
-        `Judgement.caution`.
-    latency : Latency or None
-        None where the rate was not held, and for cold starts.
-    windows_per_s : Estimate or None
-        Closed loop: windows over the time in the backend.
-    open_loop : OpenLoop or None
-        Paced and many streams.
-    cold_start : ColdStart or None
-        Cold start.
-    split : Split or None
-        Where the backend can be split.
-    resources : Resources
-        Memory and energy.
-    before, after : MachineState
-        Clocks and temperatures before its first block and after its last.
-    stolen_cpu : float or None
-        Cores that the hypervisor took during its blocks, on average; None where the system does not tell.
-    """
-
-    id: str
-    key: CellKey
-    parity: bool | None
-    caution: str | None = None
-    latency: Latency | None = None
-    windows_per_s: Estimate | None = None
-    open_loop: OpenLoop | None = None
-    cold_start: ColdStart | None = None
-    split: Split | None = None
-    resources: Resources = Resources()
-    before: MachineState = NOT_READ
-    after: MachineState = NOT_READ
-    stolen_cpu: float | None = None
-
-    @property
-    def struck_out(self) -> bool:
-        """Whether the outputs are wrong."""
-        return self.parity is False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Capacity:
-    """How many streams a backend holds: p99 within the deadline, and a backlog that stays bounded.
-
-    Attributes
-    ----------
-    bundle, backend, precision : str
-        What ran.
-    rate : float
-        Windows a second of each stream.
-    deadline_s : float
-        From due to done.
-    n_held : int
-        Most streams that were held; 0 if not even one was.
-    n_refused : int or None
-        Fewest streams that were tried and not held; None if all that were tried were.
-    """
-
-    bundle: str
-    backend: str
-    precision: RunPrecision
-    rate: float
-    deadline_s: float
-    n_held: int
-    n_refused: int | None
+SCHEMA_VERSION = 2
+"""Of the file of a report. Version 1 had sentences in place of kinds and values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -439,18 +110,64 @@ class Recommendation:
     why: str
 
 
+LeftOutKind = Literal["not here", "on request", "too late", "batch size", "failed", "ages"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
     """What was not measured.
 
     Attributes
     ----------
-    what, reason : str
-        E.g. "contextual on tensorrt fp32" and why.
+    what : tuple of str
+        Backends, or cells: "contextual on tensorrt fp32".
+    reason : str
+        Why, in a sentence.
+    kind : str or None
+        "not here": the machine has not what it needs. "on request": it is measured only if it is named. "too late": the time was
+        up. "batch size": its graph takes other batches. "failed": it raised an error. "ages": the ages of decisions, which
+        SciPy computes. None in reports of schema version 1.
     """
 
-    what: str
+    what: tuple[str, ...]
     reason: str
+    kind: LeftOutKind | None = None
+
+    @property
+    def label(self) -> str:
+        """All that was left out for this reason, for people."""
+        return ", ".join(self.what)
+
+
+EndingKind = Literal["interrupted", "time limit", "opened late", "parts lost", "told"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """Why a run ended before everything was measured. `sjepa_deploy.runtime.bench.words` makes the sentence.
+
+    Attributes
+    ----------
+    kind : str
+        "interrupted": somebody ended the run. "time limit": `limit` passed after `n` of `of` blocks. "opened late": half of the
+        limit passed before all backends were open. "parts lost": `n` parts of a run in parts gave no result. "told": a sentence
+        of a report of schema version 1.
+    limit : float or None
+        Seconds.
+    n, of : int or None
+        See `kind`.
+    run : int or None
+        Number of the run that ended so, of those that were merged.
+    told : str
+        See `kind`.
+    """
+
+    kind: EndingKind
+    limit: float | None = None
+    n: int | None = None
+    of: int | None = None
+    run: int | None = None
+    told: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -482,6 +199,44 @@ class BundleFacts:
     weights: str
 
 
+DisturbanceKind = Literal["work varied", "work drifted", "others busy", "cores stolen", "cells robbed", "told"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disturbance:
+    """What disturbed a machine while it was measured. `sjepa_deploy.runtime.bench.words` makes the sentence.
+
+    Attributes
+    ----------
+    kind : str
+        "work varied": the canary's times spread by `value`, their interquartile range over the median. "work drifted": they
+        changed by `value`, relative to the start of the run. "others busy", "cores stolen": other processes, the hypervisor took
+        `value` cores on average. "cells robbed": the hypervisor took much from `n_cells` cells, `value` cores from the worst of
+        them. "told": a sentence of a report of schema version 1.
+    value : float
+        See `kind`; of merged runs that of the worst.
+    cell : str or None
+        Label of the worst cell.
+    n_cells, n_known : int or None
+        How many cells were robbed, and of how many that is known.
+    runs : tuple of int
+        Numbers of the runs that were disturbed so, of those that were merged.
+    worst_run : int or None
+        The run that `value` is of.
+    told : str
+        See `kind`.
+    """
+
+    kind: DisturbanceKind
+    value: float = 0.0
+    cell: str | None = None
+    n_cells: int | None = None
+    n_known: int | None = None
+    runs: tuple[int, ...] = ()
+    worst_run: int | None = None
+    told: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Noise:
     """Whether the machine was quiet.
@@ -493,8 +248,8 @@ class Noise:
     ----------
     noisy : bool
         Whether one of the reasons holds.
-    reasons : tuple of str
-        What was wrong, as sentences.
+    reasons : tuple of Disturbance
+        What was wrong.
     canary_us : Estimate
         Median of the canary, with its interval.
     canary_spread : float
@@ -506,7 +261,7 @@ class Noise:
     """
 
     noisy: bool
-    reasons: tuple[str, ...]
+    reasons: tuple[Disturbance, ...]
     canary_us: Estimate
     canary_spread: float
     others_cpu: float | None = None
@@ -529,8 +284,8 @@ class BenchReport:
         What repeats it.
     seed : int
         Of the order of blocks, the windows and the phases of streams.
-    partial : str or None
-        Why the run ended before everything was measured; None for a whole one.
+    partial : tuple of Ending
+        Why the run ended before everything was measured; empty for a whole one.
     environment : Environment
         Hardware and software.
     noise : Noise or None
@@ -560,7 +315,7 @@ class BenchReport:
     seconds: float
     command: str
     seed: int
-    partial: str | None
+    partial: tuple[Ending, ...]
     environment: Environment
     noise: Noise | None
     bundles: tuple[BundleFacts, ...]
@@ -576,13 +331,8 @@ class BenchReport:
     @property
     def interrupted(self) -> bool:
         """Whether somebody ended the run, rather than its time limit."""
-        return self.partial == INTERRUPTED
+        return any(ending.kind == "interrupted" for ending in self.partial)
 
     def cell(self, key: CellKey) -> Cell | None:
         """Return the cell of `key`, or None."""
         return next((cell for cell in self.cells if cell.key == key), None)
-
-
-def samples_needed(percent: float) -> int:
-    """Return how many samples a percentile needs: five beyond it, as fewer say nothing about where the tail ends."""
-    return math.ceil(round(5 / (1 - percent / 100), 6))

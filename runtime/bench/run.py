@@ -14,12 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.errors import BenchmarkError, SjepaError
+from sjepa_deploy.errors import BenchmarkError, SjepaError, listed
 from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.bench import loops
+from sjepa_deploy.runtime.bench.cells import SCENARIOS, Capacity, Cell, Samples, Scenario
 from sjepa_deploy.runtime.bench.compare import recommend
 from sjepa_deploy.runtime.bench.contenders import (
-    TOO_LATE,
     Contender,
     bundle_facts,
     close_contender,
@@ -30,20 +30,8 @@ from sjepa_deploy.runtime.bench.contenders import (
 )
 from sjepa_deploy.runtime.bench.decision_age import with_decision_ages
 from sjepa_deploy.runtime.bench.noise import Canary, judge
-from sjepa_deploy.runtime.bench.results import (
-    INTERRUPTED,
-    SCENARIOS,
-    SCHEMA_VERSION,
-    BenchReport,
-    Capacity,
-    Cell,
-    LeftOut,
-    Noise,
-    Samples,
-    Scenario,
-)
+from sjepa_deploy.runtime.bench.results import SCHEMA_VERSION, BenchReport, Ending, LeftOut, Noise
 from sjepa_deploy.runtime.bench.scenarios import Bench, ClosedLoop, ColdStarts, Measurement, Paced, Streams
-from sjepa_deploy.runtime.bench.tables import number
 from sjepa_deploy.runtime.gpu.cuda import Device
 from sjepa_deploy.runtime.keep_warm import Clock
 from sjepa_deploy.runtime.machine import CpuTimes, Nvml, environment
@@ -159,7 +147,7 @@ class Run:
         self.canary = Canary(clock)
         self.cpu_before: CpuTimes | None = None
         self.loop_us: float | None = None
-        self.partial: str | None = None
+        self.endings: list[Ending] = []
         self.rng = np.random.default_rng(config.seed)
 
     @property
@@ -190,13 +178,13 @@ class Run:
         for found in opened:
             if isinstance(found, LeftOut):
                 self.left_out.append(found)
-                if found.reason == TOO_LATE:
-                    self.partial = "Half of the time limit passed before all backends were open."
             else:
                 self.contenders.append(found)
                 progress(f"{found.label} is open and judged", 0, 0)
+        if any(entry.kind == "too late" for entry in self.left_out):
+            self.endings.append(Ending(kind="opened late"))
         if not self.contenders:
-            reasons = "; ".join(f"{entry.what}: {entry.reason}" for entry in grouped(self.left_out))
+            reasons = "; ".join(f"{entry.label}: {entry.reason}" for entry in grouped(self.left_out))
             raise BenchmarkError(f"No backend can be measured here: {reasons}", "Name another --backend or --precision.")
 
     def plan(self, bench: Bench, cache: Path) -> None:
@@ -221,14 +209,14 @@ class Run:
             fitting = [b for b in config.batches or usual if b in contender.sizes] or list(contender.sizes[:1])
             if config.batches and fitting != list(config.batches):
                 missing = [b for b in config.batches if b not in contender.sizes]
-                self.left_out.append(
-                    LeftOut(what=f"{scenario}, batch {missing}: {contender.label}", reason=f"Its graph takes {contender.sizes}.")
-                )
+                what = f"{scenario}, batch {listed(map(str, missing))}: {contender.label}"
+                takes = " to ".join(map(str, dict.fromkeys((contender.sizes[0], contender.sizes[-1]))))
+                self.left_out.append(LeftOut(what=(what,), reason=f"Its graph takes batches of {takes}.", kind="batch size"))
             for batch in fitting:
                 yield ClosedLoop(bench, contender, n_blocks, scenario, batch)
         elif 1 not in contender.sizes:
             reason = f"Its graph takes batches of {contender.sizes[0]} only, and windows come one by one."
-            self.left_out.append(LeftOut(what=f"{scenario}: {contender.label}", reason=reason))
+            self.left_out.append(LeftOut(what=(f"{scenario}: {contender.label}",), reason=reason, kind="batch size"))
         elif scenario == "streams":
             yield Streams(bench, contender, n_blocks, config.rates[0], config.deadline)
         else:
@@ -247,8 +235,7 @@ class Run:
             for index in self.rng.permutation(len(waiting)):
                 if self.out_of(1.0):
                     assert self.config.time_limit is not None
-                    late = f"The time limit of {number(self.config.time_limit)} s passed after {done} of {total} blocks."
-                    self.partial = late if self.partial is None else f"{self.partial} {late}"
+                    self.endings.append(Ending(kind="time limit", limit=self.config.time_limit, n=done, of=total))
                     return
                 measurement = waiting[index]
                 progress(f"{measurement.scenario}: {measurement.contender.label}", done, total)
@@ -264,7 +251,8 @@ class Run:
             if not isinstance(e, SjepaError):
                 logger.exception("%s failed", measurement.contender.label)
             self.measurements.remove(measurement)
-            self.left_out.append(LeftOut(what=f"{measurement.scenario}: {measurement.contender.label}", reason=first_line(e)))
+            what = f"{measurement.scenario}: {measurement.contender.label}"
+            self.left_out.append(LeftOut(what=(what,), reason=first_line(e), kind="failed"))
 
     def _measure_loop(self) -> None:
         """Time the loop around a call that does nothing, a hundred times."""
@@ -296,7 +284,7 @@ class Run:
             seconds=self.elapsed,
             command=self.command,
             seed=self.config.seed,
-            partial=self.partial,
+            partial=tuple(self.endings),
             environment=environment(self.config.options.device),
             noise=self._noise(cells),
             bundles=self.facts,
@@ -369,7 +357,7 @@ def run_bench(
             run.plan(bench, cache)
             run.measure(progress)
         except KeyboardInterrupt:
-            run.partial = INTERRUPTED
+            run.endings.append(Ending(kind="interrupted"))
         finally:
             run.close()
         return run.report()

@@ -14,9 +14,7 @@ import numpy as np
 
 from sjepa_deploy.runtime.backend import BackendOptions, FloatArray, Split
 from sjepa_deploy.runtime.bench import cold_start, estimates, loops
-from sjepa_deploy.runtime.bench.contenders import Contender
-from sjepa_deploy.runtime.bench.loops import Served
-from sjepa_deploy.runtime.bench.results import (
+from sjepa_deploy.runtime.bench.cells import (
     Capacity,
     Cell,
     CellKey,
@@ -28,6 +26,8 @@ from sjepa_deploy.runtime.bench.results import (
     Samples,
     Scenario,
 )
+from sjepa_deploy.runtime.bench.contenders import Contender
+from sjepa_deploy.runtime.bench.loops import Served
 from sjepa_deploy.runtime.keep_warm import Clock, KeepWarm
 from sjepa_deploy.runtime.machine import CpuTimes, MachineState, Nvml, machine_state
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from sjepa_deploy.runtime.bench.results import Estimate, Percentile
+from sjepa_deploy.runtime.bench.cells import Estimate, Percentile
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,13 +21,15 @@ from sjepa_deploy.cli import console, entry, options, print_json
 from sjepa_deploy.errors import BenchmarkError, MissingDependencyError, RegressionError, listed
 from sjepa_deploy.runtime.backend import BACKENDS, FASTEST_BACKEND, BackendOptions
 from sjepa_deploy.runtime.backends.fastest import FastestRecord
+from sjepa_deploy.runtime.bench.cells import SCENARIOS, Cell, Estimate, Samples, Scenario
 from sjepa_deploy.runtime.bench.compare import Comparison, compare, regressions
 from sjepa_deploy.runtime.bench.decision_age import with_decision_ages
 from sjepa_deploy.runtime.bench.files import load_report, load_samples, write_report
 from sjepa_deploy.runtime.bench.keep_fastest import keep
 from sjepa_deploy.runtime.bench.report import write_comparison, write_html, write_markdown
-from sjepa_deploy.runtime.bench.results import SCENARIOS, BenchReport, Cell, Estimate, LeftOut, Samples, Scenario
+from sjepa_deploy.runtime.bench.results import BenchReport, LeftOut
 from sjepa_deploy.runtime.bench.run import BenchConfig, run_bench
+from sjepa_deploy.runtime.bench.words import why_noisy, why_partial
 from sjepa_deploy.spec import RunPrecision
 
 QUICK_S = 2.0
@@ -398,7 +400,7 @@ def _print_report(report: BenchReport, screen: Console) -> None:
     for what in dict.fromkeys((cell.key.bundle, _who(cell), cell.caution) for cell in report.cells if cell.caution):
         screen.print(f"{escape(what[0])} on {what[1]}: {what[2]}", soft_wrap=True)
     for entry_ in report.left_out:
-        screen.print(f"not measured: {escape(entry_.what)}. {escape(entry_.reason)}", soft_wrap=True)
+        screen.print(f"not measured: {escape(entry_.label)}. {escape(entry_.reason)}", soft_wrap=True)
     _print_recommendations(report, screen)
 
 
@@ -408,7 +410,7 @@ def _who(cell: Cell) -> str:
 
 def _print_kept(bundle: Bundle, kept: FastestRecord | LeftOut, screen: Console) -> None:
     if isinstance(kept, LeftOut):
-        screen.print(f"not kept: {escape(kept.what)}. {escape(kept.reason)}", soft_wrap=True)
+        screen.print(f"not kept: {escape(kept.label)}. {escape(kept.reason)}", soft_wrap=True)
     else:
         screen.print(f"{escape(str(bundle.path))}: the fastest in {kept.precision} is {kept}", soft_wrap=True)
 
@@ -419,9 +421,9 @@ def _print_recommendations(report: BenchReport, screen: Console) -> None:
             f"{escape(choice.bundle)}: use [bold]{choice.backend}[/] in {choice.precision}. {escape(choice.why)}", soft_wrap=True
         )
     if report.noise is not None and report.noise.noisy:
-        screen.print(f"[bold yellow]The machine was noisy.[/] {escape(' '.join(report.noise.reasons))}", soft_wrap=True)
+        screen.print(f"[bold yellow]The machine was noisy.[/] {escape(why_noisy(report.noise))}", soft_wrap=True)
     if report.partial:
-        screen.print(f"[bold yellow]The report is partial.[/] {escape(report.partial)}", soft_wrap=True)
+        screen.print(f"[bold yellow]The report is partial.[/] {escape(why_partial(report))}", soft_wrap=True)
 
 
 def _row(cell: Cell) -> tuple[str, ...]:
