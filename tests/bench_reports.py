@@ -41,6 +41,7 @@ MEDIANS = {
 }
 WRONG = ("contextual", "torch-compile")
 CAREFUL = ("prelocal", "braindecode")
+STORED_AS = {"latency_us": np.float32, "block": np.int32, "at_s": np.float64, "service_us": np.float32}
 
 
 def measure_quickly(patch):
@@ -68,7 +69,7 @@ def latency(values, jitter=None) -> Latency:
     )
 
 
-def parity_result(backend, passed=True) -> ParityResult:
+def parity_result(backend, passed=True, worst="eeg at batch 3") -> ParityResult:
     return ParityResult(
         backend=backend,
         precision="fp32",
@@ -84,7 +85,7 @@ def parity_result(backend, passed=True) -> ParityResult:
         spread=0.5,
         cosine=1.0,
         nan_agrees=True,
-        worst="eeg at batch 3",
+        worst=worst,
         decision_flips=None,
         flip_margin=None,
     )
@@ -101,13 +102,13 @@ def make_report(*, bundles=("prelocal", "contextual"), n=4000, **changes):
 
     def add(cell, values, **more):
         cells.append(cell)
-        samples[f"{cell.id}.latency_us"] = values
-        samples[f"{cell.id}.block"] = np.repeat(np.arange(20), -(-len(values) // 20))[: len(values)]
-        samples.update({f"{cell.id}.{name}": array for name, array in more.items()})
+        blocks = np.repeat(np.arange(20), -(-len(values) // 20))[: len(values)]
+        arrays = {"latency_us": values, "block": blocks, **more}
+        samples.update({f"{cell.id}.{name}": array.astype(STORED_AS[name]) for name, array in arrays.items()})
 
     values = rng.gamma(4, 0.02, n)
     key = CellKey(scenario="back-to-back", bundle=bundles[0], backend=HARNESS, precision="fp32")
-    add(Cell(id="c0", key=key, parity=None, latency=latency(values)), values)
+    add(Cell(id="c000", key=key, parity=None, latency=latency(values), windows_per_s=Estimate(value=1e6)), values)
     for bundle, kind in zip(bundles, MEDIANS, strict=False):
         spec = ModelSpec(variant="prelocal", n_chans=129, n_times=200, sfreq=100.0)
         for backend, median in MEDIANS[kind].items():
@@ -115,11 +116,14 @@ def make_report(*, bundles=("prelocal", "contextual"), n=4000, **changes):
             careful = (kind, backend) == CAREFUL
             judgement = Judgement(
                 bundle=bundle,
-                result=parity_result(backend, right and not careful),
-                without_offsets=parity_result(backend) if careful else parity_result(backend, False) if not right else None,
+                result=parity_result(
+                    backend, right and not careful, "electrode offsets at batch 3" if careful else "eeg at batch 3"
+                ),
+                without_offsets=parity_result(backend) if careful else None,
             )
             judgements.append(judgement)
             common = {"bundle": bundle, "backend": backend, "precision": "fp32"}
+            judged = {"parity": judgement.passed, "caution": judgement.caution}
             values = draw(median, n)
             memory = Resources(host_bytes=int(40e6 + median * 1e3))
             split = None
@@ -127,9 +131,9 @@ def make_report(*, bundles=("prelocal", "contextual"), n=4000, **changes):
                 figures = {"enqueue_us": 20.0, "h2d_us": 4.0, "compute_us": median * 0.9, "d2h_us": 2.0, "host_us": 30.0}
                 split = Split(n=500, **figures, overhead_us=1.2, how="stream, copies")
             cell = Cell(
-                id=f"c{len(cells)}",
+                id=f"c{len(cells):03}",
                 key=CellKey(scenario="back-to-back", **common),
-                parity=right,
+                **judged,
                 latency=latency(values),
                 windows_per_s=Estimate(value=1e6 / median, low=0.99e6 / median, high=1.01e6 / median),
                 resources=memory,
@@ -141,9 +145,9 @@ def make_report(*, bundles=("prelocal", "contextual"), n=4000, **changes):
             for batch in (1, 8, 64):
                 rate = 1e6 / median * batch**0.6
                 cell = Cell(
-                    id=f"c{len(cells)}",
+                    id=f"c{len(cells):03}",
                     key=CellKey(scenario="throughput", **common, batch=batch),
-                    parity=right,
+                    **judged,
                     latency=latency(values[:500]),
                     windows_per_s=Estimate(value=rate, low=rate * 0.99, high=rate * 1.01),
                 )
@@ -152,26 +156,27 @@ def make_report(*, bundles=("prelocal", "contextual"), n=4000, **changes):
                 held = not (bundle == bundles[-1] and backend == "braindecode" and rate == 100.0)
                 service = draw(median * 1.2, n)
                 service[n // 2 : n // 2 + 3] = 25_000
+                service = service if held else service[: n // 3]
                 loop = OpenLoop(
                     n_due=n,
-                    n_done=n if held else n // 3,
+                    n_done=len(service),
                     held=held,
                     utilization=min(1.0, median * rate / 1e6),
                     deadline_s=1 / rate,
-                    missed=int((service > 1e6 / rate).sum()),
-                    longest_run=3,
+                    missed=(missed := int((service > 1e6 / rate).sum())),
+                    longest_run=min(3, missed),
                     beats=100 if keep_warm else 0,
                     beats_busy=0.2 if keep_warm else 0.0,
                     cpu=0.5,
                 )
                 cell = Cell(
-                    id=f"c{len(cells)}",
+                    id=f"c{len(cells):03}",
                     key=CellKey(scenario="paced", **common, rate=rate, keep_warm=keep_warm),
-                    parity=right,
+                    **judged,
                     latency=latency(service, jitter=median / 10) if held else None,
                     open_loop=loop,
                 )
-                add(cell, service, at_s=np.arange(n) / rate, service_us=service)
+                add(cell, service, at_s=np.arange(len(service)) / rate, service_us=service)
             phases = {"process": 0.05, "import": 0.4, "open bundle": 0.02, "open backend": 0.1, "first call": median * 3e-6}
             cold = ColdStart(
                 n=5,
@@ -180,21 +185,21 @@ def make_report(*, bundles=("prelocal", "contextual"), n=4000, **changes):
                 calls_to_steady=3,
             )
             key = CellKey(scenario="cold-start", **common)
-            cells.append(Cell(id=f"c{len(cells)}", key=key, parity=right, cold_start=cold))
+            cells.append(Cell(id=f"c{len(cells):03}", key=key, **judged, cold_start=cold))
             for n_streams in (1, 8):
                 values = draw(median * 1.5, 1000)
                 loop = OpenLoop(
                     n_due=1000, n_done=1000, held=True, utilization=0.3, deadline_s=0.1, missed=0, longest_run=0, mean_batch=2.4
                 )
                 cell = Cell(
-                    id=f"c{len(cells)}",
+                    id=f"c{len(cells):03}",
                     key=CellKey(scenario="streams", **common, batch=8, rate=10.0, n_streams=n_streams),
-                    parity=right,
+                    **judged,
                     latency=latency(values),
                     open_loop=loop,
                 )
-                add(cell, values, at_s=np.arange(1000) / 100)
-            capacities.append(Capacity(**common, rate=10.0, deadline_s=0.1, n_held=int(5e4 / median), n_refused=None))
+                add(cell, values, at_s=np.arange(1000) / 100, service_us=values / 2)
+            capacities.append(Capacity(**common, rate=10.0, deadline_s=0.1, n_held=8, n_refused=None))
             inference = AgePart(name="inference", seconds=median * 1.3e-6, source="measured: p99, paced 10/s")
             if backend == "ort-cpu":
                 age = decision_age(spec, **common, hop=0.1, inference=inference)
@@ -238,3 +243,48 @@ def make_report(*, bundles=("prelocal", "contextual"), n=4000, **changes):
         samples_file="report.npz",
     )
     return (dataclasses.replace(report, **changes) if changes else report), samples
+
+
+def assert_as_measured(report, samples):
+    """Assert what holds of every report that `run_bench` makes: reports that tests make up must not have other states."""
+    judgements = {(j.bundle, j.result.backend, j.result.precision): j for j in report.parity}
+    arrays = {}
+    for name, array in samples.items():
+        cell, _, kind = name.partition(".")
+        arrays.setdefault(cell, {})[kind] = array
+    arrays.pop("canary_us", None)
+    assert [cell.id for cell in report.cells] == [f"c{i:03}" for i in range(len(report.cells))]
+    assert len({cell.key for cell in report.cells}) == len(report.cells)
+    for cell in report.cells:
+        key, of = cell.key, arrays.pop(cell.id, {})
+        judgement = judgements.get((key.bundle, key.backend, key.precision))
+        assert (judgement is None) == (key.backend == HARNESS)
+        told = (None, None) if judgement is None else (judgement.passed, judgement.caution)
+        assert (cell.parity, cell.caution) == told
+        if judgement is not None and judgement.without_offsets is not None:
+            assert not judgement.result.passed
+            assert "offset" in judgement.result.worst
+        is_open = key.scenario in ("paced", "streams")
+        assert (cell.open_loop is not None, key.rate is not None) == (is_open, is_open)
+        assert (key.n_streams is not None) == (key.scenario == "streams")
+        assert (cell.cold_start is not None) == (key.scenario == "cold-start")
+        assert (cell.windows_per_s is not None) == (key.scenario in ("back-to-back", "throughput"))
+        if cell.cold_start is not None:
+            assert (cell.latency, of) == (None, {})
+            continue
+        kinds = ("latency_us", "block", *(("at_s", "service_us") if is_open else ()))
+        assert set(of) == set(kinds)
+        assert {len(array) for array in of.values()} == {len(of["latency_us"])}
+        assert all(array.dtype == STORED_AS[kind] for kind, array in of.items())
+        assert (cell.latency is None) == (is_open and not cell.open_loop.held)
+        if cell.latency is not None:
+            assert (cell.latency.jitter_us is not None) == (key.scenario == "paced")
+            assert cell.latency.n == len(of["latency_us"])
+        if is_open:
+            assert cell.open_loop.missed <= cell.open_loop.n_done == len(of["latency_us"]) <= cell.open_loop.n_due
+            assert cell.open_loop.longest_run <= cell.open_loop.missed
+            assert key.keep_warm or cell.open_loop.beats == 0
+    assert arrays == {}
+    for found in report.capacity:
+        streams = [c for c in report.cells if c.key.scenario == "streams" and c.key.backend == found.backend]
+        assert found.n_held in [0, *(c.key.n_streams for c in streams if c.key.bundle == found.bundle)]

@@ -19,7 +19,7 @@ import numpy as np
 import planted
 import pytest
 import torch
-from bench_reports import measure_quickly
+from bench_reports import assert_as_measured, measure_quickly
 from bundles import copy_bundle, flip_byte
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,7 +30,7 @@ from sjepa_deploy.errors import BackendError, BenchmarkError
 from sjepa_deploy.runtime import machine
 from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.bench import cold_start, contenders, noise, scenarios
-from sjepa_deploy.runtime.bench.baselines import ALL_BACKENDS, BASELINES, TorchCompile, TorchEagerCuda
+from sjepa_deploy.runtime.bench.baselines import ALL_BACKENDS, BASELINES, TORCH_DTYPES, TorchCompile, TorchEager, TorchEagerCuda
 from sjepa_deploy.runtime.bench.cells import HARNESS, SCENARIOS, Estimate
 from sjepa_deploy.runtime.bench.files import load_report, load_samples, write_report
 from sjepa_deploy.runtime.bench.loops import Served
@@ -41,6 +41,7 @@ from sjepa_deploy.runtime.bench.run import BenchConfig, run_bench
 from sjepa_deploy.runtime.bench.words import why_noisy, why_partial
 from sjepa_deploy.runtime.keep_warm import Clock
 from sjepa_deploy.serialize import encode, json_schema
+from sjepa_deploy.spec import RUN_PRECISIONS
 
 pytestmark = pytest.mark.alone
 
@@ -90,6 +91,10 @@ def test_the_shipped_schema_describes_the_dataclasses(whole):
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     assert all(definition["description"] for definition in SCHEMA["$defs"].values())
     jsonschema.Draft202012Validator(SCHEMA).validate(json.loads(whole[2].read_text()))
+
+
+def test_a_run_has_the_states_that_made_up_reports_have(whole):
+    assert_as_measured(*whole[:2])
 
 
 def test_every_cell_is_there_once(whole):
@@ -640,6 +645,18 @@ def test_what_cannot_be_measured_is_left_out_with_its_reason(make_bundle):
     assert "fp32 on the CPU, not in tf32" in reasons[baselines]
     with pytest.raises(BackendError, match="is not a backend"):
         list(contenders.open_contenders((), (), backends=("x",), precisions=(), options=ONE_THREAD, seed=0))
+
+
+@pytest.mark.parametrize("baseline", [TorchEager, TorchEagerCuda])
+def test_baselines_refuse_a_precision_that_they_do_not_know(make_bundle, baseline):
+    """It would be float32 that is timed, under another name."""
+    with pytest.raises(BackendError, match="not measured in int8"):
+        baseline(make_bundle("prelocal"), "int8", ONE_THREAD)
+
+
+def test_baselines_have_a_type_for_every_precision():
+    assert set(TORCH_DTYPES) == set(RUN_PRECISIONS)
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in TORCH_DTYPES.values())
 
 
 def test_baselines_name_what_installs_them():

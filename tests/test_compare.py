@@ -27,7 +27,13 @@ def simulate(rng, level, n_blocks=10, n=60, between=0.01, run=0.008):
     return values, np.repeat(np.arange(n_blocks), n)
 
 
-def report(figures, *, canary=None, open_loops=None, parity=None, caution=None, **more):
+def open_loop(k, pool):
+    n = 1000 if pool is None else len(pool[0])
+    fields = {"deadline_s": 1 / k.rate, "missed": 0, "longest_run": 0}
+    return OpenLoop(n_due=n, n_done=n if pool else n // 2, held=pool is not None, utilization=0.5 if pool else 2.0, **fields)
+
+
+def report(figures, *, canary=None, parity=None, caution=None, **more):
     """A report with a cell for each key of `figures`, whose values are samples and blocks, or None for a rate not held."""
     cells, samples = [], {}
     for i, (k, pool) in enumerate(figures.items()):
@@ -39,7 +45,7 @@ def report(figures, *, canary=None, open_loops=None, parity=None, caution=None, 
                 parity=(parity or {}).get(k.backend, True),
                 caution=(caution or {}).get(k.backend),
                 latency=None if pool is None else estimates.latency(*pool),
-                open_loop=(open_loops or {}).get(k),
+                open_loop=open_loop(k, pool) if k.scenario in ("paced", "streams") else None,
             )
         )
     if canary is not None:
@@ -208,6 +214,5 @@ def test_a_paced_rate_that_is_held_decides_before_calls_back_to_back():
 def test_nothing_that_is_right_gives_no_recommendation():
     rng = np.random.default_rng(10)
     assert recommend(report({key("wrong"): simulate(rng, 10)}, parity={"wrong": False})[0]) == ()
-    loop = OpenLoop(n_due=10, n_done=5, held=False, utilization=2.0, deadline_s=0.1, missed=5, longest_run=5)
     paced = key("ort-cpu", "paced", rate=10.0)
-    assert recommend(report({paced: None}, open_loops={paced: loop})[0]) == ()
+    assert recommend(report({paced: None})[0]) == ()

@@ -188,10 +188,14 @@ def test_noise_without_a_trend_is_stable():
 
 
 def test_measuring_costs_little():
-    """Under 1 us a call on a quiet machine (every report says what it was); a tenfold of that is a mistake anywhere."""
-    clock = Clock()
-    start = time.perf_counter()
-    latencies = loops.closed_loop(lambda eeg: None, WINDOWS, clock, seconds=0.2)
-    whole = (time.perf_counter() - start) / len(latencies)
+    """Under 1 us a call on a quiet machine (every report says what it was); a tenfold of that is a mistake anywhere.
+
+    What a turn of the loop takes beside the call is not in the latencies, and is judged in the quickest of some runs.
+    """
+    clock, turns = Clock(), []
+    for _ in range(10):
+        start = time.perf_counter()
+        latencies = loops.closed_loop(lambda eeg: None, WINDOWS, clock, seconds=0.02)
+        turns.append((time.perf_counter() - start) / len(latencies))
     assert np.median(latencies) < 10e-6
-    assert min(whole, np.median(latencies)) < 10e-6
+    assert min(turns) < 10e-6

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from bench_reports import MEDIANS, WRONG, make_report
+from bench_reports import MEDIANS, WRONG, assert_as_measured, make_report
 
 from sjepa_deploy.cli import _command, run_command
 from sjepa_deploy.errors import BenchmarkError, MissingDependencyError
@@ -39,6 +39,10 @@ def page(made, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
     write_html(report, samples, path)
     return path
+
+
+def test_the_reports_of_these_tests_are_such_as_are_measured(made):
+    assert_as_measured(*made)
 
 
 # ---------------------------------------------------------------- numbers and tables
@@ -289,6 +293,20 @@ def test_few_samples_and_equal_samples_are_drawn(made):
         samples = {f"{cell.id}.latency_us": values, f"{cell.id}.at_s": np.arange(len(values)) * 0.1}
         for draw in (report_plots.histograms, report_plots.exceedance, report_plots.time_series):
             assert "<path" in draw([cell], samples, "title").svg
+
+
+def test_a_section_whose_tables_have_no_rows_is_on_the_page_if_it_has_a_plot(made, monkeypatch, tmp_path):
+    """In Markdown, which has no plots, it is left out; and so is one without either."""
+    report, samples = made
+    cells = tuple(cell for cell in report.cells if cell.key.scenario == "throughput")
+    monkeypatch.setattr(report_tables, "cell_tables", lambda *_: ())
+    report = dataclasses.replace(report, cells=cells)
+    write_html(report, samples, tmp_path / "a.html")
+    page = (tmp_path / "a.html").read_text()
+    assert '<section id="throughput"' in page
+    assert "prelocal: windows a second over the batch size</figcaption>" in page
+    assert '<section id="paced"' not in page
+    assert "## Throughput" not in to_markdown(report)
 
 
 def test_a_report_of_nothing_but_its_environment_is_a_page(tmp_path):

@@ -51,6 +51,9 @@ ALL_BACKENDS = BACKENDS | BASELINES
 REFERENCE_BACKEND = "torch"
 """The float64 reference: slow by design, and measured only where it is asked for."""
 
+TORCH_DTYPES: dict[RunPrecision, str] = {"fp32": "float32", "tf32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""What PyTorch calls the type that a precision computes in."""
+
 COMPILATIONS = 8
 """How often a function may be compiled, `recompile_limit` of PyTorch: for other batch sizes, say."""
 
@@ -61,7 +64,7 @@ class TorchEager(Backend):
     Raises
     ------
     BackendError
-        If a precision is asked for that this device has no fast kernels for.
+        If a precision is asked for that PyTorch does not run, or that this device has no fast kernels for.
     """
 
     name = "torch-eager"
@@ -70,13 +73,15 @@ class TorchEager(Backend):
     def __init__(self, bundle: Bundle, precision: RunPrecision, options: BackendOptions) -> None:
         import torch
 
+        if precision not in TORCH_DTYPES:
+            raise BackendError(f"PyTorch is not measured in {precision}.", f"Use one of {', '.join(TORCH_DTYPES)}.")
         if self.device == "cpu" and precision != "fp32":
             raise BackendError(f"PyTorch is measured in fp32 on the CPU, not in {precision}.", "Use --precision fp32.")
         self.precision, self._spec = precision, bundle.spec
         if self.device == "cuda":
             self.device = f"cuda:{options.device}"
         self._n_threads = options.n_threads or (n_cores() if bundle.spec.needs_positions else 1)
-        self._dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+        self._dtype: torch.dtype = getattr(torch, TORCH_DTYPES[precision])
         self.activate()
         self._model = self._load(bundle).eval().to(self.device, self._dtype)
         self._host: dict[int, Tensor] = {}

@@ -23,7 +23,7 @@ from sjepa_deploy.runtime.bench.words import why_noisy, why_partial
 Draw = Callable[[], Plot | None]
 
 TEMPLATE = "report.html"
-"""Jinja template in sjepa_deploy/data."""
+"""Jinja template in sjepa_deploy/assets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Section:
     lead : str
         What to know before reading the figures.
     tables : tuple of Table
-        Those without rows are left out, and a section without content too.
+        Those without rows are left out. A section without rows and plots is left out as well.
     draw : tuple of tuple of callables
         What stands together, one after the other. Each returns a plot, or None where there is nothing to draw.
     """
@@ -49,9 +49,14 @@ class Section:
     draw: tuple[tuple[Draw, ...], ...] = ()
 
     @property
-    def empty(self) -> bool:
-        """Whether there is nothing to show."""
-        return not any(table.rows for table in self.tables)
+    def has_rows(self) -> bool:
+        """Whether a table has something to show."""
+        return any(table.rows for table in self.tables)
+
+    def plots(self) -> list[list[Plot]]:
+        """Draw the plots, those of each group in a list; groups with nothing to draw are left out."""
+        drawn = ([plot for draw in together if (plot := draw()) is not None] for together in self.draw)
+        return [group for group in drawn if group]
 
 
 _LEADS: dict[Scenario, tuple[str, str]] = {
@@ -76,7 +81,7 @@ _LEADS: dict[Scenario, tuple[str, str]] = {
 
 
 def sections(report: BenchReport, samples: Samples) -> tuple[Section, ...]:
-    """Return the parts of `report` that have content, in their order."""
+    """Return the parts of `report` in their order, also those that have nothing to show."""
     found = [
         Section(
             name="decision-age",
@@ -126,7 +131,7 @@ def sections(report: BenchReport, samples: Samples) -> tuple[Section, ...]:
             tables=(report_tables.bundle_table(report), report_tables.environment_table(report)),
         ),
     ]
-    return tuple(section for section in found if not section.empty)
+    return tuple(found)
 
 
 def _bundles(cells: Sequence[Cell]) -> tuple[str, ...]:
@@ -156,7 +161,8 @@ def to_markdown(report: BenchReport) -> str:
     ]
     parts.append(markdown_code(report.command))
     for section in sections(report, {}):
-        parts += [f"## {section.title}", section.lead, all_markdown(section.tables)]
+        if section.has_rows:
+            parts += [f"## {section.title}", section.lead, all_markdown(section.tables)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -188,10 +194,7 @@ def write_html(report: BenchReport, samples: Samples, path: Path) -> None:
     MissingDependencyError
         If matplotlib or Jinja2 is not installed.
     """
-    shown = [
-        (section, [[plot for draw in together if (plot := draw()) is not None] for together in section.draw])
-        for section in sections(report, samples)
-    ]
+    drawn = [(section, section.plots()) for section in sections(report, samples)]
     _write_page(
         path,
         title=_headline(report),
@@ -199,7 +202,7 @@ def write_html(report: BenchReport, samples: Samples, path: Path) -> None:
         recommendations=report.recommendations,
         command=report.command,
         facts=(report.created.replace("T", " "), *_verdicts(report)),
-        sections=shown,
+        sections=[(section, plots) for section, plots in drawn if plots or section.has_rows],
     )
 
 

@@ -123,7 +123,7 @@ class Measurement:
         raise NotImplementedError
 
     def cells(self) -> list[tuple[Cell, Samples]]:
-        """Return what came of the blocks so far, with arrays by the names after the dot of `bench_results`."""
+        """Return the cells of the blocks so far with their arrays, named as in `sjepa_deploy.runtime.bench.files` without ID."""
         raise NotImplementedError
 
     def _key(self, **more: int | float | bool | None) -> CellKey:
