@@ -36,7 +36,7 @@ from sjepa_deploy.runtime.bench.files import load_report, load_samples, write_re
 from sjepa_deploy.runtime.bench.loops import Served
 from sjepa_deploy.runtime.bench.merge import merge, together
 from sjepa_deploy.runtime.bench.report import to_markdown
-from sjepa_deploy.runtime.bench.results import BenchReport, Disturbance, DisturbanceKind, Noise
+from sjepa_deploy.runtime.bench.results import SCHEMA_VERSION, BenchReport, Disturbance, DisturbanceKind, Noise
 from sjepa_deploy.runtime.bench.run import BenchConfig, run_bench
 from sjepa_deploy.runtime.bench.words import why_noisy, why_partial
 from sjepa_deploy.runtime.keep_warm import Clock
@@ -570,7 +570,7 @@ def test_reports_that_cannot_be_compared(make_bundle, sjepa_bench, tmp_path, who
     lonely.write_text(whole[2].read_text())
     for path, message in (
         (bad, "is no benchmark report: the top level lacks the key"),
-        (newer, "has schema version 99; this release reads up to 1"),
+        (newer, f"has schema version 99; this release reads up to {SCHEMA_VERSION}"),
         (tmp_path / "none.json", "cannot be read"),
         (lonely, r"The samples of .* cannot be read .* Keep bench.npz beside it"),
         (whole[2].with_suffix(".npz"), "is not JSON"),

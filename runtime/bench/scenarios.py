@@ -14,6 +14,7 @@ import numpy as np
 
 from sjepa_deploy.runtime.backend import BackendOptions, FloatArray, Split
 from sjepa_deploy.runtime.bench import cold_start, estimates, loops
+from sjepa_deploy.runtime.bench.baselines import TorchCompile
 from sjepa_deploy.runtime.bench.cells import (
     Capacity,
     Cell,
@@ -350,7 +351,7 @@ class ColdStarts(Measurement):
     scenario = "cold-start"
 
     def __init__(self, bench: Bench, contender: Contender, n_blocks: int, cache: Path, options: BackendOptions) -> None:
-        self._compiles = "compile" in contender.backend.name  # its first process compiles, the others find what it compiled
+        self._compiles = isinstance(contender.backend, TorchCompile)  # in its first process; the others find it
         super().__init__(bench, contender, n_blocks + self._compiles)
         self._cache = cache / f"{contender.bundle}-{contender.backend.name}-{contender.backend.precision}"
         self._options = options
