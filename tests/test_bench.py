@@ -480,7 +480,7 @@ def test_scenarios_have_times_of_their_own(make_bundle, sjepa_bench, tmp_path):
         ("--rate -1", "A rate of -1 cannot be run. Use a positive number"),
         ("--rate nan", "A rate of nan cannot be run"),
         ("--duration 0", "A duration of 0 cannot be run"),
-        ("--duration soon", "'soon' is no duration. Use seconds, as 2 or paced=50"),
+        ("--duration soon", "'soon' is not a duration. Use seconds, as in 2 or paced=50"),
         ("--duration gallop=2", "'gallop' is not a scenario. Use one of back-to-back"),
         ("--duration paced=-2", "A duration of -2 cannot be run"),
         ("--rate 10 --rate nan", "A rate of nan cannot be run"),
@@ -588,7 +588,7 @@ def test_shares(text, share):
 def test_a_share_must_be_one(sjepa_bench):
     for text in ("ten", "-1%", "nan"):
         status, _, err = sjepa_bench("--compare", "a", "b", "--fail-above", text)
-        assert (status, "is no share" in err) == (2, True)
+        assert (status, "is not a share" in err) == (2, True)
 
 
 # ---------------------------------------------------------------- baselines and machine

@@ -437,7 +437,10 @@ def refuses(sjepa, tmp_path):
         ("--variant contextual --montage GSN-HydroCel-128x", "is neither a montage nor a file. Did you mean GSN-HydroCel-128"),
         ("--variant contextual --montage cap", "is neither a montage nor a file. There are GSN-HydroCel-129"),
         ("--variant contextual --montage sjepa-62 --channels Cz,E1", "has no channels E1. Pick from its 62 channels"),
-        ("--variant contextual --montage sjepa-62 --channels 62", "say two things. Name the channels, or leave one flag out"),
+        (
+            "--variant contextual --montage sjepa-62 --channels 62",
+            "contradict each other. Name the channels, or leave one flag out",
+        ),
         ("--variant contextual --channels Cz,Pz", "needs the positions of its 2 channels.* Name their montage with --montage"),
         ("--variant prelocal --channels Cz,cz", "Channel names appear twice: Cz, cz. Name every channel once"),
         ("--variant prelocal --channels 0", "n_chans is 0. Use 1 or more"),

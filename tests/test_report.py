@@ -602,7 +602,7 @@ def test_another_bundle_is_refused(capsys, written):
     path.write_text(path.read_text().replace(bundle.manifest.digest, "0" * 64))
     status, said = render(capsys, path, bundle.path)
     assert (status, said.out) == (2, "")
-    assert "bench.json is of other bundles too: prelocal. Name all that were measured, or none." in said.err
+    assert "bench.json also measured other bundles: prelocal. Name all that were measured, or none." in said.err
 
 
 def test_without_matplotlib_there_are_tables_and_the_command_that_adds_the_page(capsys, monkeypatch, written):
@@ -610,7 +610,7 @@ def test_without_matplotlib_there_are_tables_and_the_command_that_adds_the_page(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     status, said = render(capsys, written[0])
     assert status == 0
-    assert "Without a page of plots: This needs" in said.out
+    assert "No page of plots was written. This needs" in said.out
     assert f"Then: sjepa-bench --render {written[0]}" in said.out
     assert written[0].with_suffix(".md").is_file()
     assert not written[0].with_suffix(".html").exists()

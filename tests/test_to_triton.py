@@ -169,7 +169,7 @@ def test_serve_writes_a_repository_without_a_server(capsys, make_bundle, tmp_pat
     assert run_command(serve, "sjepa-serve", [bundle, "--no-start"]) == 2
     assert "--no-start needs --repository" in capsys.readouterr().err
     assert run_command(serve, "sjepa-serve", [bundle, bundle, "--name", "m"]) == 2
-    assert "--name is for one bundle" in capsys.readouterr().err
+    assert "--name names one model" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- batching

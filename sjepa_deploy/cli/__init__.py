@@ -1,7 +1,9 @@
-"""The commands: thin wrappers, one file each, that print for people or, with ``--json``, for machines.
+"""Holds the commands: thin wrappers, one file each, that print for people or, with ``--json``, for machines.
 
-Exit status: 0 done; 1 a verification failed; 2 wrong input or environment, with one line on stderr that says how to mend it;
-130 interrupted.
+Results are dataclasses; sentences and tables are made here, where they are printed.
+
+The exit status is 0 when the work is done, 1 when a verification failed, 2 for wrong input or a wrong environment (one line on
+stderr says how to mend it), and 130 when the command was interrupted.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ COMMANDS = ("pretrain", "finetune", "export", "build", "verify", "run", "stream"
 
 
 class _Commands(click.Group):
-    """The group `sjepa`, which imports a command's module when it is called: PyTorch takes seconds."""
+    """Imports the module of a command when the command is called: importing PyTorch takes seconds."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -42,7 +44,7 @@ def _command(name: str) -> click.Command:
 @click.group(cls=_Commands, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sjepa-deploy")
 def group() -> None:
-    """From a SignalJEPA checkpoint to a verified, real-time decoder."""
+    """Turn a SignalJEPA checkpoint into a verified, real-time decoder."""
 
 
 def sjepa() -> None:
@@ -71,7 +73,7 @@ def _fail(name: str, message: str, status: int) -> int:
 
 
 def console(json_output: bool) -> Console:
-    """Return where people read: stdout, or stderr where stdout is for a machine."""
+    """Return the console that people read: stdout, or stderr where stdout is for a machine."""
     return Console(stderr=json_output, highlight=False)
 
 
@@ -81,7 +83,7 @@ def print_json(value: object) -> None:
 
 
 def parity_table(results: tuple[ParityResult, ...], title: str) -> Table:
-    """Return a table of what parity measured, for 80 columns."""
+    """Return the results of parity as a table of 80 columns."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("graph", "backend"):
         table.add_column(name, no_wrap=True)

@@ -37,7 +37,7 @@ QUICK_PROCESSES = 1
 
 
 class Share(click.ParamType[float]):
-    """A share: "10%" or "0.1"."""
+    """Parses a share: "10%" or "0.1"."""
 
     name = "share"
 
@@ -49,22 +49,22 @@ class Share(click.ParamType[float]):
         except ValueError:
             share = -1.0
         if not 0 <= share < 100:
-            self.fail(f"{value!r} is no share. Use 10% or 0.1.", param, ctx)
+            self.fail(f"{value!r} is not a share. Use 10% or 0.1.", param, ctx)
         return share
 
 
 class Duration(click.ParamType[str]):
-    """Seconds in each cell, "2", or in those of one scenario, "paced=50"."""
+    """Checks a duration: seconds in each cell, "2", or in the cells of one scenario, "paced=50"."""
 
     name = "seconds"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the text as it is, once it is known to be right."""
+        """Return the text unchanged, once it is known to be right."""
         scenario, equals, seconds = value.rpartition("=")
         try:
             float(seconds)
         except ValueError:
-            self.fail(f"{value!r} is no duration. Use seconds, as 2 or paced=50.", param, ctx)
+            self.fail(f"{value!r} is not a duration. Use seconds, as in 2 or paced=50.", param, ctx)
         if equals and scenario not in SCENARIOS:
             self.fail(f"{scenario!r} is not a scenario. Use one of {', '.join(SCENARIOS)}.", param, ctx)
         return value
@@ -72,7 +72,7 @@ class Duration(click.ParamType[str]):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is measured, as the user says it. What is empty or None takes the default.
+    """Says what is measured. A value that is empty or None takes the default.
 
     Attributes
     ----------
@@ -141,7 +141,7 @@ def _plan(n_threads: int | None, device: int, **values: Any) -> Plan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Aim:
-    """What a benchmark is for. Without an aim everything is measured and reported.
+    """Says what a benchmark is for. Without an aim everything is measured and reported.
 
     Attributes
     ----------
@@ -167,7 +167,7 @@ class Aim:
     fail_above: float | None
 
     def check(self, bundles: tuple[Path, ...], plan: Plan) -> None:
-        """Refuse options that say different things."""
+        """Refuse options that contradict each other."""
         if self.compared is not None:
             if bundles:
                 raise click.UsageError("--compare takes two reports, and no bundle.")
@@ -189,7 +189,7 @@ class Aim:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """Where the report goes.
+    """Says where the report goes.
 
     Attributes
     ----------
@@ -319,7 +319,7 @@ def bench(bundles: tuple[Path, ...], *, plan: Plan, outputs: Outputs, aim: Aim, 
 
 
 def _seconds(durations: tuple[str, ...], usual: float) -> dict[str, Any]:
-    """Return the fields of `BenchConfig` that --duration says: of all scenarios and of some."""
+    """Return the fields of `BenchConfig` that --duration sets, for all scenarios and for some."""
     pairs = [text.rpartition("=") for text in durations]
     of = {scenario: float(seconds) for scenario, _, seconds in pairs}
     return {"seconds": of.pop("", usual), "seconds_of": of}
@@ -331,17 +331,19 @@ def _write_pages(report: BenchReport, samples: Samples, path: Path, screen: Cons
     try:
         write_html(report, samples, path.with_suffix(".html"))
     except MissingDependencyError as e:
-        screen.print(f"Without a page of plots: {e} Then: sjepa-bench --render {escape(str(path))}", soft_wrap=True)
+        screen.print(f"No page of plots was written. {e} Then: sjepa-bench --render {escape(str(path))}", soft_wrap=True)
 
 
 def _render(path: Path, bundles: tuple[Path, ...], screen: Console) -> None:
-    """Write the pages of a report anew; bundles tell what its ages of decisions need."""
+    """Write the pages of a report anew; the bundles hold the contracts that the ages of decisions need."""
     report = load_report(path)
     samples = load_samples(report, path)
     if bundles:
         specs = {opened.manifest.digest: opened.spec for opened in map(Bundle.open, bundles)}
         if strange := [fact.label for fact in report.bundles if fact.digest not in specs]:
-            raise BenchmarkError(f"{path} is of other bundles too: {listed(strange)}.", "Name all that were measured, or none.")
+            raise BenchmarkError(
+                f"{path} also measured other bundles: {listed(strange)}.", "Name all that were measured, or none."
+            )
         report = with_decision_ages(report, {fact.label: specs[fact.digest] for fact in report.bundles})
         report = write_report(report, samples, path)
     _write_pages(report, samples, path, screen)

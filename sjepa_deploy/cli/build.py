@@ -20,7 +20,7 @@ from sjepa_deploy.spec import RunPrecision
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineRequest:
-    """How engines are built.
+    """Says how engines are built.
 
     Attributes
     ----------
@@ -66,7 +66,7 @@ def _request(flavour: str, device: int, rebuild: bool, time_limit: float | None,
     click.option("--refittable", is_flag=True, help="Let weights be replaced later; costs speed."),
     click.option("--version-compatible", is_flag=True, help="Let later versions of TensorRT load the engine; costs speed."),
     click.option("--time-limit", type=float, help="Seconds after which a build is given up (TensorRT 10 and later)."),
-    click.option("--rebuild", is_flag=True, help="Build again what is there."),
+    click.option("--rebuild", is_flag=True, help="Build engines again that are there."),
 )
 @options.json_output
 def build(bundle: Path, precisions: tuple[RunPrecision, ...], request: EngineRequest, json_output: bool) -> None:
@@ -85,7 +85,7 @@ def build(bundle: Path, precisions: tuple[RunPrecision, ...], request: EngineReq
 def build_engines(
     bundle: Bundle, precisions: tuple[RunPrecision, ...], screen: Console, request: EngineRequest | None = None
 ) -> list[EngineRecord]:
-    """Build an engine for each of `precisions` with a progress line, and print what came of it."""
+    """Build an engine for each of `precisions` with a progress line, and print the results."""
     request = request or EngineRequest()
     records = []
     for precision in precisions:
@@ -121,7 +121,7 @@ def build_engines(
 
 
 def record_summary(bundle: Bundle, record: EngineRecord) -> dict[str, Any]:
-    """Return what ``--json`` prints of an engine."""
+    """Return an engine as ``--json`` prints it."""
     return {"plan": str(bundle.path / "engines" / f"{record.identity.key}.plan"), "engine": record}
 
 

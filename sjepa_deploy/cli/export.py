@@ -28,7 +28,7 @@ TRITON_PLATFORMS = ("python", "onnxruntime", "tensorrt")
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Where the weights come from.
+    """Says where the weights come from.
 
     Attributes
     ----------
@@ -47,7 +47,7 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Contract:
-    """What the user asks of the model's input and outputs. None takes the checkpoint's value, or the default contract's."""
+    """Holds what the user asks of the model's input and outputs. None takes the checkpoint's value, or the default contract's."""
 
     montage: str | None
     channels: tuple[str, ...] | None
@@ -63,7 +63,7 @@ class Contract:
 
 @dataclass(frozen=True, kw_only=True)
 class Graphs:
-    """Which graphs are written, and what they are judged with.
+    """Says which graphs are written, and what judges them.
 
     Attributes
     ----------
@@ -89,7 +89,7 @@ class Graphs:
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """What is written.
+    """Says what is written.
 
     Attributes
     ----------
@@ -129,7 +129,7 @@ def _outputs(engines: tuple[str, ...], **values: Any) -> Outputs:
     "weights",
     Weights,
     click.option(
-        "--variant", type=click.Choice([*VARIANTS, "all"]), help="Model to export. With a checkpoint it is read from there."
+        "--variant", type=click.Choice([*VARIANTS, "all"]), help="Model to export. Without it the checkpoint names the model."
     ),
     click.option("--checkpoint", type=options.path, help="Folder or file of the weights. Without it they are random."),
     click.option("--prefix", help="What stands before the model's keys in a checkpoint that holds several models."),
@@ -280,7 +280,7 @@ def _add_to_triton(screen: Console, bundle: Bundle, repository: Path, platform: 
 
 
 def _build_engines(screen: Console, bundle: Bundle, asked: tuple[str, ...]) -> None:
-    """Build what ``--engine`` asks for; where "auto" builds nothing, say why."""
+    """Build the engines that ``--engine`` asks for; where "auto" builds none, say why."""
     if asked == ("none",):
         return
     from sjepa_deploy.cli.build import build_engines
@@ -321,7 +321,9 @@ def _asked(variant: str | None, contract: Contract) -> tuple[dict[str, Any], Mon
     if len(ch_names) == 1 and ch_names[0].isdecimal():
         asked["n_chans"] = int(ch_names[0])
         if chosen is not None:
-            raise InputError("--montage and a number of channels say two things.", "Name the channels, or leave one flag out.")
+            raise InputError(
+                "--montage and a number of channels contradict each other.", "Name the channels, or leave one flag out."
+            )
         return asked, None
     if chosen is not None:
         return asked, chosen.pick(ch_names)
@@ -332,7 +334,7 @@ def _asked(variant: str | None, contract: Contract) -> tuple[dict[str, Any], Mon
 def _length_note(
     known: dict[str, Any], model: SignalJEPAModule, eeg: FloatArray | None, parity_data: Path | None, seed: int
 ) -> tuple[str, ...]:
-    """Say what another length than the trained one changes, measured on the parity data where they are long enough."""
+    """Measure what another length than the trained one changes, on the parity data where they are long enough."""
     from sjepa_deploy.eeg.synthetic import eeg_windows
     from sjepa_deploy.export.window_length import MAX_WINDOWS, compare_window_lengths
 

@@ -1,4 +1,4 @@
-"""The live view of a decoder in a terminal, or a line now and then where nobody watches."""
+"""Draws the live view of a decoder in a terminal; elsewhere it prints a line now and then."""
 
 from __future__ import annotations
 

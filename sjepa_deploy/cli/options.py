@@ -25,14 +25,14 @@ from sjepa_deploy.spec import RUN_PRECISIONS, UNITS_IN_VOLTS, RunPrecision, Unit
 
 Function = Callable[..., Any]
 Option = Callable[[Function], Function]
-"""What adds an option to the function of a command."""
+"""Adds an option to the function of a command."""
 
 STDOUT = Path("-")
-"""What ``--out`` calls standard output."""
+"""Path by which ``--out`` names standard output."""
 
 
 class Names(click.ParamType[tuple[str, ...]]):
-    """Names separated by commas; in a configuration file also a list. With `choices`, others are refused."""
+    """Parses names separated by commas; a configuration file may give a list. With `choices`, other names are refused."""
 
     name = "names"
 
@@ -62,7 +62,7 @@ def several(*spellings: str, choices: Sequence[str] = (), default: Sequence[str]
 
 
 def out_folder(default: str | None) -> Option:
-    """Return ``--out`` of a command that writes a folder. Without a `default` it must be given."""
+    """Return ``--out`` of a command that writes a folder. Without a `default` the user must give the folder."""
     if default is None:
         return click.option("--out", type=path, required=True, help="Folder to write.")
     return click.option("--out", type=path, help=f"Folder to write.  [default: {default}]")
@@ -147,7 +147,7 @@ n_times = click.option("--n-times", type=int, help="Samples of a window.")
 spatial_filters = click.option("--spatial-filters", type=int, help="Spatial filters of the model.")
 seed = click.option("--seed", type=int, default=0, help="Seed of everything random.")
 out_file = click.option("--out", type=path, help="File to write; - is standard output.")
-force = click.option("--force", is_flag=True, help="Replace what is there.")
+force = click.option("--force", is_flag=True, help="Replace files that are there.")
 append = click.option("--append", is_flag=True, help="Add to the end of the file of --out.")
 quiet = click.option("--quiet", is_flag=True, help="Show no live view.")
 json_output = click.option("--json", "json_output", is_flag=True, help="Print the result as JSON.")
@@ -158,7 +158,7 @@ json_output = click.option("--json", "json_output", is_flag=True, help="Print th
 
 @dataclass(frozen=True, kw_only=True)
 class BackendChoice:
-    """What runs the model.
+    """Says what runs the model.
 
     Attributes
     ----------
@@ -191,7 +191,7 @@ def backend_choice(*more: Option) -> Option:
 
 @dataclass(frozen=True, kw_only=True)
 class SignalFacts:
-    """What the user says of a signal that does not say it itself.
+    """Holds what the user says of a signal that does not state it itself.
 
     Attributes
     ----------
@@ -221,7 +221,7 @@ signal_facts = fills(
     ),
     click.option("--sfreq", type=float, help="Rate in Hz of a recording that does not state it, or of the synthetic stream."),
 )
-"""The command gets `SignalFacts` as ``facts``."""
+"""Hands `SignalFacts` to the command as ``facts``."""
 
 
 # ---- --config ----------------------------------------------------------------------------------------------------------------

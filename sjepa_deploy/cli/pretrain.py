@@ -21,9 +21,13 @@ def _masking(mask: str | None, radius: float | None, target_layers: int | None) 
 @options.fills(
     "masking",
     _masking,
-    click.option("--mask", type=click.Choice(["block", "fixed"]), help="Blocks by radius, or the author's fixed sizes."),
+    click.option(
+        "--mask",
+        type=click.Choice(["block", "fixed"]),
+        help="How channels are hidden: blocks by radius, or the author's fixed sizes.",
+    ),
     click.option("--radius", type=float, help="Radius of a block in head radii: 0.4, 0.6 and 0.8 in the paper."),
-    click.option("--target-layers", type=int, help="The target is the mean of the teacher's last so many layers."),
+    click.option("--target-layers", type=int, help="Number of the teacher's last layers whose mean is the target."),
 )
 def pretrain(
     config_file: Path | None,

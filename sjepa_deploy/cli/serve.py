@@ -32,7 +32,7 @@ def _model(no_batching: bool, **values: Any) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """How the server is started, see `sjepa_deploy.serving.server.Server`."""
+    """Says how the server is started, see `sjepa_deploy.serving.server.Server`."""
 
     host: str
     grpc_port: int | None
@@ -84,7 +84,7 @@ def serve(
     A bundle that is exported again to the same place is loaded as the next version, without losing a request.
     """
     if model["name"] is not None and len(bundles) > 1:
-        raise click.UsageError("--name is for one bundle.")
+        raise click.UsageError("--name names one model, and there are several bundles.")
     if model["precision"] not in (None, *PRECISIONS):
         raise click.UsageError(f"A server runs a graph as it is: use --precision {listed(PRECISIONS)}.")
     if no_start and repository is None:
@@ -113,18 +113,18 @@ def serve(
                     raise ServingError("tritonserver ended.", "Start it again, and look for the reason with --tritonserver.")
                 for each in watched:
                     _reload(screen, running, each)
-            screen.print("stopping: requests that are in work are answered")
+            screen.print("stopping: the server answers the requests in work")
 
 
 class _Watched:
-    """A bundle's folder, and whether it was replaced since it was added to the repository."""
+    """Watches a bundle's folder, and tells whether the bundle was replaced since it was added to the repository."""
 
     def __init__(self, path: Path, repository: Path, options: dict[str, Any]) -> None:
         self._path, self._repository, self._options = path, repository, options
         self._seen: tuple[int, int] | None = None
 
     def changed(self) -> bool:
-        """Whether there is another manifest than the one that was looked at last. A bundle is moved to its place as a whole."""
+        """Return whether the manifest is another one than last time. A bundle is moved to its place as a whole."""
         return self._state() not in (None, self._seen)
 
     def add(self) -> ServedModel:
@@ -141,7 +141,7 @@ class _Watched:
 
 
 def _reload(screen: Console, server: Server, watched: _Watched) -> None:
-    """Load a bundle that was replaced. What is wrong with it is said, and the one before goes on."""
+    """Load a bundle that was replaced. An error is printed, and the version before goes on."""
     if not watched.changed():
         return
     try:

@@ -1,4 +1,4 @@
-"""``sjepa-stream``: decode a live stream."""
+"""``sjepa-stream`` decodes a live stream."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ LAST_LINES_S = 5.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """What to decode: one of the three is given.
+    """Says what to decode: one of the three is given.
 
     Attributes
     ----------
@@ -71,7 +71,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """Where decisions go.
+    """Says where decisions go.
 
     Attributes
     ----------
@@ -110,7 +110,7 @@ class Outputs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Session:
-    """How the command runs.
+    """Says how the command runs.
 
     Attributes
     ----------
@@ -222,7 +222,7 @@ def stream(
     session: Session,
     json_output: bool,
 ) -> None:
-    """Decode a live stream with BUNDLE: one decision every hop, with its age, and nothing left out in silence.
+    """Decode a live stream with BUNDLE into one decision every hop, each with its age, and count every window that is left out.
 
     The stream goes through the causal twin of the preprocessing that the bundle asks for. Ctrl-C or SIGTERM end the run with
     everything written. The exit status is 1 if --check or --replay find a difference.

@@ -54,11 +54,15 @@ training_options = options.added(
         options.interpolate,
         options.model_sfreq,
         options.n_times,
-        click.option("--split", type=click.Choice(["auto", "subject", "session", "block"]), help="What parts do not share."),
-        click.option("--n-folds", type=int, help="Folds that subjects, sessions or blocks are dealt to."),
-        click.option("--fold", type=int, help="The fold to test on."),
+        click.option(
+            "--split",
+            type=click.Choice(["auto", "subject", "session", "block"]),
+            help="What the training, validation and test parts do not share.",
+        ),
+        click.option("--n-folds", type=int, help="Number of folds that subjects, sessions or blocks are dealt to."),
+        click.option("--fold", type=int, help="Number of the fold to test on."),
         click.option("--seed", type=int, help="Seed of everything random."),
-        click.option("--max-epochs", type=int, help="Epochs at most."),
+        click.option("--max-epochs", type=int, help="Largest number of epochs."),
         click.option("--patience", type=int, help="Epochs without improvement after which training ends."),
         click.option("--batch-size", type=int, help="Windows of a step on each device."),
         click.option("--lr", type=float, help="Learning rate."),
@@ -67,19 +71,19 @@ training_options = options.added(
             type=click.Choice(["32-true", "bf16-mixed", "16-mixed"]),
             help="Arithmetic of the training, as Lightning calls it.",
         ),
-        click.option("--accelerator", type=click.Choice(["auto", "cpu", "gpu"]), help="Where to train."),
-        click.option("--devices", type=int, help="Devices of a host; start that many processes with torchrun."),
-        click.option("--num-nodes", type=int, help="Hosts."),
+        click.option("--accelerator", type=click.Choice(["auto", "cpu", "gpu"]), help="Kind of device to train on."),
+        click.option("--devices", type=int, help="Number of devices of a host; start that many processes with torchrun."),
+        click.option("--num-nodes", type=int, help="Number of hosts."),
         click.option("--num-workers", type=int, help="Processes that fetch windows."),
         click.option("--compile", "compile_step", is_flag=True, help="Compile the training step with torch.compile."),
     ),
     options.json_output,
 )
-"""The options of every training command. An option that is not given leaves the configuration as it is."""
+"""Adds the options of every training command. An option that is not given leaves the configuration as it is."""
 
 
 def require_training() -> None:
-    """Refuse to start without what training needs.
+    """Refuse to start without the packages that training needs.
 
     Raises
     ------
@@ -92,7 +96,7 @@ def require_training() -> None:
 
 
 def shape_of(spec: ModelSpec) -> str:
-    """Return what a model sees of the EEG, for people."""
+    """Return the shape of a model's windows as text."""
     return f"{spec.n_chans} channels x {spec.n_times} samples at {spec.sfreq:g} Hz"
 
 
@@ -112,7 +116,7 @@ def print_transfer(screen: Console, report: Any) -> None:
 
 
 def _parts(names: tuple[str, ...]) -> str:
-    """Return the parts that weights belong to, with their numbers."""
+    """Return the parts of a model that weights belong to, and how many weights each has."""
     counts: dict[str, int] = {}
     for name in names:
         depth = 2 if name.startswith(("transformer", "final_layer")) else 1

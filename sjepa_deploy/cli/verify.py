@@ -18,7 +18,7 @@ from sjepa_deploy.spec import RUN_PRECISIONS, RunPrecision
 
 @dataclass(frozen=True, kw_only=True)
 class NotJudged:
-    """A precision that a backend cannot run on this machine, and why."""
+    """Says which precision a backend cannot run on this machine, and why."""
 
     precision: RunPrecision
     backend: str
@@ -27,7 +27,7 @@ class NotJudged:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What a verification found.
+    """Holds what a verification found.
 
     Attributes
     ----------
@@ -70,7 +70,7 @@ def verify(bundle: Path, backends: tuple[str, ...], precisions: tuple[RunPrecisi
 
 
 def _judge(bundle: Bundle, backends: tuple[str, ...], precisions: tuple[RunPrecision, ...], screen: Console) -> Verification:
-    """Judge what is asked for, and of what is not named, all that runs here."""
+    """Judge the named backends and precisions; without names, all that run on this machine."""
     reference = bundle.reference()
     results: list[ParityResult] = []
     left_out: list[NotJudged] = []
