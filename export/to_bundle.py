@@ -9,10 +9,12 @@ import importlib.metadata
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from sjepa_deploy.bundle import (
     CHECKPOINT_FOLDER,
@@ -25,8 +27,9 @@ from sjepa_deploy.bundle import (
     new_bundle,
     write_manifest,
 )
+from sjepa_deploy.eeg.recording import check_amplitude
 from sjepa_deploy.eeg.synthetic import hard_windows
-from sjepa_deploy.errors import ParityError
+from sjepa_deploy.errors import InputError, ParityError
 from sjepa_deploy.export.emulate import emulate_bf16
 from sjepa_deploy.export.rewrite import rewrite
 from sjepa_deploy.export.to_onnx import DEFAULT_OPSET, count_nodes, to_onnx
@@ -36,7 +39,7 @@ from sjepa_deploy.parity import ParityResult, Reference, batch_sizes, check_pari
 from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
 from sjepa_deploy.runtime.backends.ort import OrtCpuBackend
 from sjepa_deploy.runtime.backends.reference import run_reference
-from sjepa_deploy.spec import UNITS_IN_VOLTS, Precision
+from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, Precision
 
 MAX_PARITY_WINDOWS = 64
 """How many of the windows that a user gives for parity are kept, evenly spaced."""
@@ -54,18 +57,10 @@ class ExportParityError(ParityError):
     def __init__(self, results: tuple[ParityResult, ...]) -> None:
         failed = [r for r in results if not r.passed]
         super().__init__(
-            "; ".join(describe_failure(r) for r in failed) + ".",
+            "; ".join(f"{r.precision} on {r.backend} {r.failure}" for r in failed) + ".",
             "Leave these precisions out with --precision, or report this with the checkpoint.",
         )
         self.results = results
-
-
-def describe_failure(result: ParityResult) -> str:
-    """Return one clause on why `result` did not pass."""
-    what = f"{result.precision} on {result.backend}"
-    if not result.nan_agrees:
-        return f"{what} does not give NaN where PyTorch does"
-    return f"{what} is off by {result.max_error:.2g} of the outputs' scale ({result.worst}), allowed is {result.tolerance:g}"
 
 
 def to_bundle(
@@ -163,8 +158,15 @@ def make_reference(model: SignalJEPAModule, windows: FloatArray | None = None, *
         Real windows in the unit of the spec; at most `MAX_PARITY_WINDOWS` are kept.
     seed : int
         Seed of the synthetic windows.
+
+    Raises
+    ------
+    InputError, RecordingError
+        See `real_eeg`.
     """
     spec = model.spec
+    if windows is not None:
+        windows = real_eeg(windows, spec)
     synthetic = hard_windows(*spec.input_shape, spec.sfreq, np.random.default_rng(seed))
     kinds = list(synthetic)
     inputs = np.stack(list(synthetic.values())) * np.float32(UNITS_IN_VOLTS["uV"] / UNITS_IN_VOLTS[spec.unit])
@@ -175,6 +177,33 @@ def make_reference(model: SignalJEPAModule, windows: FloatArray | None = None, *
     double = copy.deepcopy(model).double()
     outputs = np.concatenate([run_reference(double, window[None]) for window in inputs])
     return Reference(kinds=tuple(kinds), inputs=inputs, outputs=outputs)
+
+
+def real_eeg(windows: NDArray[Any], spec: ModelSpec) -> FloatArray:
+    """Return a user's windows for parity as float32.
+
+    Raises
+    ------
+    InputError
+        If they are no real numbers, have another shape, or hold NaN or infinity.
+    RecordingError
+        If their amplitude is none of EEG in the unit of the spec.
+    """
+    shape = f"(n, {spec.n_chans}, {spec.n_times})"
+    if windows.dtype.kind not in "fiu":
+        raise InputError(
+            f"Parity data of type {windows.dtype} are no real numbers.", f"Give float32 windows {shape} in {spec.unit}."
+        )
+    if windows.ndim != 3 or windows.shape[1:] != spec.input_shape or not len(windows):
+        raise InputError(f"Parity data have shape {windows.shape}, not {shape}.", f"Give windows in {spec.unit}.")
+    finite = np.isfinite(windows).all(axis=(1, 2))
+    if not finite.all():
+        raise InputError(
+            f"{(~finite).sum()} of {len(windows)} windows of the parity data hold NaN or infinity.", "Leave them out."
+        )
+    rms = float(np.median(windows.std(axis=2))) * UNITS_IN_VOLTS[spec.unit]
+    check_amplitude(rms, f"Give windows in {spec.unit}.")
+    return np.ascontiguousarray(windows, dtype=np.float32)
 
 
 def judge_graph(bundle: Bundle, graph: Graph, reference: Reference) -> ParityResult:

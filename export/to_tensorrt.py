@@ -11,7 +11,7 @@ from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, EngineError, MissingDependencyError, ParityError
 from sjepa_deploy.export.engine_precision import judge_types, stored_weights, summarise_layers, weight_samples
 from sjepa_deploy.files import bytes_hash, now
-from sjepa_deploy.parity import NOT_FINITE, ParityResult, Reference, check_parity
+from sjepa_deploy.parity import ParityResult, Reference, check_parity
 from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.backends.engines import BuildSettings, EngineRecord, EngineStore, read_timing_cache, write_timing_cache
 from sjepa_deploy.runtime.backends.tensorrt_api import TensorRT
@@ -34,14 +34,10 @@ class EngineParityError(ParityError):
     """
 
     def __init__(self, result: ParityResult, when: str) -> None:
-        what = f"The {result.precision} engine differs from the PyTorch model {when}: "
-        if result.nan_agrees:
-            what += f"{result.max_error:.2g} of the outputs' scale ({result.worst}), allowed is {result.tolerance:g}."
-        elif result.max_error == NOT_FINITE:
-            what += f"its outputs are NaN or infinite ({result.worst}) where PyTorch's are numbers."
-        else:
-            what += "its outputs are not NaN where PyTorch's are."
-        super().__init__(what, "It was not kept. Try --optimization-level 2, or another precision.")
+        super().__init__(
+            f"The {result.precision} engine {result.failure}, {when}.",
+            "It was not kept. Try --optimization-level 2, or another precision.",
+        )
         self.result = result
 
 

@@ -359,17 +359,14 @@ def _length_note(
 def _parity_eeg(path: Path, spec: ModelSpec) -> FloatArray:
     """Return EEG in the unit of the spec: windows (n, n_chans, n_times) of an array, or a recording (n_chans, n_samples)."""
     from sjepa_deploy.eeg.recording import fit_recording, read_recording
+    from sjepa_deploy.export.to_bundle import real_eeg
 
     if path.suffix == ".npy":
         try:
             array = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as e:
             raise RecordingError(f"{path} is missing or no array ({e}).", "Give a .npy of windows, or a recording.") from e
-        if array.ndim != 3 or array.shape[1:] != spec.input_shape or not len(array):
-            raise RecordingError(
-                f"{path} has shape {array.shape}, not (n, {spec.n_chans}, {spec.n_times}).", f"Give windows in {spec.unit}."
-            )
-        return np.ascontiguousarray(array, dtype=np.float32)
+        return real_eeg(array, spec)
     return fit_recording(read_recording(path), spec, interpolate=True).data  # parity asks for real EEG, not for the right place
 
 
