@@ -287,7 +287,11 @@ def test_a_table_goes_to_standard_output_a_device_or_a_new_file(call, make_bundl
 def test_a_benchmark_adds_to_a_folder_and_replaces_when_told(call, make_bundle, tmp_path):
     options = ("--backend", "ort-cpu", "--scenario", "back-to-back", "--duration", "0.05", "--out", tmp_path / "o")
     path = make_bundle("prelocal").path
-    assert call("bench", path, *options)[0] == 0
+    (tmp_path / "c.yaml").write_text("backend: ort-cpu\nscenario: [back-to-back]\nduration: '0.05'\nquick: false\nseed: 3\n")
+    assert call("bench", path, "--config", tmp_path / "c.yaml", "--seed", 4, *options[-2:])[0] == 0
+    command = json.loads((tmp_path / "o/bench.json").read_text())["command"].split()
+    wanted = "--backend ort-cpu --scenario back-to-back --duration 0.05 --seed 4 --out"
+    assert command == ["sjepa-bench", str(path), *wanted.split(), str(tmp_path / "o")]  # it repeats the run without the file
     assert refused(call("bench", path, *options), tmp_path / "o/bench.json")
     assert call("bench", path, *options, "--name", "other")[0] == 0
     assert call("bench", path, *options, "--force")[0] == 0

@@ -10,26 +10,23 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, options, print_json
+from sjepa_deploy.cli.bench_print import print_comparison, print_kept, print_recommendations, print_report
 from sjepa_deploy.errors import BenchmarkError, MissingDependencyError, RegressionError, listed
 from sjepa_deploy.runtime.backend import BACKENDS, FASTEST_BACKEND, BackendOptions
-from sjepa_deploy.runtime.backends.fastest import FastestRecord
-from sjepa_deploy.runtime.bench.cells import SCENARIOS, Cell, Estimate, Samples, Scenario
-from sjepa_deploy.runtime.bench.compare import Comparison, compare, regressions
+from sjepa_deploy.runtime.bench.cells import SCENARIOS, Samples, Scenario
+from sjepa_deploy.runtime.bench.compare import compare, regressions
 from sjepa_deploy.runtime.bench.decision_age import with_decision_ages
 from sjepa_deploy.runtime.bench.files import load_report, load_samples, write_report
 from sjepa_deploy.runtime.bench.keep_fastest import keep
 from sjepa_deploy.runtime.bench.report import write_comparison, write_html, write_markdown
-from sjepa_deploy.runtime.bench.results import BenchReport, LeftOut
+from sjepa_deploy.runtime.bench.results import BenchReport
 from sjepa_deploy.runtime.bench.run import BenchConfig, run_bench
-from sjepa_deploy.runtime.bench.words import why_noisy, why_partial
 from sjepa_deploy.spec import RunPrecision
 
 QUICK_S = 2.0
@@ -285,7 +282,7 @@ def bench(bundles: tuple[Path, ...], *, plan: Plan, outputs: Outputs, aim: Aim, 
     def keep_of(report: BenchReport) -> None:
         for bundle in opened:
             for kept in keep(report, bundle, backends=plan.backends, precisions=plan.precisions, device=plan.options.device):
-                _print_kept(bundle, kept, screen)
+                print_kept(bundle, kept, screen)
 
     if aim.source is not None:
         keep_of(load_report(aim.source))
@@ -306,9 +303,9 @@ def bench(bundles: tuple[Path, ...], *, plan: Plan, outputs: Outputs, aim: Aim, 
     report = write_report(report, samples, path)
     _write_pages(report, samples, path, screen)
     if aim.recommend:
-        _print_recommendations(report, screen)
+        print_recommendations(report, screen)
     else:
-        _print_report(report, screen)
+        print_report(report, screen)
     screen.print(f"The report is in [bold]{escape(str(folder))}[/].", soft_wrap=True)
     if json_output:
         print_json(report)
@@ -357,92 +354,19 @@ def _make(folder: Path) -> None:
 
 
 def _command_line() -> str:
-    """Return the command with the options that were given."""
+    """Return the command with the options that were given, on the command line or in a file."""
+    given = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
     context = click.get_current_context()
     words = ["sjepa-bench"]
     for parameter in context.command.params:
         assert parameter.name is not None
-        if context.get_parameter_source(parameter.name) is not ParameterSource.COMMANDLINE:
+        if context.get_parameter_source(parameter.name) not in given or not parameter.expose_value:
             continue
         value = context.params[parameter.name]
         for each in value if isinstance(value, tuple) else (value,):
             name = [] if isinstance(parameter, click.Argument) else [parameter.opts[0]]
-            words += name if each is True else [*name, str(each)]
+            words += [] if each is False else name if each is True else [*name, str(each)]
     return shlex.join(words)
-
-
-# ---- for people ----------------------------------------------------------------------------------------------------------------
-
-
-def _table(*columns: str, title: str | None = None) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in columns:
-        table.add_column(name, justify="left" if name in ("cell", "scenario", "backend") else "right", overflow="fold")
-    return table
-
-
-def _print_report(report: BenchReport, screen: Console) -> None:
-    for fact in report.bundles:
-        table = _table("scenario", "backend", "p50 us", "95 %", "p99 us", "missed", title=escape(fact.label))
-        for cell in report.cells:
-            if cell.key.bundle == fact.label and cell.key.scenario not in ("streams", "cold-start"):
-                table.add_row(*_row(cell))
-        if table.rows:
-            screen.print(table)
-    for cell in report.cells:
-        if cell.cold_start is not None:
-            phases = ", ".join(f"{phase.name} {phase.seconds.value:.3g} s" for phase in cell.cold_start.phases)
-            screen.print(f"cold start of {_who(cell)} ({escape(cell.key.bundle)}): {phases}", soft_wrap=True)
-    for found in report.capacity:
-        screen.print(
-            f"{escape(found.bundle)} on {found.backend} {found.precision} holds [bold]{found.n_held}[/] streams of "
-            f"{found.rate:g} windows a second, p99 within {found.deadline_s:g} s",
-            soft_wrap=True,
-        )
-    for what in dict.fromkeys((cell.key.bundle, _who(cell), cell.caution) for cell in report.cells if cell.caution):
-        screen.print(f"{escape(what[0])} on {what[1]}: {what[2]}", soft_wrap=True)
-    for entry_ in report.left_out:
-        screen.print(f"not measured: {escape(entry_.label)}. {escape(entry_.reason)}", soft_wrap=True)
-    _print_recommendations(report, screen)
-
-
-def _who(cell: Cell) -> str:
-    return f"{cell.key.backend} {cell.key.precision}"
-
-
-def _print_kept(bundle: Bundle, kept: FastestRecord | LeftOut, screen: Console) -> None:
-    if isinstance(kept, LeftOut):
-        screen.print(f"not kept: {escape(kept.label)}. {escape(kept.reason)}", soft_wrap=True)
-    else:
-        screen.print(f"{escape(str(bundle.path))}: the fastest in {kept.precision} is {kept}", soft_wrap=True)
-
-
-def _print_recommendations(report: BenchReport, screen: Console) -> None:
-    for choice in report.recommendations:
-        screen.print(
-            f"{escape(choice.bundle)}: use [bold]{choice.backend}[/] in {choice.precision}. {escape(choice.why)}", soft_wrap=True
-        )
-    if report.noise is not None and report.noise.noisy:
-        screen.print(f"[bold yellow]The machine was noisy.[/] {escape(why_noisy(report.noise))}", soft_wrap=True)
-    if report.partial:
-        screen.print(f"[bold yellow]The report is partial.[/] {escape(why_partial(report))}", soft_wrap=True)
-
-
-def _row(cell: Cell) -> tuple[str, ...]:
-    who = f"[strike]{_who(cell)}[/] [bold red]wrong[/]" if cell.struck_out else _who(cell)
-    missed = "" if cell.open_loop is None else f"{cell.open_loop.missed} of {cell.open_loop.n_due}"
-    if cell.latency is None:
-        return cell.key.what, who, "not held", "", "", missed
-    middle, tail = cell.latency.at(50.0), cell.latency.at(99.0)
-    return cell.key.what, who, _number(middle), _span(middle), _number(tail), missed
-
-
-def _number(figure: Estimate | None) -> str:
-    return "" if figure is None else f"{figure.value:.4g}"
-
-
-def _span(figure: Estimate | None) -> str:
-    return "" if figure is None or figure.low is None else f"{figure.low:.4g} to {figure.high:.4g}"
 
 
 def _compare(paths: tuple[Path, Path], fail_above: float | None, outputs: Outputs, screen: Console, json_output: bool) -> None:
@@ -454,7 +378,7 @@ def _compare(paths: tuple[Path, Path], fail_above: float | None, outputs: Output
         raise BenchmarkError(
             f"{paths[0]} and {paths[1]} have no cell in common.", "Measure the same bundles on the same backends."
         )
-    _print_comparison(comparison, screen)
+    print_comparison(comparison, screen)
     if outputs.out is not None:
         _make(outputs.out)
         write_comparison(comparison, outputs.out / "compare")
@@ -464,36 +388,6 @@ def _compare(paths: tuple[Path, Path], fail_above: float | None, outputs: Output
     if worse:
         words = ", ".join(f"{change.key.label} ({change.verdict})" for change in worse)
         raise RegressionError(f"{len(worse)} of {len(comparison.changes)} cells are worse: {words}.", "See the table.")
-
-
-def _print_comparison(comparison: Comparison, screen: Console) -> None:
-    colours = {"slower": "bold red", "wrong now": "bold red", "not held any more": "bold red", "faster": "green"}
-    for bundle in dict.fromkeys(change.key.bundle for change in comparison.changes):
-        table = _table("scenario", "backend", "p50 us", "change", "95 %", "p99", "", title=escape(bundle))
-        for change in comparison.changes:
-            key, colour = change.key, colours.get(change.verdict, "dim")
-            if key.bundle == bundle:
-                who = f"{key.backend} {key.precision}"
-                medians = "" if change.before_us is None else f"{change.before_us:.4g} -> {change.after_us:.4g}"
-                figures = (_percent(change.change), _percent_span(change.change), _percent(change.change_p99))
-                table.add_row(key.what, who, medians, *figures, f"[{colour}]{change.verdict}[/]")
-        screen.print(table)
-    screen.print(f"Changes within {comparison.smallest_claim:.0%} are not claimed: two runs of the same thing differ by as much.")
-    if comparison.machine is not None:
-        screen.print(f"The machine itself (fixed work): {_percent(comparison.machine)} ({_percent_span(comparison.machine)}).")
-    for text in comparison.differs:
-        screen.print(f"differs: {escape(text)}", soft_wrap=True)
-    for where, labels in (("before", comparison.only_before), ("after", comparison.only_after)):
-        for label in labels:
-            screen.print(f"only {where}: {escape(label)}", soft_wrap=True)
-
-
-def _percent(change: Estimate | None) -> str:
-    return "" if change is None else f"{change.value:+.1%}"
-
-
-def _percent_span(change: Estimate | None) -> str:
-    return "" if change is None or change.low is None else f"{change.low:+.1%} to {change.high:+.1%}"
 
 
 main = entry("bench")
