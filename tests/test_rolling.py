@@ -218,7 +218,7 @@ def test_what_cannot_be_given_new_samples_alone_is_refused(bundle):
         decoder_of((bundle, Whole(bundle)), source, roll=True)
     backend = Rolling(bundle)
     backend.persistent = True
-    with pytest.raises(StreamError, match="a kernel that stays would leave each time"):
+    with pytest.raises(StreamError, match="keep_warm"):
         decoder_of((bundle, backend), source, keep_warm=0.01, roll=True)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from sjepa_deploy.eeg.conditioning import BadChannels
 from sjepa_deploy.errors import StreamError
-from sjepa_deploy.runtime.live.windows import BadChannels
 from sjepa_deploy.spec import ModelSpec
 
 Late = Literal["skip", "queue", "hold"]
@@ -49,6 +49,11 @@ class StreamConfig:
         Whether the backend is given new samples alone, where a window follows the last one: it must keep the others (see
         `Predictor.rolling`), and a kernel that stays takes no `keep_warm` beside it. None: where it can. Decisions are the same
         to the bit.
+
+    Raises
+    ------
+    StreamError
+        If a policy is not one of its choices, or `keep_warm` is not positive.
     """
 
     hop: float = 0.1
@@ -63,6 +68,17 @@ class StreamConfig:
     give_up: float | None = None
     keep_warm: float | None = None
     roll: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in (("late", get_args(Late)), ("bad_channels", get_args(BadChannels))):
+            if getattr(self, name) not in choices:
+                raise StreamError(f"{getattr(self, name)!r} is not a choice for {name}.", f"Use one of {', '.join(choices)}.")
+        if self.keep_warm is not None and not self.keep_warm > 0:
+            raise StreamError(f"A keep_warm of {self.keep_warm:g} s is none.", "Use a positive time, such as 0.005.")
+
+    def deadline_s(self, spec: ModelSpec) -> float:
+        """Return the deadline in seconds: the one that is set, or the hop."""
+        return self.hop_samples(spec) / spec.sfreq if self.deadline is None else self.deadline
 
     def hop_samples(self, spec: ModelSpec) -> int:
         """Return the hop in samples of the model.

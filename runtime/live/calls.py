@@ -1,0 +1,191 @@
+"""Decides about windows: the calls of the backend for one stream, and what happens to those that are late or fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sjepa_deploy.errors import RefusedError, StreamError, UnansweredError
+from sjepa_deploy.runtime.keep_warm import KeepWarm
+from sjepa_deploy.runtime.live.config import StreamConfig
+from sjepa_deploy.runtime.live.counters import Counters
+from sjepa_deploy.runtime.live.decision import Decision
+from sjepa_deploy.runtime.live.windows import Window, WindowStream
+from sjepa_deploy.runtime.predictor import Predictor
+
+N_WARM_UP = 20
+"""Calls of the backend before the stream is read, so that no decision pays for buffers and caches."""
+
+
+class BackendCalls:
+    """Makes a decision of each window of a stream, and counts every window that gets none.
+
+    A backend that keeps the newest window (`Predictor.rolling`) is given the new samples alone where a window follows the last
+    one decoded, and a whole window otherwise. On creation the backend is called `N_WARM_UP` times in each of these ways.
+
+    Parameters
+    ----------
+    predict : Predictor
+        The model.
+    windows : WindowStream
+        Where the samples of a window are.
+    config : StreamConfig
+        What to do with late windows, whether to give new samples alone, how to keep the backend awake.
+    clock : callable
+        The time now in seconds of the source's clock.
+    counters : Counters
+        Where to count.
+    report : callable
+        Called with the kind and the text of every incident.
+
+    Raises
+    ------
+    StreamError
+        If the config asks for new samples alone, and the backend cannot be given them.
+    """
+
+    def __init__(
+        self,
+        predict: Predictor,
+        windows: WindowStream,
+        config: StreamConfig,
+        *,
+        clock: Callable[[], float],
+        counters: Counters,
+        report: Callable[[str, str], None],
+    ) -> None:
+        self._predict, self._windows, self._late = predict, windows, config.late
+        self._clock, self._counters, self._report = clock, counters, report
+        self._hop, self._n_times = config.hop_samples(predict.spec), predict.spec.n_times
+        self._deadline = config.deadline_s(predict.spec)
+        self._last: Decision | None = None
+        why_whole = _why_whole_windows(predict, config)
+        if config.roll and why_whole is not None:
+            raise why_whole
+        self._rolls = config.roll is not False and why_whole is None
+        self._rolled: tuple[int, int] | None = None  # the last window decoded, and the predictor's count of calls then
+        self._warm_up()
+        self.keep_warm: KeepWarm | None = None
+        if config.keep_warm is not None:
+            window = windows.eeg().copy()
+            self.keep_warm = KeepWarm(lambda: predict(window), config.keep_warm)
+        self._called = time.perf_counter()
+
+    def decide(self, window: Window, received: float) -> Decision | None:
+        """Return the decision of a window that is the newest one of the stream; None if it gets none.
+
+        Parameters
+        ----------
+        window : Window
+            The window.
+        received : float
+            When its newest sample arrived, in seconds of the source's clock.
+        """
+        counters, clock = self._counters, self._clock
+        due = window.stamp + self._deadline
+        started = clock()
+        if started > due and self._late != "queue":
+            return self._answer_late(window, due, received, started)
+        try:
+            prediction = self._call(window)[0].copy()
+        except (RefusedError, UnansweredError) as e:  # of a server, which may answer the next window
+            counters.failed += 1
+            self._count_miss(missed=True)
+            self._report("unanswered", str(e))
+            return None
+        except BaseException:
+            counters.failed += 1
+            raise
+        decided = clock()
+        if self.keep_warm is not None:
+            self._called = time.perf_counter()
+        counters.decisions += 1
+        self._count_miss(missed=decided > due)
+        decision = self._last = Decision(
+            window.index,
+            prediction,
+            window.stamp,
+            due,
+            received,
+            decided,
+            decided - started,
+            False,
+            window.bridged,
+            window.bad_channels,
+        )
+        return decision
+
+    def fill_pause(self) -> None:
+        """Make the dummy call of `keep_warm` if the last call is long ago and the next window far enough."""
+        keep_warm = self.keep_warm
+        assert keep_warm is not None
+        now = time.perf_counter()
+        if now - self._called >= keep_warm.period:
+            wait = self._windows.due_at - self._clock()
+            if keep_warm.beat(now + wait if wait > 0 else math.inf):  # a silent source is not waited for
+                self._called = time.perf_counter()
+
+    def _warm_up(self) -> None:
+        window = self._windows.eeg().copy()
+        new = [window[0, :, :n].copy() for n in (self._n_times, self._hop)] if self._rolls else []
+        for _ in range(N_WARM_UP):
+            self._predict(window)
+        for samples in new:
+            for _ in range(N_WARM_UP):
+                self._predict.roll(samples)
+
+    def _answer_late(self, window: Window, due: float, received: float, now: float) -> Decision | None:
+        self._count_miss(missed=True)
+        if self._late == "skip" or self._last is None:
+            self._counters.skipped_late += 1
+            return None
+        self._counters.held += 1
+        return dataclasses.replace(
+            self._last,
+            index=window.index,
+            time=window.stamp,
+            due=due,
+            received=received,
+            decided=now,
+            infer_s=0.0,
+            held=True,
+        )
+
+    def _call(self, window: Window) -> NDArray[np.float32]:
+        if not self._rolls:
+            return self._predict(self._windows.eeg())
+        # Between windows that were due one after the other there is no gap, as after one the next window is not whole.
+        follows = self._rolled == (window.index - 1, self._predict.n_rolls)
+        outputs = self._predict.roll(self._windows.newest(self._hop if follows else self._n_times))
+        self._rolled = window.index, self._predict.n_rolls
+        return outputs
+
+    def _count_miss(self, *, missed: bool) -> None:
+        counters = self._counters
+        if not missed:
+            counters.miss_run = 0
+            return
+        counters.miss_run += 1
+        counters.misses += 1
+        counters.longest_misses = max(counters.longest_misses, counters.miss_run)
+        if counters.miss_run == 1:
+            self._report("deadline", f"A decision is later than {self._deadline:.3g} s.")
+
+
+def _why_whole_windows(predict: Predictor, config: StreamConfig) -> StreamError | None:
+    """Return what keeps the backend from being given new samples alone."""
+    if predict.rolling is None:
+        return StreamError(
+            f"The backend {predict.backend.name} keeps no window of a stream.", "Use the backend cuda, or leave roll out."
+        )
+    if predict.rolling.persistent and config.keep_warm is not None:
+        return StreamError(
+            "The dummy calls of keep_warm are whole windows, for which a kernel that stays on the GPU would leave each time.",
+            "Leave keep_warm or roll out.",
+        )
+    return None

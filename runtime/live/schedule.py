@@ -1,0 +1,57 @@
+"""Says when the windows of a stream are due."""
+
+from __future__ import annotations
+
+
+class Schedule:
+    """Counts the samples of a stream at the model's rate, and says after which of them a window is due.
+
+    The first window is due when `n_times` samples have come, and then one every `hop` samples. Samples that were lost count too,
+    so that a loss moves no window: what is due within it is only not whole. Nothing here depends on a clock or on chunks.
+
+    Parameters
+    ----------
+    n_times : int
+        Samples of a window.
+    hop : int
+        Samples from one window to the next, 1 to `n_times`.
+
+    Attributes
+    ----------
+    elapsed : int
+        Samples so far, with those that were lost.
+    due_in : int
+        Samples until the next window is due, at least 1.
+    """
+
+    def __init__(self, n_times: int, hop: int) -> None:
+        self._n_times, self._hop = n_times, hop
+        self.elapsed = 0
+        self.due_in = n_times
+        self._unbroken = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether a window that ends with the newest sample lacks none."""
+        return self._unbroken >= self._n_times
+
+    def advance(self, n: int) -> bool:
+        """Count `n` samples that came, at most `due_in`, and return whether a window is due after the last of them."""
+        self.elapsed += n
+        self._unbroken += n
+        self.due_in -= n
+        if self.due_in:
+            return False
+        self.due_in = self._hop
+        return True
+
+    def skip(self, n: int) -> int:
+        """Count `n` samples that were lost, and return how many windows were due in the loss.
+
+        Also a loss of 0 samples, as when a stream starts anew, breaks the windows across it.
+        """
+        self.elapsed += n
+        self._unbroken = 0
+        n_windows = max(0, 1 + (n - self.due_in) // self._hop)
+        self.due_in += n_windows * self._hop - n
+        return n_windows

@@ -1,0 +1,217 @@
+"""Conditions a live stream: samples as they were received become samples as the model expects them.
+
+The same steps as `sjepa_deploy.eeg.recording.fit_recording` takes offline, with causal filters, and with the faults of live
+channels. There is no clock: the output depends on the samples alone, and not on how they were cut into chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sjepa_deploy.eeg.causal import Preprocessor
+from sjepa_deploy.eeg.info import StreamInfo
+from sjepa_deploy.eeg.interpolation import LEAST_GOOD, match_channels, mixing_matrix
+from sjepa_deploy.eeg.quality import REASONS, ChannelQuality, ChannelState
+from sjepa_deploy.eeg.recording import PLAUSIBLE_RMS
+from sjepa_deploy.errors import StreamError, listed
+from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec
+
+BadChannels = Literal["flag", "repair", "stop"]
+"""What happens to channels that turn bad: they are named; also interpolated while they are bad; or they end the stream."""
+
+FloatArray = NDArray[np.float64]
+
+
+class Conditioner:
+    """Picks and scales the channels of a stream, filters them, reduces their rate, and watches their quality.
+
+    Give the samples of a stream to `take` in their order. After each `take` call `judge`: a decision on the samples need not wait
+    for the verdict on their channels.
+
+    Parameters
+    ----------
+    spec : ModelSpec
+        The model.
+    info : StreamInfo
+        The stream.
+    interpolate : bool
+        Whether channels that the stream lacks are interpolated; otherwise they are an error.
+    bads : sequence of str
+        Channels of the stream that are known to be bad: they count as lacking.
+    bad_channels : {"flag", "repair", "stop"}
+        What happens to channels that turn bad.
+    report : callable
+        Called with one sentence for every change of a channel.
+
+    Attributes
+    ----------
+    ch_names, missing : tuple of str
+        Channels of the stream that are used, and channels of the model that are made from them.
+    delay : AlgorithmicDelay
+        Delay of the filters.
+    codes : ndarray of int8, shape (len(ch_names),)
+        The `ChannelState` of each channel now.
+    n_non_finite : int
+        Values so far that were NaN or infinite.
+
+    Raises
+    ------
+    StreamError
+        If the stream does not fit the model.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        info: StreamInfo,
+        *,
+        interpolate: bool = False,
+        bads: Sequence[str] = (),
+        bad_channels: BadChannels = "flag",
+        report: Callable[[str], object],
+    ) -> None:
+        self._spec, self._info, self._report = spec, info, report
+        self._columns, self.ch_names, self.missing = match_channels(spec, info, interpolate=interpolate, bads=bads)
+        self._all_columns = np.array_equal(self._columns, np.arange(len(info.ch_names)))
+        self._policy: BadChannels = bad_channels
+        if bad_channels == "repair" and spec.positions is None:
+            raise StreamError("The bundle holds no positions to repair channels by.", "Use `--bad-channels flag`.")
+        self._preprocess = Preprocessor(spec, info.sfreq, mixing_matrix(self.ch_names, spec)[0])
+        self.delay, self.ratio = self._preprocess.delay, self._preprocess.ratio
+        self._scale = np.float64(UNITS_IN_VOLTS[info.unit] / UNITS_IN_VOLTS[spec.unit])
+        self._quality = ChannelQuality(len(self.ch_names), info.sfreq, 1 / UNITS_IN_VOLTS[spec.unit])
+        n = len(self.ch_names)
+        self.codes = np.zeros(n, np.int8)
+        self.n_non_finite = 0
+        self._non_finite = self._spoilt = np.zeros(n, bool)  # now, and somewhere in this block
+        self._any_non_finite = False
+        self._newest = np.zeros(n)
+        self._n_made = 0
+        self._bad_until = np.full(n, -(2**62))  # samples made when a channel was last bad
+        self._any_bad = False
+        self._any_bad_until = -(2**62)
+        self._started = self._plausible = False
+
+    def pick(self, samples: NDArray[Any]) -> FloatArray:
+        """Return the channels that are used in the model's unit.
+
+        Parameters
+        ----------
+        samples : ndarray, shape (n_samples, n_chans of the stream)
+            In the stream's unit and type.
+        """
+        scaled: FloatArray = (samples if self._all_columns else samples[:, self._columns]) * self._scale
+        return scaled
+
+    def take(self, samples: FloatArray) -> tuple[FloatArray, list[int], int]:
+        """Condition samples from `pick` that follow the last ones: as many as can be judged together.
+
+        Returns
+        -------
+        made : ndarray, shape (n_made, n_chans of the model)
+            Samples at the model's rate.
+        rows : list of int
+            The row of `samples` after which each of them came out.
+        n_taken : int
+            Rows that were taken; give the others again.
+        """
+        piece = samples[: self._quality.room]
+        finite = np.isfinite(piece)
+        if self._any_non_finite or not finite.all():
+            piece = self._without_non_finite(piece, finite)
+        if not self._started:
+            self._preprocess.start(piece[0])
+            self._started = True
+        made, rows = self._preprocess(piece)
+        self._n_made += len(made)
+        if self._any_bad:
+            self._bad_until[self.codes != ChannelState.OK] = self._any_bad_until = self._n_made
+        self._piece, self._newest = piece, piece[-1]
+        return made, rows, len(piece)
+
+    def judge(self) -> bool:
+        """Judge the channels by the samples of the last `take`, at the end of every `BLOCK_S`.
+
+        Returns
+        -------
+        bool
+            Whether a block was judged.
+
+        Raises
+        ------
+        StreamError
+            If a channel turned bad and bad channels end the stream, or if the amplitudes are none of EEG in the stream's unit.
+        """
+        if not self._quality.take(self._piece):
+            return False
+        self._quality.codes[self._spoilt] = ChannelState.OK  # they are held, not flat
+        self._spoilt = self._non_finite
+        if not self._plausible:
+            self._check_unit()
+        self._update(self._newest)
+        return True
+
+    def restart(self) -> None:
+        """Start anew: the next sample does not follow the last one."""
+        self._started = False
+        self._quality.restart()
+
+    def bad_in_newest(self, n: int) -> tuple[str, ...]:
+        """Return the channels of the stream that were bad somewhere in the newest `n` samples that were made."""
+        if self._n_made - self._any_bad_until >= n:
+            return ()
+        return tuple(self.ch_names[c] for c in np.flatnonzero(self._n_made - self._bad_until < n))
+
+    def _without_non_finite(self, piece: FloatArray, finite: NDArray[np.bool_]) -> FloatArray:
+        """Return the first rows in which the same channels are not finite, with the last finite value in their place."""
+        missing = ~finite[0]
+        changes = np.flatnonzero((finite != finite[0]).any(axis=1))
+        piece = piece[: changes[0] if len(changes) else None].copy()
+        self.n_non_finite += int(missing.sum()) * len(piece)
+        piece[:, missing] = self._newest[missing]
+        self._spoilt = self._spoilt | missing
+        if not np.array_equal(missing, self._non_finite):
+            self._non_finite, self._any_non_finite = missing, bool(missing.any())
+            self._update(piece[0])
+        return piece
+
+    def _update(self, sample: FloatArray) -> None:
+        """Bring the verdicts on the channels up to date, and act on those that changed."""
+        codes = np.where(self._non_finite, ChannelState.NAN, self._quality.codes).astype(np.int8)
+        changed = np.flatnonzero(codes != self.codes)
+        if not len(changed):
+            return
+        recovered = [int(c) for c in changed if codes[c] == ChannelState.OK]
+        for c in changed:
+            was, now = REASONS[ChannelState(self.codes[c])], REASONS[ChannelState(codes[c])]
+            self._report(f"{self.ch_names[c]} is {now}" + (f" again, it was {was}." if codes[c] == ChannelState.OK else "."))
+        self.codes = codes
+        bad = [name for name, code in zip(self.ch_names, codes, strict=True) if code != ChannelState.OK]
+        if bad and self._policy == "stop":
+            raise StreamError(
+                f"{listed(bad)} turned bad ({REASONS[ChannelState(max(codes))]}).",
+                "Mend the electrodes, or use another --bad-channels.",
+            )
+        self._any_bad = bool(bad)
+        if recovered:
+            self._preprocess.restart_channels(recovered, sample)
+        if self._policy == "repair":
+            if len(self.ch_names) - len(bad) < LEAST_GOOD:
+                self._report(f"{len(bad)} channels are bad, too many to repair.")
+                bad = []
+            self._preprocess.set_matrix(mixing_matrix(self.ch_names, self._spec, bad)[0])
+
+    def _check_unit(self) -> None:
+        """Refuse amplitudes that no EEG has in the stream's unit: volts taken for microvolts change outputs without any error."""
+        alive = self._quality.spread[(self._quality.spread > 0) & ~self._non_finite]
+        self._plausible = len(alive) > 0
+        if self._plausible and not PLAUSIBLE_RMS[0] <= float(np.median(alive)) <= PLAUSIBLE_RMS[1]:
+            raise StreamError(
+                f"The median channel of {self._info.name} has an RMS of {np.median(alive) * 1e6:.3g} uV when taken as "
+                f"{self._info.unit}, which is no EEG.",
+                "State the unit that the samples are really in with `--unit`.",
+            )
