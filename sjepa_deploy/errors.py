@@ -81,6 +81,10 @@ class RecordingError(SjepaError, ValueError):
     """A recording that cannot be read or does not fit the model."""
 
 
+class TooShortError(RecordingError):
+    """A recording that is shorter than the zero-phase filter of the preprocessing."""
+
+
 class StreamError(SjepaError):
     """A live stream that cannot be found, breaks the model's contract, or was lost for good."""
 

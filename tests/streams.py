@@ -33,6 +33,7 @@ class ScriptedSource:
     def __init__(self, info, chunks):
         self.info = info
         self.incidents = deque()
+        self.n_flushed, self.live = 0, True
         self.now = 0.0
         self.closed = False
         self._chunks = deque(chunks)

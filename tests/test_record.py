@@ -19,7 +19,7 @@ from sjepa_deploy.eeg.recording import read_recording
 from sjepa_deploy.errors import RecordingError, StreamError
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
-from sjepa_deploy.runtime.live.recorder import Recorder, RunDescription, read_record
+from sjepa_deploy.runtime.live.recorder import RunDescription, read_record, record
 
 pytestmark = pytest.mark.alone
 
@@ -32,27 +32,10 @@ def predict(make_bundle):
         yield predict
 
 
-def description(decoder):
-    manifest = decoder.predict.bundle.manifest
-    return RunDescription(
-        stream=decoder.source.info,
-        config=decoder.config,
-        bundle=str(decoder.predict.bundle.path),
-        bundle_digest=manifest.digest,
-        backend="ort-cpu",
-        precision="fp32",
-        version="test",
-    )
-
-
-def recorded(predict, path, source, failures=None, **config):
-    """Decode and record a source. Returns decoder and decisions."""
+def recorded(predict, path, source, **config):
+    """Return a decoder of a source and its recorder."""
     decoder = Decoder(predict, source, StreamConfig(**config))
-    recorder = Recorder(path, description(decoder), 3, (failures if failures is not None else []).append)
-    decoder.on_chunk(recorder.chunk)
-    decoder.on_decision(recorder.decision)
-    decoder.on_incident(recorder.incident)
-    return decoder, recorder
+    return decoder, record(decoder, path)
 
 
 @pytest.fixture
@@ -75,12 +58,20 @@ def test_samples_stamps_and_decisions_come_back_to_the_bit(predict, tmp_path, dt
     )
     decisions = list(decoder)
     recorder.close()
-    record = read_record(tmp_path / "run.xdf")
-    assert np.concatenate([chunk.samples for chunk in record.chunks]).tobytes() == samples.tobytes()
-    assert np.concatenate([chunk.stamps for chunk in record.chunks]).tobytes() == stamps.tobytes()
-    assert [len(chunk.stamps) for chunk in record.chunks] == [9] * 55 + [5]
-    assert {i: prediction.tobytes() for i, prediction in record.decisions.items()} == predictions(decisions)
-    assert record.run == description(decoder)
+    recording = read_record(tmp_path / "run.xdf")
+    assert np.concatenate([chunk.samples for chunk in recording.chunks]).tobytes() == samples.tobytes()
+    assert np.concatenate([chunk.stamps for chunk in recording.chunks]).tobytes() == stamps.tobytes()
+    assert [len(chunk.stamps) for chunk in recording.chunks] == [9] * 55 + [5]
+    assert {i: prediction.tobytes() for i, prediction in recording.decisions.items()} == predictions(decisions)
+    assert recording.run == RunDescription(
+        stream=decoder.source.info,
+        config=decoder.config,
+        bundle=str(predict.bundle.path),
+        bundle_digest=predict.bundle.manifest.digest,
+        backend="ort-cpu",
+        precision="fp32",
+        version=sjepa_deploy.__version__,
+    )
 
 
 def test_replay_gives_the_same_decisions_through_gaps_and_restarts(predict, eventful, tmp_path, capsys):
@@ -142,10 +133,10 @@ def test_killed_process_leaves_a_record_up_to_the_last_second(predict, tmp_path)
     process.send_signal(signal.SIGKILL)
     process.wait()
     newest = json.loads(out.read_text().splitlines()[-1])["time"]
-    record = read_record(path)
-    assert newest - max(record.stamps.values()) < 5.0  # a second, and what a busy machine adds
-    assert len(record.decisions) >= len(before.decisions) >= 1
-    assert all(record.decisions[i].tobytes() == made.tobytes() for i, made in before.decisions.items())
+    recording = read_record(path)
+    assert newest - max(recording.stamps.values()) < 5.0  # a second, and what a busy machine adds
+    assert len(recording.decisions) >= len(before.decisions) >= 1
+    assert all(recording.decisions[i].tobytes() == made.tobytes() for i, made in before.decisions.items())
     assert run_stream(predict.bundle.path, "--replay", path) == 0
 
 
@@ -156,9 +147,9 @@ def test_record_cut_anywhere_in_its_last_chunk_is_read(predict, eventful, tmp_pa
     recorder.close()
     whole = (tmp_path / "run.xdf").read_bytes()
     (tmp_path / "cut.xdf").write_bytes(whole[: len(whole) - n_bytes])
-    record = read_record(tmp_path / "cut.xdf")
-    assert len(record.decisions) > 0
-    assert sum(len(chunk.stamps) for chunk in record.chunks) == decoder.counters.samples
+    recording = read_record(tmp_path / "cut.xdf")
+    assert len(recording.decisions) > 0
+    assert sum(len(chunk.stamps) for chunk in recording.chunks) == decoder.counters.samples
 
 
 class FullDisk:
@@ -179,23 +170,24 @@ class FullDisk:
 
 
 def test_full_disk_ends_the_record_and_not_the_decoder(predict, tmp_path):
-    failures = []
+    incidents = []
     samples = eeg(3000)
     source = ScriptedSource(info_of(predict.spec), chunks_of(samples, np.arange(3000) / 100))
-    decoder, recorder = recorded(predict, tmp_path / "run.xdf", source, failures)
+    decoder, recorder = recorded(predict, tmp_path / "run.xdf", source)
+    decoder.on_incident(incidents.append)
     recorder._file = FullDisk(recorder._file, 150_000)
     for decision in decoder:
         if decision.index % 60 == 59:
             recorder._flush()  # what its thread does every second
     recorder.close()
     assert decoder.counters.decisions == 281
-    assert failures == ["Recording ended: the disk is full."]
-    record = read_record(tmp_path / "run.xdf")
-    n_recorded = sum(len(chunk.stamps) for chunk in record.chunks)
+    assert [(incident.kind, incident.text) for incident in incidents] == [("record", "Recording ended: the disk is full.")]
+    recording = read_record(tmp_path / "run.xdf")
+    n_recorded = sum(len(chunk.stamps) for chunk in recording.chunks)
     assert n_recorded > 0
     assert recorder.n_lost["samples"] == 3000 - n_recorded
-    assert recorder.n_lost["decisions"] == 281 - len(record.decisions)
-    np.testing.assert_array_equal(np.concatenate([c.samples for c in record.chunks]), samples[:n_recorded])
+    assert recorder.n_lost["decisions"] == 281 - len(recording.decisions)
+    np.testing.assert_array_equal(np.concatenate([c.samples for c in recording.chunks]), samples[:n_recorded])
 
 
 def test_stalled_disk_costs_bounded_memory_and_is_counted(predict, tmp_path):
@@ -218,8 +210,8 @@ def test_a_real_disk_that_is_full(predict, tmp_path):
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
-    record = read_record(tmp_path / "run.xdf")
-    n_recorded = sum(len(chunk.stamps) for chunk in record.chunks)
+    recording = read_record(tmp_path / "run.xdf")
+    n_recorded = sum(len(chunk.stamps) for chunk in recording.chunks)
     assert 0 < n_recorded < 12_000
     assert summary["not_written"]["samples in the record"] == summary["counters"]["samples"] - n_recorded
     assert run_stream(predict.bundle.path, "--replay", tmp_path / "run.xdf") == 0
@@ -245,7 +237,7 @@ def test_other_files_are_no_records(tmp_path):
 
 
 def test_a_reader_that_stalls_costs_bounded_memory_and_its_lines_are_counted(predict):
-    code = f"import sjepa_deploy.cli.stream as s; s.MOST_LINES = 500; s.LAST_LINES_S = 0.5; {CODE}"
+    code = f"import sjepa_deploy.runtime.live.lines as s; s.MOST_LINES = 500; s.LAST_LINES_S = 0.5; {CODE}"
     arguments = ["--source", "synthetic", "--speed", "20", "--duration", "60", "--hop", "0", "--late", "queue", "--quiet"]
     command = [sys.executable, "-c", code, str(predict.bundle.path), *arguments, "--out", "-"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -260,10 +252,9 @@ def test_a_reader_that_stalls_costs_bounded_memory_and_its_lines_are_counted(pre
 
 
 def test_a_recording_is_decoded_no_faster_than_its_lines_and_record_are_written(predict, tmp_path, monkeypatch, capsys):
-    from sjepa_deploy.cli import stream
-    from sjepa_deploy.runtime.live import recorder
+    from sjepa_deploy.runtime.live import lines, recorder
 
-    monkeypatch.setattr(stream, "MOST_LINES", 10)
+    monkeypatch.setattr(lines, "MOST_LINES", 10)
     monkeypatch.setattr(recorder, "MOST_PENDING_S", 2.0)
     files = ["--out", tmp_path / "lines", "--record", tmp_path / "run.xdf"]
     arguments = ["--source", "synthetic", "--speed", "inf", "--duration", "120", "--late", "queue", "--json", "--quiet", *files]
@@ -272,9 +263,9 @@ def test_a_recording_is_decoded_no_faster_than_its_lines_and_record_are_written(
     assert not any(summary["not_written"].values())
     n = summary["counters"]["decisions"]
     assert sum('"index"' in line for line in (tmp_path / "lines").read_text().splitlines()) == n > 1000
-    record = read_record(tmp_path / "run.xdf")
-    assert len(record.decisions) == n
-    assert sum(len(chunk.stamps) for chunk in record.chunks) == summary["counters"]["samples"]
+    recording = read_record(tmp_path / "run.xdf")
+    assert len(recording.decisions) == n
+    assert sum(len(chunk.stamps) for chunk in recording.chunks) == summary["counters"]["samples"]
 
 
 def test_wall_clock_that_jumps_changes_nothing(predict, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import pkgutil
 import sys
 import threading
 from fractions import Fraction
@@ -31,7 +32,8 @@ from sjepa_deploy.errors import BackendError, MissingDependencyError, RecordingE
 from sjepa_deploy.runtime.live.check import check_streaming
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
-from sjepa_deploy.runtime.live.open_source import open_source
+from sjepa_deploy.runtime.live.lines import LineWriter
+from sjepa_deploy.runtime.live.open_source import SOURCES, SourceEntry, SourceOptions, open_source
 from sjepa_deploy.runtime.live.sources import ReplaySource, synthetic_source
 from sjepa_deploy.runtime.watch.watching import watch
 from sjepa_deploy.spec import Preprocessing
@@ -254,11 +256,36 @@ def test_check_command(make_bundle, tmp_path, capsys):
     assert result["chunks"] == ["1", "7", "32", "1000", "random"]
 
 
-def test_no_garbage_is_collected_while_decisions_are_made(make_bundle, tmp_path, monkeypatch):
-    from sjepa_deploy.cli import stream as command
+def test_check_knows_a_recording_that_is_too_short_for_the_zero_phase_filter(make_bundle, tmp_path):
+    """The FIR filter for 0.5 Hz lasts 6.6 s: correlations are left out. Any other error comes through."""
+    bundle = make_bundle("prelocal", preprocessing=Preprocessing(reference="none", l_freq=0.5, h_freq=None))
+    np.save(tmp_path / "eeg.npy", eeg(400).T)
+    with sjepa_deploy.load(bundle, check_unit=False) as predict:
+        result = check_streaming(predict, tmp_path / "eeg.npy", StreamConfig(), unit="uV", sfreq=100.0)
+    assert result.passed
+    assert (result.correlation, result.difference, result.flips) == (None, None, None)
 
+
+@pytest.mark.parametrize("error", [ValueError("something else"), RecordingError("Something else.", "Mend it.")])
+def test_check_hides_no_other_error(predict, tmp_path, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    np.save(tmp_path / "eeg.npy", eeg(400).T)
+    monkeypatch.setattr("sjepa_deploy.runtime.live.check.fit_recording", fail)
+    with pytest.raises(type(error), match="omething else"):
+        check_streaming(predict, tmp_path / "eeg.npy", StreamConfig(), unit="uV", sfreq=100.0)
+
+
+@pytest.mark.parametrize("wrong", [{"late": "later"}, {"bad_channels": "mend"}])
+def test_policies_that_do_not_exist_are_refused(wrong):
+    with pytest.raises(StreamError, match=next(iter(wrong))):
+        StreamConfig(**wrong)
+
+
+def test_no_garbage_is_collected_while_decisions_are_made(make_bundle, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(command._Lines, "put", lambda *_: seen.append((gc.isenabled(), sys.getswitchinterval())))
+    monkeypatch.setattr(LineWriter, "put", lambda *_: seen.append((gc.isenabled(), sys.getswitchinterval())))
     turn = sys.getswitchinterval()
     arguments = ["--source", "synthetic", "--speed", "inf", "--duration", "5", "--quiet", "--out", str(tmp_path / "lines")]
     assert run_stream(make_bundle("prelocal").path, *arguments) == 0
@@ -293,7 +320,9 @@ def test_a_kernel_that_stays_is_asked_of_the_backend_that_has_one(make_bundle, m
         source = ["--source", "synthetic", "--speed", "inf", "--duration", "5", "--quiet"]
         return run_stream(make_bundle("prelocal").path, *source, *arguments)
 
-    monkeypatch.setitem(backend.BACKENDS, "cuda", backend.BackendEntry(target="fused:open", package="numpy", extra=""))
+    monkeypatch.setitem(
+        backend.BACKENDS, "cuda", backend.BackendEntry(target="fused:open", package="numpy", extra="", persistent=True)
+    )
     find = backend._find
     monkeypatch.setattr(backend, "_find", lambda target: fused if target == "fused:open" else find(target))
     assert stream("--backend", "cuda") == stream("--backend", "cuda", "--persistent") == 0
@@ -317,18 +346,20 @@ def test_replay_hands_out_samples_when_they_are_due(predict):
 
 
 def test_synthetic_source_repeats_a_minute(predict):
-    source = synthetic_source(predict.spec, speed=float("inf"))
-    source.set_chunk(6000)
+    source = synthetic_source(predict.spec, speed=float("inf"), chunk=6000)
     first, second = source.read(0.0), source.read(0.0)
     np.testing.assert_array_equal(first.samples, second.samples)
     assert second.stamps[0] == 60.0
-    with pytest.raises(StreamError, match="speed of 0"):
+    with pytest.raises(StreamError, match="speed is 0"):
         synthetic_source(predict.spec, speed=0.0)
+
+
+OF_ARRAY = SourceOptions(sfreq=100.0, unit="uV", speed=float("inf"))
 
 
 def test_sources_by_name(predict, tmp_path):
     np.save(tmp_path / "eeg.npy", eeg(300).T)
-    source = open_source(f"file:{tmp_path / 'eeg.npy'}", predict.spec, sfreq=100.0, unit="uV", speed=float("inf"))
+    source = open_source(f"file:{tmp_path / 'eeg.npy'}", predict.spec, OF_ARRAY)
     assert source.info.ch_names == predict.spec.ch_names
     assert source.info.unit == "V"
     for wrong in ("lsl", "lsl:", "serial:0", "file:"):
@@ -336,6 +367,64 @@ def test_sources_by_name(predict, tmp_path):
             open_source(wrong, predict.spec)
     with pytest.raises(RecordingError, match="There is no recording"):
         open_source("file:nothing.edf", predict.spec)
+
+
+@pytest.mark.parametrize(
+    ("address", "options", "name"),
+    [
+        ("lsl:amp", {"speed": 2.0}, "speed"),
+        ("lsl:amp", {"sfreq": 100.0}, "sfreq"),
+        ("synthetic", {"unit": "uV"}, "unit"),
+        ("synthetic", {"ch_names": ("Cz",)}, "ch_names"),
+    ],
+)
+def test_an_option_that_a_source_would_ignore_is_refused(predict, address, options, name):
+    with pytest.raises(StreamError, match=f"takes no {name}"):
+        open_source(address, predict.spec, SourceOptions(**options))
+
+
+def test_a_source_whose_package_is_missing_names_the_extra(predict, monkeypatch):
+    monkeypatch.setitem(SOURCES, "lsl", dataclasses.replace(SOURCES["lsl"], package="not_there"))
+    with pytest.raises(MissingDependencyError, match=r"not_there.*sjepa-deploy\[stream\]"):
+        open_source("lsl:amp", predict.spec)
+
+
+def test_every_source_of_the_table_is_found():
+    for entry in SOURCES.values():
+        assert callable(pkgutil.resolve_name(entry.target))
+
+
+def toy_source(what, spec, options):
+    """Open a source of two hops of samples, as somebody who adds a row to the table may write one."""
+    samples = eeg(220, seed=int(what))
+    return ScriptedSource(info_of(spec, unit=options.unit), chunks_of(samples, np.arange(220) / spec.sfreq))
+
+
+def test_a_row_of_the_table_makes_a_source(make_bundle, monkeypatch):
+    entry = SourceEntry(target="test_stream:toy_source", address="toy:SEED", package="numpy", extra="", takes=("unit",))
+    monkeypatch.setitem(SOURCES, "toy", entry)
+    with Decoder.open(make_bundle("prelocal").path, "toy:7", unit="uV") as decoder:
+        decisions = list(decoder)
+        source = decoder.source
+    assert len(decisions) == 3
+    assert source.closed
+    with pytest.raises(StreamError, match="toy:SEED"):
+        Decoder.open(make_bundle("prelocal").path, "toy", unit="uV")
+
+
+def test_open_takes_what_a_file_does_not_say(make_bundle, tmp_path):
+    """At infinite speed a hop comes at once, so that no window is late."""
+    np.save(tmp_path / "eeg.npy", eeg(500).T)
+    names = make_bundle("prelocal").spec.ch_names
+    facts = {"unit": "uV", "sfreq": 100.0, "ch_names": names[::-1], "speed": float("inf")}
+    with Decoder.open(make_bundle("prelocal").path, f"file:{tmp_path / 'eeg.npy'}", **facts) as decoder:
+        sizes = []
+        decoder.on_chunk(lambda chunk: sizes.append(len(chunk.stamps)))
+        decisions = list(decoder)
+        assert decoder.source.info.ch_names == names[::-1]
+        assert not decoder.source.live
+    assert sizes == [10] * 50
+    assert len(decisions) == decoder.counters.windows == 31
 
 
 def test_stream_without_a_rate_or_with_an_unknown_unit_is_refused(predict):
@@ -495,8 +584,7 @@ def test_memory_does_not_grow(predict):
     import gc
     import tracemalloc
 
-    source = synthetic_source(predict.spec, speed=float("inf"))
-    source.set_chunk(10)
+    source = synthetic_source(predict.spec, speed=float("inf"), chunk=10)
     decoder = Decoder(predict, source)
     watch(decoder)
     iterator = iter(decoder)
@@ -521,7 +609,7 @@ def test_file_replay_equals_the_recording(make_bundle, tmp_path):
     samples = eeg(700)
     np.save(tmp_path / "eeg.npy", samples.T)
     with Decoder.open(make_bundle("prelocal").path, "synthetic") as decoder:
-        source = open_source(f"file:{tmp_path / 'eeg.npy'}", decoder.spec, sfreq=100.0, unit="uV", speed=float("inf"))
+        source = open_source(f"file:{tmp_path / 'eeg.npy'}", decoder.spec, OF_ARRAY)
         _, from_file, _ = decode(decoder.predict, source)
         info = StreamInfo(name="x", ch_names=decoder.spec.ch_names, sfreq=100.0, unit="V")
         _, direct, _ = replay(decoder.predict, samples * 1e-6, 1, info=info)

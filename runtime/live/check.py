@@ -1,4 +1,4 @@
-"""Judging the live path: its decisions on a recording, however it is cut into chunks, beside those of PyTorch offline."""
+"""Checks the live path: its decisions on a recording, however it is cut into chunks, beside those of PyTorch offline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sjepa_deploy.eeg.causal import HALF_TAPS, design_sos, ratio_of_rates
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.interpolation import match_channels, mixing_matrix
 from sjepa_deploy.eeg.recording import fit_recording, read_recording, windows
-from sjepa_deploy.errors import StreamError
+from sjepa_deploy.errors import StreamError, TooShortError
 from sjepa_deploy.parity import TOLERANCE
 from sjepa_deploy.runtime.backend import open_backend
 from sjepa_deploy.runtime.live.config import StreamConfig
@@ -203,9 +203,7 @@ def _beside_zero_phase(
     spec = predict.spec
     try:
         fitted = fit_recording(raw, spec, interpolate=interpolate)
-    except StreamError:
-        raise
-    except ValueError:  # RecordingError: too short for the zero-phase filter
+    except TooShortError:
         return {"correlation": None, "difference": None, "flips": None}
     zero_phase = predict.predict(np.ascontiguousarray(windows(fitted.data, spec.n_times, hop))).astype(np.float64)
     n = min(len(live), len(zero_phase))

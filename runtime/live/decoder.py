@@ -1,10 +1,12 @@
-"""The decoder: a stream in, decisions with a known age out, and nothing silent."""
+"""Decodes a live stream: every window gets a decision with a known age, or is counted."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -15,10 +17,11 @@ from sjepa_deploy.runtime.live.calls import BackendCalls
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decision import Decision
+from sjepa_deploy.runtime.live.open_source import SourceOptions, open_source
 from sjepa_deploy.runtime.live.sources import Chunk, Incident, Source
 from sjepa_deploy.runtime.live.windows import WindowStream
 from sjepa_deploy.runtime.predictor import Predictor, load
-from sjepa_deploy.spec import RunPrecision
+from sjepa_deploy.spec import RunPrecision, Unit
 
 POLL_S = 0.1
 """Longest wait for samples, after which signals and the watchdog are looked at."""
@@ -28,7 +31,7 @@ class Decoder:
     """Decodes a stream: iterate over it, or register callbacks and call `run`.
 
     One decoder serves one stream in one thread. Several in one process share nothing but the predictor's weights, if even that.
-    Where the predictor rolls, of a window that follows the last one decoded the new samples alone are handed to it.
+    A backend that keeps the newest window is given new samples alone, see `StreamConfig.roll`.
 
     Parameters
     ----------
@@ -94,8 +97,12 @@ class Decoder:
         backend: str = DEFAULT_BACKEND,
         precision: RunPrecision | None = None,
         options: BackendOptions | None = None,
+        unit: Unit | None = None,
+        ch_names: Sequence[str] | None = None,
+        sfreq: float | None = None,
+        speed: float = 1.0,
     ) -> Decoder:
-        """Open a bundle and a stream.
+        """Open a bundle and a stream. The backend loads before the stream is looked for.
 
         Parameters
         ----------
@@ -107,21 +114,33 @@ class Decoder:
             How to decode.
         backend, precision, options
             See `sjepa_deploy.load`.
-        """
-        from sjepa_deploy.runtime.live.open_source import open_source
+        unit, ch_names, sfreq, speed
+            What the source does not say itself, see `sjepa_deploy.runtime.live.open_source.SourceOptions`. At infinite speed a
+            hop of samples comes at once.
 
-        predict = load(bundle, backend=backend, precision=precision, options=options, check_unit=False)
-        stream: Source | None = None
-        try:
-            stream = open_source(source, predict.spec)
+        Raises
+        ------
+        BundleError, BackendError
+            If the bundle cannot be opened, or the backend cannot run it.
+        StreamError
+            If there is no such stream, or it breaks the model's contract.
+        RecordingError
+            If the recording cannot be read.
+        """
+        config = config or StreamConfig()
+        with contextlib.ExitStack() as opened:
+            predict = opened.enter_context(load(bundle, backend=backend, precision=precision, options=options, check_unit=False))
+            chunk = config.hop_samples(predict.spec) if math.isinf(speed) else 1
+            stream = open_source(
+                source,
+                predict.spec,
+                SourceOptions(unit=unit, ch_names=ch_names, sfreq=sfreq, speed=speed, chunk=chunk),
+            )
+            opened.callback(stream.close)
             decoder = cls(predict, stream, config)
             decoder._opened = predict
-            return decoder
-        except BaseException:
-            if stream is not None:
-                stream.close()
-            predict.close()
-            raise
+            opened.pop_all()
+        return decoder
 
     def on_decision(self, callback: Callable[[Decision], object]) -> None:
         """Call `callback` with every decision, before the iterator gives it."""
@@ -164,6 +183,21 @@ class Decoder:
         """End the iteration after the chunk at hand. May be called from a signal handler or another thread."""
         self._stopping = True
 
+    def stop_after(self, seconds: float) -> None:
+        """End the iteration with the chunk that ends `seconds` of stream by its stamps."""
+        first: list[float] = []
+
+        def look(chunk: Chunk) -> None:
+            first[:] = first or [float(chunk.stamps[0])]
+            if chunk.stamps[-1] - first[0] >= seconds:
+                self.stop()
+
+        self.on_chunk(look)
+
+    def note(self, kind: str, text: str) -> None:
+        """Report an incident that another thread saw: the callbacks get it in the decoder's thread, with the next samples."""
+        self.source.incidents.append(Incident(kind=kind, time=self.source.clock(), text=text))
+
     def feed(self, chunk: Chunk) -> Iterator[Decision]:
         """Decode what `chunk` completes. The iterator does this for every chunk of the source."""
         for window in self.windows.push(chunk):
@@ -198,11 +232,9 @@ class Decoder:
             raise StreamError(f"{self.source.info.name} has sent nothing for {silent_for:.0f} s.", "Check the amplifier.")
 
     def _take_incidents(self) -> None:
+        self.counters.samples_flushed = self.source.n_flushed
         while self.source.incidents:
-            incident = self.source.incidents.popleft()
-            if incident.kind == "flushed":
-                self.counters.samples_flushed += incident.sample
-            self._tell(dataclasses.replace(incident, sample=self.counters.samples))
+            self._tell(dataclasses.replace(self.source.incidents.popleft(), sample=self.counters.samples))
 
     def _report(self, kind: str, text: str) -> None:
         self._tell(Incident(kind=kind, time=self.source.clock(), text=text, sample=self.counters.samples))

@@ -1,4 +1,4 @@
-"""Lab Streaming Layer: a source, an outlet for decisions. Through pylsl, which runs on Python 3.10 and is thin over liblsl."""
+"""Reads streams of the Lab Streaming Layer, through pylsl, which runs on Python 3.10 and is thin over liblsl."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.errors import MissingDependencyError, StreamError, listed
+from sjepa_deploy.runtime.live.open_source import SourceOptions
 from sjepa_deploy.runtime.live.sources import Chunk, Incident
-from sjepa_deploy.spec import UNIT_NAMES, Unit
-
-if TYPE_CHECKING:
-    pass
+from sjepa_deploy.spec import UNIT_NAMES, ModelSpec, Unit
 
 MAX_CHUNK = 1024
 """Samples that are taken at once."""
@@ -175,8 +173,9 @@ class LslSource:
     ) -> None:
         self._pylsl = require_pylsl()
         self._text, self._unit, self._ch_names = text, unit, ch_names
-        self.ended = False
+        self.ended, self.live = False, True
         self.incidents: deque[Incident] = deque()
+        self.n_flushed = 0
         self.clock: Callable[[], float] = self._pylsl.local_clock
         self._restarted = False
         self._inlet: Any = None
@@ -207,9 +206,8 @@ class LslSource:
         if self._fresh:
             self._fresh = False
             if (n_old := self._inlet.flush()) > 0:
-                self.incidents.append(
-                    Incident(kind="flushed", time=self.clock(), text=f"{n_old} old samples dropped.", sample=n_old)
-                )
+                self.n_flushed += n_old
+                self.incidents.append(Incident(kind="flushed", time=self.clock(), text=f"{n_old} old samples dropped."))
         try:
             samples, stamps = self._inlet.pull_chunk(timeout, MAX_CHUNK, min_samples=1)
         except self._pylsl.util.LostError:
@@ -266,3 +264,8 @@ class LslSource:
             )
         self._restarted = True
         self.incidents.append(Incident(kind="reconnected", time=self.clock(), text="The stream is back."))
+
+
+def open_lsl(text: str, _: ModelSpec, options: SourceOptions) -> LslSource:
+    """Return the stream that `text` names, see `find_stream`."""
+    return LslSource(text, unit=options.unit, ch_names=options.ch_names)

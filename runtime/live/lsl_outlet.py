@@ -1,4 +1,4 @@
-"""Sends decisions as an LSL stream."""
+"""Sends decisions to a stream of the Lab Streaming Layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import numpy as np
 
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.live.decision import Decision
+from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.lsl import quoted, require_pylsl
+from sjepa_deploy.runtime.live.recorder import describe_run
 from sjepa_deploy.serialize import encode
 from sjepa_deploy.spec import ModelSpec
 
@@ -47,3 +49,19 @@ class LslOutlet:
     def send(self, decision: Decision) -> None:
         """Send one decision."""
         self._outlet.push_sample(decision.prediction.ravel(), decision.time)
+
+
+def send_decisions(decoder: Decoder, name: str) -> LslOutlet:
+    """Send the decisions of `decoder` to an LSL stream from now on. The stream says what was decoded, with what, how.
+
+    Parameters
+    ----------
+    decoder : Decoder
+        The decoder.
+    name : str
+        Name of the stream.
+    """
+    spec = decoder.spec
+    outlet = LslOutlet(name, spec, {"run": describe_run(decoder), "window_s": spec.n_times / spec.sfreq})
+    decoder.on_decision(outlet.send)
+    return outlet

@@ -1,76 +1,144 @@
-"""A source by what a user writes."""
+"""Opens a source from its address: `lsl:NAME`, `file:PATH`, `synthetic`."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+import pkgutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from sjepa_deploy.eeg.info import StreamInfo
-from sjepa_deploy.errors import StreamError
+from sjepa_deploy.errors import MissingDependencyError, StreamError
 from sjepa_deploy.runtime.live.sources import ReplaySource, Source, synthetic_source
 from sjepa_deploy.spec import ModelSpec, Unit
 
 
-def open_source(
-    text: str,
-    spec: ModelSpec,
-    *,
-    unit: Unit | None = None,
-    ch_names: Sequence[str] | None = None,
-    sfreq: float | None = None,
-    speed: float = 1.0,
-) -> Source:
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """What a user says about a source beside its address.
+
+    Attributes
+    ----------
+    unit : {"uV", "mV", "V"} or None
+        Unit of a stream or recording that does not state it.
+    ch_names : sequence of str or None
+        Channels, in order, of a stream or recording that does not name them.
+    sfreq : float or None
+        Rate in Hz of the synthetic stream, or of a recording that does not state it.
+    speed : float
+        Seconds of a recording or of the synthetic stream in one second; infinity for as fast as possible.
+    chunk : int
+        Samples of a recording or of the synthetic stream that come at once.
+    """
+
+    unit: Unit | None = None
+    ch_names: Sequence[str] | None = None
+    sfreq: float | None = None
+    speed: float = 1.0
+    chunk: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceEntry:
+    """Where a kind of source is found and what it needs.
+
+    Attributes
+    ----------
+    target : str
+        "module:function", imported when such a source is asked for. The function takes what follows the colon of the address,
+        the `ModelSpec` that will decode the source, and `SourceOptions`; it returns a `Source`.
+    address : str
+        How an address looks, for messages.
+    package, extra : str
+        What must be importable, and the extra of sjepa-deploy that installs it.
+    takes : tuple of str
+        The fields of `SourceOptions` that the function reads. Others are refused.
+    """
+
+    target: str
+    address: str
+    package: str
+    extra: str
+    takes: tuple[str, ...]
+
+
+SOURCES: dict[str, SourceEntry] = {
+    "lsl": SourceEntry(
+        target="sjepa_deploy.runtime.live.lsl:open_lsl",
+        address="lsl:NAME, lsl:type=EEG",
+        package="pylsl",
+        extra="stream",
+        takes=("unit", "ch_names"),
+    ),
+    "file": SourceEntry(
+        target="sjepa_deploy.runtime.live.open_source:open_file",
+        address="file:RECORDING",
+        package="mne",
+        extra="eeg",
+        takes=("unit", "ch_names", "sfreq", "speed", "chunk"),
+    ),
+    "synthetic": SourceEntry(
+        target="sjepa_deploy.runtime.live.open_source:open_synthetic",
+        address="synthetic",
+        package="numpy",
+        extra="",
+        takes=("sfreq", "speed", "chunk"),
+    ),
+}
+"""Every kind of source by what its address begins with."""
+
+
+def open_source(address: str, spec: ModelSpec, options: SourceOptions | None = None) -> Source:
     """Open a source.
 
     Parameters
     ----------
-    text : str
-        "lsl:NAME", "lsl:type=EEG", "lsl:source_id=..." ; "file:RECORDING", what
-        `sjepa_deploy.eeg.recording.read_recording` reads; or "synthetic".
+    address : str
+        "lsl:NAME", "lsl:type=EEG", "lsl:source_id=..." (see `sjepa_deploy.runtime.live.lsl.find_stream`); "file:RECORDING" (see
+        `sjepa_deploy.eeg.recording.read_recording`); or "synthetic".
     spec : ModelSpec
         The model that will decode it.
-    unit : {"uV", "mV", "V"} or None
-        Unit of a stream or file that does not state it.
-    ch_names : sequence of str or None
-        Names of the channels of a stream or file that does not name them.
-    sfreq : float or None
-        Rate in Hz of the synthetic stream, or of a file that does not state it.
-    speed : float
-        Seconds of a file or of the synthetic stream in one second; infinity for as fast as possible.
+    options : SourceOptions or None
+        What the source does not say itself.
 
     Raises
     ------
     StreamError
-        If there is no such source.
+        If there is no such source, or the source does not take one of the options.
     RecordingError
         If the file cannot be read.
+    MissingDependencyError
+        If what the source needs is not installed.
     """
-    kind, _, what = text.partition(":")
-    if kind == "lsl" and what:
-        from sjepa_deploy.runtime.live.lsl import LslSource
+    options = options or SourceOptions()
+    kind, _, what = address.partition(":")
+    entry = SOURCES.get(kind)
+    if entry is None or bool(what) != (":" in entry.address):
+        known = ", ".join(entry.address for entry in SOURCES.values())
+        raise StreamError(f"{address!r} is not a source.", f"Use one of {known}.")
+    for field in dataclasses.fields(options):
+        if field.name not in entry.takes and getattr(options, field.name) != field.default:
+            raise StreamError(f"The source {kind} takes no {field.name}.", f"Leave {field.name} out.")
+    if importlib.util.find_spec(entry.package) is None:
+        raise MissingDependencyError(entry.package, entry.extra)
+    opened: Source = pkgutil.resolve_name(entry.target)(what, spec, options)
+    return opened
 
-        return LslSource(what, unit=unit, ch_names=ch_names)
-    if kind == "file" and what:
-        return recording_source(Path(what), unit=unit, ch_names=ch_names or spec.ch_names, sfreq=sfreq, speed=speed)
-    if text == "synthetic":
-        return synthetic_source(spec, sfreq=sfreq, speed=speed)
-    raise StreamError(f"{text!r} is not a source.", "Use lsl:NAME, lsl:type=EEG, file:RECORDING or synthetic.")
 
-
-def recording_source(
-    path: Path,
-    *,
-    unit: Unit | None = None,
-    ch_names: Sequence[str] | None = None,
-    sfreq: float | None = None,
-    speed: float = 1.0,
-) -> ReplaySource:
+def open_file(path: str, spec: ModelSpec, options: SourceOptions) -> ReplaySource:
     """Return a recording as a stream in volts, without its bad channels."""
     from sjepa_deploy.eeg.recording import read_recording
 
-    raw = read_recording(path, sfreq=sfreq, unit=unit, ch_names=ch_names)
+    raw = read_recording(Path(path), sfreq=options.sfreq, unit=options.unit, ch_names=options.ch_names or spec.ch_names)
     raw.drop_channels(raw.info["bads"])
-    info = StreamInfo(name=path.name, ch_names=tuple(raw.ch_names), sfreq=raw.info["sfreq"], unit="V")
-    return ReplaySource(info, np.ascontiguousarray(raw.get_data().T), speed=speed)
+    info = StreamInfo(name=Path(path).name, ch_names=tuple(raw.ch_names), sfreq=raw.info["sfreq"], unit="V")
+    return ReplaySource(info, np.ascontiguousarray(raw.get_data().T), speed=options.speed, chunk=options.chunk)
+
+
+def open_synthetic(_: str, spec: ModelSpec, options: SourceOptions) -> ReplaySource:
+    """Return endless synthetic EEG of the model's channels."""
+    return synthetic_source(spec, sfreq=options.sfreq, speed=options.speed, chunk=options.chunk)

@@ -1,4 +1,4 @@
-"""A run on disk, such that it can be decoded again: samples as received, decisions, incidents, in one XDF file."""
+"""Records a run in one XDF file, such that it can be decoded again: samples as received, decisions, incidents."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import struct
 import threading
@@ -20,10 +21,12 @@ from xml.sax.saxutils import escape
 import numpy as np
 from numpy.typing import NDArray
 
+import sjepa_deploy
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.errors import MissingDependencyError, RecordingError, StreamError
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decision import Decision
+from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.sources import Chunk, Incident
 from sjepa_deploy.serialize import decode, encode
 from sjepa_deploy.spec import RunPrecision
@@ -257,6 +260,43 @@ class Recorder:
             self._on_failure(f"Recording ended: {why}.")
 
 
+def describe_run(decoder: Decoder) -> RunDescription:
+    """Return what `decoder` decodes, with what, how."""
+    bundle, backend = decoder.predict.bundle, decoder.predict.backend
+    return RunDescription(
+        stream=decoder.source.info,
+        config=decoder.config,
+        bundle=str(bundle.path),
+        bundle_digest=bundle.manifest.digest,
+        backend=backend.name,
+        precision=backend.precision,
+        version=sjepa_deploy.__version__,
+    )
+
+
+def record(decoder: Decoder, path: Path) -> Recorder:
+    """Record the run of `decoder` in `path` from now on. Close the recorder after the run.
+
+    Parameters
+    ----------
+    decoder : Decoder
+        Its decisions wait for the disk only where its source does (`Source.live` is False).
+    path : Path
+        File to make; it must not exist.
+    """
+    recorder = Recorder(
+        path,
+        describe_run(decoder),
+        math.prod(decoder.spec.output_shape),
+        lambda why: decoder.note("record", why),
+        patient=not decoder.source.live,
+    )
+    decoder.on_chunk(recorder.chunk)
+    decoder.on_decision(recorder.decision)
+    decoder.on_incident(recorder.incident)
+    return recorder
+
+
 def _drained(queue: deque[Any]) -> list[Any]:
     return [queue.popleft() for _ in range(len(queue))]
 
@@ -293,6 +333,8 @@ class Record:
 
     Attributes
     ----------
+    path : Path
+        The file.
     run : RunDescription
         What was decoded, with what, how.
     chunks : list of Chunk
@@ -307,6 +349,7 @@ class Record:
         What happened.
     """
 
+    path: Path
     run: RunDescription
     chunks: list[Chunk]
     decisions: dict[int, NDArray[np.float32]]
@@ -359,7 +402,7 @@ def read_record(path: Path) -> Record:
         decisions[int(row[0])] = row[n_fields:].astype(np.float32)
         times[int(row[0])] = float(stamp)
     incidents = [decode(Incident, json.loads(text[0])) for text in by_id[_EVENTS]["time_series"]]
-    return Record(run=run, chunks=chunks, decisions=decisions, stamps=times, n_held=n_held, incidents=incidents)
+    return Record(path=path, run=run, chunks=chunks, decisions=decisions, stamps=times, n_held=n_held, incidents=incidents)
 
 
 def _whole_chunks(path: Path) -> io.BytesIO:
@@ -380,6 +423,7 @@ class RecordSource:
     def __init__(self, record: Record) -> None:
         self.info = record.run.stream
         self.incidents: deque[Incident] = deque()
+        self.n_flushed, self.live = 0, False
         self._chunks = iter(record.chunks)
         self._now = 0.0
         self.ended = not record.chunks

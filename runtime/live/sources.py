@@ -1,4 +1,4 @@
-"""Where samples come from: the protocol of a source, and those that need no network. LSL is in `runtime.live.lsl`."""
+"""Defines what a source of samples is, and the sources that need no network. LSL is in `runtime.live.lsl`."""
 
 from __future__ import annotations
 
@@ -45,18 +45,19 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Incident:
-    """Something that happened to the stream, for the record and for people.
+    """Something that happened to a stream, for the record and for people.
 
     Attributes
     ----------
     kind : str
-        For example "gap", "clock reset", "lost", "reconnected", "bad channel".
+        From the source: "flushed", "lost", "reconnected". From the decoder: "gap", "interruption", "clock reset", "bridged",
+        "rate", "channel", "silent", "deadline", "unanswered". From what writes: "record", "out".
     time : float
         Seconds of the source's clock.
     text : str
         One sentence.
     sample : int
-        Number of samples received before it.
+        Number of samples received before the incident.
     """
 
     kind: str
@@ -66,18 +67,24 @@ class Incident:
 
 
 class Source(Protocol):
-    """A stream of samples.
+    """A stream of samples. One thread reads it; any thread may append to `incidents`.
 
     Attributes
     ----------
     info : StreamInfo
         What the stream holds.
     incidents : deque of Incident
-        What happened to the connection. The decoder takes them.
+        What happened to the connection. The decoder takes them out.
+    n_flushed : int
+        Samples that were dropped so far, as they had been sent before the first `read`.
+    live : bool
+        Whether samples come whether or not somebody reads them. A recording that is decoded as fast as possible waits.
     """
 
     info: StreamInfo
     incidents: deque[Incident]
+    n_flushed: int
+    live: bool
 
     @property
     def ended(self) -> bool:
@@ -130,16 +137,18 @@ class ReplaySource:
         stamps: Stamps | None = None,
     ) -> None:
         if not speed > 0:
-            raise StreamError(f"A speed of {speed:g} is none.", "Use 1 for real time, or `inf` for as fast as possible.")
+            raise StreamError(f"The speed is {speed:g}.", "Use 1 for real time, or `inf` for as fast as possible.")
         self.info = info
         self.incidents: deque[Incident] = deque()
+        self.n_flushed = 0
+        self.live = math.isfinite(speed)
         if isinstance(samples, np.ndarray):
             n_samples = len(samples)
         self._samples, self._n_samples, self._stamps = samples, n_samples, stamps
-        self._speed, self._virtual = speed, math.isinf(speed)
+        self._speed = speed
+        self._chunk = chunk if callable(chunk) else (lambda: chunk)
+        self._size = max(1, self._chunk())
         self._next = 0
-        self._size = 1
-        self.set_chunk(chunk)
         self._started: float | None = None
         self._now = 0.0
 
@@ -155,7 +164,7 @@ class ReplaySource:
         if self._started is None:
             self._started = time.monotonic()
         start, stop = self._next, self._next + self._size
-        if not self._virtual:
+        if self.live:
             due_in = ((stop - 1) / self.info.sfreq - self.clock()) / self._speed
             if due_in > timeout:
                 time.sleep(timeout)
@@ -169,18 +178,13 @@ class ReplaySource:
         self._next, self._size = stop, max(1, self._chunk())
         samples = self._samples[start:stop] if isinstance(self._samples, np.ndarray) else self._samples(start, stop)
         stamps = np.arange(start, stop) / self.info.sfreq if self._stamps is None else self._stamps[start:stop]
-        if self._virtual:
+        if not self.live:
             self._now = float(stamps[-1])
         return Chunk(samples, stamps, self.clock())
 
-    def set_chunk(self, chunk: int | Callable[[], int]) -> None:
-        """Send another number of samples at once from now on."""
-        self._chunk = chunk if callable(chunk) else (lambda: chunk)
-        self._size = max(1, self._chunk())
-
     def clock(self) -> float:
         """Return the seconds since the first sample."""
-        if self._virtual or self._started is None:
+        if not self.live or self._started is None:
             return self._now
         return (time.monotonic() - self._started) * self._speed
 
@@ -188,7 +192,14 @@ class ReplaySource:
         """Release nothing."""
 
 
-def synthetic_source(spec: ModelSpec, *, sfreq: float | None = None, speed: float = 1.0, n_samples: int | None = None) -> Source:
+def synthetic_source(
+    spec: ModelSpec,
+    *,
+    sfreq: float | None = None,
+    speed: float = 1.0,
+    chunk: int | Callable[[], int] = 1,
+    n_samples: int | None = None,
+) -> ReplaySource:
     """Return endless synthetic EEG of a model's channels: the same minute again and again, with electrode offsets.
 
     Parameters
@@ -197,7 +208,7 @@ def synthetic_source(spec: ModelSpec, *, sfreq: float | None = None, speed: floa
         The model.
     sfreq : float or None
         Rate of the stream in Hz; None takes the model's.
-    speed : float
+    speed, chunk
         See `ReplaySource`.
     n_samples : int or None
         How many samples there are; None for no end.
@@ -214,4 +225,4 @@ def synthetic_source(spec: ModelSpec, *, sfreq: float | None = None, speed: floa
 
     names = spec.ch_names or tuple(f"EEG{i:03d}" for i in range(1, spec.n_chans + 1))
     info = StreamInfo(name="synthetic", ch_names=names, sfreq=rate, unit="uV")
-    return ReplaySource(info, stretch, n_samples=n_samples, speed=speed)
+    return ReplaySource(info, stretch, n_samples=n_samples, speed=speed, chunk=chunk)

@@ -4,17 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
-import io
-import json
-import math
 import os
-import queue
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +13,22 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-import sjepa_deploy
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, options, print_json
 from sjepa_deploy.cli.live import live_view, summary_table
-from sjepa_deploy.errors import ParityError, StreamError
+from sjepa_deploy.errors import ParityError
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
-from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.decoder import Decoder
-from sjepa_deploy.runtime.live.open_source import open_source
-from sjepa_deploy.runtime.live.recorder import Recorder, RecordSource, RunDescription, read_record
-from sjepa_deploy.runtime.live.sources import Chunk, Incident, Source
+from sjepa_deploy.runtime.live.lines import write_lines
+from sjepa_deploy.runtime.live.process import set_real_time, stopped_by_signals, undisturbed
+from sjepa_deploy.runtime.live.recorder import read_record, record
+from sjepa_deploy.runtime.live.replay import replay
 from sjepa_deploy.runtime.predictor import Predictor
 from sjepa_deploy.runtime.watch.dashboard import TOKEN_VARIABLE, Dashboard, parse_address
 from sjepa_deploy.runtime.watch.monitor import Monitor
 from sjepa_deploy.runtime.watch.watching import watch
 from sjepa_deploy.spec import Unit
-
-COLLECT_EVERY_S = 60.0
-"""Seconds from one garbage collection to the next: they run after a decision, never in the middle of one."""
-
-MOST_LINES = 10_000
-"""Lines that wait for a reader of --out that stalls; what is more is left out, and counted."""
-
-LAST_LINES_S = 5.0
-"""Seconds that a reader of --out has at the end."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,52 +222,36 @@ def stream(
         return
     assert task.source is not None
     if session.priority is not None:
-        _set_real_time(session.priority)
+        set_real_time(session.priority)
     with contextlib.ExitStack() as closing:
-        predict = choice.load(opened, check_unit=False)
-        closing.callback(predict.close)
-        source = open_source(
-            task.source, opened.spec, unit=facts.unit, ch_names=facts.ch_names, sfreq=facts.sfreq, speed=session.speed
+        decoder = closing.enter_context(
+            Decoder.open(
+                opened,
+                task.source,
+                config,
+                backend=choice.backend,
+                precision=choice.precision,
+                options=choice.options,
+                **dataclasses.asdict(facts),
+                speed=session.speed,
+            )
         )
-        closing.callback(source.close)
-        offline = False
-        if session.speed == float("inf") and hasattr(source, "set_chunk"):
-            offline = True
-            source.set_chunk(max(1, config.hop_samples(opened.spec)))
-        decoder = Decoder(predict, source, config)
         monitor = watch(decoder)
-        run = RunDescription(
-            stream=source.info,
-            config=config,
-            bundle=str(bundle),
-            bundle_digest=opened.manifest.digest,
-            backend=choice.backend,
-            precision=predict.backend.precision,
-            version=sjepa_deploy.__version__,
-        )
         recorder = lines = None
         if outputs.record is not None:
             options.make_way(outputs.record, force=outputs.force)
-            n_outputs = math.prod(opened.spec.output_shape)
-            recorder = Recorder(outputs.record, run, n_outputs, lambda why: _note(source, "record", why), patient=offline)
+            recorder = record(decoder, outputs.record)
             closing.callback(recorder.close)
-            decoder.on_chunk(recorder.chunk)
-            decoder.on_decision(recorder.decision)
-            decoder.on_incident(recorder.incident)
         if outputs.outlet is not None:
-            from sjepa_deploy.runtime.live.lsl_outlet import LslOutlet
+            from sjepa_deploy.runtime.live.lsl_outlet import send_decisions
 
-            facts_of_run = {"run": run, "window_s": opened.spec.n_times / opened.spec.sfreq}
-            sending = LslOutlet(outputs.outlet, opened.spec, facts_of_run)
-            decoder.on_decision(sending.send)
+            send_decisions(decoder, outputs.outlet)
         if outputs.out is not None:
             options.make_way(outputs.out, force=outputs.force)
-            lines = _Lines(outputs.out, source, patient=offline)
+            lines = write_lines(decoder, outputs.out)
             closing.callback(lines.close)
-            decoder.on_decision(lines.put)
-            decoder.on_incident(lines.put)
         if session.duration is not None:
-            decoder.on_chunk(_stop_after(decoder, session.duration))
+            decoder.stop_after(session.duration)
         _announce(screen, decoder)
         if opened.manifest.weights.random:
             screen.print("[bold yellow]The weights of this bundle are random: the predictions mean nothing.[/]")
@@ -296,7 +261,7 @@ def stream(
             screen.print(f"dashboard: {served.url}", soft_wrap=True)
         view = contextlib.nullcontext() if session.quiet or json_output else live_view(monitor, screen)
         started = time.monotonic()
-        with view, _stopped_by_signals(decoder), _undisturbed(decoder):
+        with view, stopped_by_signals(decoder), undisturbed(decoder):
             counters = decoder.run()
             monitor.set_state("stopped")
         elapsed = time.monotonic() - started
@@ -341,161 +306,20 @@ def _check(
 
 
 def _replay(screen: Console, bundle: Bundle, path: Path, choice: options.BackendChoice, json_output: bool) -> None:
-    record = read_record(path)
-    if record.run.bundle_digest != bundle.manifest.digest:
-        raise StreamError(f"{path} was decoded with another bundle ({record.run.bundle}).", "Name that bundle.")
-    # What was late then is decoded now, and not compared; whole windows give the bits that new samples alone gave.
-    config = dataclasses.replace(record.run.config, late="queue", roll=False)
-    with choice.load(bundle, precision=record.run.precision, check_unit=False) as predict:
-        decoder = Decoder(predict, RecordSource(record), config)
-        again = {decision.index: decision.prediction for decision in decoder}
-    missing = [index for index in record.decisions if index not in again]
-    differ = [i for i, made in again.items() if i in record.decisions and made.tobytes() != record.decisions[i].tobytes()]
+    recorded = read_record(path)
+    with choice.load(bundle, precision=recorded.run.precision, check_unit=False) as predict:
+        result = replay(predict, recorded)
     screen.print(
-        f"{len(record.decisions)} decisions on {decoder.counters.samples} samples decoded again with {choice.backend}: "
-        f"{len(differ)} differ, {len(missing)} are missing",
+        f"{result.n_decisions} decisions on {result.n_samples} samples decoded again with {result.backend}: "
+        f"{len(result.differ)} differ, {len(result.missing)} are missing",
         soft_wrap=True,
     )
     if json_output:
-        print_json(
-            {"record": str(path), "n_decisions": len(record.decisions), "n_differ": len(differ), "n_missing": len(missing)}
-        )
-    if differ or missing:
-        first = min(differ + missing)
+        counts = {"n_differ": len(result.differ), "n_missing": len(result.missing)}
+        print_json({"record": result.record, "n_decisions": result.n_decisions} | counts)
+    if not result.passed:
+        first = min(result.differ + result.missing)
         raise ParityError(f"The replay of {path} differs from window {first} on.", "Use the backend and release of the record.")
-
-
-def _note(source: Source, kind: str, text: str) -> None:
-    """Pass on what another thread saw: the decoder takes a source's incidents in its own."""
-    source.incidents.append(Incident(kind=kind, time=source.clock(), text=text))
-
-
-def _set_real_time(priority: int) -> None:
-    """Give this thread, and those that it starts, a priority before all others of the machine.
-
-    Those that write and draw have it too: one that is held up while it has the interpreter's lock would hold up the decoder.
-    """
-    try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
-    except PermissionError as e:
-        raise StreamError(
-            "This user may not set a real-time priority.", "Run as root, or allow it (`ulimit -r`, or CAP_SYS_NICE)."
-        ) from e
-
-
-def _stop_after(decoder: Decoder, duration: float) -> Any:
-    first: list[float] = []
-
-    def look(chunk: Chunk) -> None:
-        if not first:
-            first.append(float(chunk.stamps[0]))
-        if chunk.stamps[-1] - first[0] >= duration:
-            decoder.stop()
-
-    return look
-
-
-@contextlib.contextmanager
-def _stopped_by_signals(decoder: Decoder) -> Iterator[None]:
-    before = {number: signal.signal(number, lambda *_: decoder.stop()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _undisturbed(decoder: Decoder) -> Iterator[None]:
-    """Keep garbage collections and other threads' long turns out of decisions."""
-    turn = sys.getswitchinterval()
-    next_at = time.monotonic() + COLLECT_EVERY_S
-
-    def collect(_: Decision) -> None:
-        nonlocal next_at
-        if time.monotonic() > next_at:
-            gc.collect()
-            next_at = time.monotonic() + COLLECT_EVERY_S
-
-    decoder.on_decision(collect)
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    sys.setswitchinterval(2e-4)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(turn)
-        gc.enable()
-        gc.unfreeze()
-
-
-class _Lines:
-    """Appends decisions and incidents to a file, one JSON object a line, in a thread of its own: a slow reader delays nothing.
-
-    Written past Python's buffers, whose lock a reader that has stopped would keep from the end of the process. If `patient`, as
-    for a recording that is decoded as fast as possible, a slow reader is waited for.
-    """
-
-    def __init__(self, path: Path, source: Source, *, patient: bool) -> None:
-        self._path, self._source, self._patient = path, source, patient
-        self._queue: queue.Queue[Decision | Incident | None] = queue.Queue(MOST_LINES)
-        self.n_lost = 0
-        try:
-            self._file = io.FileIO(os.dup(1), "a") if str(path) == "-" else io.FileIO(path, "a")
-        except OSError as e:
-            raise StreamError(f"{path} cannot be written ({e.strerror}).", "Choose another --out.") from e
-        self._thread = threading.Thread(target=self._keep_writing, name="lines", daemon=True)
-        self._thread.start()
-
-    def put(self, what: Decision | Incident) -> None:
-        """Write a line soon, or count it if too many wait already."""
-        try:
-            self._queue.put(what, block=self._patient)
-        except queue.Full:
-            self.n_lost += 1
-            if self.n_lost == 1:
-                _note(self._source, "out", f"{self._path} is not read fast enough: lines are left out.")
-
-    def close(self) -> None:
-        """Write what is left, unless nobody reads it."""
-        ends = time.monotonic() + LAST_LINES_S
-        with contextlib.suppress(queue.Full):
-            self._queue.put(None, timeout=LAST_LINES_S)
-            self._thread.join(max(0.0, ends - time.monotonic()))
-        if self._thread.is_alive():
-            self.n_lost += self._queue.qsize()
-        else:
-            self._file.close()
-
-    def _keep_writing(self) -> None:
-        try:
-            while (what := self._queue.get()) is not None:
-                line = memoryview(json.dumps(_line_of(what)).encode() + b"\n")
-                while line:
-                    line = line[self._file.write(line) :]
-        except OSError as e:  # the disk is full, or the reader of a pipe has gone
-            _note(self._source, "out", f"{self._path} takes no more lines: {e.strerror}.")
-            self.n_lost += 1
-            while self._queue.get() is not None:
-                self.n_lost += 1
-
-
-def _line_of(what: Decision | Incident) -> dict[str, object]:
-    if isinstance(what, Incident):
-        return {"event": what.kind, "time": what.time, "text": what.text, "sample": what.sample}
-    return {
-        "index": what.index,
-        "time": what.time,
-        "due": what.due,
-        "received": what.received,
-        "decided": what.decided,
-        "infer_s": round(what.infer_s, 6),
-        "age": round(what.age, 6),
-        "prediction": what.prediction.ravel().tolist(),
-        "flags": what.flags,
-        "bad_channels": what.bad_channels,
-    }
 
 
 def _announce(screen: Console, decoder: Decoder) -> None:

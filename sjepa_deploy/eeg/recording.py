@@ -17,7 +17,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from sjepa_deploy.eeg.montage import fit_sphere, read_montage, require_mne
-from sjepa_deploy.errors import InputError, MissingDependencyError, RecordingError, listed
+from sjepa_deploy.errors import InputError, MissingDependencyError, RecordingError, TooShortError, listed
 from sjepa_deploy.spec import UNIT_NAMES, UNITS_IN_VOLTS, ModelSpec, Position, Unit
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def fit_recording(raw: mne.io.BaseRaw, spec: ModelSpec, *, interpolate: bool = F
     RecordingError
         If the recording lacks channels of the model and `interpolate` is False or impossible; is slower than the model;
         is shorter than one window or than the band-pass; or is in another unit by the looks of it: the median over the
-        channels of the RMS about the mean lies outside `PLAUSIBLE_RMS`.
+        channels of the RMS about the mean lies outside `PLAUSIBLE_RMS`. `TooShortError` where the band-pass is longer.
     """
     steps: list[str] = []
     rate, n_samples = raw.info["sfreq"], raw.n_times
@@ -467,7 +467,7 @@ def _band_pass(raw: mne.io.BaseRaw, spec: ModelSpec, steps: list[str]) -> None:
     n_taps = len(mne.filter.create_filter(None, raw.info["sfreq"], low, high, phase="zero", verbose="error"))
     band = f"{low or 0:g} Hz up" if high is None else f"{low or 0:g} to {high:g} Hz"
     if n_taps > raw.n_times:
-        raise RecordingError(
+        raise TooShortError(
             f"The filter for {band} lasts {n_taps / raw.info['sfreq']:.3g} s, the recording "
             f"{raw.n_times / raw.info['sfreq']:.3g} s.",
             "Give a longer recording.",

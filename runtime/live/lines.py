@@ -1,0 +1,128 @@
+"""Writes decisions and incidents as JSON lines."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from sjepa_deploy.errors import StreamError
+from sjepa_deploy.runtime.live.decision import Decision
+from sjepa_deploy.runtime.live.decoder import Decoder
+from sjepa_deploy.runtime.live.sources import Incident
+
+MOST_LINES = 10_000
+"""Lines that wait for a reader that stalls; what is more is left out, and counted."""
+
+LAST_LINES_S = 5.0
+"""Seconds that a reader has at the end."""
+
+
+class LineWriter:
+    """Appends decisions and incidents to a file, one JSON object a line, in a thread of its own: a slow reader delays nothing.
+
+    The thread writes past Python's buffers: when a reader has stopped, the end of the process would wait for a buffer's lock.
+
+    Parameters
+    ----------
+    path : Path
+        File to append to; ``-`` is standard output.
+    on_failure : callable
+        Called with one sentence when lines are left out for the first time, or the file takes no more. It may be called in
+        another thread.
+    patient : bool
+        Whether a slow reader is waited for, as for a recording that is decoded as fast as possible.
+
+    Attributes
+    ----------
+    n_lost : int
+        Lines that were left out.
+
+    Raises
+    ------
+    StreamError
+        If the file cannot be written.
+    """
+
+    def __init__(self, path: Path, on_failure: Callable[[str], object], *, patient: bool = False) -> None:
+        self._path, self._on_failure, self._patient = path, on_failure, patient
+        self._queue: queue.Queue[Decision | Incident | None] = queue.Queue(MOST_LINES)
+        self.n_lost = 0
+        try:
+            self._file = io.FileIO(os.dup(1), "a") if str(path) == "-" else io.FileIO(path, "a")
+        except OSError as e:
+            raise StreamError(f"{path} cannot be written ({e.strerror}).", "Choose another --out.") from e
+        self._thread = threading.Thread(target=self._keep_writing, name="lines", daemon=True)
+        self._thread.start()
+
+    def put(self, what: Decision | Incident) -> None:
+        """Write a line soon, or count it if too many wait already."""
+        try:
+            self._queue.put(what, block=self._patient)
+        except queue.Full:
+            self.n_lost += 1
+            if self.n_lost == 1:
+                self._on_failure(f"{self._path} is not read fast enough: lines are left out.")
+
+    def close(self) -> None:
+        """Write what is left, unless nobody reads it."""
+        ends = time.monotonic() + LAST_LINES_S
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=LAST_LINES_S)
+            self._thread.join(max(0.0, ends - time.monotonic()))
+        if self._thread.is_alive():
+            self.n_lost += self._queue.qsize()
+        else:
+            self._file.close()
+
+    def _keep_writing(self) -> None:
+        try:
+            while (what := self._queue.get()) is not None:
+                line = memoryview(json.dumps(line_of(what)).encode() + b"\n")
+                while line:
+                    line = line[self._file.write(line) :]
+        except OSError as e:  # the disk is full, or the reader of a pipe has gone
+            self._on_failure(f"{self._path} takes no more lines: {e.strerror}.")
+            self.n_lost += 1
+            while self._queue.get() is not None:
+                self.n_lost += 1
+
+
+def write_lines(decoder: Decoder, path: Path) -> LineWriter:
+    """Write the decisions and incidents of `decoder` to `path` from now on. Close the writer after the run.
+
+    Parameters
+    ----------
+    decoder : Decoder
+        Its decisions wait for the reader only where its source does (`Source.live` is False).
+    path : Path
+        See `LineWriter`.
+    """
+    lines = LineWriter(path, lambda why: decoder.note("out", why), patient=not decoder.source.live)
+    decoder.on_decision(lines.put)
+    decoder.on_incident(lines.put)
+    return lines
+
+
+def line_of(what: Decision | Incident) -> dict[str, object]:
+    """Return a decision or an incident as an object for JSON. An incident has the key "event", with its kind."""
+    if isinstance(what, Incident):
+        return {"event": what.kind, "time": what.time, "text": what.text, "sample": what.sample}
+    return {
+        "index": what.index,
+        "time": what.time,
+        "due": what.due,
+        "received": what.received,
+        "decided": what.decided,
+        "infer_s": round(what.infer_s, 6),
+        "age": round(what.age, 6),
+        "prediction": what.prediction.ravel().tolist(),
+        "flags": what.flags,
+        "bad_channels": what.bad_channels,
+    }
