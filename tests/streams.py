@@ -7,6 +7,7 @@ import numpy as np
 from sjepa_deploy.cli import _command, run_command
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.synthetic import eeg_windows
+from sjepa_deploy.runtime.backend import Backend
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.sources import Chunk, ReplaySource
@@ -53,6 +54,23 @@ class ScriptedSource:
 
     def close(self):
         self.closed = True
+
+
+class Wrapped(Backend):
+    """The backend of another predictor. `before` is called with the windows before each call, and may raise."""
+
+    name, precision = "wrapped", "fp32"
+
+    def __init__(self, backend):
+        self._backend = backend
+        self.before = lambda eeg: None
+
+    def run(self, eeg):
+        self.before(eeg)
+        return self._backend.run(eeg)
+
+    def close(self):
+        pass
 
 
 def chunks_of(samples, stamps, size=10, *, restarted_at=()):

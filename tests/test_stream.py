@@ -18,7 +18,7 @@ import scipy.signal
 from bundles import export_small, small_spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from streams import ScriptedSource, chunks_of, decode, decode_samples, eeg, info_of, predictions, replay, run_stream
+from streams import ScriptedSource, Wrapped, chunks_of, decode, decode_samples, eeg, info_of, predictions, replay, run_stream
 
 import sjepa_deploy
 from sjepa_deploy.eeg import causal as filters
@@ -35,6 +35,7 @@ from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.lines import LineWriter
 from sjepa_deploy.runtime.live.open_source import SOURCES, SourceEntry, SourceOptions, open_source
 from sjepa_deploy.runtime.live.sources import ReplaySource, synthetic_source
+from sjepa_deploy.runtime.predictor import Predictor
 from sjepa_deploy.runtime.watch.watching import watch
 from sjepa_deploy.spec import Preprocessing
 
@@ -619,23 +620,15 @@ def test_file_replay_equals_the_recording(make_bundle, tmp_path):
 def test_idle_backend_is_kept_warm_and_decisions_stay_the_same(predict):
     """Between windows the backend is called on what is thrown away, never on the stream's samples."""
 
-    class Counting:
-        spec, bundle, backend = predict.spec, predict.bundle, predict.backend
-        rolling = None
-        seen = ()
-
-        def __call__(self, eeg):
-            self.seen += (eeg.any(),)
-            return predict(eeg)
-
-    samples = eeg(260)
-    counting = Counting()
+    samples, seen = eeg(260), []
+    backend = Wrapped(predict.backend)
+    backend.before = lambda window: seen.append(window.any())
     source = ReplaySource(info_of(predict.spec), samples, speed=1.0)
-    decoder = Decoder(counting, source, StreamConfig(keep_warm=0.02, late="queue"))
-    decisions = list(decoder)
-    real = sum(counting.seen)
+    kept_warm = Predictor(predict.bundle, backend, check_unit=False)
+    decisions = list(Decoder(kept_warm, source, StreamConfig(keep_warm=0.02, late="queue")))
+    real = sum(seen)
     assert real == len(decisions) == 7
-    assert len(counting.seen) - real > 30  # 23 before the stream, and many of the hundred that fit into 2.6 s
+    assert len(seen) - real > 30  # 23 before the stream, and many of the hundred that fit into 2.6 s
     _, wanted, _ = replay(predict, samples, 1)
     assert predictions(decisions) == predictions(wanted)
 

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from streams import ScriptedSource, assert_accounted, chunks_of, decode, decode_samples, eeg, info_of, kinds, predictions
+from streams import ScriptedSource, Wrapped, assert_accounted, chunks_of, decode, decode_samples, eeg, info_of, kinds, predictions
 
 import sjepa_deploy
 from sjepa_deploy.errors import RefusedError, StreamError, UnansweredError
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.sources import Chunk
+from sjepa_deploy.runtime.predictor import Predictor
 
 pytestmark = pytest.mark.alone
 
@@ -399,25 +400,21 @@ def test_too_many_bad_channels_are_not_repaired_but_flagged(predict):
 # ---------------------------------------------------------------- late windows
 
 
-class SlowPredict:
-    """A predictor whose call takes time on the source's clock."""
+def slow_decoder(predict, seconds, **config):
+    """Return a decoder on a clock that the backend moves: a call of the source returns what is due by then."""
+    backend = Wrapped(predict.backend)
+    source = ScriptedSource(info_of(predict.spec), chunks_of(SAMPLES, STAMPS))
+    decoder = Decoder(Predictor(predict.bundle, backend, check_unit=False), source, StreamConfig(**config))
 
-    def __init__(self, predict, seconds):
-        self._predict, self._seconds, self.source = predict, seconds, None
-        self.spec, self.bundle, self.backend, self.rolling = predict.spec, predict.bundle, predict.backend, None
+    def take_time(_):
+        source.now += seconds()
 
-    def __call__(self, eeg):
-        if self.source is not None:
-            self.source.now += self._seconds()
-        return self._predict(eeg)
+    backend.before = take_time
+    return decoder
 
 
 def decode_slowly(predict, seconds, late):
-    """Decode on a clock that the backend moves: a call of the source returns what is due by then."""
-    slow = SlowPredict(predict, seconds)
-    source = ScriptedSource(info_of(predict.spec), chunks_of(SAMPLES, STAMPS))
-    decoder = Decoder(slow, source, StreamConfig(late=late))
-    slow.source = source
+    decoder = slow_decoder(predict, seconds, late=late)
     decisions = list(decoder)
     assert_accounted(decoder.counters, decisions)
     return decoder, decisions
@@ -469,10 +466,7 @@ def test_backend_that_fails_is_counted_and_raised(predict):
             raise RuntimeError("the GPU fell off the bus")
         return 0.0
 
-    slow = SlowPredict(predict, fail_later)
-    source = ScriptedSource(info_of(predict.spec), chunks_of(SAMPLES, STAMPS))
-    decoder = Decoder(slow, source)
-    slow.source = source
+    decoder = slow_decoder(predict, fail_later)
     with pytest.raises(RuntimeError, match="fell off"):
         decoder.run()
     assert decoder.counters.failed == 1
@@ -488,10 +482,7 @@ def test_a_server_that_does_not_answer_costs_only_the_windows_that_it_was_asked(
             raise error("The server is overloaded.", "Send less.")
         return 0.0
 
-    slow = SlowPredict(predict, refuse_two)
-    source = ScriptedSource(info_of(predict.spec), chunks_of(SAMPLES, STAMPS))
-    decoder = Decoder(slow, source)
-    slow.source = source
+    decoder = slow_decoder(predict, refuse_two)
     incidents = []
     decoder.on_incident(incidents.append)
     decisions = list(decoder)
