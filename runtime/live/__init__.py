@@ -1,1 +1,1 @@
-"""Live decoding: sources, windows, decisions, records."""
+"""Decodes live streams: sources, windows, decisions, records."""

@@ -1,4 +1,4 @@
-"""How a stream is decoded."""
+"""Configures how a stream is decoded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Late = Literal["skip", "queue", "hold"]
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """How a stream is decoded.
+    """A StreamConfig says how a stream is decoded.
 
     Attributes
     ----------
@@ -33,7 +33,7 @@ class StreamConfig:
         What happens to channels that turn flat, saturated, disconnected or not finite: decisions name them; they are also
         interpolated from the others while they are bad; or the decoder stops.
     interpolate : bool
-        Whether channels of the model that the stream lacks are interpolated. Otherwise they are an error.
+        Whether channels of the model that the stream lacks are interpolated. Otherwise such a stream is refused.
     bads : tuple of str
         Channels of the stream known to be bad: they count as lacking.
     max_jitter : float
@@ -43,12 +43,12 @@ class StreamConfig:
     give_up : float or None
         Seconds without samples after which the decoder stops. None waits for ever.
     keep_warm : float or None
-        Seconds between calls of the backend below which it does not fall asleep: dummy calls fill longer pauses, as far as they
-        end before the next window is due. For GPUs, whose clock falls when they idle. None makes none.
+        Seconds without a call after which the backend gets a dummy call, if the call ends before the next window is due. GPUs
+        lower their clock when they idle. None makes no dummy calls.
     roll : bool or None
-        Whether the backend is given new samples alone, where a window follows the last one: it must keep the others (see
-        `Predictor.rolling`), and a kernel that stays takes no `keep_warm` beside it. None: where it can. Decisions are the same
-        to the bit.
+        Whether the backend is given new samples alone where a window follows the last one. The backend must keep the others (see
+        `Predictor.rolling`); a kernel that stays on the GPU takes no `keep_warm` beside it. None gives new samples alone where
+        the backend can take them. Decisions are the same to the bit.
 
     Raises
     ------
@@ -74,7 +74,7 @@ class StreamConfig:
             if getattr(self, name) not in choices:
                 raise StreamError(f"{getattr(self, name)!r} is not a choice for {name}.", f"Use one of {', '.join(choices)}.")
         if self.keep_warm is not None and not self.keep_warm > 0:
-            raise StreamError(f"A keep_warm of {self.keep_warm:g} s is none.", "Use a positive time, such as 0.005.")
+            raise StreamError(f"keep_warm is {self.keep_warm:g} s.", "Use a positive time, such as 0.005.")
 
     def deadline_s(self, spec: ModelSpec) -> float:
         """Return the deadline in seconds: the one that is set, or the hop."""
@@ -86,7 +86,7 @@ class StreamConfig:
         Raises
         ------
         StreamError
-            If it is no positive time, below a sample, or longer than the window.
+            If the hop is no positive time, below a sample, or longer than the window.
         """
         window = spec.n_times / spec.sfreq
         hop = 1 if self.hop == 0 else self.hop * spec.sfreq

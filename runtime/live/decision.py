@@ -1,4 +1,4 @@
-"""What the decoder says of one window."""
+"""Defines a decision: what the model says of one window, and when."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decision:
-    """What the model says of one window.
+    """A decision says what the model made of one window.
 
     Attributes
     ----------
@@ -22,9 +22,9 @@ class Decision:
         On the source's clock in seconds: stamp of the newest sample, deadline, arrival of the newest sample, and when the
         prediction was there.
     infer_s : float
-        Seconds of this in the backend.
+        Seconds in the backend.
     held : bool
-        Whether it repeats the last decision in place of a late one.
+        Whether the decision repeats the last one, as its own window was late.
     bridged : bool
         Whether samples of the window were interpolated in time.
     bad_channels : tuple of str
@@ -54,11 +54,11 @@ class Decision:
 
     @property
     def missed(self) -> bool:
-        """Whether it came after its deadline, or repeats another."""
+        """Whether the decision came after its deadline, or repeats another."""
         return self.held or self.decided > self.due
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """What to know before relying on it: "late", "held", "bridged", "bad channels"."""
+        """What to know before relying on the decision: "late", "held", "bridged", "bad channels"."""
         said = (("late", self.decided > self.due), ("held", self.held), ("bridged", self.bridged))
         return tuple(name for name, holds in said if holds) + (("bad channels",) if self.bad_channels else ())

@@ -152,10 +152,10 @@ class _NoAnswerError(StreamError):
 
 
 class LslSource:
-    """A stream of the Lab Streaming Layer.
+    """Reads a stream of the Lab Streaming Layer.
 
-    Waits for single samples in liblsl (half a millisecond behind the sender), takes what has come, and puts its stamps on this
-    machine's clock. Samples that waited before the first `read` are dropped and counted. A lost stream is looked for until it is
+    The source waits for single samples in liblsl (half a millisecond behind the sender), takes what has come, and puts the stamps
+    on this machine's clock. Samples that waited before the first `read` are dropped and counted. A lost stream is looked for until it is
     back; it must then have the same contract.
 
     Parameters

@@ -418,7 +418,7 @@ def _whole_chunks(path: Path) -> io.BytesIO:
 
 
 class RecordSource:
-    """The samples of a record, in the chunks in which they were received."""
+    """Hands out the samples of a record in the chunks in which they were received."""
 
     def __init__(self, record: Record) -> None:
         self.info = record.run.stream

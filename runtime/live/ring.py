@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 
 class Ring:
-    """The newest samples, in memory that does not grow.
+    """Keeps the newest samples in memory that does not grow.
 
     Parameters
     ----------

@@ -105,10 +105,10 @@ class Source(Protocol):
 
 
 class ReplaySource:
-    """Samples in memory, handed out when they are due.
+    """Hands out samples in memory when they are due.
 
     The clock starts at 0 with the first sample. Sample i is due, and stamped, at i / sfreq of this clock, which runs `speed`
-    times as fast as the wall's. At infinite speed it is virtual: it stands at the newest sample handed out.
+    times as fast as the wall's. At infinite speed the clock is virtual: it stands at the newest sample handed out.
 
     Parameters
     ----------

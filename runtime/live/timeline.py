@@ -1,4 +1,4 @@
-"""What the stamps say: which samples follow each other, and where some are missing."""
+"""Reads the stamps of a stream: which samples follow each other, and where samples are missing."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ N_JITTER = 4
 class Timeline:
     """Follows the stamps of a stream sample by sample, so that its verdicts do not depend on chunks.
 
-    A second-order loop predicts each stamp, and follows a drift of the device's clock. Later than predicted by `max_jitter` is a
-    loss at once. Less is one when it lasts for `CONFIRM_S`: stamps made in software are late when their process was held up, and
-    the following ones are not. With regular stamps a single lost sample is found in this way; with irregular ones, a loss beyond
-    their jitter, which is measured.
+    A second-order loop predicts each stamp, and follows a drift of the device's clock. A stamp that is later than predicted by
+    `max_jitter` means a loss at once. A smaller delay means a loss when the delay lasts for `CONFIRM_S`: stamps made in software
+    are late when their process was held up, and the following ones are not. With regular stamps a single lost sample is found in
+    this way. With irregular stamps a loss is found beyond their jitter, which is measured.
 
     Parameters
     ----------

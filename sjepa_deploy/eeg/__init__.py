@@ -1,1 +1,1 @@
-"""The signal: recordings, montages, filters and interpolation, offline and live side by side."""
+"""Reads, fits and filters EEG: recordings, montages, filters and interpolation, offline and live side by side."""

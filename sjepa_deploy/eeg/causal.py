@@ -1,4 +1,4 @@
-"""The preprocessing of a model, sample by sample: the causal twin of `sjepa_deploy.eeg.recording.fit_recording`."""
+"""Filters a live stream and reduces its rate: the causal twin of `sjepa_deploy.eeg.recording.fit_recording`."""
 
 from __future__ import annotations
 
@@ -77,9 +77,10 @@ def design_sos(preprocessing: Preprocessing, sfreq_in: float, sfreq_out: float) 
 
 
 class CausalFilter:
-    """Second-order sections with carried state: the output does not depend on how the input is cut into chunks.
+    """Filters by second-order sections with carried state: the output does not depend on how the input is cut into chunks.
 
-    Started on the steady state of the first sample (`scipy.signal.sosfilt_zi`), so that an electrode offset makes no transient.
+    The filter starts on the steady state of the first sample (`scipy.signal.sosfilt_zi`), so that an electrode offset makes no
+    transient.
 
     Parameters
     ----------
@@ -109,10 +110,10 @@ class CausalFilter:
 
 
 class RateReducer:
-    """Samples at a lower rate: every n-th one, or where the ratio is no integer, between them by a windowed sinc.
+    """Reduces the rate: takes every n-th sample or, where the ratio is no integer, interpolates by a windowed sinc.
 
-    Output sample k comes out with input sample k / ratio, rounded down. It is the signal at that point, for the second kind
-    `HALF_TAPS` input samples before it.
+    Output sample k comes out with input sample k / ratio, rounded down. It is the signal at that point; where it is interpolated,
+    `HALF_TAPS` input samples before that point.
 
     Parameters
     ----------

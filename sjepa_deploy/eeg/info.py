@@ -1,4 +1,4 @@
-"""What a stream or a recording is: channels, rate, unit."""
+"""Describes a stream or a recording: channels, rate, unit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stream's channels beside a model's, and what is missing made from the others by spherical splines, without MNE."""
+"""Compares a stream's channels with a model's, and interpolates missing ones by spherical splines, without MNE."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def match_channels(
         )
     without = {name.casefold() for name in bads}
     if unknown := sorted(without - set(folded)):
-        raise StreamError(f"{info.name} has no channels {listed(unknown)}, which were named as bad.", "Mend `--bads`.")
+        raise StreamError(f"{info.name} has no channels {listed(unknown)}, which were named as bad.", "Correct `--bads`.")
     column = {name: i for i, name in enumerate(folded) if name not in without}
     missing = tuple(name for name in spec.ch_names if name.casefold() not in column)
     if missing and not interpolate:

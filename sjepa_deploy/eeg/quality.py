@@ -1,4 +1,4 @@
-"""Which channels of a stream carry no EEG just now."""
+"""Judges which channels of a stream carry no EEG just now."""
 
 from __future__ import annotations
 
