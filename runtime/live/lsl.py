@@ -155,8 +155,8 @@ class LslSource:
     """Reads a stream of the Lab Streaming Layer.
 
     The source waits for single samples in liblsl (half a millisecond behind the sender), takes what has come, and puts the stamps
-    on this machine's clock. Samples that waited before the first `read` are dropped and counted. A lost stream is looked for until it is
-    back; it must then have the same contract.
+    on this machine's clock. Samples that waited before the first `read` are dropped and counted. A lost stream is looked for
+    until it is back; it must then have the same contract.
 
     Parameters
     ----------
