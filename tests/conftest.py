@@ -1,4 +1,5 @@
 import functools
+import hashlib
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 import torch
 from bundles import export_small, small_spec
 from eeg_files import eeg_file
+from filelock import FileLock
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from sjepa_deploy.bundle import Bundle
@@ -47,16 +49,23 @@ def shared_registry():
 
 @pytest.fixture(scope="session")
 def make_bundle(tmp_path_factory):
-    """Return a function that exports a small model, once for each model and set of options: make_bundle(variant, **spec).
+    """Return a function that exports a small model, once a run for each model and set of options: make_bundle(variant, **spec).
 
     `model_seed` and the options of `to_bundle` may stand among the fields of the spec. Tests share what it returns, and alter
     copies of it only.
     """
     options = ("model_seed", "precisions", "max_batch", "static_batch", "parity_windows")
 
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "bundles"
+
     @functools.cache
     def export(spec, **chosen) -> Bundle:
-        return export_small(tmp_path_factory.mktemp(spec.variant) / "bundle", spec, **chosen)
+        folder = shared / hashlib.sha256(repr((spec, sorted(chosen.items()))).encode()).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):  # the other process waits, and opens what this one exports
+            path = folder / "bundle"
+            return Bundle.open(path) if path.is_dir() else export_small(path, spec, **chosen)
 
     def make(variant="prelocal", **fields) -> Bundle:
         chosen = {name: fields.pop(name) for name in options if name in fields}

@@ -43,8 +43,6 @@ from sjepa_deploy.runtime.keep_warm import Clock
 from sjepa_deploy.serialize import encode, json_schema
 from sjepa_deploy.spec import RUN_PRECISIONS
 
-pytestmark = pytest.mark.alone
-
 SCHEMA = json.loads(resources.files("sjepa_deploy").joinpath("assets", "benchmark.schema.json").read_text(encoding="utf-8"))
 ROOT = Path(__file__).parents[1]
 ONE_THREAD = BackendOptions(n_threads=1)  # on busy cores, threads of small models wait for each other
@@ -199,6 +197,7 @@ def test_environment_noise_and_recommendation_are_told(whole):
     assert all(judgement.result.backend in ("ort-cpu", "torch-eager") for judgement in report.parity)
 
 
+@pytest.mark.alone
 def test_streams_are_searched_for_until_one_more_is_refused(make_bundle):
     """A backend that sleeps 30 ms holds three streams of ten a second at batch one: batches make it more, never less."""
     config = BenchConfig(**QUICK | {"backends": ("sleeps",), "scenarios": ("streams",), "rates": (10.0,), "seconds": 2.0})
@@ -253,6 +252,7 @@ def test_a_probe_is_held_by_its_p99_and_its_backlog():
 # ---------------------------------------------------------------- faults
 
 
+@pytest.mark.alone
 def test_stalls_show_in_paced_latencies_and_misses_also_behind_them(make_bundle):
     """Real time: at 2000 windows a second a stall of 20 ms makes some forty windows late, the closed loop shows one call."""
     config = BenchConfig(
@@ -347,6 +347,7 @@ def test_windows_with_offsets_are_told_by_their_samples(make_bundle):
     assert contenders.without_offsets(only, bundle.spec) is None
 
 
+@pytest.mark.alone
 def test_a_rate_that_is_not_held_is_not_called_slow(make_bundle, sjepa_bench, tmp_path):
     options = ["--scenario", "paced", "--rate", "100", "--duration", "1", "--backend", "sleeps"]
     status, out, _ = sjepa_bench(make_bundle("prelocal").path, *options, "--out", tmp_path / "o")
@@ -407,6 +408,7 @@ def test_ctrl_c_writes_what_there_is_and_says_so(make_bundle, sjepa_bench, tmp_p
     assert load_samples(report, tmp_path / "o" / "bench.json").keys() >= {f"{c.id}.latency_us" for c in report.cells}
 
 
+@pytest.mark.alone
 def test_the_time_limit_ends_a_run_with_what_there_is(make_bundle):
     config = BenchConfig(**QUICK | {"seconds": 60.0, "n_blocks": 200, "scenarios": ("back-to-back",), "time_limit": 2.0})
     report, _ = run_bench((make_bundle("prelocal"),), config)
@@ -444,6 +446,7 @@ def test_opening_takes_at_most_half_of_the_time(make_bundle, monkeypatch):
     assert cells(report, backend="ort-cpu")[0].latency.n_blocks == 5
 
 
+@pytest.mark.alone
 def test_scenarios_have_times_of_their_own(make_bundle, sjepa_bench, tmp_path):
     options = [
         "--scenario",
@@ -541,6 +544,7 @@ def test_a_recommendation_and_the_command_that_repeats_it(make_bundle, sjepa_ben
     )
 
 
+@pytest.mark.alone
 def test_two_reports_are_compared(make_bundle, sjepa_bench, tmp_path, monkeypatch):
     """A backend whose calls are three times as long: found on any machine; compared with itself, nothing is."""
     options = ["--scenario", "back-to-back", "--duration", "0.5", "--backend", "slow-10"]
@@ -691,6 +695,7 @@ def test_nvml_is_asked_by_the_bus_and_answers_none_where_it_fails(monkeypatch):
     assert machine.Nvml("0000:00:00.0").joules() is None
 
 
+@pytest.mark.alone
 def test_others_on_the_processor_are_counted():
     before = machine.CpuTimes(at=0.0, own=1.0, busy=10.0, stolen=0.5)
     after = machine.CpuTimes(at=2.0, own=2.0, busy=14.0, stolen=0.7)
@@ -712,6 +717,7 @@ def test_processor_times_are_those_that_the_system_counts(monkeypatch, tmp_path)
     assert (now.busy, now.stolen) == (163.0, 80.0)
 
 
+@pytest.mark.alone
 def test_what_the_hypervisor_took_from_a_cell_is_told_and_makes_the_run_noisy(make_bundle, monkeypatch, tmp_path):
     """A machine whose hypervisor takes half a core whenever one backend runs: on average over the run it would be little."""
     stat, ticks = tmp_path / "stat", [1000.0]
@@ -891,6 +897,7 @@ def test_the_script_for_gpu_machines_needs_no_click(make_bundle, tmp_path):
     assert load_samples(report, tmp_path / "all.v1.json").keys() >= {"canary_us", "c000.latency_us"}
 
 
+@pytest.mark.alone
 def test_the_report_of_a_gpu_machine_loses_only_what_hangs_and_goes_on(make_bundle, tmp_path, monkeypatch, capfd):
     """With CPU backends in place of those of a GPU: a part that hangs is ended, and one that is there is not measured again."""
     specification = importlib.util.spec_from_file_location("gpu_latency", ROOT / "benchmarks" / "gpu_latency.py")

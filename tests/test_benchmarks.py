@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.alone
-
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 

@@ -24,8 +24,6 @@ from sjepa_deploy.runtime.watch import dashboard as dashboard_module
 from sjepa_deploy.runtime.watch.dashboard import Dashboard, is_loopback, parse_address
 from sjepa_deploy.runtime.watch.dashboard_server import Feed
 
-pytestmark = pytest.mark.alone
-
 TOKEN = "not-a-secret-0123456789"
 
 
@@ -362,6 +360,7 @@ def n_pages(dashboard):
     return float(re.search(r"^sjepa_dashboard_pages (\S+)$", get(dashboard, "/metrics")[2], re.MULTILINE)[1])
 
 
+@pytest.mark.alone
 def test_clients_that_do_not_read_are_let_go_and_cost_nothing(make_bundle):
     """They get no more than what the system buffers, while others and the decoder go on as before."""
     with LiveDecoder(make_bundle("prelocal"), hop=0.02) as decoder:

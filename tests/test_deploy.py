@@ -11,8 +11,6 @@ from served import provide_tritonserver
 
 from sjepa_deploy.serving.server import find_server
 
-pytestmark = pytest.mark.alone
-
 DEPLOY = Path(__file__).parents[1] / "deploy"
 MANIFESTS = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())

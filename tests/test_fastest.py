@@ -36,8 +36,6 @@ from sjepa_deploy.runtime.bench.keep_fastest import choose, keep
 from sjepa_deploy.runtime.bench.results import Ending, LeftOut
 from sjepa_deploy.runtime.bench.run import BenchConfig, run_bench
 
-pytestmark = pytest.mark.alone
-
 ROOT = Path(__file__).parents[1]
 ONE_THREAD = BackendOptions(n_threads=1)
 QUICK = {"scenarios": ("throughput",), "seconds": 0.1, "precisions": ("fp32",), "batches": (1, 3), "options": ONE_THREAD}
@@ -171,6 +169,7 @@ def test_a_record_says_what_it_chose(backends, text):
 # ---------------------------------------------------------------- measured, kept, read again, decoded with
 
 
+@pytest.mark.alone
 def test_measures_keeps_and_decodes(make_bundle, sjepa_bench, tmp_path):
     """On real backends, whichever is the fastest here."""
     path = copy_bundle(make_bundle("prelocal"), tmp_path / "b")
@@ -422,6 +421,7 @@ def test_a_backend_that_cannot_be_opened_is_named_and_the_others_are_released(cr
         sjepa_deploy.load(bundle, backend="fastest")
 
 
+@pytest.mark.alone
 def test_fast_and_wrong_is_never_chosen(make_bundle, monkeypatch, sjepa_bench, tmp_path):
     planted.plant(monkeypatch.setitem)
     for name in ("wrong", "sleeps"):

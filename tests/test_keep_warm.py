@@ -7,8 +7,6 @@ from virtual_clock import VirtualClock
 
 from sjepa_deploy.runtime.keep_warm import N_FIRST, N_REMEMBERED, Clock, KeepWarm
 
-pytestmark = pytest.mark.alone
-
 
 def warm(clock, lengths, period):
     """A policy whose dummy calls take `lengths` in turn, and the intervals in which they ran."""

@@ -24,8 +24,6 @@ from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.models.resolve import resolve_spec
 from sjepa_deploy.serialize import encode
 
-pytestmark = pytest.mark.alone
-
 
 def call(capsys, *arguments):
     status = run_command(group, "sjepa", [str(a) for a in arguments])

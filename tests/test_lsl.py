@@ -23,8 +23,6 @@ from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.lsl import LslSource, find_stream
 from sjepa_deploy.runtime.live.lsl_outlet import LslOutlet
 
-pytestmark = pytest.mark.alone
-
 CONFIG = f"""[ports]
 IPv6=disable
 [multicast]
@@ -177,6 +175,7 @@ def test_paused_source_goes_on(predict, name):
         assert decoder.counters.gaps >= 1
 
 
+@pytest.mark.alone
 def test_consumer_that_stalls_for_five_seconds(predict, name):
     """What is late by then is left out and counted, and the age is what it was before."""
     with Amplifier(name, predict.spec.ch_names), Decoder(predict, LslSource(name)) as decoder:

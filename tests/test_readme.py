@@ -11,8 +11,6 @@ import pytest
 import sjepa_deploy
 from sjepa_deploy.runtime.backend import BackendOptions
 
-pytestmark = pytest.mark.alone
-
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 

@@ -21,8 +21,6 @@ from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.recorder import RunDescription, read_record, record
 
-pytestmark = pytest.mark.alone
-
 CODE = "import sys; sys.argv[0] = 'sjepa-stream'; from sjepa_deploy.cli.stream import main; main()"
 
 

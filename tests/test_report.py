@@ -22,8 +22,6 @@ from sjepa_deploy.runtime.bench.report import comparison_to_markdown, to_markdow
 from sjepa_deploy.runtime.bench.results import Disturbance, Ending, LeftOut, Noise
 from sjepa_deploy.spec import ModelSpec
 
-pytestmark = pytest.mark.alone
-
 EVIL = """<img src=x onerror="document.title='run'">|`x`*b*</script>&amp;"""
 
 

@@ -34,8 +34,6 @@ from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.serving import Answer, Client, Server
 
-pytestmark = pytest.mark.alone
-
 VARIANTS = ("prelocal", "postlocal", "contextual")
 
 PATIENT = {"deadline": 10.0, "instances": 1}  # on a busy machine a small model may take long
@@ -288,6 +286,7 @@ def test_interleaved_subjects_get_what_they_get_alone(server, client, make_bundl
                 assert_same(answer.output[0], expected[i % len(expected)])
 
 
+@pytest.mark.alone
 def test_a_version_is_unloaded_and_reloaded_under_load(server, client, make_bundle):
     """Nothing is lost or wrong: each answer is that of the bundle behind the version which it names."""
     bundles = {"1": make_bundle("postlocal"), "2": make_bundle("postlocal", model_seed=1)}
@@ -361,6 +360,7 @@ def test_a_killed_server_comes_back(mortal, client, make_bundle, shared_memory):
     assert len(set(carried_out) - answers) <= n_open, "what was decoded without an answer was reported as open"
 
 
+@pytest.mark.alone
 def test_a_window_that_a_killed_server_had_is_sent_again_on_request(mortal, client, make_bundle):
     window = windows_of(make_bundle("prelocal").spec, 0, 1)
     careful, eager = client("slow", mortal, timeout=60.0), client("slow", mortal, timeout=60.0, resend_unanswered=True)
@@ -375,6 +375,7 @@ def test_a_window_that_a_killed_server_had_is_sent_again_on_request(mortal, clie
     np.testing.assert_array_equal(answered.output, local_outputs(make_bundle("prelocal"), window))
 
 
+@pytest.mark.alone
 def test_a_server_that_ends_answers_what_it_has(mortal, client, make_bundle):
     windows = windows_of(make_bundle("prelocal").spec, 0, 3)
     clients = [client("slow", mortal, timeout=60.0) for _ in windows]
@@ -430,6 +431,7 @@ def test_stream_and_check_with_a_server(server, make_bundle, tmp_path):
 # ---------------------------------------------------------------- deadlines and queues
 
 
+@pytest.mark.alone
 def test_a_late_answer_is_reported_and_never_taken_for_another(client, make_bundle):
     bundle = make_bundle("prelocal")
     windows = windows_of(bundle.spec, 0, 2)
@@ -442,6 +444,7 @@ def test_a_late_answer_is_reported_and_never_taken_for_another(client, make_bund
         np.testing.assert_array_equal(served.infer(windows[1:]).output, expected[1:])
 
 
+@pytest.mark.alone
 def test_a_full_queue_refuses_and_a_late_request_is_dropped(client, make_bundle):
     bundle = make_bundle("prelocal")
     windows = windows_of(bundle.spec, 0, 8)
@@ -559,6 +562,7 @@ def test_a_request_of_no_windows_costs_those_of_its_batch_an_attempt(server, cli
 N_FUZZED = 10_000
 
 
+@pytest.mark.alone
 def test_ten_thousand_malformed_requests(server, client, make_bundle):
     """The server lives, says why it refuses, gives no answer but the right one, and serves another subject meanwhile."""
     bundle = make_bundle("prelocal")

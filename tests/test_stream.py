@@ -39,8 +39,6 @@ from sjepa_deploy.runtime.predictor import Predictor
 from sjepa_deploy.runtime.watch.watching import watch
 from sjepa_deploy.spec import Preprocessing
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.fixture(scope="module")
 def predict(make_bundle):

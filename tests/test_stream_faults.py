@@ -20,8 +20,6 @@ from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.sources import Chunk
 from sjepa_deploy.runtime.predictor import Predictor
 
-pytestmark = pytest.mark.alone
-
 N = 1500
 STAMPS = np.arange(N) / 100.0
 SAMPLES = eeg(N)
