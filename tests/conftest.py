@@ -48,24 +48,36 @@ def shared_registry():
 
 
 @pytest.fixture(scope="session")
-def make_bundle(tmp_path_factory):
-    """Return a function that exports a small model, once a run for each model and set of options: make_bundle(variant, **spec).
+def once(tmp_path_factory):
+    """Return a function that lets one process of this run make something, and gives its folder to all: once(key, make)."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def once(key: str, make) -> Path:
+        folder = shared / "made" / hashlib.sha256(key.encode()).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):
+            if not (folder / "whole").exists():
+                make(folder)
+                (folder / "whole").touch()
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def make_bundle(once):
+    """Return a function that exports a small model, once for each model and set of options: make_bundle(variant, **spec).
 
     `model_seed` and the options of `to_bundle` may stand among the fields of the spec. Tests share what it returns, and alter
     copies of it only.
     """
     options = ("model_seed", "precisions", "max_batch", "static_batch", "parity_windows")
 
-    base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "bundles"
-
     @functools.cache
     def export(spec, **chosen) -> Bundle:
-        folder = shared / hashlib.sha256(repr((spec, sorted(chosen.items()))).encode()).hexdigest()[:16]
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"):  # the other process waits, and opens what this one exports
-            path = folder / "bundle"
-            return Bundle.open(path) if path.is_dir() else export_small(path, spec, **chosen)
+        key = repr((spec, sorted(chosen.items())))
+        return Bundle.open(once(key, lambda folder: export_small(folder / "bundle", spec, **chosen)) / "bundle")
 
     def make(variant="prelocal", **fields) -> Bundle:
         chosen = {name: fields.pop(name) for name in options if name in fields}
@@ -75,10 +87,10 @@ def make_bundle(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def default_contextual(tmp_path_factory):
+def default_contextual(once):
     """Return the bundle that the README's first command writes, in a process of its own. It takes a minute."""
-    folder = tmp_path_factory.mktemp("readme")
-    subprocess.run([Path(sys.executable).parent / "sjepa-export", "--variant", "contextual"], cwd=folder, check=True)
+    command = [Path(sys.executable).parent / "sjepa-export", "--variant", "contextual"]
+    folder = once("default contextual", lambda folder: subprocess.run(command, cwd=folder, check=True))
     return Bundle.open(folder / "sjepa-contextual")
 
 

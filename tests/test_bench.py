@@ -398,6 +398,7 @@ def test_a_backend_that_cannot_be_released_costs_no_figures(make_bundle, caplog)
     assert closed == ["bundle on sticks-at-once fp32 could not be closed", "bundle on sticks fp32 could not be closed"]
 
 
+@pytest.mark.alone
 def test_ctrl_c_writes_what_there_is_and_says_so(make_bundle, sjepa_bench, tmp_path):
     options = ["--scenario", "back-to-back", "--backend", "interrupts", "--backend", "ort-cpu", "--duration", "60", "--json"]
     status, out, err = sjepa_bench(make_bundle("prelocal").path, *options, "--out", tmp_path / "o")
@@ -606,6 +607,7 @@ def test_baselines_give_the_reference_outputs(make_bundle, variant, name):
     contender.close()
 
 
+@pytest.mark.alone
 def test_torch_compile_gives_the_reference_outputs(make_bundle):
     """Once: it takes seconds."""
     (contender,) = opened_on(make_bundle("prelocal"), "torch-compile")

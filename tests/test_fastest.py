@@ -433,6 +433,7 @@ def test_fast_and_wrong_is_never_chosen(make_bundle, monkeypatch, sjepa_bench, t
     assert (choice.backend, list(choice.medians_us)) == ("sleeps", ["sleeps"])
 
 
+@pytest.mark.alone
 def test_nothing_is_kept_of_an_interrupted_run(make_bundle, crossing, monkeypatch, sjepa_bench, tmp_path):
     planted.plant(monkeypatch.setitem)
     monkeypatch.setattr(planted.Interrupts, "calls_left", 3000)

@@ -107,6 +107,7 @@ def in_two_processes(command, *arguments):
     return json.loads(done.stdout)["result"]
 
 
+@pytest.mark.alone
 def test_two_processes_learn_what_one_does_with_batches_twice_as_large(configs, capsys):
     """PostLocal draws nothing at random while it trains, and a step takes the same windows either way."""
     config = ["--config", configs / "finetune.yaml", "--variant", "postlocal", "--seed", "3"]
@@ -122,6 +123,7 @@ def test_two_processes_learn_what_one_does_with_batches_twice_as_large(configs, 
     assert not any(torch.allclose(weights[0][name], start[name]) for name in start if name.endswith("weight"))
 
 
+@pytest.mark.alone
 def test_two_processes_pretrain_one_model_and_report_on_all_validation_windows(configs):
     result = in_two_processes("pretrain", "--config", configs / "pretrain.yaml", "--out", configs / "base", "--max-epochs", "2")
     assert result["fitted"]["steps"] == 2 * (result["n_train"] // 2 // PRETRAIN.engine.batch_size)
