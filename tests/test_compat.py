@@ -1,0 +1,98 @@
+"""Files that the release at commit 4af6286 wrote (tests/compat) still open, decode, replay and render.
+
+The bundle is a PreLocal model of two channels with random weights, and its own `reference.npz` holds the outputs of that commit's
+PyTorch in float64. `run.xdf` was recorded by sjepa-stream from the synthetic source, `bench.json` and the record of the fastest
+backend were written by sjepa-bench, and `checkpoint` by `write_checkpoint` as a training does.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oracle import from_pretrained
+from streams import run_command, run_stream
+
+import sjepa_deploy
+from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.cli.verify import verify
+from sjepa_deploy.models.checkpoint import load_model, read_checkpoint
+from sjepa_deploy.parity import TOLERANCE
+from sjepa_deploy.runtime.backends.fastest import FastestRecord
+from sjepa_deploy.runtime.bench.files import load_report
+from sjepa_deploy.runtime.bench.report import to_markdown
+from sjepa_deploy.runtime.live.decoder import Decoder
+from sjepa_deploy.runtime.live.recorder import RecordSource, read_record
+from sjepa_deploy.serialize import decode
+
+COMPAT = Path(__file__).parent / "compat"
+
+
+@pytest.fixture(scope="module")
+def stored():
+    """Return the windows and float64 outputs that lie in the bundle, of windows that are finite."""
+    reference = Bundle.open(COMPAT / "bundle").reference()
+    finite = np.isfinite(reference.inputs).all(axis=(1, 2))
+    assert finite.sum() >= 4
+    return reference.inputs[finite], reference.outputs[finite]
+
+
+def test_the_bundle_opens_and_is_verified(capsys):
+    bundle = Bundle.open(COMPAT / "bundle")
+    assert bundle.manifest.sealed() == bundle.manifest
+    assert bundle.spec.class_names == ("left", "right")
+    assert run_command(verify, "sjepa-verify", [str(bundle.path)]) == 0, capsys.readouterr().err
+
+
+def test_the_weights_give_what_they_gave_in_braindecode_and_here(stored):
+    windows, outputs = stored
+    theirs = from_pretrained("prelocal", COMPAT / "bundle" / "checkpoint").double().eval()
+    ours = load_model(read_checkpoint(COMPAT / "checkpoint"), Bundle.open(COMPAT / "bundle").spec).double().eval()
+    for model in (theirs, ours):
+        with torch.no_grad():
+            np.testing.assert_allclose(model(torch.from_numpy(windows).double()).numpy(), outputs, rtol=1e-9, atol=1e-11)
+
+
+def test_the_bundle_decodes_to_the_outputs_of_pytorch_then(stored):
+    windows, outputs = stored
+    with sjepa_deploy.load(COMPAT / "bundle", check_unit=False) as predict:
+        error = np.abs(predict.predict(windows) - outputs).max()
+    assert error < TOLERANCE["fp32"] * np.sqrt(np.mean(outputs**2))
+
+
+def test_what_a_training_wrote_beside_the_weights_is_read():
+    config = json.loads((COMPAT / "checkpoint" / "config.json").read_text())
+    assert {"data": "synthetic"} in config.values()
+    assert read_checkpoint(COMPAT / "checkpoint").variant == "prelocal"
+
+
+def test_the_record_of_a_stream_replays(capsys):
+    record = read_record(COMPAT / "run.xdf")
+    assert len(record.decisions) >= 8
+    config = dataclasses.replace(record.run.config, late="queue", roll=False)
+    with sjepa_deploy.load(COMPAT / "bundle", check_unit=False) as predict:
+        again = {decision.index: decision.prediction for decision in Decoder(predict, RecordSource(record), config)}
+    assert record.decisions.keys() <= again.keys()
+    scale = max(np.abs(prediction).max() for prediction in record.decisions.values())
+    error = max(np.abs(again[index] - prediction).max() for index, prediction in record.decisions.items())
+    assert error <= TOLERANCE["fp32"] * scale
+    status = run_stream(COMPAT / "bundle", "--replay", COMPAT / "run.xdf", "--json")
+    result = json.loads(capsys.readouterr().out)
+    assert result["n_missing"] == 0
+    assert status == bool(result["n_differ"]) == bool(error), "another processor or ONNX Runtime may round otherwise"
+
+
+def test_the_record_of_the_fastest_backend_keeps_its_digest():
+    (file,) = (COMPAT / "bundle" / "engines" / "fastest").glob("*.json")
+    record = decode(FastestRecord, json.loads(file.read_text()))
+    assert record.sealed() == record
+    assert record.bundle == Bundle.open(COMPAT / "bundle").manifest.digest
+
+
+def test_the_report_renders():
+    page = to_markdown(load_report(COMPAT / "bench.json"))
+    assert "ort-cpu" in page
+    assert "## " in page
+    assert "sjepa-bench bundle --backend ort-cpu --backend torch" in page
