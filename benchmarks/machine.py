@@ -1,4 +1,4 @@
-"""What every result file says of where and how it was made."""
+"""Describes in every result file where and how it was made."""
 
 from __future__ import annotations
 

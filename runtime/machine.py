@@ -1,4 +1,4 @@
-"""What the machine is, and what it is doing: versions, processor, GPU, clocks, temperatures, load."""
+"""Reads what the machine is and what it is doing: versions, processor, GPU, clocks, temperatures, load."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STAT = Path("/proc/stat")
 
 @dataclass(frozen=True, kw_only=True)
 class MachineState:
-    """What the machine was like before or after a cell; None where it does not tell.
+    """Clocks, temperatures and load of the machine before or after a cell; None where the system does not tell.
 
     Attributes
     ----------
@@ -163,9 +163,11 @@ def environment(device: int = 0) -> Environment:
 
 
 class Nvml:
-    """What NVML says of one GPU. Every figure is None where it says nothing (Jetson has no NVML).
+    """Asks NVML about one GPU. Every figure is None where NVML tells nothing (Jetson has none).
 
-    Through ctypes: five functions whose interface has not changed since NVML 5, in a library that comes with the driver.
+    Five functions are called through ctypes. Their interface has not changed since NVML 5, and their library comes with the driver.
+    In place of them `cuda.bindings.nvml` (13.5) reads temperatures only through the newer ``nvmlDeviceGetTemperatureV``, and raises
+    where this class returns None.
 
     Parameters
     ----------

@@ -34,6 +34,7 @@ from sjepa_deploy.runtime.bench.baselines import ALL_BACKENDS, BASELINES, TORCH_
 from sjepa_deploy.runtime.bench.cells import HARNESS, SCENARIOS, Estimate
 from sjepa_deploy.runtime.bench.files import load_report, load_samples, write_report
 from sjepa_deploy.runtime.bench.loops import Served
+from sjepa_deploy.runtime.bench.measurement import Bench
 from sjepa_deploy.runtime.bench.merge import merge, together
 from sjepa_deploy.runtime.bench.report import to_markdown
 from sjepa_deploy.runtime.bench.results import SCHEMA_VERSION, BenchReport, Disturbance, DisturbanceKind, Noise
@@ -218,7 +219,7 @@ def test_the_search_for_streams_ends_at_the_capacity(make_bundle):
     clock = Clock()
     for capacity, first in ((37, 30), (37, 300), (37, 1), (0, 5), (1, 1)):
         search = scenarios.Streams(
-            scenarios.Bench(clock=clock, nvml=None, began=0.0, seconds=0.1, seed=0), contender, 100, rate=10.0, deadline=None
+            Bench(clock=clock, nvml=None, began=0.0, seconds=0.1, seed=0), contender, 100, rate=10.0, deadline=None
         )
         search._next = first
         for _ in range(100):
@@ -232,7 +233,7 @@ def test_the_search_for_streams_ends_at_the_capacity(make_bundle):
 
 def test_a_disturbed_probe_is_no_refusal(make_bundle):
     contender = contenders.harness(make_bundle("prelocal"), "b", seed=0)
-    common = scenarios.Bench(clock=Clock(), nvml=None, began=0.0, seconds=0.1, seed=0)
+    common = Bench(clock=Clock(), nvml=None, began=0.0, seconds=0.1, seed=0)
     search = scenarios.Streams(common, contender, 10, rate=10.0, deadline=None)
     search._next = 20
     search._decide(20, held=False, nearly=True)

@@ -1,7 +1,7 @@
-"""What a user would run in place of this toolkit, as backends: PyTorch eager, compiled, as a CUDA graph, and braindecode.
+"""Runs what one would use in place of this toolkit: PyTorch eager, compiled and as a CUDA graph, and braindecode's module.
 
-They run the checkpoint in the bundle with PyTorch's own defaults (the fast path of its transformer included), and are there to be
-measured beside the others. Nothing here imports torch before one is opened.
+These baselines are backends to be measured beside the toolkit's own. They run the checkpoint in the bundle with PyTorch's
+defaults, the fast path of its transformer included. Importing this module never imports PyTorch.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ COMPILATIONS = 8
 
 
 class TorchEager(Backend):
-    """PyTorch as it is, on the CPU: one call of the module.
+    """Calls the PyTorch module on the CPU.
 
     Raises
     ------
@@ -132,7 +132,7 @@ class TorchEager(Backend):
 
 
 class TorchCompile(TorchEager):
-    """``torch.compile`` with its defaults, which needs a C++ compiler. It compiles at the first call of a batch size."""
+    """Calls what ``torch.compile`` makes of the module at the first call of a batch size, which needs a C++ compiler."""
 
     name = "torch-compile"
     engine = "cached"
@@ -167,7 +167,7 @@ class TorchCompile(TorchEager):
 
 
 class Braindecode(TorchEager):
-    """braindecode's own module, on the CPU."""
+    """Calls braindecode's module on the CPU."""
 
     name = "braindecode"
 
@@ -180,14 +180,14 @@ class Braindecode(TorchEager):
 
 
 class TorchEagerCuda(TorchEager):
-    """PyTorch as it is, on the GPU: pinned memory, a copy there, the module, a copy back."""
+    """Calls the PyTorch module on the GPU: windows go there from pinned memory, and outputs come back."""
 
     name = "torch-eager-cuda"
     device = "cuda"
 
 
 class TorchCompileCuda(TorchCompile):
-    """``torch.compile(mode="reduce-overhead")`` on the GPU, which captures CUDA graphs by itself."""
+    """Calls what ``torch.compile(mode="reduce-overhead")`` makes of the module on the GPU: it captures CUDA graphs by itself."""
 
     name = "torch-compile-cuda"
     device = "cuda"
@@ -195,14 +195,14 @@ class TorchCompileCuda(TorchCompile):
 
 
 class BraindecodeCuda(Braindecode):
-    """braindecode's own module on the GPU."""
+    """Calls braindecode's module on the GPU."""
 
     name = "braindecode-cuda"
     device = "cuda"
 
 
 class TorchCudaGraph(TorchEager):
-    """The module and both copies in one CUDA graph for each batch size."""
+    """Replays one CUDA graph for each batch size, with the module and both copies."""
 
     name = "torch-cuda-graph"
     device = "cuda"

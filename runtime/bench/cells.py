@@ -1,4 +1,4 @@
-"""The cells of a benchmark report: what was measured.
+"""Describes the cells of a benchmark report, which hold what was measured.
 
 Latencies are in microseconds, instants in seconds.
 """
@@ -101,7 +101,7 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenLoop:
-    """How windows that come at a rate were served.
+    """Says how windows that come at a rate were served.
 
     Attributes
     ----------
@@ -159,7 +159,7 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class ColdStart:
-    """How long it takes from nothing to decoding, in processes of their own.
+    """Says how long new processes take until they decode.
 
     Attributes
     ----------
@@ -181,7 +181,7 @@ class ColdStart:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a backend takes.
+    """Memory and energy that a backend takes.
 
     Attributes
     ----------
@@ -200,7 +200,7 @@ class Resources:
 
 @dataclass(frozen=True, kw_only=True)
 class CellKey:
-    """What was measured: cells of two reports with equal keys can be compared.
+    """Names what a cell measured: cells of two reports with equal keys can be compared.
 
     Attributes
     ----------
@@ -303,7 +303,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """How many streams a backend holds: p99 within the deadline, and a backlog that stays bounded.
+    """Says how many streams a backend holds: p99 stays within the deadline, and the backlog bounded.
 
     Attributes
     ----------

@@ -1,7 +1,7 @@
-"""From nothing to decoding, timed in processes of their own.
+"""Times new processes from their start until they decode.
 
-`measure` starts one; the child notes the time at every step and prints them. Both read the same monotonic clock. The files are in
-the page cache of the system, as after any earlier run.
+`measure` starts a process, which notes the time at every step and prints these times. Both processes read the same monotonic
+clock. The files are in the page cache of the system, as after any earlier run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CHILD = "import time; t = time.perf_counter(); from sjepa_deploy.runtime.bench.
 
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """One cold start, in seconds.
+    """Times of one cold start, in seconds.
 
     Attributes
     ----------

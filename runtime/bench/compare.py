@@ -1,4 +1,4 @@
-"""What changed between two benchmark reports and whether it is a change; and which backend a report speaks for."""
+"""Compares two benchmark reports cell by cell, and recommends a backend for each bundle of a report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Verdict = Literal["slower", "faster", "no change shown", "not held any more", "h
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """How one cell differs between two reports.
+    """Says how one cell differs between two reports.
 
     Attributes
     ----------
@@ -52,7 +52,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two reports, cell by cell.
+    """Holds how two reports differ, cell by cell.
 
     Attributes
     ----------

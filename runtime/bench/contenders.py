@@ -1,4 +1,4 @@
-"""What a benchmark measures: bundles on every backend that runs here, each judged before it is timed."""
+"""Opens the contenders of a benchmark: every bundle on every backend that runs here, judged before it is timed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def without_offsets(reference: Reference, spec: ModelSpec) -> Reference | None:
 
 
 class NothingBackend(Backend):
-    """The backend that does nothing: its latencies are what measuring costs."""
+    """Does nothing: the latencies of this backend are what measuring costs."""
 
     name = HARNESS
     precision: RunPrecision = "fp32"
@@ -70,7 +70,7 @@ class NothingBackend(Backend):
 
 
 class Contender:
-    """One bundle on one backend in one precision, ready to be called.
+    """Runs one bundle on one backend in one precision; what a benchmark compares.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""How old the EEG is that a decision rests on: what the model, the filters, the hop and the machine add, part by part.
+"""Computes how old the EEG behind a decision is: what the model, the filters, the hop and the machine add to its age.
 
 An age is an upper bound: the whole hop, and the 99th percentiles of what is measured. Its parts stand in the order of the
 signal, from the middle of the EEG that the newest token is made of to the decision.

@@ -1,4 +1,4 @@
-"""Percentiles and their confidence intervals from latencies that are not independent.
+"""Estimates percentiles and their confidence intervals from latencies that are not independent.
 
 Calls that follow each other share the state of the machine (clock, caches, what else runs), so that thousands of calls hold far
 less than thousands of independent samples. A run is therefore cut into blocks that lie apart in time, and the bootstrap draws

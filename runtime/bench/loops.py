@@ -1,4 +1,4 @@
-"""The measuring loops: warm-up until stable, closed loop, and open loop counted from due times.
+"""Runs the measuring loops: warm-up until stable, closed loop, and open loop counted from due times.
 
 A closed loop calls as soon as the last call returned, so a call that stalls delays nothing in its figures but itself. In open
 loop windows are due at a rate whatever the backend does; latency counts from there, so that the windows that wait behind a
@@ -89,7 +89,7 @@ def closed_loop(call: Call, windows: Sequence[FloatArray], clock: Clock, seconds
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Served:
-    """Windows that were due, in order of their due times, in seconds of the clock.
+    """Holds when windows were due, begun and done, in order of their due times, in seconds from the start of the loop.
 
     Attributes
     ----------

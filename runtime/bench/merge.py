@@ -1,4 +1,4 @@
-"""One report from several: what needs another Python (TensorRT 8.6, PyTorch) is measured in a run of its own."""
+"""Merges reports: what needs another Python (TensorRT 8.6, PyTorch) is measured in a run of its own."""
 
 from __future__ import annotations
 

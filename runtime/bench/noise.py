@@ -1,4 +1,4 @@
-"""Whether the machine was quiet while it was measured."""
+"""Judges whether the machine was quiet while it was measured."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ stalls of many milliseconds: cells with several threads suffer, and the average 
 
 
 class Canary:
-    """A fixed piece of work, timed before every block: what it takes tells how fast the machine is just then."""
+    """Times a fixed piece of work before every block, which tells how fast the machine is just then."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -50,12 +50,12 @@ class Canary:
 
 
 def judge(canary_us: Sequence[float], others: float | None, stolen: float | None, cells: Sequence[Cell]) -> Noise:
-    """Return whether a run was disturbed, and by what.
+    """Return what disturbed a run.
 
     Parameters
     ----------
     canary_us : sequence of float
-        What the canary took before each block.
+        Times of the canary before each block.
     others, stolen : float or None
         Cores that other processes and the hypervisor took, on average over the run.
     cells : sequence of Cell

@@ -1,4 +1,4 @@
-"""A benchmark report for people: as Markdown, and as one HTML file that needs nothing else."""
+"""Writes a benchmark report for people: as Markdown, and as one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sjepa_deploy.runtime.bench import report_plots as plots
 from sjepa_deploy.runtime.bench import report_tables
 from sjepa_deploy.runtime.bench.cells import HARNESS, Cell, Samples, Scenario
 from sjepa_deploy.runtime.bench.compare import Comparison
-from sjepa_deploy.runtime.bench.report_plots import Plot
+from sjepa_deploy.runtime.bench.figures import Plot
 from sjepa_deploy.runtime.bench.results import BenchReport, Judgement
 from sjepa_deploy.runtime.bench.tables import Table, all_markdown, markdown_code, markdown_text
 from sjepa_deploy.runtime.bench.words import why_noisy, why_partial

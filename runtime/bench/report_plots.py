@@ -1,133 +1,24 @@
-"""The plots of a benchmark report: drawn by matplotlib, written as SVG whose colours and font are the page's.
-
-Figures are as wide as a phone, so that their text is readable there; wider pages stretch them or put two in a row.
-"""
+"""Draws the plots of a benchmark report."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sjepa_deploy.errors import MissingDependencyError
 from sjepa_deploy.runtime.bench.cells import HARNESS, Cell, Samples
 from sjepa_deploy.runtime.bench.estimates import percentile
+from sjepa_deploy.runtime.bench.figures import BAD, INK, N_SERIES, SERIES, Plot, finished, label_strip, new_figure, strips
 from sjepa_deploy.runtime.bench.results import DecisionAge
 from sjepa_deploy.runtime.bench.tables import duration, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-WIDTH = 4.3
-"""Inches. At 72 points an inch a figure is 310 units wide, and its text of 9 points is 10 pixels high on a phone."""
-
-N_SERIES = 8
-"""Colours that can be told apart."""
 
 MAX_STRIPS = 12
 """Distributions in one figure; the slower ones are in the table alone."""
-
-# Stand for the page's colours while matplotlib draws: no plot uses them otherwise.
-_SERIES = tuple(f"#f0{i:02x}01" for i in range(N_SERIES))
-_INK, _FAINT, _GRID, _BAD = "#f1a001", "#f1b001", "#f1c001", "#f1d001"
-_CSS = {colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES)} | {
-    _INK: "var(--ink)",
-    _FAINT: "var(--faint)",
-    _GRID: "var(--grid)",
-    _BAD: "var(--bad)",
-}
-
-_STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "sjepa-deploy",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "axes.titlecolor": _INK,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.6,
-    "text.color": _INK,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "lines.linewidth": 1.5,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plot:
-    """One figure of a report.
-
-    Attributes
-    ----------
-    svg : str
-        An ``<svg>`` element for a page that defines the colours.
-    title, description : str
-        What it shows, for those who do not see it too.
-    """
-
-    svg: str
-    title: str
-    description: str
-
-
-@contextmanager
-def _figure(height: float) -> Iterator[Figure]:
-    """Give an empty figure; Figure and not pyplot, which would keep it."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise MissingDependencyError("matplotlib", "bench") from e
-    with matplotlib.rc_context(_STYLE):
-        yield Figure(figsize=(WIDTH, height), layout="constrained", facecolor="none")
-
-
-@contextmanager
-def _strips(n: int, height: float) -> Iterator[tuple[Figure, Axes]]:
-    """Give a figure of `n` strips, strip i from i - 1 to i on the y axis downwards: one set of axes is quick to draw."""
-    with _figure(0.5 + height * n) as figure:
-        axes = figure.subplots()
-        axes.set_ylim(n - 1 + 0.06, -1.05)
-        axes.hlines(range(n), 0, 1, transform=axes.get_yaxis_transform(), color=_GRID, linewidth=0.6)
-        axes.set_yticks([])
-        axes.grid(axis="y", visible=False)
-        axes.spines["left"].set_visible(False)
-        axes.tick_params(axis="y", length=0)
-        yield figure, axes
-
-
-def _label(axes: Axes, y: float, text: str, *, right: bool = False) -> None:
-    """Write above a strip. The layout makes no room for it: a long label may go beyond the axes."""
-    place, align = (1, "right") if right else (0, "left")
-    label = axes.annotate(text, (place, y), xycoords=("axes fraction", "data"), ha=align, va="bottom", fontsize=8.5)
-    label.set_in_layout(False)
-
-
-def _finish(figure: Figure, title: str, description: str) -> Plot:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return Plot(svg=page_svg(buffer.getvalue(), title, description), title=title, description=description)
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------------
@@ -167,19 +58,19 @@ def _stacked(
     names = names[::-1] if towards_zero else names
     looks: dict[str, dict[str, Any]] = {
         name: {
-            "facecolor": (_SERIES[i % N_SERIES], 0.4 if name in pale else 1.0),
-            "edgecolor": _SERIES[i % N_SERIES],
+            "facecolor": (SERIES[i % N_SERIES], 0.4 if name in pale else 1.0),
+            "edgecolor": SERIES[i % N_SERIES],
             "linewidth": 0.5,
         }
         for i, name in enumerate(names)
     }
-    with _strips(len(bars), 0.5) as (figure, axes):
+    with strips(len(bars), 0.5) as (figure, axes):
         for row, (label, parts) in enumerate(bars.items()):
             left = 0.0
             for name, seconds in parts.items():
                 axes.barh(row - 0.28, seconds, left=left, height=0.42, **looks[name])
                 left += seconds
-            _label(axes, row - 0.54, label, right=towards_zero)
+            label_strip(axes, row - 0.54, label, right=towards_zero)
         if towards_zero:
             axes.invert_xaxis()
         axes.set_xlabel(axis)
@@ -191,7 +82,7 @@ def _stacked(
             f"{label} ({', '.join(f'{name} {duration(seconds)}' for name, seconds in parts.items())})"
             for label, parts in bars.items()
         )
-        return _finish(figure, title, described)
+        return finished(figure, title, described)
 
 
 def histograms(cells: Sequence[Cell], samples: Samples, title: str) -> Plot | None:
@@ -203,18 +94,18 @@ def histograms(cells: Sequence[Cell], samples: Samples, title: str) -> Plot | No
     edges = np.geomspace(low, high, 70)
     all_counts = [np.histogram(values, edges)[0] for _, values in shown]
     tallest = np.log10(2 * max(int(counts.max()) for counts in all_counts))
-    with _strips(len(shown), 0.52) as (figure, axes):
+    with strips(len(shown), 0.52) as (figure, axes):
         for row, (counts, (cell, values)) in enumerate(zip(all_counts, shown, strict=True)):
             heights = 0.62 * np.log10(np.maximum(2 * counts, 1)) / tallest  # one call is seen, none is not
-            colour = _BAD if cell.struck_out else _SERIES[0]
+            colour = BAD if cell.struck_out else SERIES[0]
             axes.stairs(row - heights, edges, baseline=row, fill=True, color=colour, linewidth=0)
             median = percentile(values, 50)
-            axes.plot([median, median], [row, row - 0.62], color=_INK, linewidth=0.9)
+            axes.plot([median, median], [row, row - 0.62], color=INK, linewidth=0.9)
             figures = "" if cell.struck_out else f": p50 {duration(median / 1e6)}, max {duration(values.max() / 1e6)}"
-            _label(axes, row - 0.66, f"{_of(cell)}{figures}")
+            label_strip(axes, row - 0.66, f"{_of(cell)}{figures}")
         axes.set_xlim(low, high)
         _time_axis(axes)
-        return _finish(figure, title, _describe(shown))
+        return finished(figure, title, _describe(shown))
 
 
 def exceedance(cells: Sequence[Cell], samples: Samples, title: str) -> Plot | None:
@@ -223,9 +114,9 @@ def exceedance(cells: Sequence[Cell], samples: Samples, title: str) -> Plot | No
     if not shown:
         return None
     low, high = _limits([values for _, values in shown])
-    with _figure(2.7 + 0.17 * len(shown)) as figure:
+    with new_figure(2.7 + 0.17 * len(shown)) as figure:
         axes = figure.subplots()
-        for colour, (cell, values) in zip(_SERIES, shown, strict=False):
+        for colour, (cell, values) in zip(SERIES, shown, strict=False):
             x, share = _tail(values)
             axes.step(x, share, where="post", color=colour, label=_of(cell))
         axes.set_yscale("log")
@@ -235,7 +126,7 @@ def exceedance(cells: Sequence[Cell], samples: Samples, title: str) -> Plot | No
         axes.set_xlim(low, high)
         _time_axis(axes)
         figure.legend(loc="outside lower left", ncols=1, handlelength=1.4)
-        return _finish(figure, title, _describe(shown))
+        return finished(figure, title, _describe(shown))
 
 
 def time_series(cells: Sequence[Cell], samples: Samples, title: str) -> Plot | None:
@@ -250,7 +141,7 @@ def time_series(cells: Sequence[Cell], samples: Samples, title: str) -> Plot | N
     def height(microseconds: Any) -> Any:
         return 0.66 * np.log(microseconds / low) / np.log(high / low)
 
-    with _strips(len(shown), 0.7) as (figure, axes):
+    with strips(len(shown), 0.7) as (figure, axes):
         for row, (cell, values) in enumerate(shown):
             assert cell.open_loop is not None
             at = np.asarray(samples[f"{cell.id}.at_s"], dtype=np.float64)
@@ -258,12 +149,12 @@ def time_series(cells: Sequence[Cell], samples: Samples, title: str) -> Plot | N
             stretches = np.array_split(np.argsort(at, kind="stable"), min(len(at), 150))
             middle = np.array([at[s].mean() for s in stretches])
             median, slowest = (row - height(np.array([f(values[s]) for s in stretches])) for f in (np.median, np.max))
-            axes.fill_between(middle, median, slowest, color=_SERIES[0], alpha=0.6, linewidth=0.5)
-            axes.plot(middle, median, color=_INK, linewidth=0.9)
+            axes.fill_between(middle, median, slowest, color=SERIES[0], alpha=0.6, linewidth=0.5)
+            axes.plot(middle, median, color=INK, linewidth=0.9)
             deadline = row - height(cell.open_loop.deadline_s * 1e6)
-            axes.plot([0, 1], [deadline, deadline], color=_BAD, linewidth=1, linestyle=(0, (4, 2)))
+            axes.plot([0, 1], [deadline, deadline], color=BAD, linewidth=1, linestyle=(0, (4, 2)))
             missed = f"{number(cell.open_loop.missed)} of {number(cell.open_loop.n_done)} missed"
-            _label(axes, row - 0.7, f"{_of(cell)}: {missed}")
+            label_strip(axes, row - 0.7, f"{_of(cell)}: {missed}")
         decades = 10.0 ** np.arange(np.ceil(np.log10(low)), np.floor(np.log10(high)) + 1)
         axes.set_yticks(
             [row - height(decade) for row in range(len(shown)) for decade in decades],
@@ -273,7 +164,7 @@ def time_series(cells: Sequence[Cell], samples: Samples, title: str) -> Plot | N
         axes.grid(axis="y", visible=True)
         axes.set_xlim(0, 1)
         axes.set_xticks([0, 0.5, 1], ["start of the run", "", "end"])
-        return _finish(figure, title, f"The dashed line is the deadline. {_describe(shown)}")
+        return finished(figure, title, f"The dashed line is the deadline. {_describe(shown)}")
 
 
 def throughput(cells: Sequence[Cell], title: str) -> Plot | None:
@@ -286,11 +177,11 @@ def throughput(cells: Sequence[Cell], title: str) -> Plot | None:
     best = sorted(lines, key=lambda name: -max(rate for _, rate in lines[name]))[:N_SERIES]
     if not best:
         return None
-    with _figure(2.6 + 0.17 * len(best)) as figure:
+    with new_figure(2.6 + 0.17 * len(best)) as figure:
         axes = figure.subplots()
         for i, name in enumerate(best):
             batches, rates = zip(*sorted(lines[name]), strict=True)
-            axes.plot(batches, rates, color=_SERIES[i], marker="o", markersize=3.5, label=name)
+            axes.plot(batches, rates, color=SERIES[i], marker="o", markersize=3.5, label=name)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         sizes = sorted({batch for name in best for batch, _ in lines[name]})
@@ -301,7 +192,7 @@ def throughput(cells: Sequence[Cell], title: str) -> Plot | None:
         axes.set_ylabel("windows decoded a second")
         figure.legend(loc="outside lower left", ncols=1, handlelength=1.4)
         described = "; ".join(f"{name}: " + ", ".join(f"{b}: {number(r)}" for b, r in sorted(lines[name])) for name in best)
-        return _finish(figure, title, described)
+        return finished(figure, title, described)
 
 
 # ---- what they have in common ---------------------------------------------------------------------------------------------
@@ -371,58 +262,3 @@ def _describe(shown: Sequence[tuple[Cell, NDArray[np.float64]]]) -> str:
         return f"median {p50}, 99 % within {p99}, max {duration(values.max() / 1e6)}, {number(len(values))} samples"
 
     return "; ".join(f"{_of(cell)}: {facts(values)}" for cell, values in shown)
-
-
-# ---- SVG for a page -------------------------------------------------------------------------------------------------------
-
-_SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-
-
-def page_svg(svg: bytes, title: str, description: str) -> str:
-    """Return matplotlib's `svg` as an element of an HTML page.
-
-    Colours become those of the page, text takes its font, coordinates keep one digit, identifiers that nothing refers to go
-    and the others become unique, and `title` and `description` are what screen readers say.
-    """
-    root = ElementTree.fromstring(svg)
-    text = svg.decode()
-    referred = set(re.findall(r"(?:url\(#|href=\"#)([^\")]+)", text))
-    unique = _unique_prefix(text)
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag.endswith(("metadata", "}title", "}desc")):
-                parent.remove(child)
-    for element in root.iter():
-        element.tag = element.tag.removeprefix(f"{{{_SVG}}}")
-        for name, value in list(element.attrib.items()):
-            del element.attrib[name]
-            name = name.removeprefix(f"{{{_XLINK}}}")
-            if name == "id":
-                if value in referred:
-                    element.set("id", unique + value)
-            else:
-                element.set(name, _page_value(name, value, unique))
-    for name in ("width", "height"):
-        root.attrib.pop(name, None)
-    root.attrib |= {"role": "img", "aria-labelledby": f"{unique}title {unique}desc"}
-    for place, (tag, content) in enumerate((("title", title), ("desc", description))):
-        element = ElementTree.Element(tag, {"id": unique + tag})
-        element.text = content
-        root.insert(place, element)
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _unique_prefix(text: str) -> str:
-    return f"p{hashlib.sha256(text.encode()).hexdigest()[:8]}-"
-
-
-def _page_value(name: str, value: str, unique: str) -> str:
-    if name in ("d", "points", "transform", "x", "y", "width", "height"):
-        value = re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.1f}".removesuffix(".0"), value)
-        return " ".join(value.split())
-    if name == "href":
-        return value.replace("#", f"#{unique}", 1)
-    for colour, css in _CSS.items():
-        value = value.replace(colour, css)
-    value = re.sub(r"font: ([\d.]+)px [^;]*", r"font-size: \1px", value)
-    return value.replace("url(#", f"url(#{unique}")

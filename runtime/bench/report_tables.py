@@ -1,4 +1,4 @@
-"""The tables of a benchmark report."""
+"""Makes the tables of a benchmark report."""
 
 from __future__ import annotations
 

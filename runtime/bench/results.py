@@ -1,4 +1,4 @@
-"""A benchmark report: the cells that were measured, and what was concluded from them."""
+"""Describes a benchmark report: the cells that were measured, and what was concluded from them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class AgePart:
 
 @dataclass(frozen=True, kw_only=True)
 class DecisionAge:
-    """How old the EEG is that a decision rests on, part by part.
+    """Says how old the EEG is that a decision rests on, part by part.
 
     Attributes
     ----------
@@ -115,7 +115,7 @@ LeftOutKind = Literal["not here", "on request", "too late", "batch size", "faile
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
-    """What was not measured.
+    """Names what was not measured, and why.
 
     Attributes
     ----------
@@ -239,7 +239,7 @@ class Disturbance:
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """Whether the machine was quiet.
+    """Says whether the machine was quiet.
 
     A fixed piece of work (the canary) is timed before every block. Its medians over the run tell whether the machine itself
     became faster or slower.

@@ -1,4 +1,4 @@
-"""One run of the benchmark: open and judge every backend, interleave the blocks of all scenarios, and put a report together."""
+"""Runs a benchmark: opens and judges every backend, interleaves the blocks of all scenarios, and makes the report."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ from sjepa_deploy.runtime.bench.contenders import (
     open_contenders,
 )
 from sjepa_deploy.runtime.bench.decision_age import with_decision_ages
+from sjepa_deploy.runtime.bench.measurement import Bench, Measurement
 from sjepa_deploy.runtime.bench.noise import Canary, judge
 from sjepa_deploy.runtime.bench.results import SCHEMA_VERSION, BenchReport, Ending, LeftOut, Noise
-from sjepa_deploy.runtime.bench.scenarios import Bench, ClosedLoop, ColdStarts, Measurement, Paced, Streams
+from sjepa_deploy.runtime.bench.scenarios import ClosedLoop, ColdStarts, Paced, Streams
 from sjepa_deploy.runtime.gpu.cuda import Device
 from sjepa_deploy.runtime.keep_warm import Clock
 from sjepa_deploy.runtime.machine import CpuTimes, Nvml, environment
@@ -50,7 +51,7 @@ SETTLE_S = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """What to measure.
+    """Says what a run measures.
 
     Attributes
     ----------
@@ -123,7 +124,7 @@ class BenchConfig:
 
 
 class Progress(Protocol):
-    """Told of every step."""
+    """Is told of every step of a run."""
 
     def __call__(self, text: str, done: int, total: int) -> None:
         """Show `text` and how far the run is."""
@@ -135,7 +136,7 @@ def _silent(text: str, done: int, total: int) -> None:
 
 
 class Run:
-    """The state of a run, from which a report can be made at any time."""
+    """Holds the state of a run, from which a report can be made at any time."""
 
     def __init__(self, bundles: tuple[Bundle, ...], config: BenchConfig, command: str, clock: Clock) -> None:
         self.bundles, self.config, self.command, self.clock = bundles, config, command, clock

@@ -1,4 +1,4 @@
-"""The scenarios of a benchmark: each knows how to run one block of itself, and what cell comes of its blocks.
+"""Measures the scenarios of a benchmark: each class runs one block of its scenario, and makes the cells of its blocks.
 
 `runtime.bench.run` interleaves the blocks of all scenarios and backends, so that drift of the machine hits all alike.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +18,17 @@ from sjepa_deploy.runtime.bench.baselines import TorchCompile
 from sjepa_deploy.runtime.bench.cells import (
     Capacity,
     Cell,
-    CellKey,
     ColdStart,
     Estimate,
     OpenLoop,
     Phase,
-    Resources,
     Samples,
     Scenario,
 )
 from sjepa_deploy.runtime.bench.contenders import Contender
 from sjepa_deploy.runtime.bench.loops import Served
-from sjepa_deploy.runtime.keep_warm import Clock, KeepWarm
-from sjepa_deploy.runtime.machine import CpuTimes, MachineState, Nvml, machine_state
+from sjepa_deploy.runtime.bench.measurement import Bench, Measurement
+from sjepa_deploy.runtime.keep_warm import KeepWarm
 
 LEAD_IN_S = 0.01
 """Calls before each block that are not counted: what ran before left its own data in the caches."""
@@ -51,112 +49,8 @@ ENOUGH = 1.05
 """A search for the most streams ends when the refused number is at most this times the held one."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """What all scenarios of a run share.
-
-    Attributes
-    ----------
-    clock : Clock
-        Time and waiting.
-    nvml : Nvml or None
-        Where energy and clocks of the GPU come from.
-    began : float
-        When the run began.
-    seconds : float
-        Length of a block.
-    seed : int
-        Of phases.
-    """
-
-    clock: Clock
-    nvml: Nvml | None
-    began: float
-    seconds: float
-    seed: int
-
-
-class Measurement:
-    """One thing to measure, block by block.
-
-    Attributes
-    ----------
-    contender : Contender
-        What is called.
-    n_blocks : int
-        Blocks that are wanted.
-    """
-
-    scenario: Scenario
-
-    def __init__(self, bench: Bench, contender: Contender, n_blocks: int) -> None:
-        self.bench, self.contender, self.n_blocks = bench, contender, n_blocks
-        self.before: MachineState | None = None
-        self.after = MachineState()
-        self.stolen: list[tuple[float, float]] = []
-        self.stable = True
-        self.n_run = 0
-
-    @property
-    def finished(self) -> bool:
-        """Whether no more blocks are of use."""
-        return self.n_run >= self.n_blocks
-
-    def block(self) -> None:
-        """Run one block."""
-        self.contender.activate()
-        if self.before is None:
-            self.before = machine_state(self.bench.nvml)
-            self.stable = self.warm_up()
-        cpu = CpuTimes.now()
-        self.run()
-        if (stolen := CpuTimes.now().stolen_during(cpu)) is not None:
-            self.stolen.append(stolen)
-        self.n_run += 1
-        self.after = machine_state(self.bench.nvml)
-
-    def warm_up(self) -> bool:
-        """Get ready once. Returns whether latencies stand still."""
-        return True
-
-    def run(self) -> None:
-        """Measure one block."""
-        raise NotImplementedError
-
-    def cells(self) -> list[tuple[Cell, Samples]]:
-        """Return the cells of the blocks so far with their arrays, named as in `sjepa_deploy.runtime.bench.files` without ID."""
-        raise NotImplementedError
-
-    def _key(self, **more: int | float | bool | None) -> CellKey:
-        backend = self.contender.backend
-        known = CellKey(scenario=self.scenario, bundle=self.contender.bundle, backend=backend.name, precision=backend.precision)
-        return replace(known, **more)  # type: ignore[arg-type]
-
-    def _cell(self, key: CellKey) -> Cell:
-        judgement = self.contender.judgement
-        return Cell(
-            id="",
-            key=key,
-            parity=None if judgement is None else judgement.passed,
-            caution=None if judgement is None else judgement.caution,
-            resources=Resources(device_bytes=self.contender.device_bytes),
-            before=self.before or MachineState(),
-            after=self.after,
-            stolen_cpu=self._stolen_cpu(),
-        )
-
-    def _stolen_cpu(self) -> float | None:
-        if not self.stolen:
-            return None
-        seconds, elapsed = map(sum, zip(*self.stolen, strict=True))
-        return seconds / elapsed
-
-    def _joules(self) -> float | None:
-        return None if self.bench.nvml is None else self.bench.nvml.joules()
-
-
 class ClosedLoop(Measurement):
-    """Calls back to back at one batch size: latency and throughput."""
+    """Measures calls back to back at one batch size: latency and throughput."""
 
     def __init__(self, bench: Bench, contender: Contender, n_blocks: int, scenario: Scenario, batch: int) -> None:
         super().__init__(bench, contender, n_blocks)
@@ -203,7 +97,7 @@ class ClosedLoop(Measurement):
 
 
 class Paced(Measurement):
-    """One stream in open loop, with or without the keep-warm policy."""
+    """Measures one stream in open loop, with or without the keep-warm policy."""
 
     scenario = "paced"
 
@@ -258,7 +152,7 @@ class Paced(Measurement):
 
 
 class Streams(Measurement):
-    """Independent streams in open loop, batched: a search for the most that are held at p99 under the deadline.
+    """Searches for the most independent streams that are held, batched in open loop, with p99 under the deadline.
 
     Each block is a probe with one number of streams. A number that is nearly held is tried once more before it counts as refused:
     one disturbance in a probe is no lack of capacity.
@@ -346,7 +240,7 @@ class Streams(Measurement):
 
 
 class ColdStarts(Measurement):
-    """New processes, from nothing to a steady state."""
+    """Measures new processes, from their start to a steady state."""
 
     scenario = "cold-start"
 

@@ -1,4 +1,4 @@
-"""Tables that are made once and written as Markdown or as HTML: what stands in them, and how numbers are written."""
+"""Describes tables, which are written as Markdown or as HTML, and writes numbers for people."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sjepa_deploy.runtime.bench.cells import Estimate, Percentile
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What stands in one place of a table.
+    """Holds what stands in one place of a table.
 
     Attributes
     ----------
