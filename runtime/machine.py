@@ -165,9 +165,9 @@ def environment(device: int = 0) -> Environment:
 class Nvml:
     """Asks NVML about one GPU. Every figure is None where NVML tells nothing (Jetson has none).
 
-    Five functions are called through ctypes. Their interface has not changed since NVML 5, and their library comes with the driver.
-    In place of them `cuda.bindings.nvml` (13.5) reads temperatures only through the newer ``nvmlDeviceGetTemperatureV``, and raises
-    where this class returns None.
+    Five functions are called through ctypes. Their interface has not changed since NVML 5, and the library comes with the driver.
+    In their place `cuda.bindings.nvml` (13.5) reads temperatures by the newer ``nvmlDeviceGetTemperatureV``, and raises where
+    this class returns None.
 
     Parameters
     ----------

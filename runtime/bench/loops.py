@@ -115,12 +115,12 @@ class Served:
 
     @property
     def latency(self) -> Array:
-        """From due to done."""
+        """Seconds from due to done, of each window."""
         return self.finish - self.due
 
     @property
     def service(self) -> Array:
-        """The calls alone."""
+        """Seconds of the call that served each window, without the wait."""
         return self.finish - self.start
 
     @property

@@ -40,7 +40,7 @@ class Judgement:
 
     @property
     def caution(self) -> str | None:
-        """What to know of a backend that passed on windows without electrode offsets only."""
+        """A sentence about a backend that passed only on windows without electrode offsets; None for others."""
         if self.result.passed or not self.passed:
             return None
         where = "on windows with electrode offsets of millivolts"
