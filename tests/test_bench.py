@@ -698,6 +698,15 @@ def test_nvml_is_asked_by_the_bus_and_answers_none_where_it_fails(monkeypatch):
     assert machine.Nvml("0000:00:00.0").joules() is None
 
 
+def test_without_a_driver_nvml_tells_nothing(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(machine.ctypes, "CDLL", missing)
+    nvml = machine.Nvml("0000:4B:00.0")
+    assert (nvml.joules(), nvml.state()) == (None, machine.MachineState())
+
+
 @pytest.mark.alone
 def test_others_on_the_processor_are_counted():
     before = machine.CpuTimes(at=0.0, own=1.0, busy=10.0, stolen=0.5)
