@@ -1,5 +1,6 @@
 """What is recorded can be decoded again, whatever happened to the process that recorded it."""
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -20,6 +21,7 @@ from sjepa_deploy.errors import RecordingError, StreamError
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.recorder import RunDescription, read_record, record
+from sjepa_deploy.runtime.live.replay import replay
 
 CODE = "import sys; sys.argv[0] = 'sjepa-stream'; from sjepa_deploy.cli.stream import main; main()"
 
@@ -80,6 +82,21 @@ def test_replay_gives_the_same_decisions_through_gaps_and_restarts(predict, even
     assert run_stream(predict.bundle.path, "--replay", tmp_path / "run.xdf", "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["n_decisions"], result["n_differ"], result["n_missing"]) == (len(decisions), 0, 0)
+
+
+def test_a_replay_tells_which_windows_differ(predict, eventful, tmp_path):
+    decoder, recorder = recorded(predict, tmp_path / "run.xdf", eventful)
+    for decision in decoder:
+        if decision.index in (10, 12):
+            decision.prediction[1] += 1e-6
+    recorder.close()
+    recording = read_record(tmp_path / "run.xdf")
+    result = replay(predict, recording)
+    assert (result.differ, result.missing, result.passed) == ((10, 12), (), False)
+    assert (result.n_decisions, result.n_samples) == (decoder.counters.decisions, decoder.counters.samples)
+    assert (result.record, result.backend, result.precision) == (str(tmp_path / "run.xdf"), "ort-cpu", "fp32")
+    whole = dataclasses.replace(recording, chunks=recording.chunks[:-1])
+    assert replay(predict, whole).missing == (max(recording.decisions),)
 
 
 def test_replay_finds_a_difference(predict, make_bundle, eventful, tmp_path, capsys):

@@ -158,6 +158,7 @@ class Conditioner:
     def restart(self) -> None:
         """Start anew: the next sample does not follow the last one."""
         self._started = False
+        self._spoilt = self._non_finite
         self._quality.restart()
 
     def bad_in_newest(self, n: int) -> tuple[str, ...]:
