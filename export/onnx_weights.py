@@ -1,4 +1,4 @@
-"""The float16 weights of an ONNX file, read without the package `onnx`, which machines that build engines need not have."""
+"""Reads the float16 weights of an ONNX file without the package `onnx`, which machines that build engines need not have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Waiting for a due time, and what to do meanwhile so that the next call is not the slow one after a pause.
+"""Waits for a due time, and keeps the backend warm meanwhile, so that the next call is not the slow one after a pause.
 
 An idle GPU lowers its clock and an idle core loses its caches: the first call after a pause takes longer. `KeepWarm` fills
 pauses with dummy calls that never stand in the way of a real one.
@@ -22,7 +22,7 @@ N_FIRST = 3
 
 
 class Clock:
-    """The time in seconds, and waiting for it: asleep while it is far, spinning when it is near.
+    """Tells the time in seconds and waits for a time: asleep while the time is far, spinning when it is near.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ class Clock:
 
 
 class KeepWarm:
-    """Dummy calls in idle gaps, as long as they end before the gap does.
+    """Makes dummy calls in idle gaps, as long as the calls end before the gap does.
 
     Whether one ends in time is judged by the longest of the last `N_REMEMBERED` calls, dummies and those told to `saw`. One
     thread: dummies run where `beat` or `wait_until` is called.

@@ -1,4 +1,4 @@
-"""The obvious entry: open a bundle on a backend and call it on EEG windows."""
+"""Opens a bundle on a backend and calls it on EEG windows."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, RunPrecision
 NonFinite = Literal["refuse", "pass"]
 
 SMALLEST_RMS_V = 1e-7
-"""Below this a window is no EEG in the unit of the spec: amplifiers alone make 0.3 uV, and volts taken for microvolts give values
+"""Root mean square below which a window is no EEG in the unit of the spec: amplifiers alone make 0.3 uV, and volts taken for microvolts give values
 a million times too small (20 mV electrode offsets in volts are 0.02)."""
 
 LARGEST_RMS_V = 1.0
-"""Above this no amplifier measures."""
+"""Root mean square that no amplifier exceeds."""
 
 
 class Predictor:
-    """A bundle on a backend: call it on windows.
+    """Decodes windows with a bundle on a backend.
 
     Made by `load`. A call of one window costs 3 to 8 us beyond the backend (benchmarks/call_overhead.py).
 
@@ -113,12 +113,13 @@ class Predictor:
         return eeg
 
     def roll(self, eeg: FloatArray) -> FloatArray:
-        """Decode the window of a stream that ends with new samples: the backend has kept the others.
+        """Decode the window of a stream that ends with new samples. The backend has kept the other samples.
 
         Parameters
         ----------
         eeg : array of float32, shape (n_chans, n), 1 <= n <= n_times
-            Samples that follow those of the last `roll`, in the unit of the spec. A whole window, n = n_times, may follow any.
+            Samples that follow those of the last `roll`, in the unit of the spec. A whole window, n = n_times, need not follow
+            anything.
 
         Returns
         -------
@@ -128,10 +129,10 @@ class Predictor:
         Raises
         ------
         InputError
-            If shape or dtype are wrong, samples are not finite, or n is less than a window and no window is there: at the start,
-            and after any error.
+            If shape or dtype are wrong, samples are not finite, or n is less than a window where a whole window is due: at the
+            start, and after any error.
         BackendError
-            If it is not offered, see `rolling`.
+            If the backend keeps no window, or units are checked, see `rolling`.
         """
         self.n_rolls += 1
         if self.rolling is None:

@@ -1,4 +1,4 @@
-"""ONNX Runtime, on the CPU and on NVIDIA GPUs."""
+"""Runs graphs with ONNX Runtime, on the CPU and on NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def open_session(bundle: Bundle, precision: RunPrecision, settings: Any, provide
 
 
 class OrtCpuBackend(Backend):
-    """ONNX Runtime on the CPU.
+    """Runs the graph with ONNX Runtime on the CPU.
 
     Input and output buffers are made once for each batch size and bound, so that a call allocates nothing. One thread at a time.
 
@@ -128,7 +128,7 @@ class OrtCpuBackend(Backend):
 
 
 class OrtCudaBackend(GpuBackend["_Lane"]):
-    """ONNX Runtime on an NVIDIA GPU, every node of the graph on it.
+    """Runs every node of the graph with ONNX Runtime on an NVIDIA GPU.
 
     With `BackendOptions.cuda_graph` a call replays ONNX Runtime's graph. ONNX Runtime waits in its own way:
     `BackendOptions.wait` has no effect.
@@ -276,7 +276,10 @@ class _Lane:
 
 
 class OrtTensorRTBackend(OrtCudaBackend):
-    """TensorRT inside ONNX Runtime. It builds its engine when it is opened, and allows TensorFloat-32 in float32."""
+    """Runs the graph with TensorRT inside ONNX Runtime.
+
+    Opening the backend builds the engine, which may use TensorFloat-32 in float32.
+    """
 
     name = "ort-tensorrt"
     engine = "built"

@@ -1,4 +1,4 @@
-"""The PyTorch model itself, in float64: slow, and what everything else is compared with."""
+"""Runs the PyTorch model itself in float64: slow, and the reference of all parity."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class TorchBackend(Backend):
-    """The checkpoint in the bundle, run by PyTorch in float64 and rounded to float32 once.
+    """Runs the checkpoint in the bundle with PyTorch in float64, and rounds the outputs to float32 once.
 
     Raises
     ------

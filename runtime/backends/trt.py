@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: engines that decode without torch, without a copy too many, and without an allocation per call."""
+"""Runs engines of TensorRT and TensorRT-RTX, without torch and without an allocation per call."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class CaptureError(BackendError):
 
 
 class _Launch:
-    """What starts one call: a function that enqueues, replaced by its graph once it is captured."""
+    """Starts one call: by a function that enqueues, or by its graph once the graph is captured."""
 
     def __init__(self, stream: Stream, enqueue: Callable[[], None]) -> None:
         self._stream, self._enqueue = stream, enqueue
@@ -251,7 +251,7 @@ def check_tensors(api: TensorRT, engine: Any, spec: ModelSpec) -> None:
 
 
 class TensorRTBackend(EngineRunner):
-    """The engine of a bundle for this machine.
+    """Runs the engine of a bundle that fits this machine.
 
     Raises
     ------
@@ -283,7 +283,7 @@ class TensorRTBackend(EngineRunner):
 
 
 class TensorRTRTXBackend(TensorRTBackend):
-    """The same with TensorRT-RTX."""
+    """Runs the TensorRT-RTX engine of a bundle that fits this machine."""
 
     name = "tensorrt-rtx"
 

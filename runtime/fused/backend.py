@@ -1,6 +1,6 @@
-"""The fused backend: one kernel from the window in pinned memory to the prediction in pinned memory.
+"""Runs a bundle with one fused kernel, from the window in pinned memory to the prediction in pinned memory.
 
-The kernels (runtime/*.cu) are compiled for the GPU and the model at hand when the backend is opened, and cached. A call writes
+The kernels (runtime/fused/*.cu) are compiled for the GPU and the model at hand when the backend is opened, and cached. A call writes
 the window where the GPU reads it, launches, and watches words in host memory that the kernel writes last. Of a stream the GPU
 keeps the window, and a call writes its newest samples alone.
 """
@@ -115,7 +115,7 @@ class Module:
 
 
 class FusedBackend(GpuBackend[Lane], RollingBackend):
-    """A bundle on the fused kernels.
+    """Runs a bundle on the fused kernels.
 
     Buffers are made once for each batch size and each number of new samples, so that a call allocates nothing.
     `BackendOptions.wait` "spin" and "flag" are the same here: both watch the word that the kernel writes. One thread at a time: a
@@ -208,7 +208,8 @@ class FusedBackend(GpuBackend[Lane], RollingBackend):
     def roll(self, eeg: FloatArray) -> FloatArray:
         """Run the model on the window that ends with new samples of a stream, shape (n_chans, n), 1 <= n <= n_times.
 
-        They follow those of the last `roll`; a whole window, n = n_times, may follow any. `run` may be called in between. The
+        The samples follow those of the last `roll`; a whole window, n = n_times, need not follow anything. `run` may be called in
+        between. The
         first call of all compiles a program of its own, and the first of each n makes buffers.
 
         Parameters

@@ -1,0 +1,114 @@
+"""The recipes of docs/extending.md: what they name exists, and their code, run as it stands there, extends the toolkit."""
+
+import re
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bundles import export_small, small_spec
+from streams import eeg, info_of, predictions, run_command
+
+import sjepa_deploy
+from sjepa_deploy.cli.verify import verify
+from sjepa_deploy.errors import BackendError, InputError, StreamError
+from sjepa_deploy.models.networks import build_model
+from sjepa_deploy.parity import TOLERANCE
+from sjepa_deploy.runtime.backend import BACKENDS, BackendEntry, BackendOptions
+from sjepa_deploy.runtime.backends.reference import run_reference
+from sjepa_deploy.runtime.live.config import StreamConfig
+from sjepa_deploy.runtime.live.decoder import Decoder
+from sjepa_deploy.runtime.live.open_source import SOURCES, SourceEntry, SourceOptions, open_source
+from sjepa_deploy.runtime.live.sources import ReplaySource
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "extending.md").read_text()
+RECIPES = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.MULTILINE | re.DOTALL))
+
+
+def code(recipe):
+    return [textwrap.dedent(block) for block in re.findall(r"^ *```python\n(.*?)^ *```", RECIPES[recipe], re.M | re.S)]
+
+
+def test_there_are_seven_recipes_and_the_files_that_they_name():
+    assert list(RECIPES) == [
+        "A backend",
+        "A source",
+        "A preprocessing step",
+        "A precision",
+        "A decoding mode",
+        "A variant",
+        "A figure in the report",
+    ]
+    for recipe, text in RECIPES.items():
+        named = re.findall(r"`((?:sjepa_deploy|runtime|export|tests|docs)/[\w/.]*)`", text)
+        assert named, recipe
+        assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return export_small(tmp_path / "bundle", small_spec())
+
+
+@pytest.fixture
+def backend(tmp_path, monkeypatch):
+    """The backend of the recipe, in a module of its own and in the table."""
+    module, row = code("A backend")
+    (tmp_path / "onnx_reference.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = dict(BACKENDS)
+    exec(row, {"BACKENDS": BACKENDS, "BackendEntry": BackendEntry})
+    (name,) = BACKENDS.keys() - before
+    yield name
+    del BACKENDS[name]
+
+
+def test_the_backend_of_the_recipe_decodes_and_is_verified(backend, bundle, capsys):
+    windows = np.stack([eeg(200, seed=seed).T for seed in range(3)]).astype(np.float32)
+    wanted = run_reference(build_model(bundle.spec, seed=0).double(), windows)
+    with sjepa_deploy.load(bundle, backend=backend) as predict:
+        assert predict.backend.name == backend
+        error = np.abs(predict.predict(windows) - wanted).max()
+        assert error < TOLERANCE["fp32"] * np.sqrt(np.mean(wanted**2))
+        assert predict.backend.input_buffer(1) is None
+        assert predict.backend.split(windows[:1], 1) is None
+        predict.backend.warmup()
+        with pytest.raises(InputError, match="does not read arrays on the GPU"):
+            predict.backend.run_on_gpu(windows)
+    assert run_command(verify, "sjepa-verify", [str(bundle.path), "--backend", backend]) == 0
+    assert "passed" in capsys.readouterr().out
+
+
+def test_the_backend_of_the_recipe_refuses_what_it_cannot_do(backend, bundle):
+    with pytest.raises(BackendError, match="does not run in tf32"):
+        sjepa_deploy.load(bundle, backend=backend, precision="tf32")
+    with pytest.raises(BackendError, match="keeps no kernel on the GPU"):
+        sjepa_deploy.load(bundle, backend=backend, options=BackendOptions(persistent=True))
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """The source of the recipe, in a module of its own and in the table."""
+    module, row = code("A source")
+    (tmp_path / "array_source.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = dict(SOURCES)
+    exec(row, {"SOURCES": SOURCES, "SourceEntry": SourceEntry})
+    (name,) = SOURCES.keys() - before
+    yield name
+    del SOURCES[name]
+
+
+def test_the_source_of_the_recipe_is_decoded(source, bundle, tmp_path):
+    samples = eeg(450)
+    np.save(tmp_path / "eeg.npy", samples)
+    config = StreamConfig(hop=0.5)
+    opened = open_source(f"{source}:{tmp_path / 'eeg.npy'}", bundle.spec, SourceOptions(speed=float("inf")))
+    with sjepa_deploy.load(bundle, check_unit=False) as predict:
+        found = list(Decoder(predict, opened, config))
+        wanted = list(Decoder(predict, ReplaySource(info_of(bundle.spec), samples, speed=float("inf")), config))
+    assert len(found) == 6
+    assert predictions(found) == predictions(wanted)
+    with pytest.raises(StreamError, match="takes no unit"):
+        open_source(f"{source}:{tmp_path / 'eeg.npy'}", bundle.spec, SourceOptions(unit="V"))
