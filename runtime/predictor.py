@@ -24,8 +24,8 @@ from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, RunPrecision
 NonFinite = Literal["refuse", "pass"]
 
 SMALLEST_RMS_V = 1e-7
-"""Root mean square below which a window is no EEG in the unit of the spec: amplifiers alone make 0.3 uV, and volts taken for microvolts give values
-a million times too small (20 mV electrode offsets in volts are 0.02)."""
+"""Root mean square below which a window is no EEG in the unit of the spec: amplifiers alone make 0.3 uV, and volts taken for
+microvolts give values a million times too small (20 mV electrode offsets in volts are 0.02)."""
 
 LARGEST_RMS_V = 1.0
 """Root mean square that no amplifier exceeds."""

@@ -1,8 +1,8 @@
 """Runs a bundle with one fused kernel, from the window in pinned memory to the prediction in pinned memory.
 
-The kernels (runtime/fused/*.cu) are compiled for the GPU and the model at hand when the backend is opened, and cached. A call writes
-the window where the GPU reads it, launches, and watches words in host memory that the kernel writes last. Of a stream the GPU
-keeps the window, and a call writes its newest samples alone.
+The kernels (runtime/fused/*.cu) are compiled for the GPU and the model at hand when the backend is opened, and cached. A call
+writes the window where the GPU reads it, launches, and watches words in host memory that the kernel writes last. Of a stream the
+GPU keeps the window, and a call writes its newest samples alone.
 """
 
 from __future__ import annotations
