@@ -22,12 +22,6 @@ RUN_PRECISIONS: tuple[RunPrecision, ...] = ("fp32", "tf32", "fp16", "bf16")
 
 UNITS_IN_VOLTS: dict[Unit, float] = {"uV": 1e-6, "mV": 1e-3, "V": 1.0}
 
-UNIT_NAMES: dict[str, Unit] = {
-    **dict.fromkeys(("uv", "μv", "microvolt", "microvolts"), "uV"),  # casefold turns the micro sign into this mu
-    **dict.fromkeys(("mv", "millivolt", "millivolts"), "mV"),
-    **dict.fromkeys(("v", "volt", "volts"), "V"),
-}
-"""What streams and files call these units, in lower case (`str.casefold`)."""
 
 Position = tuple[float, float, float]
 

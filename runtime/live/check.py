@@ -110,7 +110,7 @@ def check_streaming(
     """
     spec = predict.spec
     config = dataclasses.replace(config, late="queue", bad_channels="flag", bridge=0)
-    raw = read_recording(recording, sfreq=sfreq, unit=unit, ch_names=spec.ch_names)
+    raw = read_recording(recording, sfreq=sfreq, unit=unit, row_names=spec.ch_names)
     raw.drop_channels(raw.info["bads"])
     raw.drop_channels([name for name in raw.ch_names if name.casefold() in {bad.casefold() for bad in config.bads}])
     config = dataclasses.replace(config, bads=())

@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sjepa_deploy.eeg.info import StreamInfo
+from sjepa_deploy.eeg.units import unit_named
 from sjepa_deploy.errors import MissingDependencyError, StreamError, listed
 from sjepa_deploy.runtime.live.open_source import SourceOptions
 from sjepa_deploy.runtime.live.sources import Chunk, Incident
-from sjepa_deploy.spec import UNIT_NAMES, ModelSpec, Unit
+from sjepa_deploy.spec import ModelSpec, Unit
 
 MAX_CHUNK = 1024
 """Samples that are taken at once."""
@@ -133,7 +134,7 @@ def read_info(info: Any, *, unit: Unit | None = None, ch_names: Sequence[str] | 
         )
     else:
         names = ch_names
-    stated = {UNIT_NAMES.get(text.casefold()) for text in units if text}
+    stated = {unit_named(text) for text in units if text}
     if None in stated or len(stated) > 1:
         raise StreamError(
             f"Stream {name} states units that are not one of uV, mV and V: {listed(sorted(set(filter(None, units))))}.",

@@ -133,7 +133,7 @@ def open_file(path: str, spec: ModelSpec, options: SourceOptions) -> ReplaySourc
     """Return a recording as a stream in volts, without its bad channels."""
     from sjepa_deploy.eeg.recording import read_recording
 
-    raw = read_recording(Path(path), sfreq=options.sfreq, unit=options.unit, ch_names=options.ch_names or spec.ch_names)
+    raw = read_recording(Path(path), sfreq=options.sfreq, unit=options.unit, ch_names=options.ch_names, row_names=spec.ch_names)
     raw.drop_channels(raw.info["bads"])
     info = StreamInfo(name=Path(path).name, ch_names=tuple(raw.ch_names), sfreq=raw.info["sfreq"], unit="V")
     return ReplaySource(info, np.ascontiguousarray(raw.get_data().T), speed=options.speed, chunk=options.chunk)

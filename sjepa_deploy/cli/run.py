@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, options, print_json
-from sjepa_deploy.eeg.recording import fit_recording, read_recording, window_starts, windows
+from sjepa_deploy.eeg.recording import fit_recording, read_recording
 from sjepa_deploy.errors import RecordingError
 from sjepa_deploy.runtime.backend import FloatArray
 from sjepa_deploy.spec import ModelSpec
@@ -47,8 +47,8 @@ def run(
     """Decode RECORDING with BUNDLE into a table of time and prediction.
 
     The table is tab-separated. Without --out it goes to standard output. The recording passes the preprocessing that the bundle
-    asks for: channels picked by name, zero-phase band-pass, resampling, reference, unit. The time of a row is that of the
-    window's last sample, in seconds from the start of the recording.
+    asks for: channels picked by name, zero-phase band-pass, resampling, reference, unit. No window reaches over a pause. The time
+    of a row is that of the window's last sample, in seconds from the start of the recording.
     """
     out = None if out == options.STDOUT else out
     if json_output and out is None:
@@ -58,12 +58,16 @@ def run(
     opened = Bundle.open(bundle)
     spec = opened.spec
     step = spec.n_times if hop is None else _samples(hop, spec)
-    raw = read_recording(recording, sfreq=facts.sfreq, unit=facts.unit, ch_names=facts.ch_names or spec.ch_names)
+    raw = read_recording(recording, sfreq=facts.sfreq, unit=facts.unit, ch_names=facts.ch_names, row_names=spec.ch_names)
     fitted = fit_recording(raw, spec, interpolate=interpolate)
-    starts = window_starts(fitted.data.shape[1], spec.n_times, step)
-    with choice.load(opened) as predict, screen.status("decoding"):
-        outputs = predict.predict(windows(fitted.data, spec.n_times, step))
-    times = (starts + spec.n_times - 1) / spec.sfreq
+    starts = fitted.window_starts(spec.n_times, step)
+    with choice.load(opened) as predict:
+        screen.print(f"recording: has {fitted.n_found} of the model's {spec.n_chans} channels", soft_wrap=True)
+        for note in fitted.steps:
+            screen.print(f"recording: {escape(note)}", soft_wrap=True)
+        with screen.status("decoding"):
+            outputs = np.concatenate([predict.predict(piece) for piece in fitted.windows(spec.n_times, step)])
+    times = fitted.times(starts + spec.n_times - 1)
     try:
         with contextlib.nullcontext(sys.stdout) if out is None else _whole_file(out) as stream:
             _write(stream, times, outputs, spec)
@@ -73,8 +77,6 @@ def run(
         raise RecordingError(
             f"{out or 'Standard output'} cannot be written ({e.strerror}).", "Choose another --out, or free some space."
         ) from e
-    for note in fitted.steps:
-        screen.print(f"recording: {escape(note)}", soft_wrap=True)
     if opened.manifest.weights.random:
         screen.print("[bold yellow]The weights of this bundle are random: the predictions mean nothing.[/]")
     where = "" if out is None else f" in [bold]{escape(str(out))}[/]"

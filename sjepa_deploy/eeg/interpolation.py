@@ -18,6 +18,9 @@ Matrix = NDArray[np.float64]
 LEAST_GOOD = 4
 """Channels that others can be interpolated from."""
 
+INTERPOLATED_SHARE = 0.25
+"""Share of a model's channels that is interpolated on request, unless more is asked for by name."""
+
 _STIFFNESS, _N_TERMS = 4, 50  # those of MNE's `interpolate_to`, with which recordings are interpolated
 
 

@@ -1,14 +1,9 @@
-"""EEG recordings: read from files, fitted to what a model expects, and cut into windows."""
+"""Recordings of EEG: reads them from files, fits them to what a model expects, and cuts them into windows."""
 
 from __future__ import annotations
 
-import configparser
-import contextlib
 import math
-import re
-import struct
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from sjepa_deploy.eeg.montage import fit_sphere, read_montage, require_mne
-from sjepa_deploy.errors import InputError, MissingDependencyError, RecordingError, TooShortError, listed
-from sjepa_deploy.spec import UNIT_NAMES, UNITS_IN_VOLTS, ModelSpec, Position, Unit
+from sjepa_deploy.eeg.montage import require_mne
+from sjepa_deploy.eeg.names import find_channels, renamed
+from sjepa_deploy.eeg.pauses import Segment, Told, segments_of, told
+from sjepa_deploy.eeg.places import check_places, interpolated
+from sjepa_deploy.eeg.readers import read_edf, read_npy, read_with_mne, read_xdf, reading
+from sjepa_deploy.eeg.reference import average_reference
+from sjepa_deploy.eeg.resample import check_rate, resample
+from sjepa_deploy.eeg.units import check_unit, volts_in
+from sjepa_deploy.errors import InputError, RecordingError, TooShortError, listed
+from sjepa_deploy.spec import ModelSpec, Unit
 
 if TYPE_CHECKING:
     import mne
@@ -26,24 +28,6 @@ if TYPE_CHECKING:
 
 PLAUSIBLE_RMS = (1e-7, 1e-2)
 """Volts between which the RMS of EEG lies, from far below an amplifier's noise to far above a large artefact."""
-
-# What the readers of MNE, SciPy and pyxdf were seen to raise on truncated and on garbage files.
-_READER_ERRORS = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    RuntimeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    SyntaxError,  # xml.etree's ParseError is one
-    configparser.Error,
-    struct.error,
-    zlib.error,
-)
-
-_FORMATS = "EDF, BDF, BrainVision (.vhdr), EEGLAB (.set), FIF, XDF or .npy"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,16 +37,74 @@ class FittedRecording:
     Attributes
     ----------
     data : ndarray of float32, shape (n_chans, n_samples)
-        Contiguous samples in the unit and the channel order of the model.
+        Contiguous samples in the unit and the channel order of the model, one segment after the other.
     sfreq : float
         The model's sampling rate in Hz.
+    segments : tuple of Segment
+        The stretches of `data` that were recorded without a pause, in which windows lie.
+    n_found : int
+        Channels of the model that the recording has; the others are interpolated.
     steps : tuple of str
         What was done to the recording, in order, for people to read.
     """
 
     data: NDArray[np.float32]
     sfreq: float
+    segments: tuple[Segment, ...]
+    n_found: int
     steps: tuple[str, ...]
+
+    def window_starts(self, n_times: int, hop: int) -> NDArray[np.intp]:
+        """Return the first sample of every whole window, shape (n_windows,): each segment starts with one.
+
+        Raises
+        ------
+        InputError
+            See `window_starts`, the function.
+        """
+        longest = max(segment.stop - segment.start for segment in self.segments)
+        window_starts(longest, n_times, hop)  # refuses what there is no window of
+        return np.concatenate([np.arange(s.start, s.stop - n_times + 1, hop) for s in self.segments])
+
+    def windows(self, n_times: int, hop: int) -> list[NDArray[np.float32]]:
+        """Return the windows of each segment that has one as a read-only view, see `windows`, the function."""
+        pieces = [self.data[:, segment.start : segment.stop] for segment in self.segments]
+        return [windows(piece, n_times, hop) for piece in pieces if piece.shape[1] >= n_times]
+
+    def starts_after(self, onsets: NDArray[np.float64], delay: float, n_times: int) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+        """Place windows after events.
+
+        Parameters
+        ----------
+        onsets : ndarray, shape (n_events,)
+            When the events were, in seconds of the recording's own time.
+        delay : float
+            Seconds from an event to the start of its window; may be negative.
+        n_times : int
+            Samples of a window.
+
+        Returns
+        -------
+        starts : ndarray of int, shape (n_events,)
+            The sample of `data` that is nearest to each start.
+        whole : ndarray of bool, shape (n_events,)
+            Whether event and window lie in one segment.
+        """
+        first = np.array([segment.onset for segment in self.segments]) - 0.5 / self.sfreq
+        which = np.searchsorted(first, onsets, side="right") - 1
+        start, stop, onset = (np.array([getattr(s, name) for s in self.segments])[which] for name in ("start", "stop", "onset"))
+        at_event = start + (onsets - onset) * self.sfreq
+        starts = np.rint(start + (onsets - onset + delay) * self.sfreq).astype(np.intp)
+        whole = (which >= 0) & (at_event < stop) & (starts >= start) & (starts + n_times <= stop)
+        return starts, whole
+
+    def times(self, samples: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Return when samples of `data` were taken, in seconds of the recording's own time."""
+        which = np.searchsorted([segment.start for segment in self.segments], samples, side="right") - 1
+        start = np.array([segment.start for segment in self.segments])[which]
+        onset = np.array([segment.onset for segment in self.segments])[which]
+        seconds: NDArray[np.float64] = onset + (samples - start) / self.sfreq
+        return seconds
 
 
 def read_recording(
@@ -71,6 +113,8 @@ def read_recording(
     sfreq: float | None = None,
     unit: Unit | None = None,
     ch_names: Sequence[str] | None = None,
+    row_names: Sequence[str] | None = None,
+    rename: Mapping[str, str] | None = None,
 ) -> mne.io.BaseRaw:
     """Read the EEG channels of a recording.
 
@@ -82,20 +126,26 @@ def read_recording(
     sfreq : float or None
         Sampling rate in Hz. Needed for .npy; elsewhere it must be the file's own.
     unit : {"uV", "mV", "V"} or None
-        Unit of the samples. Needed for .npy and for XDF streams that do not state one; other formats state theirs.
+        Unit of the samples. Needed for .npy and for files that state none. What a file states gives way to it, with a note.
     ch_names : sequence of str or None
         Names of the channels of .npy files and of XDF streams without labels. Other files carry names, and ignore these.
+    row_names : sequence of str or None
+        Names of the rows of a .npy file, where `ch_names` is None: as a rule the channels of the model.
+    rename : mapping of str to str or None
+        Channels that get other names, see `sjepa_deploy.eeg.names.parse_rename`.
 
     Returns
     -------
     raw : mne.io.BaseRaw
-        The EEG channels, loaded, in volts. "EEG Fp1" of an EDF file is called "Fp1".
+        The EEG channels, loaded, in volts. "EEG Fp1" of an EDF file is called "Fp1". Of an EDF file with several rates, the
+        channels at the rate of most of them. ``raw.info["temp"]`` holds what reading has shown, see
+        `sjepa_deploy.eeg.pauses.told`.
 
     Raises
     ------
     RecordingError
-        If the file is missing, of an unknown format, truncated, damaged, without EEG, holds samples that are not finite,
-        or contradicts `sfreq` or `unit`; or if these are needed and missing.
+        If the file is missing, of an unknown format, truncated, damaged, without EEG, or contradicts `sfreq`; or if `sfreq`,
+        `unit` or `ch_names` are needed and missing.
     MissingDependencyError
         If MNE, or pyxdf for an XDF file, is not installed.
     """
@@ -103,48 +153,34 @@ def read_recording(
     path = Path(path)
     if not path.exists():
         raise RecordingError(f"There is no recording {path}.", "Check the path.")
-    if unit is not None and unit not in UNITS_IN_VOLTS:
-        raise RecordingError(f"{unit!r} is not a unit.", f"Use one of {', '.join(UNITS_IN_VOLTS)} with `--unit`.")
+    if unit is not None:
+        check_unit(unit)
     suffix = path.suffix.lower()
+    notes: list[str] = []
     with reading(path.name):
         if suffix == ".npy":
-            raw = _read_npy(path, sfreq, unit, ch_names)
+            raw = read_npy(path, sfreq, unit, ch_names or row_names)
         elif suffix == ".xdf":
-            raw = _read_xdf(path, unit, ch_names)
+            raw = read_xdf(path, unit, ch_names, notes)
+        elif suffix in (".edf", ".bdf"):
+            raw = read_edf(path, unit, notes)
         else:
-            raw = _read_with_mne(path, unit)
+            raw = read_with_mne(path, unit, notes)
     if sfreq is not None and not math.isclose(sfreq, raw.info["sfreq"], rel_tol=1e-6):
         raise RecordingError(f"{path.name} is sampled at {raw.info['sfreq']:g} Hz, not {sfreq:g} Hz.", "Leave out `--sfreq`.")
-    finite = np.isfinite(raw.get_data()).all(axis=1)
-    if not finite.all():
-        broken = [name for name, ok in zip(raw.ch_names, finite, strict=True) if not ok]
-        raise RecordingError(
-            f"{path.name} holds samples that are not finite (NaN or infinite) in {listed(broken)}.",
-            "Cut these stretches out, or drop these channels.",
-        )
+    if rename:
+        names = renamed(raw.ch_names, rename, RecordingError)
+        raw.rename_channels(dict(zip(raw.ch_names, names, strict=True)))
+    raw.info["temp"] = Told(notes=tuple(notes), paused=told(raw).paused)
     return raw
 
 
-@contextlib.contextmanager
-def reading(name: str) -> Iterator[None]:
-    """Turn what readers raise on damaged files and on files of another kind into a `RecordingError`."""
-    try:
-        yield
-    except (RecordingError, MissingDependencyError):
-        raise
-    except _READER_ERRORS as error:
-        detail = " ".join(str(error).split()).rstrip(".")
-        raise RecordingError(
-            f"{name} cannot be read as a recording ({type(error).__name__}: {detail}).",
-            f"Give a whole, undamaged file: {_FORMATS}.",
-        ) from error
-
-
-def fit_recording(raw: mne.io.BaseRaw, spec: ModelSpec, *, interpolate: bool = False) -> FittedRecording:
+def fit_recording(raw: mne.io.BaseRaw, spec: ModelSpec, *, interpolate: float = 0.0, check_unit: bool = True) -> FittedRecording:
     """Bring a recording to the channels, band, rate, reference and unit of a model.
 
-    In this order: channels by name (case is ignored; channels marked bad count as missing), zero-phase FIR band-pass,
-    resampling, average reference, unit. The spec decides which of the last four happen.
+    In this order: channels by name (see `sjepa_deploy.eeg.names.find_channels`; channels marked bad count as missing), zero-phase
+    FIR band-pass, resampling, average reference, unit. The spec decides which of the last four happen. Each stretch without a
+    pause is filtered and resampled by itself; those that are shorter than a window or than the band-pass are left out.
 
     Parameters
     ----------
@@ -152,72 +188,86 @@ def fit_recording(raw: mne.io.BaseRaw, spec: ModelSpec, *, interpolate: bool = F
         The recording in volts, as `read_recording` returns it. It is left as it is.
     spec : ModelSpec
         The model.
-    interpolate : bool
-        Make missing channels by spherical splines (Perrin et al. 1989) from all good EEG channels. The recording's
-        positions and the model's are each taken about the centre of their best sphere, since montages come in frames whose
-        origins lie centimetres apart; the tilt of these frames (up to 6 degrees between MNE's templates and its head frame)
-        remains. A recording without positions takes those of the 10-05 system by name.
+    interpolate : float
+        Largest share of the model's channels, 0 to 1, that is made by spherical splines (Perrin et al. 1989) from all good EEG
+        channels. The recording's positions and the model's are each taken about the centre of their best sphere, since montages
+        come in frames whose origins lie centimetres apart; the tilt of these frames (up to 6 degrees between MNE's templates and
+        its head frame) remains. A recording without positions takes those of the 10-05 system, or of its net, by name.
+    check_unit : bool
+        Whether amplitudes that no EEG has are refused.
 
     Raises
     ------
     RecordingError
-        If the recording lacks channels of the model and `interpolate` is False or impossible; is slower than the model;
-        is shorter than one window or than the band-pass; or is in another unit by the looks of it: the median over the
-        channels of the RMS about the mean lies outside `PLAUSIBLE_RMS`. `TooShortError` where the band-pass is longer.
+        If the recording lacks more channels of the model than `interpolate` allows; has other electrodes under the model's names;
+        is slower than the model; has no stretch of one window, or of the length of the band-pass; holds samples of these channels
+        that are not finite; or is in another unit by the looks of it, see `check_amplitude`.
+        `TooShortError` where the band-pass is longer.
     """
-    steps: list[str] = []
-    rate, n_samples = raw.info["sfreq"], raw.n_times
-    if rate < spec.sfreq and not math.isclose(rate, spec.sfreq):
-        raise RecordingError(
-            f"The recording is sampled at {rate:g} Hz, the model at {spec.sfreq:g} Hz.",
-            "Record at the model's rate or above: upsampling cannot bring back what was not recorded.",
-        )
-    if n_samples / rate < spec.n_times / spec.sfreq:
-        raise RecordingError(
-            f"The recording lasts {n_samples / rate:g} s, one window of the model {spec.n_times / spec.sfreq:g} s.",
-            "Give a longer recording.",
-        )
-    raw = _fit_channels(raw, spec, interpolate, steps)
-    _band_pass(raw, spec, steps)
-    if not math.isclose(rate, spec.sfreq):
-        raw.resample(spec.sfreq, verbose="error")
-        steps.append(f"resampled from {rate:g} to {spec.sfreq:g} Hz")
-    volts = raw.get_data()
+    check_rate(raw.info["sfreq"], spec.sfreq)
+    steps: list[str] = list(told(raw).notes)
+    segments = _long_enough(raw, spec, steps)
+    volts, n_found = _fit_channels(raw, spec, interpolate, steps)
+    pieces, fitted, start = [], [], 0
+    for segment in segments:
+        piece = volts[:, segment.start : segment.stop]
+        pieces.append(resample(_band_passed(piece, raw.info["sfreq"], spec), raw.info["sfreq"], spec.sfreq))
+        stop = start + pieces[-1].shape[1]
+        fitted.append(Segment(start=start, stop=stop, onset=segment.onset))
+        start = stop
+    steps += _told_of(spec, raw.info["sfreq"])
+    volts = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
     if spec.preprocessing.reference == "average":
         if spec.n_chans == 1:
             raise RecordingError(
                 "Nothing is left of one channel that is referenced to the average of one.",
                 "Set the reference to none (`--reference none`, in a configuration data.preprocessing), or use more channels.",
             )
-        volts -= volts.mean(axis=0)
+        volts = average_reference(volts, axis=0)
         steps.append(f"re-referenced to the average of {spec.n_chans} channels")
-    rms = float(np.median(volts.std(axis=1)))
-    check_amplitude(rms, "State the unit they are stored in with `--unit` (volts passed as microvolts?), or mend the header.")
-    data = np.ascontiguousarray(volts / UNITS_IN_VOLTS[spec.unit], dtype=np.float32)
+    if check_unit:
+        check_amplitude(
+            volts,
+            spec.sfreq,
+            "State the unit they are stored in with `--unit` (volts passed as microvolts?), or mend the header.",
+        )
+    data = np.ascontiguousarray(volts / volts_in(spec.unit), dtype=np.float32)
     steps.append(f"scaled to {spec.unit}")
-    return FittedRecording(data=data, sfreq=spec.sfreq, steps=tuple(steps))
+    return FittedRecording(data=data, sfreq=spec.sfreq, segments=tuple(fitted), n_found=n_found, steps=tuple(steps))
 
 
-def check_amplitude(rms: float, mend: str) -> None:
+def check_amplitude(samples: NDArray[np.floating[Any]], sfreq: float, mend: str, *, unit: Unit = "V") -> None:
     """Refuse an amplitude that no EEG has.
 
     Parameters
     ----------
-    rms : float
-        Of the median channel about its mean, in volts.
+    samples : ndarray, shape (n_chans, n_samples) or (n_windows, n_chans, n_samples)
+        A recording, or windows.
+    sfreq : float
+        Rate in Hz, to tell where.
+    unit : {"uV", "mV", "V"}
+        Their unit.
     mend : str
         What to do about it.
 
     Raises
     ------
     RecordingError
-        If it lies outside `PLAUSIBLE_RMS`.
+        If the median over the channels of the RMS about the mean lies outside `PLAUSIBLE_RMS`.
     """
-    if not PLAUSIBLE_RMS[0] <= rms <= PLAUSIBLE_RMS[1]:
-        raise RecordingError(
-            f"The median channel has an RMS of {rms * 1e6:.3g} uV, which is no EEG: the samples look like another unit's.",
-            mend,
-        )
+    rms = float(np.median(samples.std(axis=-1 if samples.ndim == 2 else (0, 2)))) * volts_in(unit)
+    if not math.isfinite(rms) or PLAUSIBLE_RMS[0] <= rms <= PLAUSIBLE_RMS[1]:
+        return
+    n = max(1, round(sfreq)) if samples.ndim == 2 else samples.shape[2]
+    pieces = windows(samples, n, n) if samples.ndim == 2 and samples.shape[1] >= n else samples.reshape(-1, *samples.shape[-2:])
+    each = np.median(pieces.std(axis=2), axis=1) * volts_in(unit)
+    out = np.flatnonzero((each < PLAUSIBLE_RMS[0]) | (each > PLAUSIBLE_RMS[1]))
+    what = "seconds" if samples.ndim == 2 else "windows"
+    where = f" ({len(out)} of {len(each)} {what}, the first of them number {out[0]})" if 0 < len(out) < len(each) else ""
+    raise RecordingError(
+        f"The median channel has an RMS of {rms * 1e6:.3g} uV{where}, which is no EEG: the samples look like another unit's.",
+        f"{mend} `--no-check-unit` takes it as it is.",
+    )
 
 
 def window_starts(n_samples: int, n_times: int, hop: int) -> NDArray[np.intp]:
@@ -264,213 +314,112 @@ def windows(data: NDArray[Any], n_times: int, hop: int) -> NDArray[Any]:
     return sliding_window_view(data, n_times, axis=1)[:, ::hop].swapaxes(0, 1)
 
 
-def _read_with_mne(path: Path, unit: Unit | None) -> mne.io.BaseRaw:
-    from scipy.io.matlab import MatReadError  # type: ignore[import-untyped, unused-ignore]
-
-    if unit is not None:
-        raise RecordingError(f"{path.name} states the unit of its samples itself.", "Leave out `--unit`.")
-    mne, edf = require_mne(), path.suffix.lower() in (".edf", ".bdf")
-    try:
-        # infer_types splits EDF's standard labels, "EEG Fp1", into type and name.
-        raw = mne.io.read_raw(path, preload=True, verbose="error", **({"infer_types": True} if edf else {}))
-    except MatReadError as error:
-        raise OSError(str(error)) from error
-    if (promised := _promised_n_times(path, raw.info["sfreq"])) > raw.n_times:
-        raise RecordingError(
-            f"{path.name} is truncated: it holds {raw.n_times} of {promised} samples.", "Copy it again from its source."
+def _long_enough(raw: mne.io.BaseRaw, spec: ModelSpec, steps: list[str]) -> list[Segment]:
+    """Return the stretches without a pause that hold a window and the filter."""
+    sfreq = raw.info["sfreq"]
+    segments = segments_of(raw)
+    length, filter_s = spec.n_times / spec.sfreq, _filter_seconds(sfreq, spec)
+    kept = [s for s in segments if (s.stop - s.start) / sfreq >= max(length, filter_s) - 1e-9]
+    if not kept:
+        longest = max((s.stop - s.start for s in segments), default=0) / sfreq
+        what = "recording lasts" if len(segments) < 2 else f"longest of {len(segments)} stretches between pauses lasts"
+        if longest < length - 1e-9:
+            raise RecordingError(f"The {what} {longest:g} s, one window of the model {length:g} s.", "Give a longer recording.")
+        raise TooShortError(
+            f"The filter for {_band(spec)} lasts {filter_s:.3g} s, the {what.removesuffix(' lasts')} {longest:.3g} s.",
+            "Give a longer recording.",
         )
-    if "eeg" not in raw:
-        types = ", ".join(raw.get_channel_types(unique=True))
-        raise RecordingError(f"{path.name} has no EEG channels, only {types}.", "Give a recording with EEG channels.")
-    return raw.pick("eeg")
+    if len(segments) > 1:
+        steps.append(f"cut at {len(segments) - 1} pauses, over which no window reaches")
+    if short := len(segments) - len(kept):
+        seconds = sum(s.stop - s.start for s in segments) - sum(s.stop - s.start for s in kept)
+        steps.append(f"left out {short} stretches between pauses ({seconds / sfreq:.3g} s), shorter than a window or the filter")
+    return kept
 
 
-def _promised_n_times(path: Path, sfreq: float) -> int:
-    """Return how many samples the header of a format that MNE reads short without a word announces, 0 if it does not say."""
-    match path.suffix.lower():
-        case ".edf" | ".bdf":
-            with path.open("rb") as file:
-                header = file.read(252)
-            n_records, seconds = int(header[236:244]), float(header[244:252])
-            return round(n_records * seconds * sfreq) if n_records > 0 else 0  # -1: the format's "never closed"
-        case ".vhdr" | ".ahdr":
-            found = re.search(r"^DataPoints\s*=\s*(\d+)", path.read_text(encoding="latin-1"), re.MULTILINE)
-            return int(found[1]) if found else 0
-    return 0
-
-
-def _read_npy(path: Path, sfreq: float | None, unit: Unit | None, ch_names: Sequence[str] | None) -> mne.io.BaseRaw:
-    missing = [flag for flag, value in (("--sfreq", sfreq), ("--unit", unit)) if value is None]
-    if sfreq is None or unit is None:
-        raise RecordingError(f"{path.name} is a bare array that states neither rate nor unit.", f"Give {' and '.join(missing)}.")
-    if not (math.isfinite(sfreq) and sfreq > 0):
-        raise RecordingError(f"A rate of {sfreq} Hz is none.", "Give a positive `--sfreq`.")
-    with path.open("rb") as file:
-        data = np.lib.format.read_array(file, allow_pickle=False)
-    if data.ndim != 2 or 0 in data.shape or data.dtype.kind not in "fiu":
-        raise RecordingError(
-            f"{path.name} holds an array of shape {data.shape} and type {data.dtype}.",
-            "Save real numbers of shape (n_chans, n_samples).",
-        )
-    return _raw_from_array(data * UNITS_IN_VOLTS[unit], sfreq, ch_names, path.name)
-
-
-def _read_xdf(path: Path, unit: Unit | None, ch_names: Sequence[str] | None) -> mne.io.BaseRaw:
-    try:
-        import pyxdf
-    except ImportError as error:
-        raise MissingDependencyError("pyxdf", "eeg") from error
-    with path.open("rb") as file:  # pyxdf leaves a file that it opens itself and refuses open
-        # By default a pause must last 500 samples too, or pyxdf spreads it over the whole stream and hides it.
-        streams, _ = pyxdf.load_xdf(file, jitter_break_threshold_samples=1)
-    stream = _eeg_stream(streams, path.name)
-    info = stream["info"]
-    name, rate = info["name"][0], float(info["nominal_srate"][0])
-    if stream.get("footer") is None:
-        raise RecordingError(
-            f"{path.name} is truncated: stream {name} has no footer.",
-            "Copy it again, or repair it by loading and saving it.",
-        )
-    steps = np.diff(stream["time_stamps"])
-    if (abs(steps * rate - 1) > 0.01).any():  # pyxdf has taken the jitter out: what is left are gaps and wrong rates
-        raise RecordingError(
-            f"Stream {name} has gaps, or is not at its rate: its samples are {steps.min():.3g} to {steps.max():.3g} s apart, "
-            f"nominally {1 / rate:.3g} s.",
-            "Cut a stretch without loss out of it.",
-        )
-    samples = np.asarray(stream["time_series"], dtype=np.float64).T
-    described = (((info["desc"] or [None])[0] or {}).get("channels") or [None])[0] or {}
-    channels: list[dict[str, list[str]]] = described.get("channel") or [{}] * len(samples)
-    picks = [i for i, channel in enumerate(channels) if _text(channel, "type", "EEG").casefold() == "eeg"]
-    labels = [_text(channels[i], "label", "") for i in picks]
-    stated = {UNIT_NAMES.get(_text(channels[i], "unit", "").casefold()) for i in picks}
-    if not picks or len(channels) != len(samples):
-        raise RecordingError(f"Stream {name} does not describe its {len(samples)} channels as EEG.", "Mend its description.")
-    if len(stated) > 1 or (None not in stated and unit is not None and unit not in stated):
-        units = ", ".join(sorted(str(value) for value in stated))
-        raise RecordingError(f"Stream {name} is in {units}.", "Use one unit for all its channels, and leave out `--unit`.")
-    unit = unit or stated.pop()
-    if unit is None:
-        raise RecordingError(f"Stream {name} of {path.name} does not state its unit.", "Give it with `--unit`.")
-    return _raw_from_array(samples[picks] * UNITS_IN_VOLTS[unit], rate, labels if all(labels) else ch_names, path.name)
-
-
-def _eeg_stream(streams: list[dict[str, Any]], source: str) -> dict[str, Any]:
-    regular = [
-        stream
-        for stream in streams
-        if float(stream["info"]["nominal_srate"][0]) > 0 and stream["info"]["channel_format"][0] != "string"
-    ]
-    eeg = [stream for stream in regular if (stream["info"]["type"][0] or "").casefold() == "eeg"] or regular
-    if len(eeg) != 1 or not len(eeg[0]["time_stamps"]):
-        names = ", ".join(f"{stream['info']['name'][0]} ({stream['info']['type'][0]})" for stream in streams)
-        raise RecordingError(
-            f"{source} does not have exactly one EEG stream with samples; its streams are {names or 'none'}.",
-            "Keep one regular stream of type EEG in the file.",
-        )
-    return eeg[0]
-
-
-def _text(channel: dict[str, list[str]], key: str, default: str) -> str:
-    return (channel.get(key) or [default])[0] or default
-
-
-def _raw_from_array(volts: NDArray[np.float64], sfreq: float, ch_names: Sequence[str] | None, source: str) -> mne.io.BaseRaw:
-    mne = require_mne()
-    if ch_names is None or len(ch_names) != len(volts) or len(set(ch_names)) != len(volts):
-        given = "no channel names" if ch_names is None else f"{len(set(ch_names))} different channel names"
-        raise RecordingError(
-            f"{source} has {len(volts)} rows of samples, and there are {given} for them.",
-            "Give exactly the model's channels in rows, shape (n_chans, n_samples), or a file that names its own.",
-        )
-    return mne.io.RawArray(volts, mne.create_info(list(ch_names), sfreq, "eeg"), verbose="error")
-
-
-def _fit_channels(raw: mne.io.BaseRaw, spec: ModelSpec, interpolate: bool, steps: list[str]) -> mne.io.BaseRaw:
-    """Return a loaded copy of `raw` with the channels of the model."""
+def _fit_channels(raw: mne.io.BaseRaw, spec: ModelSpec, interpolate: float, steps: list[str]) -> tuple[NDArray[np.float64], int]:
+    """Return the channels of the model in volts, and how many of them the recording has."""
     if spec.ch_names is None:
         raise RecordingError(
             "The model has no channel names, so the recording's montage cannot be checked against it.",
             "Export the bundle with `--montage` or `--channels`.",
         )
-    good = {name.casefold(): name for name in raw.ch_names if name not in raw.info["bads"]}
-    if len(good) != len(raw.ch_names) - len(raw.info["bads"]):
-        raise RecordingError("Channel names of the recording differ in case only.", "Rename or drop one of them.")
-    found = [good.pop(name.casefold(), None) for name in spec.ch_names]
-    present = [name for name in found if name is not None]
-    missing = [name for name, there in zip(spec.ch_names, found, strict=True) if there is None]
+    good = [name for name in raw.ch_names if name not in raw.info["bads"]]
+    match = find_channels(spec.ch_names, good)
+    found = {mine: good[i] for mine, i in zip(spec.ch_names, match.columns, strict=True) if i is not None}
+    missing = [name for name in spec.ch_names if name not in found]
+    for name, several in match.doubtful:
+        if len({one.casefold() for one in several}) == 1:
+            raise RecordingError(
+                f"The recording's channels {listed(several)} differ in case only.", "Rename or drop one of them."
+            )
+        steps.append(f"took none of {listed(several)} as {name}: it could be each of them")
+    there = f"it has {listed(raw.ch_names, 64)}"
+    doubts = "".join(f"; {name} could be each of {listed(several)}" for name, several in match.doubtful)
+    notes = "".join(f"; {note}" for note in told(raw).notes)
     if missing and not interpolate:
         raise RecordingError(
-            f"The recording lacks, or marks as bad, {len(missing)} of the model's {spec.n_chans} channels: {listed(missing)}.",
-            "Record with the model's montage, or make them from the others with `--interpolate`.",
+            f"The recording lacks, or marks as bad, {len(missing)} of the model's {spec.n_chans} channels: {listed(missing)}; "
+            f"{there}{doubts}{notes}.",
+            "Record with the model's montage, give channels the model's names with `--rename THEIRS=MINE`, or make them from the "
+            "others with `--interpolate`.",
         )
+    if len(missing) > interpolate * spec.n_chans + 1e-9:
+        share = math.ceil(100 * len(missing) / spec.n_chans) / 100
+        raise RecordingError(
+            f"{len(missing)} of the model's {spec.n_chans} channels would be interpolated, more than a share of {interpolate:g}; "
+            f"{there}{doubts}{notes}.",
+            f"Use a model of the recording's channels, `--rename`, or `--interpolate {share:g}` to take such EEG all the same.",
+        )
+    check_places(raw, spec, found)
+    if match.aliases:
+        steps.append(f"took {listed(f'{theirs} as {mine}' for theirs, mine in match.aliases)}")
     if not missing:
-        if good:
-            steps.append(f"left out {len(good)} channels: {listed(good.values())}")
-        return raw.copy().pick(present).load_data(verbose="error")
-    fitted = _interpolate(raw, spec, steps)
-    if present:
-        rows = [i for i, name in enumerate(found) if name is not None]
-        fitted[rows] = raw.get_data(picks=present)
-    steps.append(f"interpolated {len(missing)} of {spec.n_chans} channels: {listed(missing)}")
-    return fitted
-
-
-def _interpolate(raw: mne.io.BaseRaw, spec: ModelSpec, steps: list[str]) -> mne.io.BaseRaw:
-    """Return the recording at all positions of the model, by spherical splines from its good EEG channels."""
-    mne = require_mne()
-    if spec.ch_names is None or spec.positions is None:
-        raise RecordingError("The model has no channel positions to interpolate to.", "Export it with `--montage`.")
-    good = [raw.ch_names[i] for i in mne.pick_types(raw.info, eeg=True)]
-    placed = {
-        channel["ch_name"]: tuple(channel["loc"][:3])
-        for channel in raw.info["chs"]
-        if channel["ch_name"] in good and np.isfinite(channel["loc"][:3]).all() and channel["loc"][:3].any()
-    }
-    if not placed:
-        template = read_montage("standard_1005")
-        by_name = dict(zip(map(str.casefold, template.ch_names), template.positions, strict=True))
-        placed = {name: by_name[name.casefold()] for name in good if name.casefold() in by_name}
-        steps.append(f"placed {len(placed)} channels by their names in the 10-05 system")
-    if len(placed) < 4:
+        if unused := [name for name in good if name not in found.values()]:
+            steps.append(f"left out {len(unused)} channels: {listed(unused)}")
+        volts = raw.get_data(picks=list(found.values()))
+    else:
+        volts = interpolated(raw, spec, steps)
+        if found:
+            volts[[i for i, name in enumerate(spec.ch_names) if name in found]] = raw.get_data(picks=list(found.values()))
+        steps.append(f"interpolated {len(missing)} of {spec.n_chans} channels: {listed(missing)}")
+    finite = np.isfinite(volts).all(axis=1)
+    if not finite.all():
+        broken = [name for name, ok in zip(spec.ch_names, finite, strict=True) if not ok]
         raise RecordingError(
-            f"Only {len(placed)} good EEG channels of the recording have a position, by digitisation or by name.",
-            "Give a recording with positions or with 10-05 names for at least 4 channels.",
+            f"The recording holds samples that are not finite (NaN or infinite) in {listed(broken)}.",
+            "Cut these stretches out, or mark these channels as bad.",
         )
-    source = raw.copy().pick(list(placed)).load_data(verbose="error")
-    source.set_channel_types(dict.fromkeys(placed, "eeg"), verbose="error")
-    source.set_montage(_centred(placed, placed.values()), verbose="error")
-    target = _centred(spec.ch_names, spec.positions)
-    with mne.use_log_level("error"):
-        return source.interpolate_to(target, origin=(0.0, 0.0, 0.0), method="spline")
+    return volts, len(found)
 
 
-def _centred(ch_names: Iterable[str], positions: Iterable[Position]) -> mne.channels.DigMontage:
-    """Return a montage about the centre of the sphere that fits best."""
-    mne = require_mne()
-    points = np.array(list(positions))
-    centre, radius = fit_sphere(points)
-    if not 0.05 <= radius <= 0.15:
-        raise RecordingError(
-            f"The {len(points)} channel positions lie on a sphere of {radius * 1e3:.0f} mm, which is no head.",
-            "Give positions in metres that go around the head.",
-        )
-    return mne.channels.make_dig_montage(dict(zip(ch_names, points - centre, strict=True)), coord_frame="head")
+def _band(spec: ModelSpec) -> str:
+    low, high = spec.preprocessing.l_freq, spec.preprocessing.h_freq
+    return f"{low or 0:g} Hz up" if high is None else f"{low or 0:g} to {high:g} Hz"
 
 
-def _band_pass(raw: mne.io.BaseRaw, spec: ModelSpec, steps: list[str]) -> None:
-    """Filter `raw` in place. The upper edge is below its Nyquist frequency, because it is below the model's."""
-    mne = require_mne()
+def _filter_seconds(sfreq: float, spec: ModelSpec) -> float:
+    """Return how long the band-pass is; a shorter recording would be its edges alone."""
     low, high = spec.preprocessing.l_freq, spec.preprocessing.h_freq
     if low is None and high is None:
-        return
-    n_taps = len(mne.filter.create_filter(None, raw.info["sfreq"], low, high, phase="zero", verbose="error"))
-    band = f"{low or 0:g} Hz up" if high is None else f"{low or 0:g} to {high:g} Hz"
-    if n_taps > raw.n_times:
-        raise TooShortError(
-            f"The filter for {band} lasts {n_taps / raw.info['sfreq']:.3g} s, the recording "
-            f"{raw.n_times / raw.info['sfreq']:.3g} s.",
-            "Give a longer recording.",
-        )
-    raw.filter(low, high, picks="all", phase="zero", verbose="error")
-    steps.append(f"band-passed {band}, zero-phase FIR")
+        return 0.0
+    return len(require_mne().filter.create_filter(None, sfreq, low, high, phase="zero", verbose="error")) / sfreq
+
+
+def _band_passed(volts: NDArray[np.float64], sfreq: float, spec: ModelSpec) -> NDArray[np.float64]:
+    """Return `volts` in the band, zero-phase. The upper edge is below its Nyquist frequency, because it is below the model's."""
+    low, high = spec.preprocessing.l_freq, spec.preprocessing.h_freq
+    if low is None and high is None:
+        return volts
+    filtered: NDArray[np.float64] = require_mne().filter.filter_data(volts, sfreq, low, high, phase="zero", verbose="error")
+    return filtered
+
+
+def _told_of(spec: ModelSpec, sfreq: float) -> list[str]:
+    """Return what filtering and resampling do, for people."""
+    told_of = []
+    if spec.preprocessing.l_freq is not None or spec.preprocessing.h_freq is not None:
+        told_of.append(f"band-passed {_band(spec)}, zero-phase FIR")
+    if not math.isclose(sfreq, spec.sfreq):
+        told_of.append(f"resampled from {sfreq:g} to {spec.sfreq:g} Hz")
+    return told_of

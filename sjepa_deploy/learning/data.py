@@ -1,6 +1,6 @@
-"""What there is to learn from: windows of EEG with their labels, and how they are split.
+"""Holds labelled windows of EEG, and splits them into what is trained, validated and tested on.
 
-All of it is in microvolts and in memory. What was done to a recording is a `Preprocessing`, which goes into the checkpoint so
+Windows are in microvolts and in memory. What was done to a recording is a `Preprocessing`, which goes into the checkpoint so
 that export and live decoding do the same. `sjepa_deploy.learning.loading` gets windows out of files.
 """
 
@@ -14,8 +14,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sjepa_deploy.eeg.interpolation import INTERPOLATED_SHARE
+from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.errors import DataError
-from sjepa_deploy.spec import Position, Preprocessing
+from sjepa_deploy.spec import Position, Preprocessing, Unit
 
 SYNTHETIC = "synthetic"
 Task = Literal["regression", "classification"]
@@ -93,6 +95,14 @@ class DataConfig:
         all of the first recording. All others must have them too.
     interpolate : bool
         Make the channels that a recording lacks from the others.
+    interpolate_share : float
+        Largest share of the channels, 0 to 1, that `interpolate` makes.
+    rename : tuple of str
+        "THEIRS=MINE": channels of the recordings that get other names.
+    unit : {"uV", "mV", "V"} or None
+        Unit of recordings that state none, or a wrong one.
+    check_unit : bool
+        Refuse amplitudes that no EEG has.
     sfreq : float
         Sampling rate in Hz that recordings are brought to.
     n_times : int
@@ -118,6 +128,10 @@ class DataConfig:
     montage: str | None = None
     ch_names: tuple[str, ...] | None = None
     interpolate: bool = False
+    interpolate_share: float = INTERPOLATED_SHARE
+    rename: tuple[str, ...] = ()
+    unit: Unit | None = None
+    check_unit: bool = True
     sfreq: float = 100.0
     n_times: int = 200
     hop: float | None = None
@@ -136,10 +150,17 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise DataError(f"{name} is {value:g}.", "Use a positive number.")
+        if not 0 <= self.interpolate_share <= 1:
+            raise DataError(f"interpolate_share is {self.interpolate_share:g}.", "Use a share from 0 to 1.")
         if self.gap is not None and not self.gap >= 0:
             raise DataError(f"gap is {self.gap:g} s.", "Use 0 or more.")
         if self.n_folds < 3 or not 0 <= self.fold < self.n_folds:
             raise DataError(f"Fold {self.fold} of {self.n_folds} is none.", "Use 3 folds or more, numbered from 0.")
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """New names by old ones."""
+        return parse_rename(self.rename, DataError)
 
     @property
     def prepared(self) -> Preprocessing:

@@ -6,19 +6,25 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.eeg.montage import Montage, read_montage, require_mne
-from sjepa_deploy.eeg.recording import check_amplitude, fit_recording, read_recording, reading, window_starts
+from sjepa_deploy.eeg.names import find_channels, says_other_than_eeg
+from sjepa_deploy.eeg.pauses import PAUSE, Told, sample_time, segments_of, time_of, told
+from sjepa_deploy.eeg.readers import heard, reading
+from sjepa_deploy.eeg.recording import check_amplitude, fit_recording, read_recording
+from sjepa_deploy.eeg.reference import average_reference
+from sjepa_deploy.eeg.resample import RATE_TOLERANCE, resample
 from sjepa_deploy.eeg.synthetic import planted_eeg
+from sjepa_deploy.eeg.units import check_unit, conversion, volts_in
 from sjepa_deploy.errors import DataError, MissingDependencyError, RecordingError, listed
 from sjepa_deploy.learning.data import SYNTHETIC, DataConfig, Target, Windows, encode_targets
 from sjepa_deploy.learning.targets import reaction_times, read_column, read_tsv
 from sjepa_deploy.parity import UNREADABLE_NPZ
-from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, Position, Preprocessing
+from sjepa_deploy.spec import ModelSpec, Position, Preprocessing, Unit
 
 if TYPE_CHECKING:
     import mne
@@ -48,9 +54,9 @@ def load_windows(config: DataConfig) -> Windows:
                 f"{part.recording[0]} and {first.recording[0]} were filtered or referenced in different ways.",
                 "Learn from one kind.",
             )
-        rms = float(np.median(part.eeg.std(axis=(0, 2)))) * UNITS_IN_VOLTS["uV"]
-        if math.isfinite(rms):
-            check_amplitude(rms, "State the unit they are stored in (`unit` of an .npz; volts passed as microvolts?).")
+        if config.check_unit:
+            mend = "State the unit they are stored in (`unit` of an .npz; volts passed as microvolts?)."
+            check_amplitude(part.eeg, part.sfreq, mend, unit="uV")
     targets, class_names = None, None
     if config.target is not None:
         values = [value for part in parts for value in (part.targets if part.targets is not None else ())]
@@ -141,7 +147,8 @@ def _load_recording(path: Path, config: DataConfig, first: Windows | None) -> Wi
     table = None
     if config.target is not None and config.target.kind == "column":
         table = path.with_name(config.target.tsv.format(stem=path.stem))
-    return _load_raw(read_recording(path), path.stem, config, first, subject=path.stem, table=table)
+    raw = read_recording(path, unit=config.unit, ch_names=config.ch_names, rename=config.renamed)
+    return _load_raw(raw, path.stem, config, first, subject=path.stem, table=table)
 
 
 def _load_raw(
@@ -159,22 +166,25 @@ def _load_raw(
     spec = _fitting_spec(raw.info, config, first)
     assert spec.ch_names is not None
     try:
-        fitted = fit_recording(raw, spec, interpolate=config.interpolate)
+        share = config.interpolate_share if config.interpolate else 0.0
+        fitted = fit_recording(raw, spec, interpolate=share, check_unit=config.check_unit)
         events = [] if config.target is None or label is not None else _events(raw, table, config.target)
     except (RecordingError, DataError) as e:
         raise type(e)(f"{name}: {e.problem}", e.mend) from e  # one of many
-    n_samples, steps = fitted.data.shape[1], list(fitted.steps)
+    steps = list(fitted.steps)
     values: list[Any] | None = None
     if config.target is None or label is not None:
         hop = config.n_times if config.hop is None else max(1, round(config.hop * config.sfreq))
-        starts = window_starts(n_samples, config.n_times, hop)
+        starts = fitted.window_starts(config.n_times, hop)
+        whole = np.ones(len(starts), dtype=np.bool_)
         values = None if label is None else [label] * len(starts)
     else:
-        onsets = np.array([onset for onset, _ in events]) + config.target.tmin
-        starts, values = np.rint(onsets * config.sfreq).astype(np.intp), [value for _, value in events]
+        values = [value for _, value in events]
+        onsets = np.array([onset for onset, _ in events], dtype=np.float64)
+        starts, whole = fitted.starts_after(onsets, config.target.tmin, config.n_times)
         steps.append(f"cut windows {config.target.tmin:g} s after events")
-    whole = (starts >= 0) & (starts + config.n_times <= n_samples)
-    good = ~_marked_bad(raw, starts / config.sfreq, config.n_times / config.sfreq)
+    onset = fitted.times(starts)
+    good = ~_marked_bad(raw, onset, config.n_times / config.sfreq)
     if n_bad := int((whole & ~good).sum()):
         steps.append(f"left out {n_bad} windows in stretches marked bad")
     kept = np.flatnonzero(whole & good)
@@ -183,9 +193,8 @@ def _load_raw(
             f"{name} has no whole window that is not marked bad and, where events are learned from, follows one of them.",
             "Check the events' names, the table and the annotations.",
         )
-    starts = starts[kept]
     return _made(
-        np.stack([fitted.data[:, start : start + config.n_times] for start in starts]),
+        np.stack([fitted.data[:, start : start + config.n_times] for start in starts[kept]]),
         None if values is None else np.array([values[i] for i in kept]),
         np.full(len(kept), subject),
         spec.ch_names,
@@ -195,7 +204,7 @@ def _load_raw(
         tuple(steps),
         session=np.full(len(kept), session),
         recording=np.full(len(kept), name),
-        onset=starts / config.sfreq,
+        onset=onset[kept],
     )
 
 
@@ -211,26 +220,31 @@ def _marked_bad(raw: mne.io.BaseRaw, onset: NDArray[np.float64], length: float) 
     """Return which windows overlap annotations that MNE rejects by: "BAD..." and "EDGE...", whatever their case."""
     marks = raw.annotations
     rejected = np.array([name.casefold().startswith(("bad", "edge")) for name in marks.description], dtype=np.bool_)
-    begin = marks.onset[rejected] - raw.first_time
+    begin = time_of(marks.onset[rejected] - raw.first_time, segments_of(raw), raw.info["sfreq"])
     end = begin + marks.duration[rejected]
     overlaps: NDArray[np.bool_] = (onset[:, None] < end) & (onset[:, None] + length > begin)
     return np.asarray(overlaps.any(axis=1))
 
 
 def _fitting_spec(info: mne.Info, config: DataConfig, first: Windows | None) -> ModelSpec:
-    """Return what recordings are fitted to. Its channels are the first recording's, the montage's, or those of `info`."""
+    """Return what recordings are fitted to. Its channels are the first recording's, the montage's, or those of `info`.
+
+    Of `info`, those that are marked bad and those whose names say that they are no EEG ("EOG1") are left out.
+    """
     bads = info["bads"]
     positions: tuple[Position, ...] | None
     if first is not None:
         ch_names, positions = first.ch_names, first.positions
     elif config.montage is not None:
         montage = read_montage(config.montage)
-        good = {name.casefold() for name in info["ch_names"] if name not in bads}
-        there = [name for name in montage.ch_names if name.casefold() in good]
+        match = find_channels(montage.ch_names, [name for name in info["ch_names"] if name not in bads])
+        there = [name for name, column in zip(montage.ch_names, match.columns, strict=True) if column is not None]
         montage = montage.pick(config.ch_names or (montage.ch_names if config.interpolate or not there else there))
         ch_names, positions = montage.ch_names, montage.positions
     else:
-        ch_names = config.ch_names or tuple(name for name in info["ch_names"] if name not in bads)
+        ch_names = config.ch_names or tuple(
+            name for name in info["ch_names"] if name not in bads and not says_other_than_eeg(name)
+        )
         place = {ch["ch_name"].casefold(): tuple(map(float, ch["loc"][:3])) for ch in info["chs"]}
         places = [place.get(name.casefold(), (math.nan,) * 3) for name in ch_names]
         known = all(any(p) and all(map(math.isfinite, p)) for p in places)
@@ -274,11 +288,41 @@ def _readers_of_bids(root: Path, config: DataConfig) -> Iterator[Reader]:
 def _load_bids(path: Any, config: DataConfig, label: str | None, first: Windows | None) -> Windows:  # path: mne_bids.BIDSPath
     import mne_bids
 
-    with reading(path.basename):
-        raw = mne_bids.read_raw_bids(path, verbose="error").load_data(verbose="error").pick("eeg")
+    notes: list[str] = []
+    with reading(path.basename), heard(notes):
+        raw = mne_bids.read_raw_bids(path, verbose="warning").load_data(verbose="error").pick("eeg")
+    raw.info["temp"] = Told(notes=tuple(notes))
+    if Path(path.fpath).suffix.lower() in (".edf", ".bdf"):
+        raw = _of_edf(read_recording(path.fpath, unit=config.unit), raw, path.basename)
     events = Path(path.copy().update(suffix="events", extension=".tsv").fpath)
     session = path.session or "1"
     return _load_raw(raw, path.basename, config, first, subject=path.subject, session=session, table=events, label=label)
+
+
+def _of_edf(raw: mne.io.BaseRaw, described: mne.io.BaseRaw, name: str) -> mne.io.BaseRaw:
+    """Return an EDF file as `read_recording` reads it, with the names, places, bad channels and events that a BIDS folder gives.
+
+    MNE alone brings all channels to the highest rate, joins what is paused, and takes unknown units for volts.
+    """
+    mne = require_mne()
+    match = find_channels(described.ch_names, raw.ch_names)
+    theirs = {i: mine for mine, i in zip(described.ch_names, match.columns, strict=True) if i is not None}
+    if not theirs:
+        raise RecordingError(
+            f"None of the channels of {name} has the name that channels.tsv gives it; it has {listed(raw.ch_names, 64)}.",
+            "Mend channels.tsv.",
+        )
+    segments, pauses = segments_of(raw), raw.annotations[[name == PAUSE for name in raw.annotations.description]]
+    raw.pick([raw.ch_names[i] for i in theirs]).rename_channels(dict(zip(raw.ch_names, theirs.values(), strict=True)))
+    raw.info["bads"] = [bad for bad in described.info["bads"] if bad in raw.ch_names]
+    loc = {channel["ch_name"]: channel["loc"] for channel in described.info["chs"]}
+    for channel in raw.info["chs"]:
+        channel["loc"] = loc[channel["ch_name"]].copy()
+    marks = described.annotations
+    places = sample_time(marks.onset - described.first_time, segments, raw.info["sfreq"])
+    raw.set_annotations(mne.Annotations(places, marks.duration, marks.description) + pauses, verbose="error")
+    raw.info["temp"] = Told(notes=told(described).notes + told(raw).notes, paused=told(raw).paused)
+    return raw
 
 
 def _load_epochs(path: Path, config: DataConfig, first: Windows | None) -> Windows:
@@ -288,19 +332,22 @@ def _load_epochs(path: Path, config: DataConfig, first: Windows | None) -> Windo
         epochs = mne.read_epochs(path, preload=True, verbose="error").pick("eeg")
     spec = _fitting_spec(epochs.info, config, first)
     assert spec.ch_names is not None
-    names = {name.casefold(): name for name in epochs.ch_names if name not in epochs.info["bads"]}
-    if missing := [name for name in spec.ch_names if name.casefold() not in names]:
-        raise DataError(f"{path.name} lacks, or marks as bad, the channels {listed(missing)}.", "Choose channels that it has.")
-    epochs = epochs.reorder_channels([names[name.casefold()] for name in spec.ch_names])
+    good = [name for name in epochs.ch_names if name not in epochs.info["bads"]]
+    columns = find_channels(spec.ch_names, good).columns
+    if missing := [name for name, column in zip(spec.ch_names, columns, strict=True) if column is None]:
+        raise DataError(
+            f"{path.name} lacks, or marks as bad, the channels {listed(missing)}; it has {listed(good, 64)}.",
+            "Choose channels that it has.",
+        )
+    volts = epochs.get_data(picks=[good[column] for column in columns if column is not None])
     onset = (epochs.events[:, 0] - epochs.events[:1, 0]) / epochs.info["sfreq"]  # resampling leaves the events as they are
     low, high = epochs.info["highpass"] or None, epochs.info["lowpass"]
-    if epochs.info["sfreq"] < spec.sfreq * (1 - 1e-6):
+    if epochs.info["sfreq"] < spec.sfreq * (1 - RATE_TOLERANCE):
         raise DataError(f"{path.name} is sampled at {epochs.info['sfreq']:g} Hz.", f"Use --sfreq {epochs.info['sfreq']:g}.")
-    if not math.isclose(epochs.info["sfreq"], spec.sfreq):
-        epochs = epochs.resample(spec.sfreq, verbose="error")
+    rows = resample(volts.reshape(-1, volts.shape[2]), epochs.info["sfreq"], spec.sfreq)
+    volts = rows.reshape(*volts.shape[:2], -1)
     tmin = config.target.tmin if config.target is not None else epochs.tmin
     start = round((tmin - epochs.tmin) * spec.sfreq)
-    volts = epochs.get_data(copy=False)
     if start < 0 or start + config.n_times > volts.shape[2]:
         raise DataError(
             f"The epochs of {path.name} last from {epochs.tmin:g} to {epochs.tmax:g} s and hold no window of "
@@ -309,7 +356,7 @@ def _load_epochs(path: Path, config: DataConfig, first: Windows | None) -> Windo
         )
     volts = volts[:, :, start : start + config.n_times]
     if spec.preprocessing.reference == "average":
-        volts = volts - volts.mean(axis=1, keepdims=True)
+        volts = average_reference(volts, axis=1)
     band = Preprocessing(
         reference=spec.preprocessing.reference, l_freq=low, h_freq=high if high and high < spec.sfreq / 2 else None
     )
@@ -325,7 +372,7 @@ def _load_epochs(path: Path, config: DataConfig, first: Windows | None) -> Windo
             targets = np.array(epochs.metadata[column].tolist(), dtype=object)
     name = np.full(len(volts), path.stem)
     return _made(
-        np.ascontiguousarray(volts / UNITS_IN_VOLTS["uV"], dtype=np.float32),
+        np.ascontiguousarray(volts / volts_in("uV"), dtype=np.float32),
         targets,
         name,
         spec.ch_names,
@@ -377,8 +424,7 @@ def _load_npz(path: Path, config: DataConfig, first: Windows | None) -> Windows:
             "State it in the configuration's data.preprocessing: the checkpoint passes it on to decoding.",
         )
     unit = str(arrays.get("unit", "uV"))
-    if unit not in UNITS_IN_VOLTS:
-        raise DataError(f"{unit!r} of {path.name} is not a unit.", f"Use one of {', '.join(UNITS_IN_VOLTS)}.")
+    check_unit(unit, DataError, f" of {path.name}")
     places = arrays.get("positions", np.zeros((len(ch_names), 3)))
     saved = Montage(ch_names=ch_names, positions=tuple((float(x), float(y), float(z)) for x, y, z in places))
     chosen = saved.pick(first.ch_names if first is not None else config.ch_names or ch_names)
@@ -389,7 +435,7 @@ def _load_npz(path: Path, config: DataConfig, first: Windows | None) -> Windows:
     subject = arrays.get("subject", np.full(len(eeg), path.stem)).astype(str)
     session = arrays.get("session", subject).astype(str)
     return _made(
-        np.ascontiguousarray(eeg[:, rows] * (UNITS_IN_VOLTS[unit] / UNITS_IN_VOLTS["uV"]), dtype=np.float32),
+        np.ascontiguousarray(eeg[:, rows] * conversion(cast(Unit, unit), "uV"), dtype=np.float32),
         arrays["targets"] if config.target is not None else None,
         subject,
         first.ch_names if first is not None else chosen.ch_names,

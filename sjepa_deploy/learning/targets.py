@@ -1,4 +1,4 @@
-"""What the events of a recording are labelled with: reaction times, or a column of a table."""
+"""Labels the events of a recording: with reaction times, or with a column of a table."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sjepa_deploy.eeg.pauses import number_of_segment, segments_of, time_of
 from sjepa_deploy.errors import DataError
 from sjepa_deploy.learning.data import Target
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 def reaction_times(raw: mne.io.BaseRaw, target: Target) -> list[tuple[float, float]]:
     """Return the onset of every stimulus that was answered before the next one, and the seconds to the answer.
 
+    Onsets are in the recording's own time (`sjepa_deploy.eeg.pauses.segments_of`). No answer comes after a pause.
+
     Raises
     ------
     DataError
@@ -23,7 +26,9 @@ def reaction_times(raw: mne.io.BaseRaw, target: Target) -> list[tuple[float, flo
     """
     if target.task == "classification":
         raise DataError("Reaction times are numbers, not classes.", "Set the task to regression, or name a column.")
-    onsets = raw.annotations.onset - raw.first_time  # MNE counts them from the start of the acquisition
+    segments, sfreq = segments_of(raw), raw.info["sfreq"]
+    samples = raw.annotations.onset - raw.first_time  # MNE counts them from the start of the acquisition
+    onsets, stretches = time_of(samples, segments, sfreq), number_of_segment(samples, segments, sfreq)
     names = [str(name) for name in raw.annotations.description]
     for wanted in (target.stimulus, target.response):
         if not wanted or not set(wanted) & set(names):
@@ -34,7 +39,10 @@ def reaction_times(raw: mne.io.BaseRaw, target: Target) -> list[tuple[float, flo
             )
     answered: list[tuple[float, float]] = []
     stimulus: float | None = None
-    for onset, name in sorted(zip(onsets.tolist(), names, strict=True)):
+    before = -1
+    for onset, name, stretch in sorted(zip(onsets.tolist(), names, stretches.tolist(), strict=True)):
+        if stretch != before:
+            stimulus, before = None, stretch
         if name in target.stimulus:
             stimulus = onset
         elif name in target.response and stimulus is not None:

@@ -1,0 +1,168 @@
+"""Compares where a recording's electrodes are with where a model's are, and makes the channels that it lacks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sjepa_deploy.eeg.montage import fit_sphere, read_montage, require_mne
+from sjepa_deploy.eeg.names import canonical, says_other_than_eeg
+from sjepa_deploy.errors import RecordingError, listed
+from sjepa_deploy.spec import ModelSpec, Position
+
+if TYPE_CHECKING:
+    import mne
+    from numpy.typing import NDArray
+
+OTHER_ELECTRODES_DEG = 10.0
+"""Median difference from which on electrodes of the same names are others: see `difference_of_places`.
+
+Of the same electrodes it is at most 4 degrees (MNE's templates beside each other and beside three recordings), of the names that
+BioSemi's caps of 128 and 160 electrodes share 17, and of those that EGI's nets of 128 and 256 share 31 degrees.
+"""
+
+_NETS = ("GSN-HydroCel-32", "GSN-HydroCel-65_1.0", "GSN-HydroCel-129", "GSN-HydroCel-257", "GSN-HydroCel-256")
+_CAPS = ("biosemi128", "biosemi160", "biosemi256")
+
+
+def places_of(raw: mne.io.BaseRaw) -> tuple[dict[str, Position], str]:
+    """Return where the good EEG channels of a recording are, and how that is known.
+
+    Returns
+    -------
+    places : dict of str to (float, float, float)
+        In metres, of those that have a place: as the recording says; or where it says nothing, by their names in the 10-05 system
+        or in the net or cap that has these names. A system counts if at least half of the channels are named in it, a net or
+        cap if the recording has nearly all of its names too: a letter and a number mean other electrodes in each.
+    source : str
+        "" if the recording says it, else the name of the montage.
+    """
+    good = [
+        channel
+        for channel, kind in zip(raw.info["chs"], raw.get_channel_types(), strict=True)
+        if kind == "eeg" and channel["ch_name"] not in raw.info["bads"] and not says_other_than_eeg(channel["ch_name"])
+    ]
+    placed = {
+        channel["ch_name"]: (float(x), float(y), float(z))
+        for channel in good
+        for x, y, z in [channel["loc"][:3]]
+        if all(map(math.isfinite, (x, y, z))) and any((x, y, z))
+    }
+    if placed or not good:
+        return placed, ""
+    names = {canonical(channel["ch_name"]): channel["ch_name"] for channel in good}
+    for montage in ("standard_1005", *(_NETS if sum(name[:1] == "e" for name in names) > len(names) / 2 else _CAPS)):
+        template = read_montage(montage)
+        by_name = {canonical(name): place for name, place in zip(template.ch_names, template.positions, strict=True)}
+        known = {theirs: by_name[name] for name, theirs in names.items() if name in by_name}
+        whole = montage == "standard_1005" or len(known) >= 0.9 * len(by_name)
+        if len(known) >= 0.5 * len(names) and whole:
+            return known, montage
+    return {}, ""
+
+
+def difference_of_places(these: Mapping[str, Position], those: Mapping[str, Position], pairs: Sequence[tuple[str, str]]) -> float:
+    """Return by how many degrees the angles between electrodes differ, as a median over all pairs of electrodes.
+
+    Seen from the centre of the sphere that fits each best, since montages come in frames whose origins lie centimetres apart. A
+    tilt of the frames does not count. NaN if there are fewer than four places on one side, or all in a plane.
+
+    Parameters
+    ----------
+    these, those : mapping of str to (float, float, float)
+        All places that are known on each side.
+    pairs : sequence of (str, str)
+        Electrodes of `these` and of `those` that are meant to be the same.
+    """
+    angles = []
+    for side, places in enumerate((these, those)):
+        points = np.array(list(places.values()))
+        if len(points) < 4 or len(pairs) < 2:
+            return math.nan
+        spread = np.linalg.svd(points - points.mean(axis=0), compute_uv=False)
+        if spread[2] < 0.05 * spread[0]:
+            return math.nan
+        centre, _ = fit_sphere(points)
+        away = np.array([places[pair[side]] for pair in pairs]) - centre
+        unit = away / np.linalg.norm(away, axis=1, keepdims=True)
+        angles.append(np.degrees(np.arccos(np.clip(unit @ unit.T, -1, 1)))[np.triu_indices(len(pairs), 1)])
+    return float(np.median(np.abs(angles[0] - angles[1])))
+
+
+def check_places(raw: mne.io.BaseRaw, spec: ModelSpec, found: Mapping[str, str]) -> None:
+    """Refuse a recording whose electrodes have the names of the model's and are others.
+
+    Parameters
+    ----------
+    raw : mne.io.BaseRaw
+        The recording.
+    spec : ModelSpec
+        The model; without positions nothing can be compared.
+    found : mapping of str to str
+        Channels of the model, and what they are called in the recording.
+
+    Raises
+    ------
+    RecordingError
+        If they lie elsewhere, by `OTHER_ELECTRODES_DEG`.
+    """
+    if spec.ch_names is None or spec.positions is None:
+        return
+    theirs, source = places_of(raw)
+    ours = dict(zip(spec.ch_names, spec.positions, strict=True))
+    pairs = [(name, mine) for mine, name in found.items() if name in theirs]
+    difference = difference_of_places(theirs, ours, pairs)
+    if difference > OTHER_ELECTRODES_DEG:
+        why = f" by its {len(theirs)} names, those of {source}" if source else ""
+        raise RecordingError(
+            f"The recording has other electrodes than the model under the same names: the angles between the {len(pairs)} that "
+            f"both call {listed([mine for _, mine in pairs], 4)} differ by {difference:.0f} degrees in the median{why}.",
+            "Use a model of this net or cap, or give the channels the names that these electrodes have in the model: `--rename`.",
+        )
+
+
+def interpolated(raw: mne.io.BaseRaw, spec: ModelSpec, steps: list[str]) -> NDArray[np.float64]:
+    """Return a recording at all positions of a model, by spherical splines from its good EEG channels, in volts.
+
+    Raises
+    ------
+    RecordingError
+        If the model has no positions, or fewer than four channels of the recording have.
+    """
+    mne = require_mne()
+    if spec.ch_names is None or spec.positions is None:
+        raise RecordingError("The model has no channel positions to interpolate to.", "Export it with `--montage`.")
+    placed, source = places_of(raw)
+    if source:
+        what = "the 10-05 system" if source == "standard_1005" else source
+        steps.append(f"placed {len(placed)} channels by their names in {what}")
+    if len(placed) < 4:
+        raise RecordingError(
+            f"Only {len(placed)} good EEG channels of the recording have a position, by digitisation or by name; it has "
+            f"{listed(raw.ch_names, 64)}.",
+            "Give a recording with positions, or with 10-05 names for at least 4 channels and half of them.",
+        )
+    sources = raw.copy().pick(list(placed)).load_data(verbose="error")
+    sources.set_channel_types(dict.fromkeys(placed, "eeg"), verbose="error")
+    sources.set_montage(_centred(placed, placed.values()), verbose="error")
+    target = _centred(spec.ch_names, spec.positions)
+    with mne.use_log_level("error"):
+        made = sources.interpolate_to(target, origin=(0.0, 0.0, 0.0), method="spline")
+    volts: NDArray[np.float64] = made.get_data()
+    return volts
+
+
+def _centred(ch_names: Iterable[str], positions: Iterable[Position]) -> mne.channels.DigMontage:
+    """Return a montage about the centre of the sphere that fits best."""
+    mne = require_mne()
+    points = np.array(list(positions))
+    centre, radius = fit_sphere(points)
+    if not 0.05 <= radius <= 0.15:
+        raise RecordingError(
+            f"The {len(points)} channel positions lie on a sphere of {radius * 1e3:.0f} mm, which is no head.",
+            "Give positions in metres that go around the head.",
+        )
+    return mne.channels.make_dig_montage(dict(zip(ch_names, points - centre, strict=True)), coord_frame="head")

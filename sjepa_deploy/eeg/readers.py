@@ -1,0 +1,316 @@
+"""Reads the formats of recordings through MNE, pyxdf and NumPy, and keeps what their readers warn of."""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import math
+import re
+import struct
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sjepa_deploy.eeg.edf import EdfHeader, read_edf_header, record_onsets
+from sjepa_deploy.eeg.montage import require_mne
+from sjepa_deploy.eeg.names import says_other_than_eeg
+from sjepa_deploy.eeg.pauses import PAUSE, Segment, Told, sample_time
+from sjepa_deploy.eeg.units import unit_named, volts_in
+from sjepa_deploy.errors import MissingDependencyError, RecordingError, listed
+from sjepa_deploy.spec import Unit
+
+if TYPE_CHECKING:
+    import mne
+    from numpy.typing import NDArray
+
+FORMATS = "EDF, BDF, BrainVision (.vhdr), EEGLAB (.set), FIF, XDF or .npy"
+
+# What the readers of MNE, SciPy and pyxdf were seen to raise on truncated and on garbage files.
+_READER_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    SyntaxError,  # xml.etree's ParseError is one
+    configparser.Error,
+    struct.error,
+    zlib.error,
+)
+
+
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turn what readers raise on damaged files and on files of another kind into a `RecordingError`."""
+    try:
+        yield
+    except (RecordingError, MissingDependencyError):
+        raise
+    except _READER_ERRORS as error:
+        detail = " ".join(str(error).split()).rstrip(".")
+        raise RecordingError(
+            f"{name} cannot be read as a recording ({type(error).__name__}: {detail}).",
+            f"Give a whole, undamaged file: {FORMATS}.",
+        ) from error
+
+
+@contextlib.contextmanager
+def heard(notes: list[str]) -> Iterator[None]:
+    """Add what MNE's readers warn of to `notes`, each once; other warnings go on."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        if issubclass(warning.category, (DeprecationWarning, PendingDeprecationWarning, FutureWarning)):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        elif (text := " ".join(str(warning.message).split())) not in notes:
+            notes.append(text)
+
+
+def read_with_mne(path: Path, unit: Unit | None, notes: list[str]) -> mne.io.BaseRaw:
+    """Read the EEG channels of what is not EDF or BDF."""
+    raw = _read_raw(path, notes)
+    if unit is not None:
+        stated = _volts_stated(raw, path)
+        _rescale(raw, [volts_in(unit) / stated(name) for name in raw.ch_names], unit, path, notes)
+    if path.suffix.lower() in (".vhdr", ".ahdr"):
+        found = re.search(r"^DataPoints\s*=\s*(\d+)", path.read_text(encoding="latin-1"), re.MULTILINE)
+        _check_length(raw, int(found[1]) if found else 0, path)
+    return _only_eeg(raw, path)
+
+
+def read_edf(path: Path, unit: Unit | None, notes: list[str]) -> mne.io.BaseRaw:
+    """Read the EEG channels of an EDF or BDF file that have the rate of most of them, each in the unit that the header states."""
+    header = read_edf_header(path)
+    rates = Counter(header.sfreq(i) for i in header.signals if not says_other_than_eeg(header.labels[i]))
+    rate = max(rates, key=lambda sfreq: (rates[sfreq], sfreq)) if rates else None
+    others = [i for i in header.signals if rate is not None and header.sfreq(i) != rate]
+    # infer_types splits EDF's standard labels, "EEG Fp1", into type and name; `exclude` compares what is left.
+    bare = [header.labels[i] for i in others]
+    exclude = sorted({name for label in bare for name in (label, label.partition(" ")[2]) if name})
+    raw = _read_raw(path, notes, infer_types=True, exclude=exclude)
+    if others:
+        notes.append(f"left out {listed(bare)}, which have not the {rate:g} Hz of the other channels")
+    if header.n_records > 0:  # -1: the format's "never closed"
+        _check_length(raw, round(header.n_records * (header.record_s or 1.0) * raw.info["sfreq"]), path)
+    if header.interrupted:
+        _mark_pauses(raw, path, header, notes)
+    excluded = set(others)
+    kept = [i for i in header.signals if i not in excluded]
+    if len(kept) != len(raw.ch_names):
+        raise RecordingError(f"{path.name} has channels of one name and different rates.", "Give every channel its own name.")
+    _mend_units(raw, path, [header.dimensions[i] for i in kept], unit, notes)
+    return _only_eeg(raw, path)
+
+
+def read_npy(path: Path, sfreq: float | None, unit: Unit | None, ch_names: Sequence[str] | None) -> mne.io.BaseRaw:
+    """Read an array of shape (n_chans, n_samples)."""
+    missing = [flag for flag, value in (("--sfreq", sfreq), ("--unit", unit)) if value is None]
+    if sfreq is None or unit is None:
+        raise RecordingError(f"{path.name} is a bare array that states neither rate nor unit.", f"Give {' and '.join(missing)}.")
+    if not (math.isfinite(sfreq) and sfreq > 0):
+        raise RecordingError(f"A rate of {sfreq} Hz is none.", "Give a positive `--sfreq`.")
+    with path.open("rb") as file:
+        data = np.lib.format.read_array(file, allow_pickle=False)
+    if data.ndim != 2 or 0 in data.shape or data.dtype.kind not in "fiu":
+        raise RecordingError(
+            f"{path.name} holds an array of shape {data.shape} and type {data.dtype}.",
+            "Save real numbers of shape (n_chans, n_samples).",
+        )
+    return _raw_from_array(data * volts_in(unit), sfreq, ch_names, path.name)
+
+
+def read_xdf(path: Path, unit: Unit | None, ch_names: Sequence[str] | None, notes: list[str]) -> mne.io.BaseRaw:
+    """Read the one EEG stream of a recording of the Lab Streaming Layer."""
+    try:
+        import pyxdf
+    except ImportError as error:
+        raise MissingDependencyError("pyxdf", "eeg") from error
+    with path.open("rb") as file:  # pyxdf leaves a file that it opens itself and refuses open
+        # By default a pause must last 500 samples too, or pyxdf spreads it over the whole stream and hides it.
+        streams, _ = pyxdf.load_xdf(file, jitter_break_threshold_samples=1)
+    stream = _eeg_stream(streams, path.name)
+    info = stream["info"]
+    name, rate = info["name"][0], float(info["nominal_srate"][0])
+    if stream.get("footer") is None:
+        raise RecordingError(
+            f"{path.name} is truncated: stream {name} has no footer.",
+            "Copy it again, or repair it by loading and saving it.",
+        )
+    steps = np.diff(stream["time_stamps"])
+    if (abs(steps * rate - 1) > 0.01).any():  # pyxdf has taken the jitter out: what is left are gaps and wrong rates
+        raise RecordingError(
+            f"Stream {name} has gaps, or is not at its rate: its samples are {steps.min():.3g} to {steps.max():.3g} s apart, "
+            f"nominally {1 / rate:.3g} s.",
+            "Cut a stretch without loss out of it.",
+        )
+    samples = np.asarray(stream["time_series"], dtype=np.float64).T
+    described = (((info["desc"] or [None])[0] or {}).get("channels") or [None])[0] or {}
+    channels: list[dict[str, list[str]]] = described.get("channel") or [{}] * len(samples)
+    picks = [i for i, channel in enumerate(channels) if _text(channel, "type", "EEG").casefold() == "eeg"]
+    if not picks or len(channels) != len(samples):
+        raise RecordingError(f"Stream {name} does not describe its {len(samples)} channels as EEG.", "Mend its description.")
+    labels = [_text(channels[i], "label", "") for i in picks]
+    words = [_text(channels[i], "unit", "") for i in picks]
+    units = [unit or unit_named(word) for word in words]
+    if unit is not None and (stated := sorted({word for word in words if word and unit_named(word) != unit})):
+        notes.append(f"taken as {unit}, by `--unit`, and not as {listed(stated)}, as stream {name} states")
+    if not any(units):
+        stated = sorted({word for word in words if word})
+        why = f"states its unit as {listed(stated)}, which is none of uV, mV and V" if stated else "does not state its unit"
+        raise RecordingError(f"Stream {name} of {path.name} {why}.", "Give it with `--unit`.")
+    if not all(labels):
+        if ch_names is None:
+            raise RecordingError(
+                f"Stream {name} of {path.name} does not name its {len(picks)} channels.",
+                "Name them in their order with `--channels A,B,...`.",
+            )
+        labels = list(ch_names)
+        if len(labels) != len(picks):
+            raise RecordingError(
+                f"Stream {name} of {path.name} has {len(picks)} channels, and {len(labels)} names were given.",
+                "Mend `--channels`.",
+            )
+    kept = [k for k, known in enumerate(units) if known is not None]
+    if len(kept) < len(units):
+        gone = [f"{labels[k]} ({words[k] or 'no unit'})" for k in range(len(units)) if units[k] is None]
+        notes.append(f"left out {listed(gone)}: no voltage; `--unit` takes all channels in one unit")
+    scale = np.array([volts_in(known) for known in units if known is not None])[:, None]
+    return _raw_from_array(samples[[picks[k] for k in kept]] * scale, rate, [labels[k] for k in kept], path.name)
+
+
+def _read_raw(path: Path, notes: list[str], **options: Any) -> mne.io.BaseRaw:
+    from scipy.io.matlab import MatReadError  # type: ignore[import-untyped, unused-ignore]
+
+    mne = require_mne()
+    if path.suffix.lower() == ".txt" and path.open("rb").read(8).startswith(b"%OpenBCI"):
+        raise RecordingError(
+            f"{path.name} is a text file of OpenBCI's GUI, which names no channels.",
+            "Save its EXG columns as .npy, shape (n_chans, n_samples), and give --sfreq and --unit uV; or record BDF+.",
+        )
+    try:
+        with heard(notes):
+            return mne.io.read_raw(path, preload=True, verbose="warning", **options)
+    except MatReadError as error:
+        raise OSError(str(error)) from error
+
+
+def _only_eeg(raw: mne.io.BaseRaw, path: Path) -> mne.io.BaseRaw:
+    if "eeg" not in raw:
+        types = ", ".join(raw.get_channel_types(unique=True))
+        raise RecordingError(f"{path.name} has no EEG channels, only {types}.", "Give a recording with EEG channels.")
+    return raw.pick("eeg")
+
+
+def _check_length(raw: mne.io.BaseRaw, promised: int, path: Path) -> None:
+    """Refuse what is shorter than its header announces: MNE reads it short."""
+    if promised > raw.n_times:
+        raise RecordingError(
+            f"{path.name} is truncated: it holds {raw.n_times} of {promised} samples.", "Copy it again from its source."
+        )
+
+
+def _volts_stated(raw: mne.io.BaseRaw, path: Path) -> Callable[[str], float]:
+    """Return what one is in volts in the file for each channel, as MNE read it."""
+    suffix = path.suffix.lower()
+    if suffix == ".set":
+        return lambda name: 1e-6  # EEGLAB's files are in microvolts, and do not say so
+    if suffix in (".fif", ".gz"):
+        return lambda name: 1.0
+    if suffix in (".vhdr", ".ahdr"):
+        words = {name: unit_named(word) for name, word in raw._orig_units.items()}
+        return lambda name: volts_in(words.get(name) or "uV")
+    raise RecordingError(f"{path.name} states the unit of its samples itself.", "Leave out `--unit`.")
+
+
+def _rescale(raw: mne.io.BaseRaw, factors: Sequence[float], unit: Unit, path: Path, notes: list[str]) -> None:
+    eeg = [kind == "eeg" for kind in raw.get_channel_types()]
+    if any(is_eeg and not math.isclose(factor, 1.0) for is_eeg, factor in zip(eeg, factors, strict=True)):
+        notes.append(f"taken as {unit}, by `--unit`, against what {path.name} states")
+    raw._data *= np.where(eeg, factors, 1.0)[:, None]
+
+
+def _mend_units(raw: mne.io.BaseRaw, path: Path, dimensions: Sequence[str], unit: Unit | None, notes: list[str]) -> None:
+    """Bring an EDF file's channels to volts. MNE knows uV and mV; what it does not know it takes for volts."""
+    eeg = [kind == "eeg" for kind in raw.get_channel_types()]
+    by_mne = [1e-6 if word in ("μV", "µV", "uV") else 1e-3 if word == "mV" else 1.0 for word in dimensions]
+    if unit is not None:
+        stated = sorted({word or "no unit" for word, is_eeg in zip(dimensions, eeg, strict=True) if is_eeg})
+        raw._data *= np.where(eeg, volts_in(unit) / np.array(by_mne), 1.0)[:, None]
+        if any(unit_named(word) != unit for word in stated):
+            notes.append(f"taken as {unit}, by `--unit`, and not as {listed(stated)}, as {path.name} states")
+        return
+    volts = [1e-9 if word.casefold() == "nv" else volts_in(known) if (known := unit_named(word)) else None for word in dimensions]
+    unknown = [i for i, is_eeg in enumerate(eeg) if is_eeg and volts[i] is None]
+    if len(unknown) == sum(eeg) > 0:
+        words = sorted({dimensions[i] for i in unknown} - {""})
+        why = f"states the unit of its channels as {listed(words)}, which is no voltage" if words else "does not state its unit"
+        raise RecordingError(f"{path.name} {why}.", "Give it with `--unit`, for most devices `--unit uV`.")
+    raw._data *= np.array([1.0 if v is None else v / m for v, m in zip(volts, by_mne, strict=True)])[:, None]
+    if unknown:
+        gone = [f"{raw.ch_names[i]} ({dimensions[i] or 'no unit'})" for i in unknown]
+        notes.append(f"left out {listed(gone)}: no voltage; `--unit` takes all channels in one unit")
+        raw.drop_channels([raw.ch_names[i] for i in unknown])
+
+
+def _mark_pauses(raw: mne.io.BaseRaw, path: Path, header: EdfHeader, notes: list[str]) -> None:
+    """Mark the pauses of an interrupted file, and put its annotations where their samples are: MNE joins the records."""
+    mne = require_mne()
+    onset = record_onsets(path, header)
+    sfreq = raw.info["sfreq"]
+    late = onset - np.arange(len(onset)) * header.record_s  # seconds of all pauses before each record
+    after = np.flatnonzero(np.diff(late, prepend=0.0) > 0.5 / sfreq)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        marks = mne.read_annotations(path)
+    begin = [round(i * header.record_s * sfreq) for i in range(len(onset) + 1)]
+    records = [Segment(start=begin[i], stop=begin[i + 1], onset=float(onset[i])) for i in range(len(onset))]
+    places = sample_time(marks.onset, records, sfreq)
+    notes[:] = [note for note in notes if not re.search(r"annotation.*outside|[Oo]mitted|[Ll]imited", note)]
+    pauses = mne.Annotations(after * header.record_s, 0.0, [PAUSE] * len(after))
+    raw.set_annotations(mne.Annotations(places, marks.duration, marks.description) + pauses, verbose="error")
+    lengths = np.diff(late, prepend=0.0)[after]
+    paused = tuple((round(int(i) * header.record_s * sfreq), float(s)) for i, s in zip(after, lengths, strict=True))
+    raw.info["temp"] = Told(paused=paused)
+    if paused:
+        notes.append(f"recorded with {len(paused)} pauses of {lengths.min():.3g} to {lengths.max():.3g} s")
+
+
+def _eeg_stream(streams: list[dict[str, Any]], source: str) -> dict[str, Any]:
+    regular = [
+        stream
+        for stream in streams
+        if float(stream["info"]["nominal_srate"][0]) > 0 and stream["info"]["channel_format"][0] != "string"
+    ]
+    eeg = [stream for stream in regular if (stream["info"]["type"][0] or "").casefold() == "eeg"] or regular
+    if len(eeg) != 1 or not len(eeg[0]["time_stamps"]):
+        names = ", ".join(f"{stream['info']['name'][0]} ({stream['info']['type'][0]})" for stream in streams)
+        raise RecordingError(
+            f"{source} does not have exactly one EEG stream with samples; its streams are {names or 'none'}.",
+            "Keep one regular stream of type EEG in the file.",
+        )
+    return eeg[0]
+
+
+def _text(channel: dict[str, list[str]], key: str, default: str) -> str:
+    return (channel.get(key) or [default])[0] or default
+
+
+def _raw_from_array(volts: NDArray[np.float64], sfreq: float, ch_names: Sequence[str] | None, source: str) -> mne.io.BaseRaw:
+    mne = require_mne()
+    if ch_names is None or len(ch_names) != len(volts) or len(set(ch_names)) != len(volts):
+        given = "no channel names" if ch_names is None else f"{len(set(ch_names))} different channel names"
+        raise RecordingError(
+            f"{source} has {len(volts)} rows of samples, and there are {given} for them.",
+            "Give exactly the model's channels in rows, shape (n_chans, n_samples), name them with `--channels`, or give a file "
+            "that names its own.",
+        )
+    return mne.io.RawArray(volts, mne.create_info(list(ch_names), sfreq, "eeg"), verbose="error")

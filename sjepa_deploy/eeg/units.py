@@ -1,0 +1,40 @@
+"""Names and converts the units of samples: files, streams, windows and models meet here."""
+
+from __future__ import annotations
+
+from sjepa_deploy.errors import RecordingError, SjepaError
+from sjepa_deploy.spec import UNITS_IN_VOLTS, Unit
+
+_NAMES: dict[str, Unit] = {
+    # casefold turns the micro sign into the mu; "-6", "-3" and "0" are the powers of ten that mne-lsl's player states
+    **dict.fromkeys(("uv", "μv", "microv", "microvolt", "microvolts", "uvolt", "uvolts", "μvolt", "μvolts", "-6"), "uV"),
+    **dict.fromkeys(("mv", "millivolt", "millivolts", "mvolt", "mvolts", "-3"), "mV"),
+    **dict.fromkeys(("v", "volt", "volts", "0"), "V"),
+}
+
+
+def unit_named(text: str) -> Unit | None:
+    """Return the unit that a file or stream calls `text`, or None for another quantity or an unknown word."""
+    return _NAMES.get(text.strip().casefold())
+
+
+def check_unit(unit: str, error: type[SjepaError] = RecordingError, where: str = "") -> None:
+    """Refuse what is not one of the units.
+
+    Raises
+    ------
+    SjepaError
+        `error`, which names the units.
+    """
+    if unit not in UNITS_IN_VOLTS:
+        raise error(f"{unit!r}{where} is not a unit.", f"Use one of {', '.join(UNITS_IN_VOLTS)} with `--unit`.")
+
+
+def volts_in(unit: Unit) -> float:
+    """Return how many volts one `unit` is."""
+    return UNITS_IN_VOLTS[unit]
+
+
+def conversion(source: Unit, target: Unit) -> float:
+    """Return the factor that brings samples in `source` to `target`."""
+    return UNITS_IN_VOLTS[source] / UNITS_IN_VOLTS[target]
