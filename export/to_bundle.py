@@ -201,8 +201,7 @@ def real_eeg(windows: NDArray[Any], spec: ModelSpec) -> FloatArray:
         raise InputError(
             f"{(~finite).sum()} of {len(windows)} windows of the parity data hold NaN or infinity.", "Leave them out."
         )
-    rms = float(np.median(windows.std(axis=2))) * UNITS_IN_VOLTS[spec.unit]
-    check_amplitude(rms, f"Give windows in {spec.unit}.")
+    check_amplitude(windows, spec.sfreq, f"Give windows in {spec.unit}.", unit=spec.unit)
     return np.ascontiguousarray(windows, dtype=np.float32)
 
 

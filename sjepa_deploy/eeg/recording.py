@@ -253,9 +253,9 @@ def check_amplitude(samples: NDArray[np.floating[Any]], sfreq: float, mend: str,
     Raises
     ------
     RecordingError
-        If the median over the channels of the RMS about the mean lies outside `PLAUSIBLE_RMS`.
+        If the median over channels and windows of the RMS about the mean lies outside `PLAUSIBLE_RMS`.
     """
-    rms = float(np.median(samples.std(axis=-1 if samples.ndim == 2 else (0, 2)))) * volts_in(unit)
+    rms = float(np.median(samples.std(axis=-1))) * volts_in(unit)
     if not math.isfinite(rms) or PLAUSIBLE_RMS[0] <= rms <= PLAUSIBLE_RMS[1]:
         return
     n = max(1, round(sfreq)) if samples.ndim == 2 else samples.shape[2]
@@ -266,7 +266,7 @@ def check_amplitude(samples: NDArray[np.floating[Any]], sfreq: float, mend: str,
     where = f" ({len(out)} of {len(each)} {what}, the first of them number {out[0]})" if 0 < len(out) < len(each) else ""
     raise RecordingError(
         f"The median channel has an RMS of {rms * 1e6:.3g} uV{where}, which is no EEG: the samples look like another unit's.",
-        f"{mend} `--no-check-unit` takes it as it is.",
+        mend,
     )
 
 
