@@ -3,29 +3,57 @@ PYTHON ?= python3
 PYTHON310 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) python3.10)
 VENV := .venv
 BIN := $(VENV)/bin
-# A recording to decode in the demonstration, as in make demo RECORDING=session1.edf; without one, synthetic EEG is decoded.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+# Where PyTorch comes from: without an NVIDIA driver from its index of CPU builds, since pip's index has builds with CUDA, which are
+# several GB; empty for pip's index, as in make demo TORCH_INDEX=
+TORCH_INDEX ?= $(if $(wildcard /proc/driver/nvidia/version)$(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
+# A recording to decode in the demonstration, as in make demo RECORDING=session1.edf
 RECORDING ?=
+comma := ,
+# What the demonstration runs: [train] without TensorBoard, [stream], and [eeg] for a recording only.
+DEMO_EXTRAS := export,stream$(if $(RECORDING),$(comma)eeg)
 
 .PHONY: demo test recordings browser test-gpu gpu-pack lint types package runtime310 test-3.10 clean
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/torch-installed: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info)' || \
+		{ echo "sjepa-deploy needs Python 3.10 or later: name one, as in make PYTHON=python3.11"; exit 2; }
+	@echo "== Installing PyTorch into $(VENV)$(if $(TORCH_INDEX), (CPU build: no NVIDIA driver was found))"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps nvidia-pytriton
+	$(if $(TORCH_INDEX),$(PIP) --no-compile --no-deps --retries 1 --index-url $(TORCH_INDEX) torch || \
+		echo "$(TORCH_INDEX) cannot be reached: pip's index is asked instead, whose builds bring CUDA (several GB).")
+	@touch $@
+
+$(VENV)/installed: $(VENV)/torch-installed pyproject.toml
+	$(PIP) --quiet --editable '.[dev]'
+	$(PIP) --quiet --no-deps nvidia-pytriton
 	touch $@
 
-demo: $(VENV)/installed
-	rm -rf demo && mkdir demo
-	$(BIN)/sjepa-finetune --config sjepa_deploy/configs/demo.yaml --out demo/model
+$(VENV)/demo-installed$(if $(RECORDING),-eeg): $(VENV)/torch-installed pyproject.toml
+	@echo "== Installing sjepa-deploy and what the demonstration needs"
+	$(PIP) --no-compile --editable '.[$(DEMO_EXTRAS)]' lightning
+	@touch $@
+
+demo: recording-exists $(VENV)/demo-installed$(if $(RECORDING),-eeg)
+	@rm -rf demo && mkdir demo
+	@echo "== 1. Training: a PostLocal learns reaction times from synthetic EEG of 6 subjects (about half a minute)"
+	$(BIN)/sjepa-finetune --config sjepa_deploy/configs/demo.yaml --out demo/model --json > demo/finetune.json
+	@echo "== 2. Export: the model becomes a bundle of ONNX graphs, each compared with PyTorch in float64"
 	$(BIN)/sjepa-export --checkpoint demo/model --out demo/bundle
-	$(BIN)/sjepa-verify demo/bundle
-ifeq ($(RECORDING),)
-	$(BIN)/python -c "from sjepa_deploy.eeg.synthetic import main; main()" demo/eeg.npy
-	$(BIN)/sjepa-run demo/bundle demo/eeg.npy --sfreq 100 --unit uV --hop 0.5 --out demo/predictions.tsv
-else
-	$(BIN)/sjepa-run demo/bundle $(RECORDING) --interpolate --hop 0.5 --out demo/predictions.tsv
+	@echo "== 3. Verification: the bundle's stored reference is computed again on this machine"
+	$(BIN)/sjepa-verify demo/bundle --backend ort-cpu --precision fp32 --json > demo/verify.json
+	@echo "== 4. Live decoding: 10 s of a synthetic stream, 50 decisions a second"
+	$(BIN)/sjepa-stream demo/bundle --source synthetic --hop 0.02 --duration 10 --quiet --out demo/decisions.jsonl --json > demo/stream.json
+ifneq ($(RECORDING),)
+	@echo "== 5. Recording: $(RECORDING) is decoded"
+	$(BIN)/sjepa-run demo/bundle "$(RECORDING)" --interpolate --hop 0.5 --out demo/predictions.tsv --json > demo/run.json
 endif
-	@echo "The fine-tuned model is in demo/model, the bundle in demo/bundle, its predictions in demo/predictions.tsv."
+	@$(BIN)/python -m sjepa_deploy.cli.demo demo
+
+# Before minutes of installing and training.
+.PHONY: recording-exists
+recording-exists:
+	@test -z "$(RECORDING)" || test -e "$(RECORDING)" || { echo "There is no recording $(RECORDING): check the path."; exit 2; }
 
 # Both halves run, whatever the first one says. More for pytest stands in PYTEST, as in make test PYTEST=--require-recordings.
 PYTEST ?=

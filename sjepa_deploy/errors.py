@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
+import shlex
 from collections.abc import Iterable
+
+REPOSITORY = "https://github.com/sjepa-deploy/sjepa-deploy"
+"""Where the source is."""
 
 
 class SjepaError(Exception):
@@ -113,7 +119,7 @@ class MissingDependencyError(SjepaError, ImportError):
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(
             f"This needs {package}, which is not installed.",
-            f"Install it with: pip install 'sjepa-deploy[{extra}]'." if extra else f"Install it with: pip install {package}.",
+            f"Install it with the extra [{extra}]: {install_line(extra)}" if extra else f"Install it with: pip install {package}",
         )
 
 
@@ -121,6 +127,31 @@ class ParityError(SjepaError):
     """A backend whose outputs differ from the reference by more than the tolerance."""
 
     exit_code = 1
+
+
+def install_line(extra: str) -> str:
+    """Return the command that installs what an extra brings, wherever sjepa-deploy itself was installed from.
+
+    The command names the packages, as the metadata of the installed sjepa-deploy lists them: the name ``sjepa-deploy`` is on no
+    package index, and an editable installation stays as it is. Where sjepa-deploy runs without being installed, the command
+    names its repository.
+    """
+    try:
+        packages = _packages(extra)
+    except importlib.metadata.PackageNotFoundError:
+        packages = [f"sjepa-deploy[{extra}] @ git+{REPOSITORY}"]
+    return " ".join(("pip install", *(shlex.quote(package) for package in packages)))
+
+
+def _packages(extra: str) -> list[str]:
+    """Return what an extra asks for, with the extras of sjepa-deploy that it includes resolved."""
+    packages: list[str] = []
+    for requirement in importlib.metadata.requires("sjepa-deploy") or ():
+        package, _, marker = (part.strip() for part in requirement.partition(";"))
+        if marker.replace("'", '"') == f'extra == "{extra}"':
+            included = re.fullmatch(r"sjepa-deploy\[(.+)\]", package)
+            packages += _packages(included[1]) if included else [package]
+    return packages
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:

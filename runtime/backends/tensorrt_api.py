@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sjepa_deploy.errors import BackendError, EngineError, MissingDependencyError
+from sjepa_deploy.errors import BackendError, EngineError, MissingDependencyError, install_line
 from sjepa_deploy.runtime.backends.engines import BuildSettings
 from sjepa_deploy.spec import RunPrecision
 
@@ -299,7 +299,7 @@ def _load(flavour: str) -> Any:
     except ModuleNotFoundError as e:
         if e.name == name:
             raise MissingDependencyError(name, extra) from e
-        raise BackendError(f"{name} does not load: {e}.", f"Install it again: pip install 'sjepa-deploy[{extra}]'.") from e
+        raise BackendError(f"{name} does not load: {e}.", f"Install it again: {install_line(extra)}") from e
     except (ImportError, OSError, RuntimeError) as e:
         raise BackendError(
             f"{name} is installed and does not load: {str(e).splitlines()[0]}.", "Install the library that it names."

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -177,16 +175,3 @@ def hard_windows(n_chans: int, n_times: int, sfreq: float, rng: np.random.Genera
     windows["one NaN"] = next(clean)
     windows["one NaN"][rng.integers(n_chans), n_times // 2] = np.nan
     return {kind: np.ascontiguousarray(window, dtype=np.float32) for kind, window in windows.items()}
-
-
-def main() -> None:
-    """Write a recording of synthetic EEG, as `make demo` does."""
-    parser = argparse.ArgumentParser(description="Write synthetic EEG in microvolts as an array (channels, samples).")
-    parser.add_argument("out", type=Path, help="the .npy file")
-    parser.add_argument("--channels", type=int, default=129)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--sfreq", type=float, default=100.0)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    rng = np.random.default_rng(args.seed)
-    np.save(args.out, eeg_windows(1, args.channels, round(args.seconds * args.sfreq), args.sfreq, rng)[0])
