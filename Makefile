@@ -20,8 +20,8 @@ $(VENV)/torch-installed: constraints.txt
 		{ echo "sjepa-deploy needs Python 3.10 or later: name one, as in make PYTHON=python3.11"; exit 2; }
 	@echo "== Installing PyTorch into $(VENV)$(if $(TORCH_INDEX), (CPU build: no NVIDIA driver was found))"
 	$(PYTHON) -m venv $(VENV)
-	$(if $(TORCH_INDEX),$(PIP) --no-compile --no-deps --retries 1 --index-url $(TORCH_INDEX) torch || \
-		echo "$(TORCH_INDEX) cannot be reached: pip's index is asked instead, whose builds bring CUDA (several GB).")
+	test -z "$(TORCH_INDEX)" || $(PIP) --no-compile --no-deps --retries 1 --index-url $(TORCH_INDEX) torch || \
+		echo "$(TORCH_INDEX) cannot be reached: the usual index is asked instead, whose builds bring CUDA (several GB)."
 	@touch $@
 
 $(VENV)/installed: $(VENV)/torch-installed pyproject.toml

@@ -209,10 +209,11 @@ def test_what_cannot_be_loaded(make_bundle, tmp_path):
     [("torch", "torch", r" the extra \[export\]: pip install 'torch"), ("onnxruntime", "ort-cpu", ": pip install onnxruntime")],
 )
 def test_a_missing_package_is_named_with_what_installs_it(make_bundle, monkeypatch, package, backend, mend):
+    bundle = make_bundle("prelocal")
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingDependencyError, match=rf"needs {package}, which is not installed\. Install it with{mend}"):
-        sjepa_deploy.load(make_bundle("prelocal"), backend=backend)
-    assert why_not(make_bundle("prelocal"), backend, "fp32") == f"This needs {package}, which is not installed."
+        sjepa_deploy.load(bundle, backend=backend)
+    assert why_not(bundle, backend, "fp32") == f"This needs {package}, which is not installed."
 
 
 def test_why_not(make_bundle):
