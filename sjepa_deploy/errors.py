@@ -119,7 +119,9 @@ class MissingDependencyError(SjepaError, ImportError):
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(
             f"This needs {package}, which is not installed.",
-            f"Install it with the extra [{extra}]: {install_line(extra)}" if extra else f"Install it with: pip install {package}",
+            f"Install it with: {install_line(extra)} (the extra [{extra}])."
+            if extra
+            else f"Install it with: pip install {package}.",
         )
 
 

@@ -338,7 +338,7 @@ def test_a_missing_package_names_the_extra(monkeypatch, made, tmp_path, package,
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(
         MissingDependencyError,
-        match=re.escape(f"This needs {name}, which is not installed. Install it with the extra [bench]: pip install"),
+        match=re.escape(f"This needs {name}, which is not installed. Install it with: pip install 'matplotlib>="),
     ):
         write_html(report, {}, tmp_path / "a.html")
     assert not list(tmp_path.iterdir())

@@ -299,7 +299,9 @@ def _load(flavour: str) -> Any:
     except ModuleNotFoundError as e:
         if e.name == name:
             raise MissingDependencyError(name, extra) from e
-        raise BackendError(f"{name} does not load: {e}.", f"Install it again: {install_line(extra)}") from e
+        raise BackendError(
+            f"{name} does not load: {e}.", f"Install it again: {install_line(extra)} (the extra [{extra}])."
+        ) from e
     except (ImportError, OSError, RuntimeError) as e:
         raise BackendError(
             f"{name} is installed and does not load: {str(e).splitlines()[0]}.", "Install the library that it names."
