@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from sjepa_deploy.bundle import Bundle, Manifest
 from sjepa_deploy.errors import EngineError, ExportError, MissingDependencyError
+from sjepa_deploy.files import write_atomically
 from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, BackendOptions
 from sjepa_deploy.runtime.backends.engines import EngineRecord, EngineStore
 from sjepa_deploy.serving.batching import LARGEST_WAIT, REQUEST_OVERHEAD, Batching, measure_compute, plan_batching
@@ -358,9 +359,7 @@ def _new_version(model: Path, version: str, config: Any, contract: Contract) -> 
         class_names = contract.manifests[version].spec.class_names
         if class_names is not None:
             (model / LABEL_FILE).write_text("".join(f"{name}\n" for name in class_names))
-        partial = model / f".{CONFIG_FILE}.partial-{os.getpid()}"
-        partial.write_text(text_format.MessageToString(config))
-        partial.replace(model / CONFIG_FILE)
+        write_atomically(model / CONFIG_FILE, text_format.MessageToString(config).encode())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import hashlib
-import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from sjepa_deploy.errors import BundleError, ExportError
-from sjepa_deploy.files import canonical_json, file_hash, load_json
+from sjepa_deploy.files import bytes_hash, canonical_json, file_hash, json_file, load_json, write_atomically
 from sjepa_deploy.parity import ParityResult, Reference
 from sjepa_deploy.serialize import DecodeError, decode, encode
 from sjepa_deploy.spec import ModelSpec, Precision, RunPrecision, graph_precision
@@ -120,12 +117,12 @@ class Manifest:
     files: dict[str, str]
     digest: str = ""
 
-    def signed(self) -> Manifest:
+    def sealed(self) -> Manifest:
         """Return a copy with the digest filled in."""
         return dataclasses.replace(self, digest=self._digest())
 
     def _digest(self) -> str:
-        return hashlib.sha256(canonical_json(dataclasses.replace(self, digest="")).encode()).hexdigest()
+        return bytes_hash(canonical_json(dataclasses.replace(self, digest="")).encode())
 
     @property
     def intact(self) -> bool:
@@ -323,12 +320,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != MANIFEST_FILE
     }
-    manifest = dataclasses.replace(manifest, files=files).signed()
-    with (folder / MANIFEST_FILE).open("w") as stream:
-        json.dump(encode(manifest), stream, indent=1, allow_nan=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    manifest = dataclasses.replace(manifest, files=files).sealed()
+    write_atomically(folder / MANIFEST_FILE, json_file(manifest))
     return manifest
 
 

@@ -1,4 +1,4 @@
-"""Reads, writes, hashes and locks files."""
+"""Reads, writes, hashes and locks files, and says where caches lie."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import hashlib
 import json
 import math
 import os
-import tempfile
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sjepa_deploy.errors import EngineError
 from sjepa_deploy.serialize import encode
 
 
@@ -27,13 +26,18 @@ def file_hash(file: Path) -> str:
         return digest.hexdigest()
 
 
+def bytes_hash(content: bytes) -> str:
+    """Return the sha256 of `content`."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def canonical_json(value: object) -> str:
-    """Return `value` as JSON that is the same text for equal values."""
+    """Return `value` as JSON text that is the same for equal values."""
     return json.dumps(encode(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def load_json(text: bytes) -> Any:
-    """Parse JSON, without Python's additions NaN and Infinity."""
+    """Parse JSON. NaN and Infinity, which Python adds to JSON, raise a ValueError."""
 
     def refuse(word: str) -> Any:
         raise ValueError(f"{word} is no JSON number")
@@ -44,15 +48,29 @@ def load_json(text: bytes) -> Any:
     return json.loads(text, parse_constant=refuse, parse_float=finite)
 
 
+def json_file(value: object) -> bytes:
+    """Return `value` as the content of a JSON file that people may read."""
+    return (json.dumps(encode(value), indent=1, allow_nan=False) + "\n").encode()
+
+
 @contextlib.contextmanager
 def file_lock(file: Path, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold an exclusive lock on `file`, which a process that dies gives back."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        stream = file.open("w")
-    except OSError as e:
-        raise EngineError(f"{file} cannot be written ({e.strerror}).", "Give the folder room and rights.") from e
-    with stream:
+    """Hold an exclusive lock on `file`. The lock of a process that dies is free again.
+
+    Parameters
+    ----------
+    file : Path
+        A file that serves nothing else. It is made, and so is its folder.
+    waiting : callable
+        Called once if another process holds the lock.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be made.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -66,26 +84,38 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
 
 
-def bytes_hash(content: bytes) -> str:
-    """Return the sha256 of `content`."""
-    return hashlib.sha256(content).hexdigest()
+def cache_folder(name: str) -> Path:
+    """Return the folder of one of our caches: ``$XDG_CACHE_HOME/sjepa-deploy/NAME``, by default in ``~/.cache``."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "sjepa-deploy" / name
+
+
+@contextlib.contextmanager
+def written_beside(file: Path) -> Iterator[Path]:
+    """Give a path beside `file` to write to, with the same suffix. What still lies there when the block ends is removed."""
+    path = file.with_name(f".partial-{os.getpid()}-{secrets.token_hex(4)}-{file.name}")
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def written_whole(file: Path) -> Iterator[Path]:
+    """Give a path to write to, and replace `file` by it when the block ends well: a killed process leaves `file` as it was."""
+    with written_beside(file) as path:
+        yield path
+        on_disk(path)
+        path.replace(file)
 
 
 def write_atomically(file: Path, content: bytes) -> None:
     """Write a file in an existing folder, which is replaced whole or not at all."""
-    with written_beside(file, content) as waiting:
-        waiting.replace(file)
+    with written_whole(file) as path:
+        path.write_bytes(content)
 
 
-@contextlib.contextmanager
-def written_beside(file: Path, content: bytes) -> Iterator[Path]:
-    """Give `content` in a file that is on the disk, ready to replace `file`; where it does not, nothing of it stays."""
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}.partial-", dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
+def on_disk(file: Path) -> None:
+    """Return once the content of `file` would survive a loss of power."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())

@@ -19,6 +19,7 @@ from streams import decode_samples, eeg, info_of
 from sjepa_deploy.eeg.synthetic import eeg_windows, hard_windows
 from sjepa_deploy.errors import BackendError, InputError, MissingDependencyError
 from sjepa_deploy.export.rewrite import rewrite
+from sjepa_deploy.files import cache_folder
 from sjepa_deploy.models.checkpoint import write_checkpoint
 from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.parity import Reference, check_parity
@@ -863,7 +864,7 @@ KERNEL = 'extern "C" __global__ void nothing() {}'
 def test_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     code = nvrtc.compiled(KERNEL, 90)
-    (file,) = nvrtc.cache_folder().iterdir()
+    (file,) = cache_folder("kernels").iterdir()
     with monkeypatch.context() as patch:
         patch.setattr(nvrtc, "compile_source", lambda *args: pytest.fail("compiled again"))
         assert nvrtc.compiled(KERNEL, 90) == code

@@ -1,17 +1,15 @@
-"""Engines beside a bundle: cache entries with an identity, a record of what they are, and locks.
+"""Keeps TensorRT engines in a bundle's folder, each with a record of what it was built from.
 
-An engine is no product: it fits one graph, one TensorRT and one kind of GPU. It lies in the bundle as ``engines/KEY.plan`` and
-``engines/KEY.json``, where KEY is the hash of its `EngineIdentity`; the bundle's own signed files never change. The record is
-written last, so that an engine without one does not exist.
+An engine is a cache entry: it fits one graph, one version of TensorRT and one kind of GPU. It lies in the bundle as
+``engines/KEY.plan`` and ``engines/KEY.json``, where KEY is the hash of its `EngineIdentity`. The files that the manifest lists
+never change. The record is written last, so that an engine without a record does not exist.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +17,18 @@ from typing import Literal
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import EngineError
-from sjepa_deploy.files import file_lock, write_atomically, written_beside
+from sjepa_deploy.files import (
+    bytes_hash,
+    cache_folder,
+    canonical_json,
+    file_lock,
+    json_file,
+    on_disk,
+    write_atomically,
+    written_beside,
+)
 from sjepa_deploy.parity import ParityResult
-from sjepa_deploy.serialize import DecodeError, decode, encode
+from sjepa_deploy.serialize import DecodeError, decode
 from sjepa_deploy.spec import RunPrecision
 
 ENGINE_FOLDER = "engines"
@@ -113,8 +120,7 @@ class EngineIdentity:
     @property
     def key(self) -> str:
         """Name of the engine's files."""
-        canonical = json.dumps(encode(self), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+        return bytes_hash(canonical_json(self).encode())[:32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +275,7 @@ class EngineStore:
             plan = file.read_bytes()
         except OSError as e:
             raise EngineError(f"The plan {file} cannot be read ({e.strerror}).", mend) from e
-        if hashlib.sha256(plan).hexdigest() != record.plan_sha256:
+        if bytes_hash(plan) != record.plan_sha256:
             raise EngineError(f"The plan {file} was changed after it was built (its hash differs).", mend)
         return plan
 
@@ -289,9 +295,10 @@ class EngineStore:
             try:
                 final = judge(self._verified(candidate, record))
                 assert final.identity == record.identity
-                content = json.dumps(encode(final), indent=1, allow_nan=False) + "\n"
                 described = self._file(record.identity, "json")
-                with written_beside(described, content.encode()) as waiting:  # once both are on the disk, they take their places
+                with written_beside(described) as waiting:  # once both are on the disk, they take their places
+                    waiting.write_bytes(json_file(final))
+                    on_disk(waiting)
                     candidate.replace(file)
                     waiting.replace(described)
             finally:
@@ -309,7 +316,12 @@ class EngineStore:
         EngineError
             If the folder cannot be written.
         """
-        with file_lock(self._file(identity, "lock"), waiting=waiting):
+        file = self._file(identity, "lock")
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(file_lock(file, waiting=waiting))
+            except OSError as e:
+                raise EngineError(f"{file} cannot be written ({e.strerror}).", "Give the folder room and rights.") from e
             yield
 
     def _file(self, identity: EngineIdentity, suffix: str) -> Path:
@@ -333,10 +345,8 @@ class EngineStore:
 
 def timing_cache_file(machine: Machine) -> Path:
     """Return where timings of kernels on `machine` are kept between builds."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    folder = (Path(root) if root else Path.home() / ".cache") / "sjepa-deploy" / "timing"
     name = "-".join((machine.flavour, machine.version, machine.gpu, machine.compute_capability))
-    return folder / ("".join(c if c.isalnum() or c in ".-" else "_" for c in name) + ".cache")
+    return cache_folder("timing") / ("".join(c if c.isalnum() or c in ".-" else "_" for c in name) + ".cache")
 
 
 def read_timing_cache(machine: Machine) -> bytes:

@@ -1,15 +1,14 @@
-"""The backend that runs each batch size on what was measured to be the fastest one, and the record that it goes by.
+"""Runs each batch size on the backend that was measured to be the fastest on this machine, and reads the record of that.
 
 A record is made from the throughput of a benchmark report. It lies in the bundle as ``engines/fastest/*.json``, one for each
-precision and machine; the bundle's own signed files never change. Like an engine, it is refused where something differs that it
-depends on.
+precision and machine. The files that the manifest lists never change. A record is refused, as an engine is, where something
+differs that it depends on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib
 import json
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from typing import Any
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, SjepaError
+from sjepa_deploy.files import bytes_hash
 from sjepa_deploy.runtime.backend import BACKENDS, FASTEST_BACKEND, Backend, BackendOptions, FloatArray, Split, open_backend
 from sjepa_deploy.runtime.backends.engines import EngineStore
 from sjepa_deploy.runtime.machine import gpu, n_cores, processor, versions
@@ -86,10 +86,10 @@ class FastestRecord:
         """
         return next((choice.backend for choice in self.choices if choice.batch >= batch), self.choices[-1].backend)
 
-    def signed(self) -> FastestRecord:
+    def sealed(self) -> FastestRecord:
         """Return a copy with the digest filled in."""
-        content = json.dumps(encode(dataclasses.replace(self, digest="")), sort_keys=True)
-        return dataclasses.replace(self, digest=hashlib.sha256(content.encode()).hexdigest())
+        content = json.dumps(encode(dataclasses.replace(self, digest="")), sort_keys=True)  # with the spaces of the first records
+        return dataclasses.replace(self, digest=bytes_hash(content.encode()))
 
     def __str__(self) -> str:
         spans: list[tuple[str, int, int]] = []
@@ -135,7 +135,7 @@ def _read(file: Path, mend: str) -> FastestRecord:
     except (OSError, ValueError) as e:
         reason = str(e) if isinstance(e, DecodeError) else f"it is not readable as JSON ({e})"
         raise BackendError(f"The record {file} is damaged: {reason}.", f"Delete it. {mend}") from e
-    if record != record.signed():
+    if record != record.sealed():
         raise BackendError(f"The record {file} was changed after it was kept (its digest differs).", f"Delete it. {mend}")
     return record
 

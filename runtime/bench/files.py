@@ -17,20 +17,18 @@ Arrays of a cell in the ``.npz``, one value a call (one a window in open loop), 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sjepa_deploy.errors import BenchmarkError
+from sjepa_deploy.files import json_file, write_atomically, written_whole
 from sjepa_deploy.runtime.bench.cells import Samples
 from sjepa_deploy.runtime.bench.results import SCHEMA_VERSION, BenchReport
-from sjepa_deploy.serialize import DecodeError, decode, encode
+from sjepa_deploy.serialize import DecodeError, decode
 
 
 def write_report(report: BenchReport, samples: Samples, path: Path) -> BenchReport:
@@ -46,24 +44,12 @@ def write_report(report: BenchReport, samples: Samples, path: Path) -> BenchRepo
     arrays = path.with_suffix(".npz")
     report = dataclasses.replace(report, samples_file=arrays.name)
     try:
-        with _whole(arrays) as file:
+        with written_whole(arrays) as file:
             np.savez_compressed(file, **dict[str, Any](samples))
-        with _whole(path) as file:
-            file.write_text(json.dumps(encode(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_atomically(path, json_file(report))
     except OSError as e:
         raise BenchmarkError(f"{path} cannot be written ({e.strerror}).", "Choose another --out.") from e
     return report
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Give a name beside `path`, and move what was written there to `path` when the block ends well."""
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_report(path: Path) -> BenchReport:

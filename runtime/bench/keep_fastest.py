@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BenchmarkError, listed
-from sjepa_deploy.files import now, write_atomically
+from sjepa_deploy.files import bytes_hash, json_file, now, write_atomically
 from sjepa_deploy.runtime.backend import BACKENDS, FASTEST_BACKEND
 from sjepa_deploy.runtime.backends.fastest import Choice, FastestRecord, clause, machine_of, record_folder
 from sjepa_deploy.runtime.bench.cells import Cell, Estimate
 from sjepa_deploy.runtime.bench.compare import equally_fast
 from sjepa_deploy.runtime.bench.results import BenchReport, LeftOut
-from sjepa_deploy.serialize import encode
 from sjepa_deploy.spec import RUN_PRECISIONS, RunPrecision
 
 MEDIAN = 50.0
@@ -143,17 +140,17 @@ def _record(
     machine = {name: value for name, value in here.items() if value is not None}
     return FastestRecord(
         precision=precision, bundle=bundle.manifest.digest, machine=machine, choices=choices, created=now()
-    ).signed()
+    ).sealed()
 
 
 def _write(record: FastestRecord, bundle: Bundle, report: BenchReport) -> None:
     """Write `record` in place of what was kept before for such a machine."""
     e = report.environment
     machine = "|".join((e.processor, str(e.cores), e.gpu or "", e.gpu_driver or ""))
-    file = record_folder(bundle) / f"{record.precision}-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
+    file = record_folder(bundle) / f"{record.precision}-{bytes_hash(machine.encode())[:16]}.json"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, (json.dumps(encode(record), indent=1) + "\n").encode())
+        write_atomically(file, json_file(record))
     except OSError as error:
         raise BenchmarkError(
             f"{file} cannot be written ({error.strerror}).", "Give the bundle's folder room and rights."

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from sjepa_deploy.errors import BenchmarkError, MissingDependencyError
+from sjepa_deploy.files import write_atomically
 from sjepa_deploy.runtime.bench import report_plots as plots
 from sjepa_deploy.runtime.bench import report_tables
 from sjepa_deploy.runtime.bench.cells import HARNESS, Cell, Samples, Scenario
@@ -296,11 +296,7 @@ def _write_page(path: Path, **content: object) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_atomically(path, text.encode())
     except OSError as e:
         raise BenchmarkError(f"{path} cannot be written ({e.strerror}).", "Choose another --out.") from e
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,18 +1,20 @@
-"""CUDA C++ to machine code at first use, with NVRTC, and a cache of what came out."""
+"""Compiles CUDA C++ to machine code at first use, with NVRTC, and keeps the code in a cache.
+
+The cache is ours and not that of `cuda.core.Program` 1.2, which stores machine code without a hash and hands out a damaged file
+as code, and which does not pass ``--diag-suppress``.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib
 import logging
-import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from sjepa_deploy.errors import BackendError, MissingDependencyError
+from sjepa_deploy.files import bytes_hash, cache_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -51,17 +53,10 @@ def architectures() -> tuple[int, ...]:
     return tuple(found)
 
 
-def cache_folder() -> Path:
-    """Return where compiled kernels are kept: ``$XDG_CACHE_HOME/sjepa-deploy/kernels``, by default in ``~/.cache``."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "sjepa-deploy" / "kernels"
-
-
 def compiled(source: str, architecture: int) -> bytes:
     """Return the machine code of `source` for a compute capability (times 10), from the cache if it is there.
 
-    The name in the cache is a hash of the source, the options and NVRTC's version; a file that a killed process left half
-    written has another name.
+    The name in the cache is a hash of the source, the options and NVRTC's version.
 
     Raises
     ------
@@ -72,8 +67,8 @@ def compiled(source: str, architecture: int) -> bytes:
     """
     major, minor = version()
     options = (f"--gpu-architecture=sm_{architecture}", *OPTIONS)
-    key = hashlib.sha256("\0".join((source, *options, f"{major}.{minor}")).encode()).hexdigest()
-    file = cache_folder() / f"{key[:32]}.cubin"
+    key = bytes_hash("\0".join((source, *options, f"{major}.{minor}")).encode())
+    file = cache_folder("kernels") / f"{key[:32]}.cubin"
     try:
         content = file.read_bytes()
         digest, code = content[:32], content[32:]
@@ -94,14 +89,7 @@ def compiled(source: str, architecture: int) -> bytes:
     logger.info("compiled %d bytes in %.1f s%s", len(code), time.perf_counter() - started, f"\n{log}" if log else "")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(hashlib.sha256(code).digest() + code)
-            Path(name).replace(file)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                Path(name).unlink()
+        write_atomically(file, hashlib.sha256(code).digest() + code)
     except OSError as e:
         raise _unusable(file.parent, e) from e
     return code

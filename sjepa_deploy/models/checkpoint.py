@@ -6,7 +6,6 @@ A checkpoint never runs code: files are safetensors, or are unpickled by ``torch
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import pickle
 import re
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sjepa_deploy.errors import CheckpointError, listed
+from sjepa_deploy.files import file_hash, write_atomically
 from sjepa_deploy.models.braindecode_config import (
     CONFIG_FILE,
     EMBEDDING,
@@ -121,7 +121,7 @@ def read_checkpoint(path: Path | str, *, prefix: str | None = None) -> Checkpoin
                 "Use the configuration that belongs to these weights.",
             )
     known.update(from_config)
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    sha256 = file_hash(file)
     return Checkpoint(
         weights=weights,
         variant=variant,
@@ -190,9 +190,7 @@ def write_checkpoint(model: SignalJEPAModule, folder: Path | str, *, training: o
         config[TRAINING_KEY] = encode(training)
     files = {WEIGHTS_FILE: save(weights, metadata={"format": "pt"}), CONFIG_FILE: (json.dumps(config, indent=1) + "\n").encode()}
     for name, content in files.items():
-        unfinished = folder / f".{name}"
-        unfinished.write_bytes(content)
-        unfinished.replace(folder / name)
+        write_atomically(folder / name, content)
 
 
 _DAMAGED = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, AssertionError, struct.error)

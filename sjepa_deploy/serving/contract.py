@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 
 from sjepa_deploy.bundle import Manifest
 from sjepa_deploy.errors import ServingError
+from sjepa_deploy.files import bytes_hash, canonical_json
 from sjepa_deploy.serialize import DecodeError, decode, encode
 from sjepa_deploy.spec import ModelSpec, Precision, Unit
 
@@ -79,5 +79,4 @@ class Contract:
 
 def contract_id(spec: ModelSpec, unit: Unit) -> str:
     """Return what identifies the meaning of a window and of its output: a hash of the spec and of the unit that is sent."""
-    text = json.dumps([encode(spec), unit], sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return bytes_hash(canonical_json([spec, unit]).encode())[:32]
