@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from sjepa_deploy.errors import BundleError, ExportError
-from sjepa_deploy.files import bytes_hash, canonical_json, file_hash, json_file, load_json, write_atomically
+from sjepa_deploy.files import canonical_json, file_hash, json_file, load_json, seal, write_atomically
 from sjepa_deploy.parity import ParityResult, Reference
 from sjepa_deploy.serialize import DecodeError, decode, encode
 from sjepa_deploy.spec import ModelSpec, Precision, RunPrecision, graph_precision
@@ -119,15 +119,7 @@ class Manifest:
 
     def sealed(self) -> Manifest:
         """Return a copy with the digest filled in."""
-        return dataclasses.replace(self, digest=self._digest())
-
-    def _digest(self) -> str:
-        return bytes_hash(canonical_json(dataclasses.replace(self, digest="")).encode())
-
-    @property
-    def intact(self) -> bool:
-        """Whether the digest is that of the content."""
-        return self.digest == self._digest()
+        return dataclasses.replace(self, digest=seal(encode(self)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +238,7 @@ def _read_manifest(path: Path) -> Manifest:
     except ValueError as e:  # DecodeError, or a spec that describes no model
         problem = str(e) if isinstance(e, DecodeError) else f"its spec is invalid ({e})"
         raise BundleError(f"{file} does not fit the schema: {problem}.", "Copy or export the bundle again.") from e
-    if not manifest.intact:
+    if manifest.digest != seal(data):
         raise BundleError(f"{file} was changed after it was written (its digest differs).", "Copy or export the bundle again.")
     return manifest
 

@@ -36,6 +36,15 @@ def canonical_json(value: object) -> str:
     return json.dumps(encode(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def seal(data: dict[str, Any]) -> str:
+    """Return the digest of a JSON object: the sha256 of its canonical text with an empty ``digest``.
+
+    It is taken of what stands in a file. A digest of the dataclass that was read would change with every field that a later
+    release adds.
+    """
+    return bytes_hash(canonical_json(data | {"digest": ""}).encode())
+
+
 def load_json(text: bytes) -> Any:
     """Parse JSON. NaN and Infinity, which Python adds to JSON, raise a ValueError."""
 

@@ -17,6 +17,7 @@ from sjepa_deploy.files import (
     file_lock,
     json_file,
     load_json,
+    seal,
     write_atomically,
     written_whole,
 )
@@ -103,3 +104,16 @@ def test_a_lock_keeps_another_process_out_until_it_is_given_back(tmp_path):
     assert process.exitcode == 0
     with pytest.raises(FileExistsError), file_lock(tmp_path / "folder" / "lock" / "lock"):
         pytest.fail("the block must not run")
+
+
+VALUES = st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5)
+
+
+@given(st.dictionaries(st.text(max_size=5), VALUES, max_size=4))
+def test_a_seal_is_of_what_stands_in_the_file(data):
+    """Not of what this release reads of it: a key that it does not know counts, and one that it adds does not."""
+    stored = json.loads(json.dumps(data))
+    digest = seal(stored)
+    assert seal(stored | {"digest": digest}) == digest
+    assert seal(json.loads(json.dumps(stored, indent=3))) == digest
+    assert seal(stored | {"another key": 1}) != digest

@@ -88,8 +88,7 @@ class FastestRecord:
 
     def sealed(self) -> FastestRecord:
         """Return a copy with the digest filled in."""
-        content = json.dumps(encode(dataclasses.replace(self, digest="")), sort_keys=True)  # with the spaces of the first records
-        return dataclasses.replace(self, digest=bytes_hash(content.encode()))
+        return dataclasses.replace(self, digest=_seal(encode(self)))
 
     def __str__(self) -> str:
         spans: list[tuple[str, int, int]] = []
@@ -129,13 +128,19 @@ def record_folder(bundle: Bundle) -> Path:
     return EngineStore(bundle=bundle).folder / "fastest"
 
 
+def _seal(data: dict[str, Any]) -> str:
+    """Return the digest of a record, as `sjepa_deploy.files.seal` does but with the spaces of the first records."""
+    return bytes_hash(json.dumps(data | {"digest": ""}, sort_keys=True).encode())
+
+
 def _read(file: Path, mend: str) -> FastestRecord:
     try:
-        record = decode(FastestRecord, json.loads(file.read_bytes()))
+        data = json.loads(file.read_bytes())
+        record = decode(FastestRecord, data)
     except (OSError, ValueError) as e:
         reason = str(e) if isinstance(e, DecodeError) else f"it is not readable as JSON ({e})"
         raise BackendError(f"The record {file} is damaged: {reason}.", f"Delete it. {mend}") from e
-    if record != record.sealed():
+    if record.digest != _seal(data):
         raise BackendError(f"The record {file} was changed after it was kept (its digest differs).", f"Delete it. {mend}")
     return record
 
