@@ -41,7 +41,6 @@ def stored():
 
 def test_the_bundle_opens_and_is_verified(capsys):
     bundle = Bundle.open(COMPAT / "bundle")
-    assert bundle.manifest.sealed() == bundle.manifest
     assert bundle.spec.class_names == ("left", "right")
     assert run_command(verify, "sjepa-verify", [str(bundle.path)]) == 0, capsys.readouterr().err
 
@@ -87,7 +86,6 @@ def test_the_record_of_a_stream_replays(capsys):
 def test_the_record_of_the_fastest_backend_keeps_its_digest():
     (file,) = (COMPAT / "bundle" / "engines" / "fastest").glob("*.json")
     record = decode(FastestRecord, json.loads(file.read_text()))
-    assert record.sealed() == record
     assert record.bundle == Bundle.open(COMPAT / "bundle").manifest.digest
 
 
