@@ -25,6 +25,7 @@ $(VENV)/torch-installed: constraints.txt
 	@touch $@
 
 $(VENV)/installed: $(VENV)/torch-installed pyproject.toml
+	@echo "== Installing what tests and checks need into $(VENV) (some minutes)"
 	$(PIP) --quiet --editable '.[dev]'
 	$(PIP) --quiet --no-deps nvidia-pytriton
 	touch $@
