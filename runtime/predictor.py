@@ -73,7 +73,7 @@ class Predictor:
         self.rolling = backend if isinstance(backend, RollingBackend) and not check_unit else None
         self.n_rolls = 0
 
-    def __call__(self, eeg: FloatArray) -> FloatArray:
+    def __call__(self, eeg: FloatArray, out: FloatArray | None = None) -> FloatArray:
         """Decode one batch of windows.
 
         Parameters
@@ -81,21 +81,28 @@ class Predictor:
         eeg : array of float32, shape (batch, n_chans, n_times)
             Windows in the unit of the spec, 1 to `max_batch` of them. GPU backends take an array on the GPU as well (DLPack or
             the CUDA array interface, so a torch tensor), in place and without looking at its values.
+        out : array of float32, shape (batch, n_outputs), or None
+            Where to write the predictions. None: a new array. `backend.run` makes neither copy nor check: it returns a buffer
+            that its next call overwrites.
 
         Returns
         -------
         array of float32, shape (batch, n_outputs)
-            Predictions; for the base model features, shape (batch, n_chans * n_tokens, emb_dim). The array may be overwritten
-            by the next call, also one from another thread: load the bundle once in each.
+            Predictions; for the base model features, shape (batch, n_chans * n_tokens, emb_dim). The array belongs to the
+            caller: no later call writes to it.
 
         Raises
         ------
         InputError
-            If shape or dtype are wrong, samples are not finite, or the amplitude is impossible in the unit of the spec.
+            If shape or dtype of `eeg` or `out` are wrong, samples are not finite, or the amplitude is impossible in the unit of
+            the spec.
         """
-        if not isinstance(eeg, np.ndarray):
-            return self._run_on_gpu(eeg)
-        return self.backend.run(self.check(eeg))
+        outputs = self.backend.run(self.check(eeg)) if isinstance(eeg, np.ndarray) else self._run_on_gpu(eeg)
+        if out is None:
+            return outputs.copy()
+        self._check_out(out, outputs.shape)
+        np.copyto(out, outputs)
+        return out
 
     def check(self, eeg: FloatArray) -> FloatArray:
         """Return `eeg` C-contiguous, or raise what a call would raise for it."""
@@ -112,7 +119,7 @@ class Predictor:
                 self._judge(row)
         return eeg
 
-    def roll(self, eeg: FloatArray) -> FloatArray:
+    def roll(self, eeg: FloatArray, out: FloatArray | None = None) -> FloatArray:
         """Decode the window of a stream that ends with new samples. The backend has kept the other samples.
 
         Parameters
@@ -120,16 +127,18 @@ class Predictor:
         eeg : array of float32, shape (n_chans, n), 1 <= n <= n_times
             Samples that follow those of the last `roll`, in the unit of the spec. A whole window, n = n_times, need not follow
             anything.
+        out : array of float32, shape (1, n_outputs), or None
+            Where to write the prediction. None: a new array.
 
         Returns
         -------
         array of float32, shape (1, n_outputs)
-            The same bits as a call with the whole window gives. The array may be overwritten by the next call.
+            The same bits as a call with the whole window gives. The array belongs to the caller: no later call writes to it.
 
         Raises
         ------
         InputError
-            If shape or dtype are wrong, samples are not finite, or n is less than a window where a whole window is due: at the
+            If shape or dtype of `eeg` or `out` are wrong, samples are not finite, or n is less than a window where a whole window is due: at the
             start, and after any error.
         BackendError
             If the backend keeps no window, or units are checked, see `rolling`.
@@ -142,10 +151,16 @@ class Predictor:
             )
         try:
             eeg = self._check_new(eeg)
+            if out is not None:
+                self._check_out(out, (1, *self.spec.output_shape))
         except InputError:
             self.rolling.restart()  # these samples are missing now
             raise
-        return self.rolling.roll(eeg)
+        outputs = self.rolling.roll(eeg)
+        if out is None:
+            return outputs.copy()
+        np.copyto(out, outputs)
+        return out
 
     def _check_new(self, eeg: FloatArray) -> FloatArray:
         if not isinstance(eeg, np.ndarray) or eeg.dtype != np.float32:
@@ -167,6 +182,10 @@ class Predictor:
             self._refuse_type(eeg)
         return self.backend.run_on_gpu(eeg)
 
+    def _check_out(self, out: FloatArray, shape: tuple[int, ...]) -> None:
+        if out.dtype != np.float32 or out.shape != shape:
+            raise InputError(f"out is {out.dtype} of shape {out.shape}, the outputs float32 of shape {shape}.", "Leave out= out.")
+
     def predict(self, eeg: FloatArray) -> FloatArray:
         """Decode any number of windows, shape (n, n_chans, n_times), in batches. The result is a new array."""
         size = self.max_batch
@@ -177,7 +196,7 @@ class Predictor:
                 filled = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
                 out[start:] = self(filled)[: len(batch)]
             else:
-                out[start : start + size] = self(batch)
+                self(batch, out=out[start : start + size])
         return out
 
     def close(self) -> None:

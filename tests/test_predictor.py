@@ -54,6 +54,24 @@ def test_every_backend_gives_what_the_pytorch_model_gives(make_bundle, variant, 
             assert np.abs(out - wanted[:n]).max() < TOLERANCE["fp32"] * np.sqrt(np.mean(wanted**2))
 
 
+@pytest.mark.parametrize("backend", ["ort-cpu", "torch"])
+def test_what_was_returned_stays(make_bundle, backend):
+    bundle, windows = make_bundle("prelocal"), eeg(4)
+    wanted = in_pytorch(bundle.spec, windows)
+    allowed = TOLERANCE["fp32"] * np.sqrt(np.mean(wanted**2))
+    with sjepa_deploy.load(bundle, backend=backend) as predict:
+        kept = [predict(window[None]) for window in windows]
+        out = np.full((6, *bundle.spec.output_shape), 7, np.float32)
+        given = [predict(windows[i : i + 2], out=out[i : i + 2]) for i in (0, 2)]
+        for wrong in (out[:1], out[:, :2], out.astype(np.float64)):
+            with pytest.raises(InputError, match="out is float.. of shape"):
+                predict(windows, out=wrong)
+    assert np.abs(np.concatenate(kept) - wanted).max() < allowed
+    assert np.abs(out[:4] - wanted).max() < allowed
+    assert (out[4:] == 7).all()
+    assert all(np.shares_memory(g, out) for g in given)
+
+
 def test_other_precisions_are_as_good_as_they_say(make_bundle):
     bundle, windows = make_bundle("prelocal", precisions=("fp32", "fp16", "bf16")), eeg(4)
     wanted = in_pytorch(bundle.spec, windows)

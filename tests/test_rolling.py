@@ -277,6 +277,22 @@ def test_new_samples_that_break_the_contract_break_the_stream(bundle, new, messa
     assert whole.tobytes() == predict(samples[None, :, 7:].copy()).tobytes()
 
 
+def test_what_was_returned_stays(bundle):
+    predict = Predictor(bundle, Rolling(bundle), check_unit=False)
+    samples, out = np.float32(eeg(214)).T, np.zeros((2, 1, 3), np.float32)
+    spans = ((0, 200), (200, 207), (207, 214))
+    kept = [predict.roll(samples[:, start:stop].copy()) for start, stop in spans]
+    wanted = [predict(samples[None, :, stop - 200 : stop].copy()).tobytes() for _, stop in spans]
+    assert [array.tobytes() for array in kept] == wanted
+    predict.roll(samples[:, :200].copy(), out=out[0])
+    assert np.shares_memory(predict.roll(samples[:, 200:207].copy(), out=out[1]), out)
+    assert [array.tobytes() for array in out] == wanted[:2]
+    with pytest.raises(InputError, match="out is float32 of shape"):
+        predict.roll(samples[:, 207:].copy(), out=out[0, 0])
+    with pytest.raises(InputError, match="No window"):  # what was refused is missing
+        predict.roll(samples[:, 207:].copy())
+
+
 def test_samples_that_are_not_finite_are_passed_on_request(bundle):
     predict = Predictor(bundle, Rolling(bundle), check_unit=False, non_finite="pass")
     predict.roll(np.float32(eeg(200)).T.copy())

@@ -73,7 +73,7 @@ class BackendCalls:
         self.keep_warm: KeepWarm | None = None
         if config.keep_warm is not None:
             window = windows.eeg().copy()
-            self.keep_warm = KeepWarm(lambda: predict(window), config.keep_warm)
+            self.keep_warm = KeepWarm(lambda: predict.backend.run(window), config.keep_warm)
         self._called = time.perf_counter()
 
     def decide(self, window: Window, received: float) -> Decision | None:
@@ -92,7 +92,7 @@ class BackendCalls:
         if started > due and self._late != "queue":
             return self._answer_late(window, due, received, started)
         try:
-            prediction = self._call(window)[0].copy()
+            prediction = self._call(window)[0]
         except (RefusedError, UnansweredError) as e:  # of a server, which may answer the next window
             counters.failed += 1
             self._count_miss(missed=True)
