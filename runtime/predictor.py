@@ -138,8 +138,8 @@ class Predictor:
         Raises
         ------
         InputError
-            If shape or dtype of `eeg` or `out` are wrong, samples are not finite, or n is less than a window where a whole window is due: at the
-            start, and after any error.
+            If shape or dtype of `eeg` or `out` are wrong, samples are not finite, or n is less than a window where a whole window
+            is due: at the start, and after any error.
         BackendError
             If the backend keeps no window, or units are checked, see `rolling`.
         """

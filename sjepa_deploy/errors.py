@@ -6,6 +6,7 @@ import importlib.metadata
 import re
 import shlex
 from collections.abc import Iterable
+from typing import Any
 
 REPOSITORY = "https://github.com/sjepa-deploy/sjepa-deploy"
 """Where the source is."""
@@ -29,6 +30,17 @@ class SjepaError(Exception):
         super().__init__(f"{problem} {mend}")
         self.problem = problem
         self.mend = mend
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception would call the class with the one message: a worker's error would then break the pool that waits for it.
+        return _rebuilt, (type(self), self.args, vars(self))
+
+
+def _rebuilt(kind: type[SjepaError], args: tuple[Any, ...], state: dict[str, Any]) -> SjepaError:
+    """Return a pickled error as it was, whatever its class asks for when one is made."""
+    error = kind.__new__(kind, *args)
+    vars(error).update(state)
+    return error
 
 
 class SpecError(SjepaError, ValueError):
