@@ -65,7 +65,7 @@ def make_monitor() -> Monitor:
     montage = read_montage("GSN-HydroCel-129")
     facts = StreamFacts(
         bundle="bundle", bundle_hash="0" * 64, backend="none", source="none", ch_names=montage.ch_names,
-        positions=montage.positions, sfreq=100.0, unit="uV", hop=HOP, deadline=HOP, output_names=("prediction",),
+        positions=montage.positions, sfreq=100.0, unit="uV", hop=HOP, deadline=HOP, overdue=9.0, output_names=("prediction",),
     )  # fmt: skip
     return Monitor(facts, Counters())
 

@@ -29,6 +29,7 @@ def facts(**changes) -> StreamFacts:
         "unit": "uV",
         "hop": 0.1,
         "deadline": 0.1,
+        "overdue": 7.0,
         "output_names": ("left", "right"),
     }
     return StreamFacts(**known | changes)

@@ -242,6 +242,33 @@ def test_health_is_that_of_the_stream():
             assert get(dashboard, "/healthz")[0] == status
 
 
+def test_no_decisions_are_told_to_the_watchdog_and_on_the_page(browser):
+    """Samples come all the time, and a decision at first: green is for decisions alone."""
+    now = [100.0]
+    written = Written(clock=lambda: now[0], overdue=7.0)
+    written.monitor.received(100.0)
+    written.decide(0, time=100.0, prediction=(1, 2))
+    green = "return getComputedStyle(document.getElementById('state'), '::before').color"
+    with idle_dashboard(written.monitor) as dashboard:
+        open_page(browser, dashboard)
+        assert browser.text("#state") == "Decoding"
+        decoding = browser.run(green)
+        now[0] = 108.0
+        written.monitor.received(108.0)
+        browser.wait("document.getElementById('state').textContent === 'No decisions'")
+        assert browser.run(green) != decoding
+        assert browser.text("#silence") == "0.0 ms"
+        assert json.loads(get(dashboard, "/healthz")[2])["state"] == "no decisions"
+        assert get(dashboard, "/healthz")[0] == 503
+        assert 'sjepa_stream_state{sjepa_stream_state="no decisions"} 1.0' in get(dashboard, "/metrics")[2]
+        written.decide(1, time=108.0, prediction=(1, 2))
+        browser.wait("document.getElementById('state').textContent === 'Decoding'")
+        assert get(dashboard, "/healthz")[0] == 200
+        assert_clean(browser, dashboard)
+    browser.wait("document.getElementById('state').textContent.startsWith('Stopped')")
+    assert browser.run(green) != decoding
+
+
 # Who is let in
 
 

@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from monitors import Written, decision
-from streams import ScriptedSource, chunks_of, eeg, info_of
+from streams import ScriptedSource, Wrapped, chunks_of, eeg, info_of
 
 from sjepa_deploy.eeg.quality import ChannelState
+from sjepa_deploy.errors import RefusedError
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decoder import Decoder
-from sjepa_deploy.runtime.predictor import load
+from sjepa_deploy.runtime.predictor import Predictor, load
 from sjepa_deploy.runtime.watch.monitor import TIME_EDGES
 from sjepa_deploy.runtime.watch.watching import watch
 
@@ -95,6 +96,112 @@ def test_counters_are_those_of_the_decoder(make_bundle):
     assert taken.counters.longest_misses >= taken.skips["late"] > 0
     assert [i.kind for i in taken.incidents if i.kind == "gap"] == ["gap", "gap"]
     assert taken.state == "decoding"
+
+
+def watched(predict, chunks, **config):
+    """Decode `chunks`, and return the snapshot after each of them, and the decoder."""
+    decoder = Decoder(predict, ScriptedSource(info_of(predict.spec), chunks), StreamConfig(**config))
+    monitor, shots = watch(decoder), []
+    decoder.on_chunk(lambda _: shots.append(monitor.snapshot()))
+    decoder.run()
+    return shots, decoder
+
+
+def test_without_decisions_for_a_while_the_state_says_so(make_bundle):
+    """60 ms are lost in every 1.5 s, so that no window of 2 s is whole any more; then the losses end."""
+    with load(make_bundle("prelocal")) as predict:
+        n = 4000
+        kept = np.array([i for i in range(n) if not (600 <= i < 3000 and i % 150 < 6)])
+        shots, _ = watched(predict, chunks_of(eeg(n)[kept], kept / predict.spec.sfreq))
+    states = [(shot.now, shot.state) for shot in shots]
+    assert {state for now, state in states if now < 1.95} == {"filling"}
+    assert {state for now, state in states if 2.2 < now < 6} == {"decoding"}
+    last = next(shot.decisions.time[-1] for shot in reversed(shots) if shot.now < 20)
+    # a window of 2 s, and 5 s more
+    assert {state for now, state in states if last < now < last + 6.9} == {"decoding"}
+    assert {state for now, state in states if last + 7.2 < now < 30} == {"no decisions"}
+    assert {state for now, state in states if now > 32.5} == {"decoding"}
+
+
+def test_windows_that_are_all_late_are_no_decisions(make_bundle):
+    with load(make_bundle("prelocal")) as predict:
+        samples, stamps = eeg(1500), np.arange(1500) / predict.spec.sfreq
+        for late, received, state in (("skip", 0.3, "no decisions"), ("queue", 0.3, "decoding"), ("hold", 0.0, "decoding")):
+            chunks = [dataclasses.replace(c, received=c.received + received) for c in chunks_of(samples, stamps)]
+            shots, _ = watched(predict, chunks, late=late)
+            assert shots[-1].state == state
+
+
+def test_a_backend_that_hangs_is_no_decisions():
+    """Nothing is written meanwhile: the time alone says so."""
+    clock = Clock()
+    written = Written(clock=clock)
+    written.monitor.received(0.0)
+    written.decide(0)
+    clock.now = 6.9
+    assert written.monitor.snapshot().state == "decoding"
+    clock.now = 7.1
+    assert written.monitor.snapshot().state == "no decisions"
+    written.monitor.set_state("silent")
+    assert written.monitor.snapshot().state == "silent"
+    clock.now = 60.0
+    written.monitor.received(60.0)
+    assert written.monitor.snapshot().state == "filling"  # it has the time of a window again
+    clock.now = 67.1
+    assert written.monitor.snapshot().state == "no decisions"
+
+
+@pytest.mark.parametrize("step", [-500.0, 500.0])
+def test_silence_counts_from_the_arrival_whatever_the_stamps_say(make_bundle, step):
+    with load(make_bundle("prelocal")) as predict:
+        stamps = 1000 + np.arange(1500) / predict.spec.sfreq
+        chunks = chunks_of(eeg(1500), stamps)
+        stepped = [dataclasses.replace(c, stamps=c.stamps + step) if c.received > 1005 else c for c in chunks]
+        shots, decoder = watched(predict, stepped)
+    assert decoder.counters.clock_resets == 1
+    assert max(shot.now - shot.newest_sample for shot in shots) < 0.01
+
+
+@pytest.mark.parametrize(("policy", "n_bad", "n_repaired"), [("repair", 2, 2), ("repair", 6, 0), ("flag", 2, 0)])
+def test_repaired_is_what_the_conditioning_interpolates(make_bundle, policy, n_bad, n_repaired):
+    with load(make_bundle("prelocal")) as predict:
+        samples = eeg(1200)
+        samples[600:, :n_bad] = 0.0
+        shots, _ = watched(predict, chunks_of(samples, np.arange(1200) / predict.spec.sfreq), bad_channels=policy)
+    quality = shots[-1].quality
+    assert (quality.state == ChannelState.FLAT).sum() == n_bad
+    assert quality.repaired.tolist() == [i < n_repaired for i in range(8)]
+
+
+def test_channels_that_the_stream_lacks_are_interpolated(make_bundle):
+    with load(make_bundle("prelocal")) as predict:
+        spec, samples = predict.spec, eeg(600)
+        chunks = chunks_of(samples, np.arange(600) / spec.sfreq)
+        info = info_of(spec)
+        decoder = Decoder(predict, ScriptedSource(info, chunks), StreamConfig(interpolate=True, bads=spec.ch_names[:1]))
+        monitor = watch(decoder)
+        decoder.run()
+    quality = monitor.snapshot().quality
+    assert quality.state.tolist() == [ChannelState.MISSING] + 7 * [ChannelState.OK]
+    assert quality.repaired.tolist() == [True] + 7 * [False]
+
+
+def test_windows_that_the_backend_failed_on_are_misses(make_bundle):
+    with load(make_bundle("prelocal")) as predict:
+        backend = Wrapped(predict.backend)
+        refusing = Predictor(predict.bundle, backend)
+        decoder = Decoder(
+            refusing, ScriptedSource(info_of(predict.spec), chunks_of(eeg(600), np.arange(600) / predict.spec.sfreq))
+        )
+        monitor = watch(decoder)
+
+        def refuse(eeg):
+            raise RefusedError("The server is full.", "Wait.")
+
+        backend.before = refuse
+        decoder.run()
+    counters = monitor.snapshot().counters
+    assert counters.failed == counters.misses == counters.longest_misses > 30
 
 
 def test_edges_are_ten_a_decade():

@@ -100,6 +100,7 @@ class BackendCalls:
             return None
         except BaseException:
             counters.failed += 1
+            self._count_miss(missed=True)
             raise
         decided = clock()
         if self.keep_warm is not None:

@@ -117,6 +117,11 @@ class WindowStream:
         """The `ChannelState` of each channel of `ch_names`, shape (len(ch_names),)."""
         return self._conditioner.codes
 
+    @property
+    def interpolated(self) -> tuple[str, ...]:
+        """Channels of the model that are made from others now."""
+        return self._conditioner.interpolated
+
     def eeg(self) -> NDArray[np.float32]:
         """Return the newest window, shape (1, n_chans, n_times)."""
         return self._ring.window()

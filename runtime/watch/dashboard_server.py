@@ -249,7 +249,9 @@ class Metrics:
         yield StateSetMetricFamily("sjepa_stream_state", "What the stream is doing", states)
         yield CounterMetricFamily("sjepa_windows", "Windows that a decision was due for", state["windows"])
         yield CounterMetricFamily("sjepa_decisions", "Decisions", state["decisions"])
-        yield CounterMetricFamily("sjepa_deadline_misses", "Late decisions, and windows skipped as late", state["misses"])
+        yield CounterMetricFamily(
+            "sjepa_deadline_misses", "Windows without a decision of their own by their deadline", state["misses"]
+        )
         skips = CounterMetricFamily("sjepa_windows_skipped", "Windows without a decision", labels=["reason"])
         for reason, n in state["skips"].items():
             skips.add_metric([reason], n)
@@ -283,7 +285,7 @@ class Metrics:
         yield GaugeMetricFamily("sjepa_hop_seconds", "From one window to the next", facts["hop"])
         run = "Longest run of missed deadlines since the start"
         yield GaugeMetricFamily("sjepa_longest_miss_run", run, state["longest_miss_run"])
-        yield GaugeMetricFamily("sjepa_silence_seconds", "Age of the newest sample received", _or_nan(state["silence"]))
+        yield GaugeMetricFamily("sjepa_silence_seconds", "Time since a sample was received", _or_nan(state["silence"]))
 
     def _channels(self, facts: dict[str, Any], state: dict[str, Any]) -> Iterator[Metric]:
         channels, names = state["channels"], facts["ch_names"]

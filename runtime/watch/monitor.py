@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -23,9 +23,10 @@ from sjepa_deploy.spec import Position, Unit
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-StreamState = Literal["waiting", "filling", "decoding", "silent", "reconnecting", "stopped"]
-STREAM_STATES: tuple[StreamState, ...] = ("waiting", "filling", "decoding", "silent", "reconnecting", "stopped")
-"""In this order: no source yet; the window is not whole yet; decisions come; no samples come; the source is lost; the end."""
+StreamState = Literal["waiting", "filling", "decoding", "no decisions", "silent", "reconnecting", "stopped"]
+STREAM_STATES: tuple[StreamState, ...] = get_args(StreamState)
+"""In this order: no source yet; the window is not whole yet; decisions come; samples come and decisions are overdue; no samples
+come; the source is lost; the end."""
 
 _RENARD = (1.0, 1.25, 1.6, 2.0, 2.5, 3.15, 4.0, 5.0, 6.3, 8.0)  # ISO 3's R10: equal steps on a log axis, in round numbers
 TIME_EDGES: tuple[float, ...] = (*(round(step * 10.0**decade, 9) for decade in range(-5, 1) for step in _RENARD), 10.0)
@@ -60,6 +61,8 @@ class StreamFacts:
         Unit of `ChannelQuality.rms`.
     hop, deadline : float
         Seconds from one window to the next, and the age at which a decision misses its deadline.
+    overdue : float
+        Seconds without a decision, while samples come, after which the state is "no decisions".
     output_names : tuple of str
         One name for each value of a decision; empty for a base model, whose features are not shown.
     random_weights : bool
@@ -76,6 +79,7 @@ class StreamFacts:
     unit: Unit
     hop: float
     deadline: float
+    overdue: float
     output_names: tuple[str, ...]
     random_weights: bool = False
 
@@ -164,7 +168,7 @@ class Snapshot:
     state : str
         A `StreamState`.
     now, started, newest_sample : float
-        Seconds of the decoder's clock: the moment of the snapshot, the start, the stamp of the newest sample (NaN before any).
+        Seconds of the decoder's clock: the moment of the snapshot, the start, the arrival of the newest sample (NaN before any).
     counters : Counters
         A copy of the decoder's own.
     n_noted : int
@@ -267,6 +271,7 @@ class Monitor:
         self._state: StreamState = "waiting"
         self._started = clock()
         self._newest_sample = float("nan")
+        self._expected_since = self._started
         self._live_counters, self._counters = counters, copy.copy(counters)
         self._n_noted = 0
         self._rows = np.zeros((n_recent, 4 + len(facts.output_names)))  # index, time, received, decided, prediction
@@ -293,14 +298,17 @@ class Monitor:
             self._ages.add(decision.age)
             self._latencies.add(decision.latency)
             self._n_noted += 1
+            self._state, self._expected_since = "decoding", self._clock()
             self._counters = copy.copy(self._live_counters)
         finally:
             self._version += 1
 
     def received(self, newest: float) -> None:
-        """Take the stamp of the newest sample, in seconds of the clock, after its chunk was decoded."""
+        """Take when the newest sample arrived, in seconds of the clock, after its chunk was decoded."""
         self._version += 1
         try:
+            if self._state in ("waiting", "silent", "reconnecting"):
+                self._state, self._expected_since = "filling", self._clock()
             self._newest_sample = newest
             self._counters = copy.copy(self._live_counters)
         finally:
@@ -317,7 +325,7 @@ class Monitor:
             self._version += 1
 
     def set_state(self, state: StreamState) -> None:
-        """Take what the stream is doing."""
+        """Take what the stream is doing where neither samples nor decisions say it: "silent", "reconnecting", "stopped"."""
         self._state = state
 
     def happened(self, incident: Incident) -> None:
@@ -344,15 +352,16 @@ class Monitor:
         # tobytes() keeps the interpreter's lock, which copy() gives away: the loop hardly ever gets in between
         rows = np.frombuffer(self._rows.tobytes()).reshape(self._rows.shape)
         flags = tuple(self._flags)
-        n, size = self._n_noted, len(flags)
+        n, size, now = self._n_noted, len(flags), self._clock()
+        overdue = self._state in ("filling", "decoding") and now - self._expected_since > self.facts.overdue
         if n < size:
             rows, flags = rows[:n], flags[:n]
         else:
             rows, flags = np.roll(rows, -(n % size), axis=0), flags[n % size :] + flags[: n % size]
         return Snapshot(
             facts=self.facts,
-            state=self._state,
-            now=self._clock(),
+            state="no decisions" if overdue else self._state,
+            now=now,
             started=self._started,
             newest_sample=self._newest_sample,
             counters=self._counters,

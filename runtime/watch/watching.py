@@ -13,6 +13,9 @@ from sjepa_deploy.runtime.watch.monitor import Monitor, StreamFacts, StreamState
 QUALITY_EVERY_S = 0.5
 """Seconds from one look at the channels to the next."""
 
+OVERDUE_S, OVERDUE_HOPS = 5.0, 3
+"""Seconds, and hops, that a decision may be late once the window should be whole: then samples come and no decisions do."""
+
 _STATES: dict[str, StreamState] = {"lost": "reconnecting", "silent": "silent"}
 
 
@@ -39,16 +42,17 @@ class _Watcher:
                 unit=spec.unit,
                 hop=decoder.hop / spec.sfreq,
                 deadline=decoder.deadline,
+                overdue=(spec.n_times + max(OVERDUE_S * spec.sfreq, OVERDUE_HOPS * decoder.hop)) / spec.sfreq,
                 output_names=() if spec.variant == "base" else names,
                 random_weights=manifest.weights.random,
             ),
             decoder.counters,
             clock=decoder.source.clock,
         )
-        self._n_windows = 0
         self._quality_at = -np.inf
         column = {name.casefold(): i for i, name in enumerate(decoder.windows.ch_names)}
         self._columns = np.array([column.get(name.casefold(), -1) for name in spec.ch_names])
+        self._ch_names = spec.ch_names
         decoder.on_decision(self._decided)
         decoder.on_chunk(self._received)
         decoder.on_incident(self._happened)
@@ -58,18 +62,13 @@ class _Watcher:
             self.monitor.decided(decision)
 
     def _received(self, chunk: Chunk) -> None:
-        monitor, counters = self.monitor, self._decoder.counters
-        newest = float(chunk.stamps[-1])
-        monitor.received(newest)
-        if counters.windows != self._n_windows or not counters.decisions:
-            self._n_windows = counters.windows
-            monitor.set_state("decoding" if counters.decisions else "filling")
-        if newest - self._quality_at >= QUALITY_EVERY_S or newest < self._quality_at:
-            self._quality_at = newest
-            codes = np.append(self._decoder.windows.codes, ChannelState.MISSING)
-            state = codes[self._columns]
-            repaired = (state != ChannelState.OK) if self._decoder.config.bad_channels == "repair" else self._columns < 0
-            monitor.set_quality(state, self._decoder.windows.eeg()[0].std(axis=1), repaired)
+        monitor, windows = self.monitor, self._decoder.windows
+        monitor.received(chunk.received)
+        if chunk.received - self._quality_at >= QUALITY_EVERY_S:
+            self._quality_at = chunk.received
+            state = np.append(windows.codes, ChannelState.MISSING)[self._columns]
+            repaired = np.isin(self._ch_names, windows.interpolated)
+            monitor.set_quality(state, windows.eeg()[0].std(axis=1), repaired)
 
     def _happened(self, incident: Incident) -> None:
         self.monitor.happened(incident)

@@ -55,6 +55,8 @@ class Conditioner:
         Delay of the filters.
     codes : ndarray of int8, shape (len(ch_names),)
         The `ChannelState` of each channel now.
+    interpolated : tuple of str
+        Channels of the model that are made from others now: `missing`, and those that are repaired.
     n_non_finite : int
         Values so far that were NaN or infinite.
 
@@ -80,7 +82,8 @@ class Conditioner:
         self._policy: BadChannels = bad_channels
         if bad_channels == "repair" and spec.positions is None:
             raise StreamError("The bundle holds no positions to repair channels by.", "Use `--bad-channels flag`.")
-        self._preprocess = Preprocessor(spec, info.sfreq, mixing_matrix(self.ch_names, spec)[0])
+        matrix, self.interpolated = mixing_matrix(self.ch_names, spec)
+        self._preprocess = Preprocessor(spec, info.sfreq, matrix)
         self.delay, self.ratio = self._preprocess.delay, self._preprocess.ratio
         self._scale = np.float64(UNITS_IN_VOLTS[info.unit] / UNITS_IN_VOLTS[spec.unit])
         self._quality = ChannelQuality(len(self.ch_names), info.sfreq, 1 / UNITS_IN_VOLTS[spec.unit])
@@ -204,7 +207,8 @@ class Conditioner:
             if len(self.ch_names) - len(bad) < LEAST_GOOD:
                 self._report(f"{len(bad)} channels are bad, too many to repair.")
                 bad = []
-            self._preprocess.set_matrix(mixing_matrix(self.ch_names, self._spec, bad)[0])
+            matrix, self.interpolated = mixing_matrix(self.ch_names, self._spec, bad)
+            self._preprocess.set_matrix(matrix)
 
     def _check_unit(self) -> None:
         """Refuse amplitudes that no EEG has in the stream's unit: volts taken for microvolts change outputs without any error."""
