@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 OTHER_ELECTRODES_DEG = 10.0
 """Median difference from which on electrodes of the same names are others: see `difference_of_places`.
 
-Of the same electrodes it is at most 4 degrees (MNE's templates beside each other and beside three recordings), of the names that
-BioSemi's caps of 128 and 160 electrodes share 17, and of those that EGI's nets of 128 and 256 share 31 degrees.
+Of the same electrodes it is at most 5 degrees (MNE's templates beside each other and beside three recordings), of the names that
+BioSemi's caps of 128 and 160 electrodes share 17, and of those that EGI's nets of 128 and 256 share 25 degrees or more.
 """
+
+HEAD_RADIUS = 0.09
+"""Radius of a head in metres, on which distances are told in degrees."""
 
 _NETS = ("GSN-HydroCel-32", "GSN-HydroCel-65_1.0", "GSN-HydroCel-129", "GSN-HydroCel-257", "GSN-HydroCel-256")
 _CAPS = ("biosemi128", "biosemi160", "biosemi256")
@@ -54,42 +57,40 @@ def places_of(raw: mne.io.BaseRaw) -> tuple[dict[str, Position], str]:
     if placed or not good:
         return placed, ""
     names = {canonical(channel["ch_name"]): channel["ch_name"] for channel in good}
+    best: tuple[dict[str, Position], str] = ({}, "")
     for montage in ("standard_1005", *(_NETS if sum(name[:1] == "e" for name in names) > len(names) / 2 else _CAPS)):
         template = read_montage(montage)
         by_name = {canonical(name): place for name, place in zip(template.ch_names, template.positions, strict=True)}
         known = {theirs: by_name[name] for name, theirs in names.items() if name in by_name}
         whole = montage == "standard_1005" or len(known) >= 0.9 * len(by_name)
-        if len(known) >= 0.5 * len(names) and whole:
-            return known, montage
-    return {}, ""
+        if whole and len(known) >= 0.5 * len(names) and len(known) > len(best[0]):
+            best = known, montage
+    return best
 
 
 def difference_of_places(these: Mapping[str, Position], those: Mapping[str, Position], pairs: Sequence[tuple[str, str]]) -> float:
-    """Return by how many degrees the angles between electrodes differ, as a median over all pairs of electrodes.
+    """Return by how many degrees on a head of `HEAD_RADIUS` the distances between electrodes differ, as a median over all pairs.
 
-    Seen from the centre of the sphere that fits each best, since montages come in frames whose origins lie centimetres apart. A
-    tilt of the frames does not count. NaN if there are fewer than four places on one side, or all in a plane.
+    Distances do not depend on the frame. The sizes of the two heads are made equal where they differ by a quarter at most. NaN
+    for fewer than two electrodes.
 
     Parameters
     ----------
     these, those : mapping of str to (float, float, float)
-        All places that are known on each side.
+        Places in metres on each side.
     pairs : sequence of (str, str)
         Electrodes of `these` and of `those` that are meant to be the same.
     """
-    angles = []
+    if len(pairs) < 2:
+        return math.nan
+    upper = np.triu_indices(len(pairs), 1)
+    distances = []
     for side, places in enumerate((these, those)):
-        points = np.array(list(places.values()))
-        if len(points) < 4 or len(pairs) < 2:
-            return math.nan
-        spread = np.linalg.svd(points - points.mean(axis=0), compute_uv=False)
-        if spread[2] < 0.05 * spread[0]:
-            return math.nan
-        centre, _ = fit_sphere(points)
-        away = np.array([places[pair[side]] for pair in pairs]) - centre
-        unit = away / np.linalg.norm(away, axis=1, keepdims=True)
-        angles.append(np.degrees(np.arccos(np.clip(unit @ unit.T, -1, 1)))[np.triu_indices(len(pairs), 1)])
-    return float(np.median(np.abs(angles[0] - angles[1])))
+        points = np.array([places[pair[side]] for pair in pairs])
+        distances.append(np.linalg.norm(points[:, None] - points, axis=2)[upper])
+    size = float(np.clip(np.median(distances[1]) / max(float(np.median(distances[0])), 1e-9), 0.8, 1.25))
+    one, other = (2 * np.arcsin(np.clip(d / (2 * HEAD_RADIUS), 0, 1)) for d in (distances[0] * size, distances[1]))
+    return float(np.degrees(np.median(np.abs(one - other))))
 
 
 def check_places(raw: mne.io.BaseRaw, spec: ModelSpec, found: Mapping[str, str]) -> None:
@@ -118,8 +119,8 @@ def check_places(raw: mne.io.BaseRaw, spec: ModelSpec, found: Mapping[str, str])
     if difference > OTHER_ELECTRODES_DEG:
         why = f" by its {len(theirs)} names, those of {source}" if source else ""
         raise RecordingError(
-            f"The recording has other electrodes than the model under the same names: the angles between the {len(pairs)} that "
-            f"both call {listed([mine for _, mine in pairs], 4)} differ by {difference:.0f} degrees in the median{why}.",
+            f"The recording has other electrodes than the model under the same names: the distances between the {len(pairs)} "
+            f"that both call {listed([mine for _, mine in pairs], 4)} differ by {difference:.0f} degrees in the median{why}.",
             "Use a model of this net or cap, or give the channels the names that these electrodes have in the model: `--rename`.",
         )
 

@@ -191,7 +191,7 @@ def _read_raw(path: Path, notes: list[str], **options: Any) -> mne.io.BaseRaw:
     from scipy.io.matlab import MatReadError  # type: ignore[import-untyped, unused-ignore]
 
     mne = require_mne()
-    if path.suffix.lower() == ".txt" and path.open("rb").read(8).startswith(b"%OpenBCI"):
+    if path.suffix.lower() == ".txt" and path.read_bytes().startswith(b"%OpenBCI"):
         raise RecordingError(
             f"{path.name} is a text file of OpenBCI's GUI, which names no channels.",
             "Save its EXG columns as .npy, shape (n_chans, n_samples), and give --sfreq and --unit uV; or record BDF+.",

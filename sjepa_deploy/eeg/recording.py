@@ -229,7 +229,8 @@ def fit_recording(raw: mne.io.BaseRaw, spec: ModelSpec, *, interpolate: float = 
         check_amplitude(
             volts,
             spec.sfreq,
-            "State the unit they are stored in with `--unit` (volts passed as microvolts?), or mend the header.",
+            "State the unit they are stored in with `--unit` (volts passed as microvolts?), or take them as they are with "
+            "`--no-check-unit`.",
         )
     data = np.ascontiguousarray(volts / volts_in(spec.unit), dtype=np.float32)
     steps.append(f"scaled to {spec.unit}")
@@ -263,7 +264,7 @@ def check_amplitude(samples: NDArray[np.floating[Any]], sfreq: float, mend: str,
     each = np.median(pieces.std(axis=2), axis=1) * volts_in(unit)
     out = np.flatnonzero((each < PLAUSIBLE_RMS[0]) | (each > PLAUSIBLE_RMS[1]))
     what = "seconds" if samples.ndim == 2 else "windows"
-    where = f" ({len(out)} of {len(each)} {what}, the first of them number {out[0]})" if 0 < len(out) < len(each) else ""
+    where = f" ({len(out)} of its {len(each)} {what}, the first of them number {out[0]})" if 0 < len(out) < len(each) else ""
     raise RecordingError(
         f"The median channel has an RMS of {rms * 1e6:.3g} uV{where}, which is no EEG: the samples look like another unit's.",
         mend,

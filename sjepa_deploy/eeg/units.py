@@ -6,9 +6,12 @@ from sjepa_deploy.errors import RecordingError, SjepaError
 from sjepa_deploy.spec import UNITS_IN_VOLTS, Unit
 
 _NAMES: dict[str, Unit] = {
+    # EDF keeps 8 letters: "microvol".
     # casefold turns the micro sign into the mu; "-6", "-3" and "0" are the powers of ten that mne-lsl's player states
-    **dict.fromkeys(("uv", "μv", "microv", "microvolt", "microvolts", "uvolt", "uvolts", "μvolt", "μvolts", "-6"), "uV"),
-    **dict.fromkeys(("mv", "millivolt", "millivolts", "mvolt", "mvolts", "-3"), "mV"),
+    **dict.fromkeys(
+        ("uv", "μv", "microv", "microvol", "microvolt", "microvolts", "uvolt", "uvolts", "μvolt", "μvolts", "-6"), "uV"
+    ),
+    **dict.fromkeys(("mv", "millivol", "millivolt", "millivolts", "mvolt", "mvolts", "-3"), "mV"),
     **dict.fromkeys(("v", "volt", "volts", "0"), "V"),
 }
 
