@@ -47,7 +47,7 @@ demo: recording-exists $(VENV)/demo-installed$(if $(RECORDING),-eeg)
 	$(BIN)/sjepa-stream demo/bundle --source synthetic --hop 0.02 --duration 10 --quiet --out demo/decisions.jsonl --json > demo/stream.json
 ifneq ($(RECORDING),)
 	@echo "== 5. Recording: $(RECORDING) is decoded"
-	$(BIN)/sjepa-run demo/bundle "$(RECORDING)" --interpolate --hop 0.5 --out demo/predictions.tsv --json > demo/run.json
+	$(BIN)/sjepa-run demo/bundle "$(RECORDING)" --interpolate 1 --hop 0.5 --out demo/predictions.tsv --json > demo/run.json
 endif
 	@$(BIN)/python -m sjepa_deploy.cli.demo demo
 

@@ -280,7 +280,7 @@ def about_its_centre(positions):
 def test_a_recording_is_interpolated_to_129_channels_and_decoded_as_pytorch_does(sjepa, eeglab, recording, tmp_path):
     path, flags = tmp_path / "bundle", ("--precision", "fp32", "--max-batch", "8")
     assert sjepa("export", "--variant", "postlocal", *flags, "--out", path)[0] == 0
-    status, out, err = sjepa("run", path, eeglab, "--interpolate")
+    status, out, err = sjepa("run", path, eeglab, "--interpolate", "1")
     assert status == 0
     assert "recording: interpolated 128 of 129 channels: E1, E2, E3, E4, E5, E6, E7, E8 and 120 more\n" in err
     raw, net = recording.copy().drop_channels(["EOG1", "EOG2"]), read_montage("GSN-HydroCel-129")  # no EEG, by their names
@@ -552,7 +552,7 @@ def test_verifications_that_cannot_be(refuses, bundle, flags, message):
 
 def test_a_precision_that_does_not_load_when_both_are_named(refuses, make_bundle, eeglab):
     path = make_bundle("prelocal", precisions=("fp32", "fp16", "bf16")).path
-    for command in (("verify", path, "--backend", "ort-cpu"), ("run", path, eeglab, "--interpolate")):
+    for command in (("verify", path, "--backend", "ort-cpu"), ("run", path, eeglab, "--interpolate", "1")):
         refuses("no bf16 kernels on the CPU. Use --precision fp32 or fp16", *command, "--precision", "bf16")
 
 

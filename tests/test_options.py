@@ -20,7 +20,7 @@ MODEL, SIGNAL = {"export", "pretrain", "finetune"}, {"run", "stream"}
 RECIPES = {"pretrain", "finetune"}
 MEANINGS = {
     "--sfreq": (MODEL, SIGNAL),  # of the model, or of a recording that does not say
-    "--unit": ({"export"}, SIGNAL),
+    "--unit": ({"export"}, SIGNAL | RECIPES),  # of the model, or of a recording
     "--channels": ({"export"}, SIGNAL),
     "--out": (SIGNAL, {"export", "bench"} | RECIPES),  # a file, or a folder
     "--config": (set(COMMANDS) - RECIPES, RECIPES),  # options, or a recipe
@@ -148,7 +148,10 @@ def test_keys_are_the_names_of_options(decode, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("hopp: 1", r"has the unknown key 'hopp'. The keys are backend, channels, device, force, hop, interpolate, json, out,"),
+        (
+            "hopp: 1",
+            r"has the unknown key 'hopp'. The keys are backend, channels, check-unit, device, force, hop, interpolate, json,",
+        ),
         ("config: c.yaml", "unknown key 'config'"),
         ("version: true", "unknown key 'version'"),
         ("1: 2", "unknown key 1"),
@@ -158,7 +161,8 @@ def test_keys_are_the_names_of_options(decode, tmp_path):
         ("hop: true", "hop: true or false is no value of this option"),
         ("out: 2026-01-01", "out: .* is no value of an option. Put text in quotes"),
         ("json: 1", "json: true or false is needed"),
-        ("interpolate: 'yes'", "interpolate: true or false is needed"),
+        ("interpolate: 'yes'", "interpolate: 'yes' is no share from 0 to 1"),
+        ("interpolate: 2", "interpolate: 2 is no share from 0 to 1"),
         ("precision: fp8", "precision: 'fp8' is not one of 'fp32'"),
         ("channels: [Cz, '']", "channels: .* has an empty name"),
         ("- hop", "holds no options. Write one on each line"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 from sjepa_deploy.eeg.causal import HALF_TAPS, design_sos, ratio_of_rates
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.interpolation import match_channels, mixing_matrix
+from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.eeg.recording import fit_recording, read_recording, windows
 from sjepa_deploy.errors import StreamError, TooShortError
 from sjepa_deploy.parity import TOLERANCE
@@ -84,6 +85,8 @@ def check_streaming(
     config: StreamConfig,
     *,
     unit: Unit | None = None,
+    ch_names: Sequence[str] | None = None,
+    rename: Sequence[str] = (),
     sfreq: float | None = None,
     chunks: tuple[str, ...] = CHUNKS,
 ) -> StreamingParity:
@@ -97,7 +100,7 @@ def check_streaming(
     predict : Predictor
         The bundle on a backend.
     recording : Path
-        See `sjepa_deploy.eeg.recording.read_recording`, with `unit` and `sfreq`.
+        See `sjepa_deploy.eeg.recording.read_recording`, with `unit`, `ch_names`, `rename` and `sfreq`.
     config : StreamConfig
         Hop, interpolation and bad channels. Late windows are decoded, and channels that turn bad only flagged.
     chunks : tuple of str
@@ -110,7 +113,14 @@ def check_streaming(
     """
     spec = predict.spec
     config = dataclasses.replace(config, late="queue", bad_channels="flag", bridge=0)
-    raw = read_recording(recording, sfreq=sfreq, unit=unit, row_names=spec.ch_names)
+    raw = read_recording(
+        recording,
+        sfreq=sfreq,
+        unit=unit,
+        ch_names=ch_names,
+        row_names=spec.ch_names,
+        rename=parse_rename(rename, StreamError),
+    )
     raw.drop_channels(raw.info["bads"])
     raw.drop_channels([name for name in raw.ch_names if name.casefold() in {bad.casefold() for bad in config.bads}])
     config = dataclasses.replace(config, bads=())
@@ -123,7 +133,7 @@ def check_streaming(
         runs.append(np.array([decision.prediction for decision in decoder]))
     if not len(runs[0]):
         raise StreamError(f"{recording.name} holds no window of {spec.n_times / spec.sfreq:g} s.", "Give a longer recording.")
-    causal = causal_preprocessing(samples, info, spec, interpolate=config.interpolate)
+    causal = causal_preprocessing(samples, info, spec, interpolate=config.share)
     cut = np.ascontiguousarray(windows(causal, spec.n_times, decoder.hop))
     offline = np.array([predict(window[None])[0] for window in cut])
     identical = all(run.shape == offline.shape and run.tobytes() == offline.tobytes() for run in runs)
@@ -144,12 +154,12 @@ def check_streaming(
         tolerance=tolerance,
         passed=identical and max_error <= tolerance,
         filter_delay=decoder.windows.delay.at_hz,
-        **_beside_zero_phase(raw, predict, decoder.hop, live, interpolate=config.interpolate),
+        **_beside_zero_phase(raw, predict, decoder.hop, live, interpolate=config.share),
     )
 
 
 def causal_preprocessing(
-    samples: NDArray[np.float64], info: StreamInfo, spec: ModelSpec, *, interpolate: bool = False
+    samples: NDArray[np.float64], info: StreamInfo, spec: ModelSpec, *, interpolate: float = 0.0
 ) -> NDArray[np.float32]:
     """Return a whole stream, shape (n_samples, n_chans of it), as the live path gives it to the model, without that path.
 
@@ -198,7 +208,7 @@ def _between_samples(signal: NDArray[np.float64], ratio: Fraction) -> NDArray[np
 
 
 def _beside_zero_phase(
-    raw: mne.io.BaseRaw, predict: Predictor, hop: int, live: NDArray[np.float64], *, interpolate: bool
+    raw: mne.io.BaseRaw, predict: Predictor, hop: int, live: NDArray[np.float64], *, interpolate: float
 ) -> dict[str, Any]:
     spec = predict.spec
     try:

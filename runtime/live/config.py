@@ -34,6 +34,10 @@ class StreamConfig:
         interpolated from the others while they are bad; or the decoder stops.
     interpolate : bool
         Whether channels of the model that the stream lacks are interpolated. Otherwise such a stream is refused.
+    interpolate_share : float
+        Largest share of the model's channels, 0 to 1, that `interpolate` makes.
+    check_unit : bool
+        Whether amplitudes that no EEG has in the stream's unit end the stream.
     bads : tuple of str
         Channels of the stream known to be bad: they count as lacking.
     max_jitter : float
@@ -62,6 +66,8 @@ class StreamConfig:
     bridge: int = 0
     bad_channels: BadChannels = "flag"
     interpolate: bool = False
+    interpolate_share: float = 1.0
+    check_unit: bool = True
     bads: tuple[str, ...] = ()
     max_jitter: float = 0.1
     silence: float = 2.0
@@ -75,6 +81,11 @@ class StreamConfig:
                 raise StreamError(f"{getattr(self, name)!r} is not a choice for {name}.", f"Use one of {', '.join(choices)}.")
         if self.keep_warm is not None and not self.keep_warm > 0:
             raise StreamError(f"keep_warm is {self.keep_warm:g} s.", "Use a positive time, such as 0.005.")
+
+    @property
+    def share(self) -> float:
+        """Largest share of the model's channels that is interpolated."""
+        return self.interpolate_share if self.interpolate else 0.0
 
     def deadline_s(self, spec: ModelSpec) -> float:
         """Return the deadline in seconds: the one that is set, or the hop."""

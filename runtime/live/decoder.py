@@ -99,6 +99,7 @@ class Decoder:
         options: BackendOptions | None = None,
         unit: Unit | None = None,
         ch_names: Sequence[str] | None = None,
+        rename: Sequence[str] = (),
         sfreq: float | None = None,
         speed: float = 1.0,
     ) -> Decoder:
@@ -114,7 +115,7 @@ class Decoder:
             How to decode.
         backend, precision, options
             See `sjepa_deploy.load`.
-        unit, ch_names, sfreq, speed
+        unit, ch_names, rename, sfreq, speed
             What the source does not say itself, see `sjepa_deploy.runtime.live.open_source.SourceOptions`. At infinite speed a
             hop of samples comes at once.
 
@@ -134,7 +135,7 @@ class Decoder:
             stream = open_source(
                 source,
                 predict.spec,
-                SourceOptions(unit=unit, ch_names=ch_names, sfreq=sfreq, speed=speed, chunk=chunk),
+                SourceOptions(unit=unit, ch_names=ch_names, rename=rename, sfreq=sfreq, speed=speed, chunk=chunk),
             )
             opened.callback(stream.close)
             decoder = cls(predict, stream, config)

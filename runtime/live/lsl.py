@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sjepa_deploy.eeg.info import StreamInfo
+from sjepa_deploy.eeg.names import parse_rename, renamed
 from sjepa_deploy.eeg.units import unit_named
 from sjepa_deploy.errors import MissingDependencyError, StreamError, listed
 from sjepa_deploy.runtime.live.open_source import SourceOptions
@@ -97,7 +98,9 @@ def _describe(info: Any) -> str:
     )
 
 
-def read_info(info: Any, *, unit: Unit | None = None, ch_names: Sequence[str] | None = None) -> StreamInfo:
+def read_info(
+    info: Any, *, unit: Unit | None = None, ch_names: Sequence[str] | None = None, rename: Sequence[str] = ()
+) -> StreamInfo:
     """Return the contract in a stream's full description.
 
     Parameters
@@ -105,14 +108,16 @@ def read_info(info: Any, *, unit: Unit | None = None, ch_names: Sequence[str] | 
     info : pylsl.StreamInfo
         From an inlet, with the description of the channels.
     unit : {"uV", "mV", "V"} or None
-        Unit of a stream that does not state it.
+        Unit of a stream that does not state it, or states a wrong one.
     ch_names : sequence of str or None
         Names of the channels of a stream that does not name them.
+    rename : sequence of str
+        "THEIRS=MINE": channels that get other names.
 
     Raises
     ------
     StreamError
-        If names or unit are missing or contradictory, or the samples are text.
+        If names or the unit are missing, or the samples are text.
     """
     name, n_chans = info.name(), info.channel_count()
     if info.channel_format() == require_pylsl().cf_string:
@@ -134,18 +139,18 @@ def read_info(info: Any, *, unit: Unit | None = None, ch_names: Sequence[str] | 
         )
     else:
         names = ch_names
-    stated = {unit_named(text) for text in units if text}
-    if None in stated or len(stated) > 1:
-        raise StreamError(
-            f"Stream {name} states units that are not one of uV, mV and V: {listed(sorted(set(filter(None, units))))}.",
-            "Let it stream EEG channels in one unit.",
-        )
-    its_own = stated.pop() if stated and all(units) else None
-    if its_own is not None and unit is not None and its_own != unit:
-        raise StreamError(f"Stream {name} says that it is in {its_own}, not {unit}.", "Leave out `--unit`, or mend the source.")
-    if its_own is None and unit is None:
-        raise StreamError(f"Stream {name} does not state the unit of its channels.", "State it with `--unit uV`, mV or V.")
-    return StreamInfo(name=name, ch_names=tuple(names), sfreq=info.nominal_srate(), unit=its_own or unit)  # type: ignore[arg-type]
+    names = renamed(names, parse_rename(rename, StreamError), StreamError)
+    stated = [unit_named(text) for text in units]
+    known = [one for one in stated if one is not None]
+    if unit is None and not known:
+        words = sorted(set(filter(None, units)))
+        why = f"states its unit as {listed(words)}, which is none of uV, mV and V" if words else "does not state its unit"
+        raise StreamError(f"Stream {name} {why}.", "State the unit with `--unit uV`, mV or V.")
+    its_own: Unit = max(known, key=known.count) if unit is None else unit
+    other = () if unit else tuple(label for label, one in zip(names, stated, strict=True) if one != its_own)
+    against = sorted({text for text, one in zip(units, stated, strict=True) if text and one != unit})
+    notes = (f"taken as {unit}, by `--unit`, and not as {listed(against)}, as the stream states",) if unit and against else ()
+    return StreamInfo(name=name, ch_names=tuple(names), sfreq=info.nominal_srate(), unit=its_own, other_units=other, notes=notes)
 
 
 class _NoAnswerError(StreamError):
@@ -163,17 +168,23 @@ class LslSource:
     ----------
     text : str
         See `find_stream`.
-    unit, ch_names
+    unit, ch_names, rename
         See `read_info`.
     timeout : float
         Seconds to wait for the stream to appear.
     """
 
     def __init__(
-        self, text: str, *, unit: Unit | None = None, ch_names: Sequence[str] | None = None, timeout: float = 3.0
+        self,
+        text: str,
+        *,
+        unit: Unit | None = None,
+        ch_names: Sequence[str] | None = None,
+        rename: Sequence[str] = (),
+        timeout: float = 3.0,
     ) -> None:
         self._pylsl = require_pylsl()
-        self._text, self._unit, self._ch_names = text, unit, ch_names
+        self._text, self._unit, self._ch_names, self._rename = text, unit, ch_names, rename
         self.ended, self.live = False, True
         self.incidents: deque[Incident] = deque()
         self.n_flushed = 0
@@ -188,7 +199,7 @@ class LslSource:
         # recover=True would hide a loss: no exception, seconds of silence, and the first second of the new stream lost.
         inlet = self._pylsl.StreamInlet(found, max_buflen=BUFFER_S, recover=False, processing_flags=0, as_numpy=True)
         try:
-            info = read_info(inlet.info(5.0), unit=self._unit, ch_names=self._ch_names)
+            info = read_info(inlet.info(5.0), unit=self._unit, ch_names=self._ch_names, rename=self._rename)
             inlet.open_stream(5.0)
             self._correction = inlet.time_correction(5.0)
         except (self._pylsl.util.TimeoutError, self._pylsl.util.LostError) as error:
@@ -269,4 +280,4 @@ class LslSource:
 
 def open_lsl(text: str, _: ModelSpec, options: SourceOptions) -> LslSource:
     """Return the stream that `text` names, see `find_stream`."""
-    return LslSource(text, unit=options.unit, ch_names=options.ch_names)
+    return LslSource(text, unit=options.unit, ch_names=options.ch_names, rename=options.rename)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sjepa_deploy.eeg.info import StreamInfo
+from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.errors import MissingDependencyError, StreamError
 from sjepa_deploy.runtime.live.sources import ReplaySource, Source, synthetic_source
 from sjepa_deploy.spec import ModelSpec, Unit
@@ -27,6 +28,8 @@ class SourceOptions:
         Unit of a stream or recording that does not state it.
     ch_names : sequence of str or None
         Channels, in order, of a stream or recording that does not name them.
+    rename : sequence of str
+        "THEIRS=MINE": channels of a stream or recording that get other names.
     sfreq : float or None
         Rate in Hz of the synthetic stream, or of a recording that does not state it.
     speed : float
@@ -37,6 +40,7 @@ class SourceOptions:
 
     unit: Unit | None = None
     ch_names: Sequence[str] | None = None
+    rename: Sequence[str] = ()
     sfreq: float | None = None
     speed: float = 1.0
     chunk: int = 1
@@ -72,14 +76,14 @@ SOURCES: dict[str, SourceEntry] = {
         address="lsl:NAME, lsl:type=EEG",
         package="pylsl",
         extra="stream",
-        takes=("unit", "ch_names"),
+        takes=("unit", "ch_names", "rename"),
     ),
     "file": SourceEntry(
         target="sjepa_deploy.runtime.live.open_source:open_file",
         address="file:RECORDING",
         package="mne",
         extra="eeg",
-        takes=("unit", "ch_names", "sfreq", "speed", "chunk"),
+        takes=("unit", "ch_names", "rename", "sfreq", "speed", "chunk"),
     ),
     "synthetic": SourceEntry(
         target="sjepa_deploy.runtime.live.open_source:open_synthetic",
@@ -131,11 +135,21 @@ def open_source(address: str, spec: ModelSpec, options: SourceOptions | None = N
 
 def open_file(path: str, spec: ModelSpec, options: SourceOptions) -> ReplaySource:
     """Return a recording as a stream in volts, without its bad channels."""
+    from sjepa_deploy.eeg.pauses import told
     from sjepa_deploy.eeg.recording import read_recording
 
-    raw = read_recording(Path(path), sfreq=options.sfreq, unit=options.unit, ch_names=options.ch_names, row_names=spec.ch_names)
+    raw = read_recording(
+        Path(path),
+        sfreq=options.sfreq,
+        unit=options.unit,
+        ch_names=options.ch_names,
+        row_names=spec.ch_names,
+        rename=parse_rename(options.rename, StreamError),
+    )
     raw.drop_channels(raw.info["bads"])
-    info = StreamInfo(name=Path(path).name, ch_names=tuple(raw.ch_names), sfreq=raw.info["sfreq"], unit="V")
+    info = StreamInfo(
+        name=Path(path).name, ch_names=tuple(raw.ch_names), sfreq=raw.info["sfreq"], unit="V", notes=told(raw).notes
+    )
     return ReplaySource(info, np.ascontiguousarray(raw.get_data().T), speed=options.speed, chunk=options.chunk)
 
 

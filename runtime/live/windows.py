@@ -92,9 +92,10 @@ class WindowStream:
         self._conditioner = Conditioner(
             spec,
             info,
-            interpolate=config.interpolate,
+            interpolate=config.share,
             bads=config.bads,
             bad_channels=config.bad_channels,
+            check_unit=config.check_unit,
             report=partial(report, "channel"),
         )
         self.ch_names, self.missing, self.delay = self._conditioner.ch_names, self._conditioner.missing, self._conditioner.delay

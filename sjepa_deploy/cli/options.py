@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.eeg.interpolation import INTERPOLATED_SHARE
 from sjepa_deploy.errors import OutputError, listed
 from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, BackendOptions
 from sjepa_deploy.runtime.predictor import Predictor, load
@@ -48,6 +49,24 @@ class Names(click.ParamType[tuple[str, ...]]):
         if self.choices and (unknown := [name for name in names if name not in self.choices]):
             self.fail(f"{unknown[0]!r} is not one of {', '.join(map(repr, self.choices))}.", param, ctx)
         return names
+
+
+class Share(click.ParamType[float]):
+    """A share from 0 to 1; in a configuration file also true, which is `INTERPOLATED_SHARE`, and false."""
+
+    name = "share"
+
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the share."""
+        if isinstance(value, bool):
+            return INTERPOLATED_SHARE if value else 0.0
+        try:
+            share = float(value)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share <= 1:
+            self.fail(f"{value!r} is no share from 0 to 1. Put the option behind the arguments, or give its share.", param, ctx)
+        return share
 
 
 def several(*spellings: str, choices: Sequence[str] = (), default: Sequence[str] = (), help: str) -> Option:
@@ -140,7 +159,21 @@ threads = click.option(
     "--threads", "n_threads", type=click.IntRange(min=1), help="CPU threads of a call.  [default: the backend's]"
 )
 device = click.option("--device", type=click.IntRange(min=0), default=0, help="Number of the GPU.")
-interpolate = click.option("--interpolate", is_flag=True, help="Interpolate missing channels from the others by their positions.")
+interpolate = click.option(
+    "--interpolate",
+    type=Share(),
+    is_flag=False,
+    flag_value=str(INTERPOLATED_SHARE),
+    metavar="[SHARE]",
+    help="Largest share of the model's channels to interpolate from the others by their positions; a quarter without SHARE.",
+)
+rename = click.option(
+    "--rename", type=Names(), metavar="THEIRS=MINE,...", help="Names to give to channels of the recording or stream."
+)
+unit = click.option("--unit", type=click.Choice(list(UNITS_IN_VOLTS)), help="Unit of a recording or stream, whatever it states.")
+check_unit = click.option(
+    "--check-unit/--no-check-unit", default=True, help="Whether amplitudes that no EEG has in the stated unit are refused."
+)
 montage = click.option("--montage", help="Channels with positions: a montage of MNE, or a file with name, x, y, z in metres.")
 model_sfreq = click.option("--sfreq", type=float, help="Sampling rate of the model in Hz.")
 n_times = click.option("--n-times", type=int, help="Samples of a window.")
@@ -199,19 +232,26 @@ class SignalFacts:
         Unit of the samples.
     ch_names : tuple of str or None
         Names of the channels in order.
+    rename : tuple of str
+        "THEIRS=MINE": channels that get other names.
     sfreq : float or None
         Sampling rate in Hz.
     """
 
     unit: Unit | None
     ch_names: tuple[str, ...] | None
+    rename: tuple[str, ...]
     sfreq: float | None
+
+
+def _facts(rename: tuple[str, ...] | None, **facts: Any) -> SignalFacts:
+    return SignalFacts(rename=rename or (), **facts)
 
 
 signal_facts = fills(
     "facts",
-    SignalFacts,
-    click.option("--unit", type=click.Choice(list(UNITS_IN_VOLTS)), help="Unit of a recording or stream that does not state it."),
+    _facts,
+    unit,
     click.option(
         "--channels",
         "ch_names",
@@ -219,6 +259,7 @@ signal_facts = fills(
         metavar="A,B,...",
         help="Channels, in order, of a recording or stream that does not name them.",
     ),
+    rename,
     click.option("--sfreq", type=float, help="Rate in Hz of a recording that does not state it, or of the synthetic stream."),
 )
 """Hands `SignalFacts` to the command as ``facts``."""
@@ -269,7 +310,7 @@ def _read_yaml(file: Path) -> dict[object, object]:
 
 def _checked(ctx: click.Context, option: click.Option, value: object) -> object:
     """Return `value` as a default of `option`, once it is known to fit."""
-    if isinstance(value, bool) != option.is_flag:
+    if isinstance(value, bool) != option.is_flag and not isinstance(option.type, Share):
         raise click.BadParameter("true or false is needed." if option.is_flag else "true or false is no value of this option.")
     several = option.multiple or option.nargs != 1
     if isinstance(value, list):

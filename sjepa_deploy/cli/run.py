@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, options, print_json
+from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.eeg.recording import fit_recording, read_recording
 from sjepa_deploy.errors import RecordingError
 from sjepa_deploy.runtime.backend import FloatArray
@@ -29,6 +30,7 @@ from sjepa_deploy.spec import ModelSpec
 @options.force
 @click.option("--hop", type=float, help="Seconds from one window to the next.  [default: one window]")
 @options.interpolate
+@options.check_unit
 @options.signal_facts
 @options.backend_choice()
 @options.json_output
@@ -39,7 +41,8 @@ def run(
     out: Path | None,
     force: bool,
     hop: float | None,
-    interpolate: bool,
+    interpolate: float | None,
+    check_unit: bool,
     facts: options.SignalFacts,
     choice: options.BackendChoice,
     json_output: bool,
@@ -58,10 +61,17 @@ def run(
     opened = Bundle.open(bundle)
     spec = opened.spec
     step = spec.n_times if hop is None else _samples(hop, spec)
-    raw = read_recording(recording, sfreq=facts.sfreq, unit=facts.unit, ch_names=facts.ch_names, row_names=spec.ch_names)
-    fitted = fit_recording(raw, spec, interpolate=interpolate)
+    raw = read_recording(
+        recording,
+        sfreq=facts.sfreq,
+        unit=facts.unit,
+        ch_names=facts.ch_names,
+        row_names=spec.ch_names,
+        rename=parse_rename(facts.rename, RecordingError),
+    )
+    fitted = fit_recording(raw, spec, interpolate=interpolate or 0.0, check_unit=check_unit)
     starts = fitted.window_starts(spec.n_times, step)
-    with choice.load(opened) as predict:
+    with choice.load(opened, check_unit=check_unit) as predict:
         screen.print(f"recording: has {fitted.n_found} of the model's {spec.n_chans} channels", soft_wrap=True)
         for note in fitted.steps:
             screen.print(f"recording: {escape(note)}", soft_wrap=True)

@@ -28,7 +28,6 @@ from sjepa_deploy.runtime.predictor import Predictor
 from sjepa_deploy.runtime.watch.dashboard import TOKEN_VARIABLE, Dashboard, parse_address
 from sjepa_deploy.runtime.watch.monitor import Monitor
 from sjepa_deploy.runtime.watch.watching import watch
-from sjepa_deploy.spec import Unit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,8 +110,8 @@ class Session:
     quiet: bool
 
 
-def _config(bads: tuple[str, ...] | None, **values: Any) -> StreamConfig:
-    return StreamConfig(bads=bads or (), **values)
+def _config(bads: tuple[str, ...] | None, interpolate: float | None, **values: Any) -> StreamConfig:
+    return StreamConfig(bads=bads or (), interpolate=bool(interpolate), interpolate_share=interpolate or 0.0, **values)
 
 
 DEFAULTS = StreamConfig()
@@ -146,6 +145,7 @@ DEFAULTS = StreamConfig()
         help="Policy for flat, saturated, disconnected or non-finite channels.",
     ),
     options.interpolate,
+    options.check_unit,
     click.option(
         "--bads", type=options.Names(), metavar="A,B,...", help="Channels of the stream known to be bad: they count as missing."
     ),
@@ -215,7 +215,7 @@ def stream(
     opened = Bundle.open(bundle)
     if task.check is not None:
         with choice.load(opened, check_unit=False) as predict:
-            _check(screen, predict, task.check, config, facts.unit, facts.sfreq, json_output)
+            _check(screen, predict, task.check, config, facts, json_output)
         return
     if task.replay is not None:
         _replay(screen, opened, task.replay, choice, json_output)
@@ -275,13 +275,12 @@ def _check(
     predict: Predictor,
     recording: Path,
     config: StreamConfig,
-    unit: Unit | None,
-    sfreq: float | None,
+    facts: options.SignalFacts,
     json_output: bool,
 ) -> None:
     from sjepa_deploy.runtime.live.check import check_streaming
 
-    result = check_streaming(predict, recording, config, unit=unit, sfreq=sfreq)
+    result = check_streaming(predict, recording, config, **dataclasses.asdict(facts))
     bits = "the same bits" if result.identical else "[bold red]other bits[/]"
     screen.print(
         f"{result.n_windows} decisions in chunks of {', '.join(result.chunks)} samples and offline: {bits} with {result.backend}",
@@ -331,6 +330,8 @@ def _announce(screen: Console, decoder: Decoder) -> None:
     )
     delays = ", ".join(f"{seconds * 1e3:.0f} ms at {hertz:g} Hz" for hertz, seconds in decoder.windows.delay.at_hz)
     screen.print(f"delay of the causal filters: {delays or 'none'}", soft_wrap=True)
+    for note in info.notes:
+        screen.print(f"stream: {escape(note)}", soft_wrap=True)
     if decoder.windows.missing:
         screen.print(f"interpolated: {escape(', '.join(decoder.windows.missing))}", soft_wrap=True)
 

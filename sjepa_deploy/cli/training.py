@@ -11,7 +11,7 @@ from rich.table import Table
 
 from sjepa_deploy.cli import options
 from sjepa_deploy.errors import MissingDependencyError
-from sjepa_deploy.spec import ModelSpec
+from sjepa_deploy.spec import ModelSpec, Unit
 
 DATA_FLAGS = ("montage", "sfreq", "n_times", "split", "fold", "n_folds")
 ENGINE_FLAGS = (
@@ -28,11 +28,26 @@ ENGINE_FLAGS = (
 )
 
 
-def _changes(*, sources: tuple[str, ...], interpolate: bool, compile_step: bool, **flags: Any) -> dict[str, Any]:
+def _changes(
+    *,
+    sources: tuple[str, ...],
+    interpolate: float | None,
+    rename: tuple[str, ...] | None,
+    unit: Unit | None,
+    check_unit: bool,
+    compile_step: bool,
+    **flags: Any,
+) -> dict[str, Any]:
     """Return the flags as changes of a configuration. A flag that is not given is None and changes nothing."""
     changes = {f"data.{name}": flags[name] for name in DATA_FLAGS} | {f"engine.{name}": flags[name] for name in ENGINE_FLAGS}
-    switches = {"data.interpolate": interpolate or None, "engine.compile": compile_step or None}
-    return changes | switches | {"data.source": sources or None}
+    given: dict[str, Any] = {
+        "source": sources or None,
+        "rename": rename or None,
+        "unit": unit,
+        "check_unit": None if check_unit else False,
+    }
+    given |= {"interpolate": bool(interpolate) or None, "interpolate_share": interpolate or None}
+    return changes | {"engine.compile": compile_step or None} | {f"data.{name}": value for name, value in given.items()}
 
 
 training_options = options.added(
@@ -52,6 +67,9 @@ training_options = options.added(
         click.option("--data", "sources", multiple=True, help="Recording, *-epo.fif, .npz or BIDS folder; may be repeated."),
         options.montage,
         options.interpolate,
+        options.rename,
+        options.unit,
+        options.check_unit,
         options.model_sfreq,
         options.n_times,
         click.option(

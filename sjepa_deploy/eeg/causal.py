@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sjepa_deploy.eeg.reference import average_reference
+from sjepa_deploy.eeg.resample import RATE_TOLERANCE
 from sjepa_deploy.errors import MissingDependencyError, StreamError
 from sjepa_deploy.spec import ModelSpec, Preprocessing
 
@@ -28,7 +30,7 @@ HALF_TAPS = 8
 """Input samples on each side of an output sample that lies between two."""
 
 MAX_UP = 1000
-"""Largest numerator of a ratio of rates: beyond it the phases of the interpolation would be too many."""
+"""Largest numerator of a ratio of rates whose phases of the interpolation are kept; beyond it each is made when it is due."""
 
 
 def _scipy_signal() -> Any:
@@ -40,23 +42,21 @@ def _scipy_signal() -> Any:
 
 
 def ratio_of_rates(sfreq_in: float, sfreq_out: float) -> Fraction:
-    """Return output samples for each input sample.
+    """Return output samples for each input sample: a ratio of small integers, or one that is equal to 1e-15.
 
     Raises
     ------
     StreamError
-        If the input is slower than the output, or the ratio is not one of small integers.
+        If the input is slower than the output by more than `RATE_TOLERANCE`.
     """
-    if sfreq_in < sfreq_out and not math.isclose(sfreq_in, sfreq_out, rel_tol=1e-6):
+    if sfreq_in < sfreq_out * (1 - RATE_TOLERANCE):
         raise StreamError(
             f"The stream has {sfreq_in:g} Hz, the model {sfreq_out:g} Hz.",
             "Stream at the model's rate or above: upsampling cannot bring back what was not recorded.",
         )
     ratio = Fraction(sfreq_out / sfreq_in).limit_denominator(100_000)
     if ratio.numerator > MAX_UP or not math.isclose(float(ratio), sfreq_out / sfreq_in, rel_tol=1e-9):
-        raise StreamError(
-            f"{sfreq_in:g} Hz and {sfreq_out:g} Hz have no ratio of small integers.", "Set the amplifier to another rate."
-        )
+        return Fraction(sfreq_out) / Fraction(sfreq_in)  # of the floating-point numbers themselves
     return ratio
 
 
@@ -71,7 +71,7 @@ def design_sos(preprocessing: Preprocessing, sfreq_in: float, sfreq_out: float) 
         sections.append(signal.butter(BAND_ORDER, preprocessing.l_freq, "highpass", fs=sfreq_in, output="sos"))
     if preprocessing.h_freq is not None:
         sections.append(signal.butter(BAND_ORDER, preprocessing.h_freq, "lowpass", fs=sfreq_in, output="sos"))
-    if ratio_of_rates(sfreq_in, sfreq_out) != 1:
+    if ratio_of_rates(sfreq_in, sfreq_out) < 1:
         sections.append(signal.cheby2(STOP_ORDER, STOP_DB, sfreq_out / 2, "lowpass", fs=sfreq_in, output="sos"))
     return np.concatenate(sections) if sections else np.empty((0, 6))
 
@@ -118,7 +118,7 @@ class RateReducer:
     Parameters
     ----------
     ratio : Fraction
-        Output samples for each input sample, at most 1.
+        Output samples for each input sample: at most 1, but for a crystal's error.
     n_chans : int
         Number of channels.
     """
@@ -127,7 +127,7 @@ class RateReducer:
         self._up, self._down = ratio.numerator, ratio.denominator
         self._half = HALF_TAPS if self._up > 1 else 0
         self._recent = np.zeros((2 * self._half, n_chans))
-        self._taps = _sinc_taps(self._up, self._half)
+        self._taps = _sinc_taps(np.arange(self._up) / self._up, self._half) if self._up <= MAX_UP else None
         self.start()
 
     def start(self, sample: FloatArray | None = None) -> None:
@@ -145,7 +145,8 @@ class RateReducer:
         line = np.concatenate([self._recent, samples])  # row i is input sample i - 2 * half
         made, rows_out = [], []
         while (newest := self._position // up) < n:
-            taps = self._taps[self._position % up]
+            phase = self._position % up
+            taps = _sinc_taps(np.array([phase / up]), self._half)[0] if self._taps is None else self._taps[phase]
             first = newest + 1  # of the 2 * half rows that end with `newest`
             out = taps[0] * line[first]
             for k in range(1, 2 * self._half):  # one by one: the sum must not depend on how BLAS cuts it
@@ -158,12 +159,11 @@ class RateReducer:
         return (np.array(made) if made else samples[:0]), rows_out
 
 
-def _sinc_taps(up: int, half: int) -> FloatArray:
-    """Return the interpolation between input samples for each phase, shape (up, 2 * half): Kaiser-windowed, of unit sum."""
+def _sinc_taps(phases: FloatArray, half: int) -> FloatArray:
+    """Return the interpolation between input samples at each phase, shape (n, 2 * half): Kaiser-windowed, of unit sum."""
     if not half:
         return np.empty((0, 0))
-    phase = np.arange(up)[:, None] / up
-    away = np.arange(-half + 1, half + 1)[None, :] - phase
+    away = np.arange(-half + 1, half + 1)[None, :] - phases[:, None]
     window = np.i0(8.0 * np.sqrt(np.clip(1 - (away / half) ** 2, 0, None))) / np.i0(8.0)
     taps = np.sinc(away) * window
     unit: FloatArray = taps / taps.sum(axis=1, keepdims=True)
@@ -272,7 +272,7 @@ class Preprocessor:
             for i, sample in enumerate(reduced):
                 fitted[i, self._mixed] = (self._weights * sample).sum(axis=1)
         if self._average:
-            fitted = fitted - fitted.mean(axis=1, keepdims=True)
+            fitted = average_reference(fitted, axis=1)
         return fitted, rows
 
     def _filter_of_constant(self, sample: FloatArray) -> FloatArray:

@@ -38,12 +38,14 @@ class Conditioner:
         The model.
     info : StreamInfo
         The stream.
-    interpolate : bool
-        Whether channels that the stream lacks are interpolated; otherwise they are an error.
+    interpolate : float
+        Largest share of the model's channels that is interpolated where the stream lacks them; more are an error.
     bads : sequence of str
         Channels of the stream that are known to be bad: they count as lacking.
     bad_channels : {"flag", "repair", "stop"}
         What happens to channels that turn bad.
+    check_unit : bool
+        Whether amplitudes that no EEG has end the stream.
     report : callable
         Called with one sentence for every change of a channel.
 
@@ -71,9 +73,10 @@ class Conditioner:
         spec: ModelSpec,
         info: StreamInfo,
         *,
-        interpolate: bool = False,
+        interpolate: float = 0.0,
         bads: Sequence[str] = (),
         bad_channels: BadChannels = "flag",
+        check_unit: bool = True,
         report: Callable[[str], object],
     ) -> None:
         self._spec, self._info, self._report = spec, info, report
@@ -97,7 +100,7 @@ class Conditioner:
         self._bad_until = np.full(n, -(2**62))  # samples made when a channel was last bad
         self._any_bad = False
         self._any_bad_until = -(2**62)
-        self._started = self._plausible = False
+        self._started, self._plausible = False, not check_unit
 
     def pick(self, samples: NDArray[Any]) -> FloatArray:
         """Return the channels that are used in the model's unit.
@@ -218,5 +221,5 @@ class Conditioner:
             raise StreamError(
                 f"The median channel of {self._info.name} has an RMS of {np.median(alive) * 1e6:.3g} uV when taken as "
                 f"{self._info.unit}, which is no EEG.",
-                "State the unit that the samples are really in with `--unit`.",
+                "State the unit that the samples are really in with `--unit`, or take them as they are with `--no-check-unit`.",
             )

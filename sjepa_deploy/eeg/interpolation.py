@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.montage import fit_sphere, read_montage
+from sjepa_deploy.eeg.names import find_channels, says_other_than_eeg
 from sjepa_deploy.errors import StreamError, listed
 from sjepa_deploy.spec import ModelSpec, Position
 
@@ -113,23 +115,35 @@ def mixing_matrix(ch_names: Sequence[str], spec: ModelSpec, bads: Sequence[str] 
 
 
 def match_channels(
-    spec: ModelSpec, info: StreamInfo, *, interpolate: bool, bads: Sequence[str]
+    spec: ModelSpec, info: StreamInfo, *, interpolate: float, bads: Sequence[str]
 ) -> tuple[NDArray[np.intp], tuple[str, ...], tuple[str, ...]]:
-    """Compare a stream's channels with a model's, by name (case is ignored).
+    """Compare a stream's channels with a model's by name, see `sjepa_deploy.eeg.names.find_channels`.
+
+    Parameters
+    ----------
+    spec : ModelSpec
+        The model.
+    info : StreamInfo
+        The stream.
+    interpolate : float
+        Largest share of the model's channels, 0 to 1, that is interpolated.
+    bads : sequence of str
+        Channels of the stream that are not to be used.
 
     Returns
     -------
     columns : ndarray of int
         Which columns of the stream are used.
     ch_names : tuple of str
-        Their names.
+        Their names. One that is written in another way than in the model has the model's.
     missing : tuple of str
         Channels of the model that are not among them.
 
     Raises
     ------
     StreamError
-        If names are missing or twice, or channels of the model are not there and not to be interpolated.
+        If names are missing or twice, more channels of the model are not there than may be interpolated, or one that is used is
+        in no voltage.
     """
     if spec.ch_names is None:
         raise StreamError(
@@ -137,22 +151,40 @@ def match_channels(
             "Export the bundle with `--montage` or `--channels`.",
         )
     folded = [name.casefold() for name in info.ch_names]
-    if twice := sorted({name for name, fold in zip(info.ch_names, folded, strict=True) if folded.count(fold) > 1}):
+    without = {name.casefold() for name in bads}
+    if unknown := sorted(without - set(folded)):
+        raise StreamError(f"{info.name} has no channels {listed(unknown)}, which were named as bad.", "Mend `--bads`.")
+    good = [i for i, name in enumerate(folded) if name not in without]
+    match = find_channels(spec.ch_names, [info.ch_names[i] for i in good])
+    if twice := sorted({name for _, several in match.doubtful for name in several if folded.count(name.casefold()) > 1}):
         raise StreamError(
             f"{info.name} has the channels {listed(twice)} twice.", "Give every channel of the stream its own name."
         )
-    without = {name.casefold() for name in bads}
-    if unknown := sorted(without - set(folded)):
-        raise StreamError(f"{info.name} has no channels {listed(unknown)}, which were named as bad.", "Correct `--bads`.")
-    column = {name: i for i, name in enumerate(folded) if name not in without}
-    missing = tuple(name for name in spec.ch_names if name.casefold() not in column)
+    found = {mine: good[i] for mine, i in zip(spec.ch_names, match.columns, strict=True) if i is not None}
+    missing = tuple(name for name in spec.ch_names if name not in found)
+    there = f"it has {listed(info.ch_names, 64)}" + "".join(
+        f"; {name} could be each of {listed(several)}" for name, several in match.doubtful
+    )
     if missing and not interpolate:
         raise StreamError(
-            f"{info.name} lacks {len(missing)} of the model's {spec.n_chans} channels: {listed(missing)}; it has "
-            f"{listed(info.ch_names)}.",
-            "Name its channels as the model does, or make them from the others with `--interpolate`.",
+            f"{info.name} lacks {len(missing)} of the model's {spec.n_chans} channels: {listed(missing)}; {there}.",
+            "Name its channels as the model does, give them these names with `--rename THEIRS=MINE`, or make them from the "
+            "others with `--interpolate`.",
         )
-    shared = [column[name.casefold()] for name in spec.ch_names if name.casefold() in column]
-    # With fewer than four, mixing_matrix takes all channels whose names have a position.
-    columns = np.array(shared if not missing or len(shared) >= LEAST_GOOD else sorted(column.values()), dtype=np.intp)
-    return columns, tuple(info.ch_names[i] for i in columns), missing
+    if len(missing) > interpolate * spec.n_chans + 1e-9:
+        share = math.ceil(100 * len(missing) / spec.n_chans) / 100
+        raise StreamError(
+            f"{len(missing)} of the model's {spec.n_chans} channels would be interpolated, more than a share of {interpolate:g}; "
+            f"{there}.",
+            f"Use a model of the stream's channels, `--rename`, or `--interpolate {share:g}` to take such EEG all the same.",
+        )
+    columns = list(found.values())
+    if missing and len(columns) < LEAST_GOOD:  # mixing_matrix takes all channels whose names have a position
+        columns = [i for i in good if i in columns or not says_other_than_eeg(info.ch_names[i])]
+    if wrong := [info.ch_names[i] for i in columns if info.ch_names[i] in info.other_units]:
+        raise StreamError(
+            f"{info.name} states for {listed(wrong)} another unit than {info.unit}, or none.",
+            "State the unit of all its channels with `--unit`.",
+        )
+    mine = {i: name for name, i in found.items() if folded[i] != name.casefold()}
+    return np.array(columns, dtype=np.intp), tuple(mine.get(i, info.ch_names[i]) for i in columns), missing
