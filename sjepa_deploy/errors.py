@@ -63,6 +63,22 @@ class TrainingError(SjepaError):
     """A training run that cannot start, or cannot go on."""
 
 
+class TrainingStoppedError(TrainingError):
+    """A training run that was stopped from outside, and goes on from its last whole epoch.
+
+    Parameters
+    ----------
+    problem, mend : str
+        See `SjepaError`. A command adds the line that goes on to `mend`.
+    exit_code : int
+        Exit status of the command: 128 and the number of the signal, as shells count, or 2.
+    """
+
+    def __init__(self, problem: str, mend: str, *, exit_code: int) -> None:
+        super().__init__(problem, mend)
+        self.exit_code = exit_code
+
+
 class ExportError(SjepaError):
     """An export that could not be written, or whose graph is not what it must be."""
 

@@ -64,6 +64,21 @@ def in_a_process(script, *arguments, **kwargs):
     return subprocess.run(command, capture_output=True, text=True, **kwargs)
 
 
+def test_ctrl_c_inside_pytorchs_exporter_is_an_interruption(sjepa, tmp_path, monkeypatch):
+    """The exporter makes an error of its own of everything that is raised while it works."""
+
+    def export(*args, **kwargs):
+        try:
+            raise KeyboardInterrupt
+        except BaseException as e:
+            raise RuntimeError("Failed to export the model") from e
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    status, _, err = sjepa("export", "--variant", "prelocal", *SMALL, "--out", tmp_path / "out")
+    assert (status, err) == (130, "sjepa-export: interrupted\n")
+    assert not (tmp_path / "out").exists()
+
+
 def test_all_variants_are_exported_and_say_that_they_are_random(sjepa, tmp_path, monkeypatch):
     monkeypatch.setitem(EncoderSpec.__init__.__kwdefaults__, "n_layers", 2)  # eight take four times as long
     out = tmp_path / "out"

@@ -1,6 +1,9 @@
 import dataclasses
 import json
 import os
+import resource
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from eeg_files import ROOT
 from lightning.pytorch.callbacks import Callback
 from small import DATA, FINETUNE, PRETRAIN, make_spec
 from torch._dynamo.backends.debugging import aot_eager
 
+from sjepa_deploy.cli import run_command
+from sjepa_deploy.cli.finetune import finetune as finetune_command
 from sjepa_deploy.errors import DataError, TrainingError
 from sjepa_deploy.learning import loop as engine
 from sjepa_deploy.learning.data import DataConfig, Synthetic, Target, split_windows
@@ -198,6 +204,164 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(tmp_path):
     assert _weights(tmp_path) == before
 
 
+QUICK = dataclasses.replace(FINETUNE, variant="postlocal", warmup_epochs=0)
+"""A run of four epochs, each of which takes a fraction of a second."""
+
+
+def losses(*values):
+    """Return a validation step whose loss in each epoch is planted."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", torch.tensor(values[self.current_epoch]), batch_size=1)
+
+    return validation_step
+
+
+class PulledPlugError(Exception):
+    pass
+
+
+def stop_in_epoch(monkeypatch, epoch, do):
+    """Call `do` after the first step of `epoch`."""
+
+    def on_train_batch_end(self, trainer, module, *args):
+        if trainer.current_epoch == epoch:
+            do()
+
+    monkeypatch.setattr(engine.SeedEpochs, "on_train_batch_end", on_train_batch_end)
+
+
+def pull_the_plug():
+    raise PulledPlugError
+
+
+def stopped_run(out, monkeypatch, config=QUICK, epoch=2):
+    """Leave a run in `out` that ended in the middle of `epoch`."""
+    with monkeypatch.context() as patched:
+        stop_in_epoch(patched, epoch, pull_the_plug)
+        with pytest.raises(PulledPlugError):
+            finetune(config, out)
+
+
+def test_a_run_whose_folder_moved_goes_on_with_its_own_best_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(FinetuneModule, "validation_step", losses(1.0, 2.0, 3.0, 4.0))
+    finetune(QUICK, tmp_path / "whole")
+    stopped_run(tmp_path / "there", monkeypatch)
+    (tmp_path / "there").rename(tmp_path / "here")
+    finetune(dataclasses.replace(QUICK, engine=dataclasses.replace(QUICK.engine, seed=1)), tmp_path / "there")  # another run
+    result = finetune(QUICK, tmp_path / "here", resume=True)
+    assert (result.fitted.best_epoch, result.fitted.val_loss) == (0, 1.0)
+    assert _weights(tmp_path / "here") == _weights(tmp_path / "whole") != _weights(tmp_path / "there")
+
+
+def test_a_run_killed_between_its_last_and_its_best_checkpoint_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(FinetuneModule, "validation_step", losses(2.0, 1.0, 3.0, 4.0))
+    finetune(QUICK, tmp_path / "whole")
+    stopped_run(tmp_path / "killed", monkeypatch, epoch=1)
+    before = (tmp_path / "killed/training/best.ckpt").read_bytes()
+    (tmp_path / "killed").rename(tmp_path / "old")
+    stopped_run(tmp_path / "killed", monkeypatch, epoch=2)
+    (tmp_path / "killed/training/best.ckpt").write_bytes(before)  # of epoch 0: the last one says that epoch 1 is the best
+    (tmp_path / "killed/training/.last.ckpt.partial-x").write_bytes(b"half")
+    finetune(QUICK, tmp_path / "killed", resume=True)
+    assert _weights(tmp_path / "killed") == _weights(tmp_path / "whole")
+    assert not list(tmp_path.glob("killed/training/.*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("last.ckpt", lambda content: content[: len(content) // 2], "last.ckpt is missing or damaged"),
+        ("last.ckpt", lambda content: b"", "last.ckpt is missing or damaged"),
+        ("best.ckpt", lambda content: content[:-100], "best.ckpt is missing or damaged"),
+        ("best.ckpt", None, "best.ckpt is missing or damaged"),
+        ("best.ckpt", "last.ckpt", "best.ckpt is not the best checkpoint of the run"),
+        ("run.json", lambda content: b"", "run.json is missing or damaged"),
+    ],
+)
+def test_a_run_whose_files_are_damaged_or_mixed_is_refused_before_the_data_are_read(tmp_path, monkeypatch, name, change, said):
+    with monkeypatch.context() as patched:
+        patched.setattr(FinetuneModule, "validation_step", losses(1.0, 2.0, 3.0, 4.0))
+        stopped_run(tmp_path, monkeypatch)
+    file = tmp_path / "training" / name
+    if change is None:
+        file.unlink()
+    else:
+        file.write_bytes((file.parent / change).read_bytes() if isinstance(change, str) else change(file.read_bytes()))
+    monkeypatch.setattr("sjepa_deploy.learning.finetune.load_windows", None)
+    with pytest.raises(TrainingError, match=f"{said}.*--force"):
+        finetune(QUICK, tmp_path, resume=True)
+
+
+@pytest.fixture
+def command(tmp_path, capsys):
+    """Return a function that runs sjepa-finetune as a user does."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(encode(QUICK)))
+
+    def run(*arguments):
+        capsys.readouterr()
+        status = run_command(finetune_command, "sjepa-finetune", [str(argument) for argument in arguments])
+        return status, capsys.readouterr().err.strip().splitlines()
+
+    run.recipe = recipe
+    return run
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_training_with_a_status_and_the_line_that_goes_on(tmp_path, monkeypatch, command, number, status):
+    finetune(QUICK, tmp_path / "whole")
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    arguments = ["--config", command.recipe, "--out", tmp_path / "a model", "--force"]
+    with monkeypatch.context() as patched:
+        stop_in_epoch(patched, 2, lambda: os.kill(os.getpid(), number))
+        ended, lines = command(*arguments)
+    assert ended == status
+    assert not (tmp_path / "a model/model.safetensors").exists()
+    assert "in epoch 3" in lines[-1]
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    line = lines[-1].partition("--resume: ")[2]
+    assert shlex.split(line)[0] == "sjepa-finetune"
+    assert command(*shlex.split(line)[1:]) == (0, [])
+    assert _weights(tmp_path / "a model") == _weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on_when_there_is_space(tmp_path, monkeypatch, command, epoch):
+    """The limit of a file's size stands for the disk: the kernel refuses the write in the middle of the checkpoint."""
+    finetune(QUICK, tmp_path / "whole")
+    free = resource.getrlimit(resource.RLIMIT_FSIZE)
+    arguments = ["--config", command.recipe, "--out", tmp_path / "model"]
+    try:
+        with monkeypatch.context() as patched:
+            stop_in_epoch(patched, epoch, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, free[1])))
+            status, lines = command(*arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, free)
+    assert status == 2
+    assert len(lines) == 1
+    assert "There is no space left for" in lines[0]
+    assert shlex.split(lines[0].partition("--resume: ")[2])[1:] == [*map(str, arguments), "--resume"]
+    assert not list(tmp_path.glob("model/training/.*"))
+    assert (tmp_path / "model/training/last.ckpt").exists() == (epoch > 0)
+    assert command(*arguments, "--resume") == (0, [])
+    assert _weights(tmp_path / "model") == _weights(tmp_path / "whole")
+
+
+def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path):
+    """A few kills; ``python tests/killed_runs.py --random 40 FOLDER`` makes as many as wanted."""
+    elsewhere = Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}",
+        "TMPDIR": str(elsewhere),  # another file system, where there is one
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    command = [sys.executable, str(ROOT / "tests/killed_runs.py"), "--random", "4", str(tmp_path)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "4 kills" in ended.stdout
+
+
 def test_training_stops_when_nothing_improves_and_keeps_the_best(tmp_path, monkeypatch, watch):
     losses = iter([3.0, 2.0, 2.5, 2.5, 2.5, 2.5])
 
@@ -258,7 +422,7 @@ def test_reaction_time_of_a_recording_runs_to_the_end(variant, freeze, written, 
         variant=variant, encoder=FINETUNE.encoder, data=data, freeze_encoder=freeze, warmup_epochs=1, engine=tuned
     )
     result = finetune(config, tmp_path)
-    assert result.spec.n_chans == 32
+    assert result.spec.n_chans == 30  # of 32 channels two are electro-oculograms
     assert (result.split, result.n_test) == ("block", 15)
     assert set(result.test) == set(result.baseline) == {"r2", "nrmse", "mae"}
     assert all(np.isfinite([s.value, s.low, s.high]).all() for s in result.test.values())

@@ -3,13 +3,14 @@
 Results are dataclasses; sentences and tables are made here, where they are printed.
 
 The exit status is 0 when the work is done, 1 when a verification failed, 2 for wrong input or a wrong environment (one line on
-stderr says how to mend it), and 130 when the command was interrupted.
+stderr says how to mend it), 130 when the command was interrupted, and 143 when SIGTERM ended a training.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import shlex
 import sys
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sjepa_deploy.errors import SjepaError
+from sjepa_deploy.errors import SjepaError, TrainingStoppedError
 from sjepa_deploy.parity import ParityResult
 from sjepa_deploy.serialize import encode
 
@@ -56,6 +57,9 @@ def run_command(command: click.Command, name: str, arguments: list[str]) -> int:
     """Run `command` and return its exit status, with one line on stderr for every error that a user can mend."""
     try:
         status = command.main(arguments, prog_name=name, standalone_mode=False)
+    except TrainingStoppedError as e:
+        again = [*(argument for argument in arguments if argument not in ("--force", "--resume")), "--resume"]
+        return _fail(name, f"{e.problem} {e.mend.rstrip('.')}: {shlex.join([name, *again])}", e.exit_code)
     except SjepaError as e:
         return _fail(name, str(e), e.exit_code)
     except click.UsageError as e:
@@ -63,7 +67,18 @@ def run_command(command: click.Command, name: str, arguments: list[str]) -> int:
         return _fail(where, f"{e.format_message().rstrip('.')}. See {where} --help.", 2)
     except (click.Abort, KeyboardInterrupt):
         return _fail(name, "interrupted", 130)
+    except Exception as e:
+        if not _is_interruption(e):
+            raise
+        return _fail(name, "interrupted", 130)
     return status if isinstance(status, int) else 0
+
+
+def _is_interruption(error: BaseException | None) -> bool:
+    """Return whether Ctrl-C is behind an error: PyTorch's exporter makes errors of its own of everything that is raised in it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _fail(name: str, message: str, status: int) -> int:

@@ -24,12 +24,12 @@ from sjepa_deploy.learning.loop import (
     Fitted,
     WindowLoaders,
     check_enough,
-    check_run,
     compile_if_wanted,
     fit,
     predict,
 )
 from sjepa_deploy.learning.metrics import Score, scores
+from sjepa_deploy.learning.run_folder import check_run, saving_to
 from sjepa_deploy.models.checkpoint import read_checkpoint, write_checkpoint
 from sjepa_deploy.models.networks import SignalJEPAModule, SignalJEPAWithTransformer, build_model
 from sjepa_deploy.models.transfer import NEW_PARTS, TransferReport, base_encoder, transfer
@@ -257,7 +257,8 @@ def finetune(
     )
     if trainer.is_global_zero:
         training = {"finetuning": config, "data_steps": windows.steps, "result": result}
-        write_checkpoint(module.finished(), out, training=training)
+        with saving_to(out):
+            write_checkpoint(module.finished(), out, training=training)
     return result
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import importlib.util
-import json
 import logging
 import math
 import os
-import shutil
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,17 +24,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from sjepa_deploy.errors import DataError, MissingDependencyError, TrainingError
+from sjepa_deploy.errors import DataError, MissingDependencyError, TrainingError, TrainingStoppedError
 from sjepa_deploy.learning.data import Split, Windows
-from sjepa_deploy.models.braindecode_config import CONFIG_FILE
-from sjepa_deploy.models.checkpoint import WEIGHTS_FILE
-from sjepa_deploy.serialize import DecodeError, decode, encode
+from sjepa_deploy.learning.run_folder import (
+    BEST_FILE,
+    KeepEpochs,
+    WholeCheckpoints,
+    check_run,
+    go_on,
+    read_checkpoint_file,
+    saving_to,
+    start_run,
+)
+from sjepa_deploy.serialize import DecodeError, decode
 
 try:
     import lightning
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import callbacks, loggers
     from lightning.pytorch.strategies import DDPStrategy
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 except ImportError as error:
     raise MissingDependencyError("Lightning", "train") from error
 
@@ -43,9 +51,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 T = TypeVar("T")
-
-RUN_FILE = "run.json"
-"""The configuration of the run, in the folder of its checkpoints: only the same one may go on."""
 
 COMPILE: dict[str, Any] = {"dynamic": False, "mode": "reduce-overhead"}
 """How a step is compiled: the arguments of `torch.compile`.
@@ -277,15 +282,15 @@ def fit(
     TrainingError
         If the folder holds a run that is not to be resumed, or another one, or cannot be written; if there are no such devices
         here; or if the validation loss was never finite.
+    TrainingStoppedError
+        If a signal or a full disk stopped the run, which goes on with `resume`.
     """
     engine = loaders.engine
     last = check_run(folder, config, resume=resume, replace=replace)
-    if last is None:
-        _start_run(folder, config, replace)
-    best_checkpoint = callbacks.ModelCheckpoint(
-        folder, "best", monitor="val_loss", enable_version_counter=False, save_on_train_epoch_end=True
-    )
-    last_checkpoint = callbacks.ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
+    if is_first_process():
+        with saving_to(folder):
+            start_run(folder, config, replace=replace) if last is None else go_on(folder)
+    kept = KeepEpochs(folder)
     log = [loggers.CSVLogger(folder, name="logs"), *_tensorboard(folder)]
     distributed = engine.devices * engine.num_nodes > 1
     with _quiet():
@@ -301,10 +306,10 @@ def fit(
                 callbacks=[
                     SeedEpochs(engine.seed),
                     StopWhenNothingImproves("val_loss", patience=engine.patience, check_on_train_epoch_end=True),
-                    best_checkpoint,
-                    last_checkpoint,  # after the best one, whose state it holds
+                    kept,
                     *([callbacks.RichProgressBar()] if progress else []),
                 ],
+                plugins=[WholeCheckpoints()],
                 logger=log,
                 log_every_n_steps=10,
                 num_sanity_val_steps=0,
@@ -317,19 +322,17 @@ def fit(
                 f"Lightning cannot train with {engine.devices} x {engine.accelerator} here: {e}",
                 "Choose another --accelerator or --devices.",
             ) from e
-        trainer.fit(module, datamodule=loaders, ckpt_path=last, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    score = best_checkpoint.best_model_score
-    if not best_checkpoint.best_model_path or score is None or not torch.isfinite(score):
+        with saving_to(folder), _stopping(trainer, folder):
+            trainer.fit(module, datamodule=loaders, ckpt_path=last, weights_only=True)
+    if not math.isfinite(kept.best_loss):
         raise TrainingError("The validation loss was never finite.", "Use a smaller --lr, or look at the data.")
-    best = torch.load(best_checkpoint.best_model_path, map_location="cpu", weights_only=True)
+    best = read_checkpoint_file(folder / BEST_FILE)
     module.load_state_dict(best["state_dict"])
     fitted = Fitted(
-        best_epoch=int(best["epoch"]),
+        best_epoch=kept.best_epoch,
         epochs=trainer.current_epoch,
         steps=trainer.global_step,
-        val_loss=float(score),
+        val_loss=kept.best_loss,
     )
     return fitted, trainer
 
@@ -382,55 +385,23 @@ def overridden(config: T, changes: dict[str, Any]) -> T:
     return config
 
 
-def check_run(folder: Path, config: object, *, resume: bool = False, replace: bool = False) -> Path | None:
-    """Check, before the work starts, that a run may use `folder`, and return the checkpoint to go on from.
-
-    Raises
-    ------
-    TrainingError
-        If there is a run that is neither resumed nor replaced, or another one, or a model, or nothing to resume.
-    """
-    if resume and replace:
-        raise TrainingError("A run is either resumed or replaced.", "Give --resume or --force.")
-    last, run_file = folder / "last.ckpt", folder / RUN_FILE
-    if replace:
-        return None
-    if last.is_file():
-        if not resume:
-            raise TrainingError(
-                f"{folder} already holds a run.", "Go on with --resume, replace it with --force, or choose another --out."
-            )
-        if json.loads(run_file.read_text()) != encode(config):
-            raise TrainingError(
-                f"The run in {folder} has another configuration.", f"Use the one in {RUN_FILE}, or choose another --out."
-            )
-        return last
-    if resume and not run_file.is_file():
-        raise TrainingError(f"{folder} holds no run to go on with.", "Leave out --resume, or name the --out of the run.")
-    if any((folder.parent / name).exists() for name in (WEIGHTS_FILE, CONFIG_FILE)):
-        raise TrainingError(f"{folder.parent} already holds a model.", "Use --force to replace it, or choose another --out.")
-    return None
-
-
-def _start_run(folder: Path, config: object, replace: bool) -> None:
-    """Make the folder of a run, and note its configuration. Of several processes the first one does."""
-    if not is_first_process():
-        return
-    try:
-        if replace:
-            (folder.parent / WEIGHTS_FILE).unlink(missing_ok=True)
-            (folder.parent / CONFIG_FILE).unlink(missing_ok=True)
-            if (folder / RUN_FILE).is_file():
-                shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / RUN_FILE).write_text(json.dumps(encode(config), indent=1) + "\n")
-    except OSError as e:
-        raise TrainingError(f"{folder} cannot be written ({e.strerror}).", "Choose another --out.") from e
-
-
 def _tensorboard(folder: Path) -> list[loggers.TensorBoardLogger]:
     there = importlib.util.find_spec("tensorboard") is not None
     return [loggers.TensorBoardLogger(folder, name="tensorboard")] if there else []
+
+
+@contextmanager
+def _stopping(trainer: lightning.Trainer, folder: Path) -> Iterator[None]:
+    """Turn the exits that Lightning makes of SIGTERM and of Ctrl-C into a training that was stopped."""
+    try:
+        yield
+    except SystemExit as e:
+        name, number = ("SIGTERM", signal.SIGTERM) if isinstance(e, SIGTERMException) else ("Ctrl-C", signal.SIGINT)
+        raise TrainingStoppedError(
+            f"{name} stopped the training in epoch {trainer.current_epoch + 1}; the epochs before it are saved in {folder}.",
+            "Go on with --resume.",
+            exit_code=128 + number,
+        ) from e
 
 
 @contextmanager

@@ -23,8 +23,9 @@ from sjepa_deploy.errors import DataError, SpecError
 from sjepa_deploy.learning import padded
 from sjepa_deploy.learning.data import DataConfig, split_windows
 from sjepa_deploy.learning.loading import load_windows
-from sjepa_deploy.learning.loop import Batch, Engine, Fitted, WindowLoaders, check_enough, check_run, compile_if_wanted, fit
+from sjepa_deploy.learning.loop import Batch, Engine, Fitted, WindowLoaders, check_enough, compile_if_wanted, fit
 from sjepa_deploy.learning.masking import Masking, Masks, MaskSampler
+from sjepa_deploy.learning.run_folder import check_run, saving_to
 from sjepa_deploy.models.checkpoint import write_checkpoint
 from sjepa_deploy.models.networks import SignalJEPA, build_model
 from sjepa_deploy.spec import EncoderSpec, ModelSpec
@@ -366,5 +367,7 @@ def pretrain(
         split=split.by,
     )
     if trainer.is_global_zero:
-        write_checkpoint(module.jepa.base, out, training={"pretraining": config, "data_steps": windows.steps, "result": result})
+        training = {"pretraining": config, "data_steps": windows.steps, "result": result}
+        with saving_to(out):
+            write_checkpoint(module.jepa.base, out, training=training)
     return result

@@ -178,7 +178,8 @@ def write_checkpoint(model: SignalJEPAModule, folder: Path | str, *, training: o
     model : SignalJEPAModule
         What to write.
     folder : Path or str
-        Where. The files are moved to their places whole: a killed process leaves the old ones or the new ones.
+        Where. Each file is moved to its place whole. The configuration is removed first and written last: a killed process
+        never leaves one beside the weights of another model.
     training : dataclass, mapping or None
         Where the weights come from (data, transfer, scores), kept in ``config.json`` under `TRAINING_KEY`.
     """
@@ -188,12 +189,12 @@ def write_checkpoint(model: SignalJEPAModule, folder: Path | str, *, training: o
     config = braindecode_config(model.spec) | {SPEC_KEY: encode(model.spec)}
     if training is not None:
         config[TRAINING_KEY] = encode(training)
-    files = {WEIGHTS_FILE: save(weights, metadata={"format": "pt"}), CONFIG_FILE: (json.dumps(config, indent=1) + "\n").encode()}
-    for name, content in files.items():
-        write_atomically(folder / name, content)
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    write_atomically(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
+    write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=1) + "\n").encode())
 
 
-_DAMAGED = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, AssertionError, struct.error)
+DAMAGED = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, AssertionError, struct.error)
 """What ``torch.load`` raises on files that are cut, altered or something else altogether."""
 
 
@@ -231,7 +232,7 @@ def _read_tensors(file: Path) -> tuple[dict[str, Tensor], str]:
             f"{file} is a pickle that holds more than tensors{what} and could run code when it is loaded.",
             "Save the state dict alone, best as safetensors, on a machine that trusts the file.",
         ) from e
-    except _DAMAGED as e:
+    except DAMAGED as e:
         raise CheckpointError(f"{file} is truncated or not a PyTorch file ({_first_line(e)}).", "Get the file again.") from e
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         return _tensors_of(content["state_dict"], file), "Lightning checkpoint"

@@ -1,0 +1,216 @@
+"""Keeps the folder of a training run: its configuration, and the checkpoints that a stopped run goes on from.
+
+A file is written beside its place and moved there, so that a killed process or a full disk leaves the old file or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sjepa_deploy.errors import MissingDependencyError, TrainingError, TrainingStoppedError
+from sjepa_deploy.files import write_atomically
+from sjepa_deploy.models.braindecode_config import CONFIG_FILE
+from sjepa_deploy.models.checkpoint import DAMAGED, WEIGHTS_FILE
+from sjepa_deploy.serialize import encode
+
+try:
+    import lightning
+    from lightning.fabric.plugins.io import TorchCheckpointIO
+    from lightning.pytorch import callbacks
+except ImportError as error:
+    raise MissingDependencyError("Lightning", "train") from error
+
+RUN_FILE = "run.json"
+"""The configuration of the run: only a run of the same configuration goes on."""
+
+LAST_FILE = "last.ckpt"
+BEST_FILE = "best.ckpt"
+
+
+class KeepEpochs(callbacks.Checkpoint):
+    """Saves every epoch as ``last.ckpt``, and the epoch of the lowest validation loss as ``best.ckpt`` too.
+
+    Its state names no path: the folder of a run may move before the run goes on. Lightning's own `ModelCheckpoint` forgets the
+    best loss then, and takes the best checkpoint of whatever is at the old place.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.best_epoch = -1
+        self.best_loss = math.inf
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best epoch and its loss."""
+        return {"best_epoch": self.best_epoch, "best_loss": self.best_loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best epoch and its loss from a checkpoint."""
+        self.best_epoch, self.best_loss = state_dict["best_epoch"], state_dict["best_loss"]
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save the epoch. The best checkpoint is a copy of the last one, which is written first and tells of both."""
+        loss = float(trainer.callback_metrics["val_loss"])
+        if improved := loss < self.best_loss:
+            self.best_epoch, self.best_loss = trainer.current_epoch, loss
+        trainer.save_checkpoint(self.folder / LAST_FILE)
+        if improved and trainer.is_global_zero:
+            write_atomically(self.folder / BEST_FILE, (self.folder / LAST_FILE).read_bytes())
+        trainer.strategy.barrier()
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints whole, in the folder of the run.
+
+    Lightning's own writes them into the folder for temporary files and copies them over, which a kill or a full disk cuts.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write `checkpoint` to `path`."""
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        write_atomically(Path(path), content.getvalue())
+
+
+def check_run(folder: Path, config: object, *, resume: bool = False, replace: bool = False) -> Path | None:
+    """Check, before the work starts, that a run may use `folder`, and return the checkpoint to go on from.
+
+    Raises
+    ------
+    TrainingError
+        If there is a run that is neither resumed nor replaced, or another one, or a model, or nothing to resume; if a checkpoint
+        is damaged, or the best one is not the last one's.
+    """
+    if resume and replace:
+        raise TrainingError("A run is either resumed or replaced.", "Give --resume or --force.")
+    last, run_file = folder / LAST_FILE, folder / RUN_FILE
+    if replace:
+        return None
+    if last.is_file():
+        if not resume:
+            raise TrainingError(
+                f"{folder} already holds a run.", "Go on with --resume, replace it with --force, or choose another --out."
+            )
+        if _read_run(run_file) != encode(config):
+            raise TrainingError(
+                f"The run in {folder} has another configuration.", f"Use the one in {RUN_FILE}, or choose another --out."
+            )
+        _check_checkpoints(folder)
+        return last
+    if resume and not run_file.is_file():
+        raise TrainingError(f"{folder} holds no run to go on with.", "Leave out --resume, or name the --out of the run.")
+    if any((folder.parent / name).exists() for name in (WEIGHTS_FILE, CONFIG_FILE)):
+        raise TrainingError(f"{folder.parent} already holds a model.", "Use --force to replace it, or choose another --out.")
+    return None
+
+
+def start_run(folder: Path, config: object, *, replace: bool) -> None:
+    """Make the folder of a run, and note its configuration.
+
+    Raises
+    ------
+    TrainingError
+        If the folder cannot be written.
+    """
+    try:
+        if replace:
+            (folder.parent / WEIGHTS_FILE).unlink(missing_ok=True)
+            (folder.parent / CONFIG_FILE).unlink(missing_ok=True)
+            if (folder / RUN_FILE).is_file():
+                shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / RUN_FILE, (json.dumps(encode(config), indent=1) + "\n").encode())
+    except OSError as e:
+        raise TrainingError(f"{folder} cannot be written ({e.strerror}).", "Choose another --out.") from e
+
+
+def go_on(folder: Path) -> None:
+    """Remove what a killed process left half written, and make the best checkpoint where the kill came before it."""
+    for name in (LAST_FILE, BEST_FILE, RUN_FILE):
+        for file in folder.glob(f".{name}.partial-*"):
+            file.unlink()
+    last = read_checkpoint_file(folder / LAST_FILE)
+    if _best_epoch(last, folder) == last["epoch"]:
+        write_atomically(folder / BEST_FILE, (folder / LAST_FILE).read_bytes())
+
+
+def read_checkpoint_file(file: Path) -> dict[str, Any]:
+    """Return the content of one of Lightning's checkpoints, on the CPU.
+
+    Raises
+    ------
+    TrainingError
+        If the file is missing or damaged.
+    """
+    try:
+        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except DAMAGED as e:
+        raise TrainingError(f"{file} is missing or damaged.", "Start again with --force.") from e
+    return content
+
+
+@contextlib.contextmanager
+def saving_to(folder: Path) -> Iterator[None]:
+    """Turn a disk that is full into a training that was stopped.
+
+    Raises
+    ------
+    TrainingStoppedError
+        If there is no space left.
+    """
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise TrainingStoppedError(
+            f"There is no space left for {folder} ({os.strerror(e.errno)}).", "Free some, and go on with --resume.", exit_code=2
+        ) from e
+
+
+def _read_run(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as e:
+        raise TrainingError(f"{file} is missing or damaged.", "Start again with --force.") from e
+
+
+def _check_checkpoints(folder: Path) -> None:
+    """Refuse a run whose best checkpoint is not that of the last one. Where they are of one epoch, the last one is enough."""
+    last = read_checkpoint_file(folder / LAST_FILE)
+    epoch = _best_epoch(last, folder)
+    if epoch in (-1, last["epoch"]):
+        return
+    best = read_checkpoint_file(folder / BEST_FILE)
+    if best["epoch"] != epoch or _state(best, folder) != _state(last, folder):
+        raise TrainingError(
+            f"{folder / BEST_FILE} is not the best checkpoint of the run in {LAST_FILE}.",
+            "Put the run's own checkpoints back, or start again with --force.",
+        )
+
+
+def _best_epoch(last: dict[str, Any], folder: Path) -> int:
+    epoch: int = _state(last, folder)["best_epoch"]
+    return epoch
+
+
+def _state(checkpoint: dict[str, Any], folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] | None = checkpoint.get("callbacks", {}).get(KeepEpochs.__qualname__)
+    if state is None:
+        raise TrainingError(f"The run in {folder} was saved by another release.", "Start again with --force.")
+    return state
