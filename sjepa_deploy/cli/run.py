@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, options, print_json
+from sjepa_deploy.eeg.epochs import holds_windows, read_windows
 from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.eeg.recording import fit_recording, read_recording
 from sjepa_deploy.errors import RecordingError
@@ -51,7 +52,8 @@ def run(
 
     The table is tab-separated. Without --out it goes to standard output. The recording passes the preprocessing that the bundle
     asks for: channels picked by name, zero-phase band-pass, resampling, reference, unit. No window reaches over a pause. The time
-    of a row is that of the window's last sample, in seconds from the start of the recording.
+    of a row is that of the window's last sample, in seconds from the start of the recording. Of windows that are cut already
+    (*-epo.fif, or an array of windows) each gives a row.
     """
     out = None if out == options.STDOUT else out
     if json_output and out is None:
@@ -61,23 +63,30 @@ def run(
     opened = Bundle.open(bundle)
     spec = opened.spec
     step = spec.n_times if hop is None else _samples(hop, spec)
-    raw = read_recording(
-        recording,
-        sfreq=facts.sfreq,
-        unit=facts.unit,
-        ch_names=facts.ch_names,
-        row_names=spec.ch_names,
-        rename=parse_rename(facts.rename, RecordingError),
-    )
-    fitted = fit_recording(raw, spec, interpolate=interpolate or 0.0, check_unit=check_unit)
-    starts = fitted.window_starts(spec.n_times, step)
+    if holds_windows(recording):
+        if hop is not None:
+            raise click.UsageError(f"{recording.name} holds windows, which are decoded as they are. Leave out --hop.")
+        cut = read_windows(recording, spec, unit=facts.unit)
+        pieces, times, steps = [cut.eeg], cut.times, cut.steps
+        told = [*steps]
+    else:
+        raw = read_recording(
+            recording,
+            sfreq=facts.sfreq,
+            unit=facts.unit,
+            ch_names=facts.ch_names,
+            row_names=spec.ch_names,
+            rename=parse_rename(facts.rename, RecordingError),
+        )
+        fitted = fit_recording(raw, spec, interpolate=interpolate or 0.0, check_unit=check_unit)
+        pieces, steps = fitted.windows(spec.n_times, step), fitted.steps
+        times = fitted.times(fitted.window_starts(spec.n_times, step) + spec.n_times - 1)
+        told = [f"has {fitted.n_found} of the model's {spec.n_chans} channels", *steps]
     with choice.load(opened, check_unit=check_unit) as predict:
-        screen.print(f"recording: has {fitted.n_found} of the model's {spec.n_chans} channels", soft_wrap=True)
-        for note in fitted.steps:
+        for note in told:
             screen.print(f"recording: {escape(note)}", soft_wrap=True)
         with screen.status("decoding"):
-            outputs = np.concatenate([predict.predict(piece) for piece in fitted.windows(spec.n_times, step)])
-    times = fitted.times(starts + spec.n_times - 1)
+            outputs = np.concatenate([predict.predict(piece) for piece in pieces])
     try:
         with contextlib.nullcontext(sys.stdout) if out is None else _whole_file(out) as stream:
             _write(stream, times, outputs, spec)
@@ -90,18 +99,18 @@ def run(
     if opened.manifest.weights.random:
         screen.print("[bold yellow]The weights of this bundle are random: the predictions mean nothing.[/]")
     where = "" if out is None else f" in [bold]{escape(str(out))}[/]"
-    every = f"{len(starts)} windows of {spec.n_times / spec.sfreq:g} s every {step / spec.sfreq:g} s"
-    screen.print(f"{every} decoded{where}", soft_wrap=True)
+    every = "" if holds_windows(recording) else f" every {step / spec.sfreq:g} s"
+    screen.print(f"{len(times)} windows of {spec.n_times / spec.sfreq:g} s{every} decoded{where}", soft_wrap=True)
     if json_output:
         print_json(
             {
                 "bundle": str(bundle),
                 "recording": str(recording),
                 "out": str(out),
-                "n_windows": len(starts),
+                "n_windows": len(times),
                 "hop": step / spec.sfreq,
                 "preprocessing": dataclasses.asdict(spec.preprocessing),
-                "steps": fitted.steps,
+                "steps": steps,
                 "random_weights": opened.manifest.weights.random,
             }
         )

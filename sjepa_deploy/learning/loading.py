@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from sjepa_deploy.eeg.epochs import EPOCHS, epochs_at
 from sjepa_deploy.eeg.montage import Montage, read_montage, require_mne
 from sjepa_deploy.eeg.names import find_channels, says_other_than_eeg
 from sjepa_deploy.eeg.pauses import PAUSE, Told, sample_time, segments_of, time_of, told
 from sjepa_deploy.eeg.readers import heard, reading
 from sjepa_deploy.eeg.recording import check_amplitude, fit_recording, read_recording
 from sjepa_deploy.eeg.reference import average_reference
-from sjepa_deploy.eeg.resample import RATE_TOLERANCE, resample
 from sjepa_deploy.eeg.synthetic import planted_eeg
 from sjepa_deploy.eeg.units import check_unit, conversion, volts_in
 from sjepa_deploy.errors import DataError, MissingDependencyError, RecordingError, listed
@@ -91,7 +91,7 @@ def _readers(source: str, config: DataConfig) -> Iterator[Reader]:
         yield from _readers_of_bids(path, config)
     elif path.suffix == ".npz":
         yield functools.partial(_load_npz, path, config)
-    elif path.name.endswith(("-epo.fif", "_epo.fif", "-epo.fif.gz", "_epo.fif.gz")):
+    elif path.name.endswith(EPOCHS):
         yield functools.partial(_load_epochs, path, config)
     else:
         yield functools.partial(_load_recording, path, config)
@@ -332,29 +332,10 @@ def _load_epochs(path: Path, config: DataConfig, first: Windows | None) -> Windo
         epochs = mne.read_epochs(path, preload=True, verbose="error").pick("eeg")
     spec = _fitting_spec(epochs.info, config, first)
     assert spec.ch_names is not None
-    good = [name for name in epochs.ch_names if name not in epochs.info["bads"]]
-    columns = find_channels(spec.ch_names, good).columns
-    if missing := [name for name, column in zip(spec.ch_names, columns, strict=True) if column is None]:
-        raise DataError(
-            f"{path.name} lacks, or marks as bad, the channels {listed(missing)}; it has {listed(good, 64)}.",
-            "Choose channels that it has.",
-        )
-    volts = epochs.get_data(picks=[good[column] for column in columns if column is not None])
-    onset = (epochs.events[:, 0] - epochs.events[:1, 0]) / epochs.info["sfreq"]  # resampling leaves the events as they are
+    onset = (epochs.events[:, 0] - epochs.events[:1, 0]) / epochs.info["sfreq"]
     low, high = epochs.info["highpass"] or None, epochs.info["lowpass"]
-    if epochs.info["sfreq"] < spec.sfreq * (1 - RATE_TOLERANCE):
-        raise DataError(f"{path.name} is sampled at {epochs.info['sfreq']:g} Hz.", f"Use --sfreq {epochs.info['sfreq']:g}.")
-    rows = resample(volts.reshape(-1, volts.shape[2]), epochs.info["sfreq"], spec.sfreq)
-    volts = rows.reshape(*volts.shape[:2], -1)
     tmin = config.target.tmin if config.target is not None else epochs.tmin
-    start = round((tmin - epochs.tmin) * spec.sfreq)
-    if start < 0 or start + config.n_times > volts.shape[2]:
-        raise DataError(
-            f"The epochs of {path.name} last from {epochs.tmin:g} to {epochs.tmax:g} s and hold no window of "
-            f"{config.n_times} samples from {tmin:g} s.",
-            "Use a smaller --n-times, or another tmin.",
-        )
-    volts = volts[:, :, start : start + config.n_times]
+    volts = epochs_at(epochs, spec.ch_names, spec.sfreq, tmin, config.n_times, path.name)
     if spec.preprocessing.reference == "average":
         volts = average_reference(volts, axis=1)
     band = Preprocessing(

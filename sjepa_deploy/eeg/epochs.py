@@ -1,0 +1,139 @@
+"""Reads windows that others have cut: MNE Epochs, and arrays of windows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sjepa_deploy.eeg.montage import require_mne
+from sjepa_deploy.eeg.names import find_channels
+from sjepa_deploy.eeg.readers import heard, reading
+from sjepa_deploy.eeg.reference import average_reference
+from sjepa_deploy.eeg.resample import check_rate, resample
+from sjepa_deploy.eeg.units import check_unit, volts_in
+from sjepa_deploy.errors import RecordingError, listed
+from sjepa_deploy.spec import ModelSpec, Unit
+
+if TYPE_CHECKING:
+    import mne
+
+EPOCHS = ("-epo.fif", "_epo.fif", "-epo.fif.gz", "_epo.fif.gz")
+"""How files of MNE's Epochs end."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CutWindows:
+    """Windows as a model expects them.
+
+    Attributes
+    ----------
+    eeg : ndarray of float32, shape (n_windows, n_chans, n_times)
+        In the unit and the channel order of the model.
+    times : ndarray of float64, shape (n_windows,)
+        The last sample of each in seconds after the first window's event, or where no event is known, number of the window.
+    steps : tuple of str
+        What was done to them, for people to read.
+    """
+
+    eeg: NDArray[np.float32]
+    times: NDArray[np.float64]
+    steps: tuple[str, ...]
+
+
+def holds_windows(path: Path) -> bool:
+    """Return whether a file holds windows: Epochs, or an array of three axes."""
+    if path.name.endswith(EPOCHS):
+        return True
+    if path.suffix.lower() != ".npy" or not path.is_file():
+        return False
+    with reading(path.name), path.open("rb") as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return len(read(file)[0]) == 3
+
+
+def epochs_at(
+    epochs: mne.BaseEpochs, ch_names: Sequence[str], sfreq: float, tmin: float, n_times: int, name: str
+) -> NDArray[np.float64]:
+    """Return a window of every epoch in volts, shape (n_epochs, n_chans, n_times): `ch_names` from `tmin` on at `sfreq`.
+
+    Raises
+    ------
+    RecordingError
+        If channels are missing, the rate is lower, or the epochs do not hold the window.
+    """
+    good = [each for each in epochs.ch_names if each not in epochs.info["bads"]]
+    columns = find_channels(ch_names, good).columns
+    if missing := [mine for mine, column in zip(ch_names, columns, strict=True) if column is None]:
+        raise RecordingError(
+            f"{name} lacks, or marks as bad, the channels {listed(missing)}; it has {listed(good, 64)}.",
+            "Choose channels that it has.",
+        )
+    check_rate(epochs.info["sfreq"], sfreq)
+    volts = epochs.get_data(picks=[good[column] for column in columns if column is not None])
+    rows = resample(volts.reshape(-1, volts.shape[2]), epochs.info["sfreq"], sfreq)
+    volts = rows.reshape(*volts.shape[:2], -1)
+    start = round((tmin - epochs.tmin) * sfreq)
+    if start < 0 or start + n_times > volts.shape[2]:
+        raise RecordingError(
+            f"The epochs of {name} last from {epochs.tmin:g} to {epochs.tmax:g} s and hold no window of {n_times} samples from "
+            f"{tmin:g} s.",
+            "Use shorter windows, or epochs that hold them.",
+        )
+    window: NDArray[np.float64] = volts[:, :, start : start + n_times]
+    return window
+
+
+def read_windows(path: Path, spec: ModelSpec, *, unit: Unit | None = None, tmin: float | None = None) -> CutWindows:
+    """Read windows for a model. They were filtered before they were cut: nothing is filtered here.
+
+    Parameters
+    ----------
+    path : Path
+        See `holds_windows`. An array has the shape (n_windows, n_chans, n_times) and the rate and channels of the model.
+    spec : ModelSpec
+        The model.
+    unit : {"uV", "mV", "V"} or None
+        Unit of an array.
+    tmin : float or None
+        Start of the windows in seconds after their event; None is where the epochs begin.
+
+    Raises
+    ------
+    RecordingError
+        If they do not fit the model.
+    """
+    steps = ["windows as they were cut and filtered"]
+    if path.suffix.lower() == ".npy":
+        if unit is None:
+            raise RecordingError(f"{path.name} is a bare array that does not state its unit.", "Give --unit.")
+        check_unit(unit)
+        with reading(path.name), path.open("rb") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+        if array.shape[1:] != spec.input_shape or array.dtype.kind not in "fiu" or not len(array):
+            raise RecordingError(
+                f"{path.name} holds an array of shape {array.shape} and type {array.dtype}.",
+                f"Save real numbers of shape (n_windows, {spec.n_chans}, {spec.n_times}), or (n_chans, n_samples).",
+            )
+        volts, times = array.astype(np.float64) * volts_in(unit), np.arange(len(array), dtype=np.float64)
+    else:
+        if spec.ch_names is None:
+            raise RecordingError("The model has no channel names.", "Export the bundle with `--montage` or `--channels`.")
+        with reading(path.name), heard(steps):
+            epochs = require_mne().read_epochs(path, preload=True, verbose="warning").pick("eeg")
+        start = epochs.tmin if tmin is None else tmin
+        volts = epochs_at(epochs, spec.ch_names, spec.sfreq, start, spec.n_times, path.name)
+        onset = (epochs.events[:, 0] - epochs.events[:1, 0]) / epochs.info["sfreq"]
+        times = onset + start + (spec.n_times - 1) / spec.sfreq
+    if not np.isfinite(volts).all():
+        raise RecordingError(f"{path.name} holds samples that are not finite.", "Leave these windows out.")
+    if spec.preprocessing.reference == "average":
+        volts = average_reference(volts, axis=1)
+        steps.append(f"re-referenced to the average of {spec.n_chans} channels")
+    steps.append(f"scaled to {spec.unit}")
+    return CutWindows(eeg=np.ascontiguousarray(volts / volts_in(spec.unit), dtype=np.float32), times=times, steps=tuple(steps))
