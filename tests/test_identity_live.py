@@ -105,9 +105,9 @@ def test_a_unit_that_is_given_stands_above_the_streams_and_is_told():
     assert (info.unit, info.other_units) == ("uV", ())
     assert info.notes == ("taken as uV, by `--unit`, and not as mV, unknown, as the stream states",)
     assert read_info(described(NAMES, ["uV"] * 4), unit="uV").notes == ()
-    with pytest.raises(StreamError, match="states its unit as ADC, which is none of uV, mV and V.*--unit uV"):
+    with pytest.raises(StreamError, match="states units that are not one of uV, mV and V: ADC.*--unit uV"):
         read_info(described(NAMES, ["ADC"] * 4))
-    with pytest.raises(StreamError, match="does not state its unit.*--unit uV"):
+    with pytest.raises(StreamError, match="does not state the unit of its channels.*--unit uV"):
         read_info(described(NAMES, [None] * 4))
 
 

@@ -17,6 +17,7 @@ from sjepa_deploy.errors import RecordingError
 from sjepa_deploy.learning.data import DataConfig, Target
 from sjepa_deploy.learning.loading import load_windows
 from sjepa_deploy.learning.targets import reaction_times
+from sjepa_deploy.runtime.live.open_source import SourceOptions, open_source
 from sjepa_deploy.spec import ModelSpec, Preprocessing
 
 NAMES = ("Fz", "Cz", "Pz", "Oz")
@@ -185,3 +186,15 @@ def test_a_recording_without_a_pause_is_one_segment():
     raw = raw_of(joined()).set_annotations(mne.Annotations([5.0], 1.0, ["BAD_movement"]))
     assert segments_of(raw) == (Segment(start=0, stop=10_000, onset=0.0),)
     assert segments_of(raw.crop(10.0)) == (Segment(start=0, stop=7500, onset=0.0),)
+
+
+def test_a_file_that_is_streamed_is_interrupted_at_its_pauses(tmp_path):
+    """Every chunk lies in one segment, and the first of each but the first says that the stream was interrupted."""
+    source = open_source(f"file:{skipped(tmp_path)}", SPEC, SourceOptions(speed=float("inf"), chunk=300))
+    chunks = []
+    while not source.ended:
+        chunks.append(source.read(0.0))
+    samples = np.concatenate([chunk.samples for chunk in chunks])
+    np.testing.assert_allclose(samples.T, joined(), atol=1e-9)  # without the 10 s that were not recorded
+    starts = np.cumsum([0] + [len(chunk.samples) for chunk in chunks])[:-1]
+    assert starts[[chunk.restarted for chunk in chunks]].tolist() == [5000]

@@ -16,6 +16,7 @@ from sjepa_deploy.eeg.causal import HALF_TAPS, design_sos, ratio_of_rates
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.interpolation import match_channels, mixing_matrix
 from sjepa_deploy.eeg.names import parse_rename
+from sjepa_deploy.eeg.pauses import segments_of
 from sjepa_deploy.eeg.recording import fit_recording, read_recording, windows
 from sjepa_deploy.errors import StreamError, TooShortError
 from sjepa_deploy.parity import TOLERANCE
@@ -92,6 +93,8 @@ def check_streaming(
 ) -> StreamingParity:
     """Decode a recording through the live path with every chunking, and offline with PyTorch.
 
+    Of a recording with pauses, the longest stretch without one is judged.
+
     The offline path shares nothing with the live one but the filter's coefficients and the interpolation's weights: SciPy filters
     the whole recording at once, and PyTorch runs the checkpoint in the bundle in float64.
 
@@ -121,6 +124,10 @@ def check_streaming(
         row_names=spec.ch_names,
         rename=parse_rename(rename, StreamError),
     )
+    segments, rate = segments_of(raw), raw.info["sfreq"]
+    if len(segments) > 1:  # the longest stretch without a pause
+        longest = max(segments, key=lambda segment: segment.stop - segment.start)
+        raw.crop(longest.start / rate, (longest.stop - 1) / rate)
     raw.drop_channels(raw.info["bads"])
     raw.drop_channels([name for name in raw.ch_names if name.casefold() in {bad.casefold() for bad in config.bads}])
     config = dataclasses.replace(config, bads=())

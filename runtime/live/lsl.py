@@ -144,7 +144,11 @@ def read_info(
     known = [one for one in stated if one is not None]
     if unit is None and not known:
         words = sorted(set(filter(None, units)))
-        why = f"states its unit as {listed(words)}, which is none of uV, mV and V" if words else "does not state its unit"
+        why = (
+            f"states units that are not one of uV, mV and V: {listed(words)}"
+            if words
+            else "does not state the unit of its channels"
+        )
         raise StreamError(f"Stream {name} {why}.", "State the unit with `--unit uV`, mV or V.")
     its_own: Unit = max(known, key=known.count) if unit is None else unit
     other = () if unit else tuple(label for label, one in zip(names, stated, strict=True) if one != its_own)

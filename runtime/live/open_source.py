@@ -135,7 +135,7 @@ def open_source(address: str, spec: ModelSpec, options: SourceOptions | None = N
 
 def open_file(path: str, spec: ModelSpec, options: SourceOptions) -> ReplaySource:
     """Return a recording as a stream in volts, without its bad channels."""
-    from sjepa_deploy.eeg.pauses import told
+    from sjepa_deploy.eeg.pauses import segments_of, told
     from sjepa_deploy.eeg.recording import read_recording
 
     raw = read_recording(
@@ -150,7 +150,10 @@ def open_file(path: str, spec: ModelSpec, options: SourceOptions) -> ReplaySourc
     info = StreamInfo(
         name=Path(path).name, ch_names=tuple(raw.ch_names), sfreq=raw.info["sfreq"], unit="V", notes=told(raw).notes
     )
-    return ReplaySource(info, np.ascontiguousarray(raw.get_data().T), speed=options.speed, chunk=options.chunk)
+    segments = segments_of(raw)
+    volts = np.concatenate([raw.get_data(start=segment.start, stop=segment.stop) for segment in segments], axis=1)
+    breaks = np.cumsum([segment.stop - segment.start for segment in segments])[:-1].tolist()
+    return ReplaySource(info, np.ascontiguousarray(volts.T), speed=options.speed, chunk=options.chunk, breaks=breaks)
 
 
 def open_synthetic(_: str, spec: ModelSpec, options: SourceOptions) -> ReplaySource:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -124,6 +124,8 @@ class ReplaySource:
         Samples that the device sends at once, or a function that returns how many it sends next.
     stamps : ndarray or None
         Stamps in place of those that are due. Infinite speed only.
+    breaks : sequence of int
+        Samples before which the recorder had paused: a chunk begins with each, and says that the stream was interrupted.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class ReplaySource:
         speed: float = 1.0,
         chunk: int | Callable[[], int] = 1,
         stamps: Stamps | None = None,
+        breaks: Sequence[int] = (),
     ) -> None:
         if not speed > 0:
             raise StreamError(f"The speed is {speed:g}.", "Use 1 for real time, or `inf` for as fast as possible.")
@@ -145,7 +148,7 @@ class ReplaySource:
         if isinstance(samples, np.ndarray):
             n_samples = len(samples)
         self._samples, self._n_samples, self._stamps = samples, n_samples, stamps
-        self._speed = speed
+        self._speed, self._breaks = speed, tuple(sorted(breaks))
         self._chunk = chunk if callable(chunk) else (lambda: chunk)
         self._size = max(1, self._chunk())
         self._next = 0
@@ -175,12 +178,14 @@ class ReplaySource:
                 stop += self._size  # what has become due meanwhile
         if self._n_samples is not None:
             stop = min(stop, self._n_samples)
+        if (cut := next((at for at in self._breaks if start < at < stop), None)) is not None:
+            stop = cut
         self._next, self._size = stop, max(1, self._chunk())
         samples = self._samples[start:stop] if isinstance(self._samples, np.ndarray) else self._samples(start, stop)
         stamps = np.arange(start, stop) / self.info.sfreq if self._stamps is None else self._stamps[start:stop]
         if not self.live:
             self._now = float(stamps[-1])
-        return Chunk(samples, stamps, self.clock())
+        return Chunk(samples, stamps, self.clock(), restarted=start in self._breaks)
 
     def clock(self) -> float:
         """Return the seconds since the first sample."""
