@@ -29,6 +29,7 @@ from sjepa_deploy.bundle import (
 )
 from sjepa_deploy.eeg.recording import check_amplitude
 from sjepa_deploy.eeg.synthetic import hard_windows
+from sjepa_deploy.eeg.units import conversion
 from sjepa_deploy.errors import InputError, ParityError
 from sjepa_deploy.export.emulate import emulate_bf16
 from sjepa_deploy.export.rewrite import rewrite
@@ -39,7 +40,7 @@ from sjepa_deploy.parity import ParityResult, Reference, batch_sizes, check_pari
 from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
 from sjepa_deploy.runtime.backends.ort import OrtCpuBackend
 from sjepa_deploy.runtime.backends.reference import run_reference
-from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, Precision
+from sjepa_deploy.spec import ModelSpec, Precision
 
 MAX_PARITY_WINDOWS = 64
 """How many of the windows that a user gives for parity are kept, evenly spaced."""
@@ -169,7 +170,7 @@ def make_reference(model: SignalJEPAModule, windows: FloatArray | None = None, *
         windows = real_eeg(windows, spec)
     synthetic = hard_windows(*spec.input_shape, spec.sfreq, np.random.default_rng(seed))
     kinds = list(synthetic)
-    inputs = np.stack(list(synthetic.values())) * np.float32(UNITS_IN_VOLTS["uV"] / UNITS_IN_VOLTS[spec.unit])
+    inputs = np.stack(list(synthetic.values())) * np.float32(conversion("uV", spec.unit))
     if windows is not None:
         chosen = np.unique(np.linspace(0, len(windows) - 1, MAX_PARITY_WINDOWS).round().astype(int))
         kinds += [f"window {i} of the parity data" for i in chosen]

@@ -9,6 +9,7 @@ from typing import Literal, NoReturn
 import numpy as np
 
 from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.eeg.units import volts_in
 from sjepa_deploy.errors import BackendError, InputError
 from sjepa_deploy.runtime.backend import (
     DEFAULT_BACKEND,
@@ -19,7 +20,7 @@ from sjepa_deploy.runtime.backend import (
     on_gpu,
     open_backend,
 )
-from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, RunPrecision
+from sjepa_deploy.spec import ModelSpec, RunPrecision
 
 NonFinite = Literal["refuse", "pass"]
 
@@ -66,7 +67,7 @@ class Predictor:
         self._window = self.spec.input_shape
         self._non_finite: NonFinite = non_finite
         self._check_unit = check_unit
-        volt = 1 / UNITS_IN_VOLTS[self.spec.unit]
+        volt = 1 / volts_in(self.spec.unit)
         n_samples = self.spec.n_chans * self.spec.n_times
         self._energy_from = n_samples * (SMALLEST_RMS_V * volt) ** 2 if check_unit else 0.0
         self._energy_to = n_samples * (LARGEST_RMS_V * volt) ** 2 if check_unit else float(np.finfo(np.float32).max)

@@ -244,8 +244,11 @@ def test_unit_and_names_must_be_known(predict, name):
         source.close()
     with Amplifier(f"{name}b", labels, unit="apples"), pytest.raises(StreamError, match="not one of uV, mV and V: apples"):
         LslSource(f"{name}b")
-    with Amplifier(f"{name}c", labels), pytest.raises(StreamError, match="says that it is in uV, not V"):
-        LslSource(f"{name}c", unit="V")
+    with Amplifier(f"{name}c", labels):
+        source = LslSource(f"{name}c", unit="V")
+        assert source.info.unit == "V"
+        assert "taken as V, by `--unit`" in source.info.notes[0]
+        source.close()
 
 
 def test_outlet_sends_decisions_with_their_stamps_and_refuses_a_taken_name(predict, name):

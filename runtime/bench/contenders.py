@@ -12,6 +12,7 @@ import numpy as np
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.eeg.synthetic import eeg_windows
+from sjepa_deploy.eeg.units import conversion, volts_in
 from sjepa_deploy.errors import BackendError, SjepaError
 from sjepa_deploy.parity import ParityResult, Reference, batch_sizes, check_parity, row_label
 from sjepa_deploy.runtime.backend import FASTEST_BACKEND, Backend, BackendOptions, FloatArray, open_backend
@@ -19,7 +20,7 @@ from sjepa_deploy.runtime.bench.baselines import ALL_BACKENDS, REFERENCE_BACKEND
 from sjepa_deploy.runtime.bench.cells import HARNESS
 from sjepa_deploy.runtime.bench.results import BundleFacts, Judgement, LeftOut
 from sjepa_deploy.runtime.gpu.cuda import Device
-from sjepa_deploy.spec import RUN_PRECISIONS, UNITS_IN_VOLTS, ModelSpec, RunPrecision, graph_precision
+from sjepa_deploy.spec import RUN_PRECISIONS, ModelSpec, RunPrecision, graph_precision
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +40,12 @@ N_TURNS = 8
 def example_windows(spec: ModelSpec, n: int, seed: int) -> FloatArray:
     """Return `n` windows of synthetic EEG in the unit of `spec`, the same array each time."""
     eeg = eeg_windows(n, spec.n_chans, spec.n_times, spec.sfreq, np.random.default_rng(seed))
-    return eeg * np.float32(UNITS_IN_VOLTS["uV"] / UNITS_IN_VOLTS[spec.unit])
+    return eeg * np.float32(conversion("uV", spec.unit))
 
 
 def without_offsets(reference: Reference, spec: ModelSpec) -> Reference | None:
     """Return the windows of `reference` in which no channel's mean is as large as an electrode offset; None without one."""
-    largest = np.abs(np.nan_to_num(reference.inputs).mean(axis=2, dtype=np.float64)).max(axis=1) * UNITS_IN_VOLTS[spec.unit]
+    largest = np.abs(np.nan_to_num(reference.inputs).mean(axis=2, dtype=np.float64)).max(axis=1) * volts_in(spec.unit)
     keep = largest < OFFSET_V
     if not np.isfinite(reference.outputs[keep]).all(axis=tuple(range(1, reference.outputs.ndim))).any():
         return None

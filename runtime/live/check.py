@@ -18,6 +18,7 @@ from sjepa_deploy.eeg.interpolation import match_channels, mixing_matrix
 from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.eeg.pauses import segments_of
 from sjepa_deploy.eeg.recording import fit_recording, read_recording, windows
+from sjepa_deploy.eeg.units import conversion
 from sjepa_deploy.errors import StreamError, TooShortError
 from sjepa_deploy.parity import TOLERANCE
 from sjepa_deploy.runtime.backend import open_backend
@@ -25,7 +26,7 @@ from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.sources import ReplaySource
 from sjepa_deploy.runtime.predictor import Predictor
-from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec, Unit
+from sjepa_deploy.spec import ModelSpec, Unit
 
 if TYPE_CHECKING:
     import mne
@@ -177,7 +178,7 @@ def causal_preprocessing(
     from scipy.signal import sosfilt, sosfilt_zi
 
     columns, names, _ = match_channels(spec, info, interpolate=interpolate, bads=())
-    signal = samples[:, columns] * (UNITS_IN_VOLTS[info.unit] / UNITS_IN_VOLTS[spec.unit])
+    signal = samples[:, columns] * conversion(info.unit, spec.unit)
     sos, gain = design_sos(spec.preprocessing, info.sfreq, spec.sfreq), 1.0
     first = signal[0]
     if len(sos):

@@ -15,6 +15,7 @@ from rich.markup import escape
 from sjepa_deploy.bundle import check_writable
 from sjepa_deploy.cli import console, entry, options, parity_table, print_json
 from sjepa_deploy.eeg.montage import Montage, read_montage
+from sjepa_deploy.eeg.units import conversion
 from sjepa_deploy.errors import ExportError, InputError, MissingDependencyError, RecordingError, listed
 from sjepa_deploy.spec import PRECISIONS, RUN_PRECISIONS, UNITS_IN_VOLTS, VARIANTS, ModelSpec, Precision, RunPrecision, Unit
 
@@ -351,7 +352,7 @@ def _length_note(
         stretches, what = _stretches(eeg, longest, longest // 4), parity_data.name
     else:
         microvolts = eeg_windows(MAX_WINDOWS, spec.n_chans, longest, spec.sfreq, np.random.default_rng(seed))
-        stretches, what = microvolts * np.float32(UNITS_IN_VOLTS["uV"] / UNITS_IN_VOLTS[spec.unit]), "synthetic EEG"
+        stretches, what = microvolts * np.float32(conversion("uV", spec.unit)), "synthetic EEG"
     change = compare_window_lengths(model, trained, stretches, what)
     return (note if change is None else f"{note}: {change}",)
 

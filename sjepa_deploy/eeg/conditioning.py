@@ -17,8 +17,9 @@ from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.interpolation import LEAST_GOOD, match_channels, mixing_matrix
 from sjepa_deploy.eeg.quality import REASONS, ChannelQuality, ChannelState
 from sjepa_deploy.eeg.recording import PLAUSIBLE_RMS
+from sjepa_deploy.eeg.units import conversion, volts_in
 from sjepa_deploy.errors import StreamError, listed
-from sjepa_deploy.spec import UNITS_IN_VOLTS, ModelSpec
+from sjepa_deploy.spec import ModelSpec
 
 BadChannels = Literal["flag", "repair", "stop"]
 """What happens to channels that turn bad: they are named; also interpolated while they are bad; or they end the stream."""
@@ -88,8 +89,8 @@ class Conditioner:
         matrix, self.interpolated = mixing_matrix(self.ch_names, spec)
         self._preprocess = Preprocessor(spec, info.sfreq, matrix)
         self.delay, self.ratio = self._preprocess.delay, self._preprocess.ratio
-        self._scale = np.float64(UNITS_IN_VOLTS[info.unit] / UNITS_IN_VOLTS[spec.unit])
-        self._quality = ChannelQuality(len(self.ch_names), info.sfreq, 1 / UNITS_IN_VOLTS[spec.unit])
+        self._scale = np.float64(conversion(info.unit, spec.unit))
+        self._quality = ChannelQuality(len(self.ch_names), info.sfreq, 1 / volts_in(spec.unit))
         n = len(self.ch_names)
         self.codes = np.zeros(n, np.int8)
         self.n_non_finite = 0

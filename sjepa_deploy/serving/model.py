@@ -15,6 +15,8 @@ from typing import Any, cast
 import numpy as np
 
 from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.eeg.reference import average_reference
+from sjepa_deploy.eeg.units import conversion
 from sjepa_deploy.errors import InputError, ServingError
 from sjepa_deploy.runtime.backend import Backend, BackendOptions, FloatArray
 from sjepa_deploy.runtime.predictor import Predictor, load
@@ -26,7 +28,7 @@ from sjepa_deploy.serving.contract import (
     Contract,
     contract_id,
 )
-from sjepa_deploy.spec import UNITS_IN_VOLTS, RunPrecision
+from sjepa_deploy.spec import RunPrecision
 
 BUNDLE_FOLDER = "bundle"
 """Folder of a version that holds the bundle."""
@@ -121,13 +123,13 @@ class WindowPreparation(TritonPythonModel):
         spec = self._bundle.spec
         self._predict = Predictor(self._bundle, _NoBackend(self._contract.precision))
         self._output = WINDOWS
-        self._scale = UNITS_IN_VOLTS[self._contract.unit] / UNITS_IN_VOLTS[spec.unit]
+        self._scale = conversion(self._contract.unit, spec.unit)
         self._average = spec.preprocessing.reference == "average"
 
     def _prepare(self, eeg: FloatArray, *, checked: bool) -> FloatArray:
         scaled = eeg * np.float64(self._scale)  # electrode offsets are a thousand times larger than the EEG
         if self._average:
-            scaled -= scaled.mean(axis=1, keepdims=True)
+            scaled = average_reference(scaled, axis=1)
         windows = scaled.astype(np.float32)
         return windows if checked else self._predict.check(windows)
 
