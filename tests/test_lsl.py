@@ -1,5 +1,6 @@
 """Real LSL streams over loopback, and processes that are killed."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,11 +17,12 @@ import pytest
 from streams import assert_accounted, kinds
 
 import sjepa_deploy
+from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.decoder import Decoder
-from sjepa_deploy.runtime.live.lsl import LslSource, find_stream
+from sjepa_deploy.runtime.live.lsl import LslSource, changes, find_stream
 from sjepa_deploy.runtime.live.lsl_outlet import LslOutlet
 
 CONFIG = f"""[ports]
@@ -136,7 +138,7 @@ def test_source_killed_and_restarted(make_bundle, name):
 
 @pytest.mark.parametrize(
     ("unit", "message"),
-    [("volts", "came back with other channels, rate or unit"), ("", "does not state the unit of its channels")],
+    [("volts", "came back in V in place of uV"), ("", "does not state the unit of its channels")],
 )
 def test_stream_that_comes_back_as_another_is_refused(predict, name, unit, message):
     amplifier = Amplifier(name, predict.spec.ch_names)
@@ -151,6 +153,24 @@ def test_stream_that_comes_back_as_another_is_refused(predict, name, unit, messa
     finally:
         amplifier.kill()
         source.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ch_names": ("Fz", "Cz", "Oz")}, ["Fz, Cz, Oz", "Fz, Cz, Pz"]),
+        ({"sfreq": 500.0}, ["500 Hz", "250 Hz"]),
+        ({"unit": "V"}, ["in V", "uV"]),
+        ({"other_units": ("Cz",)}, ["Cz", "another unit"]),
+        ({"notes": ("a note",)}, None),
+    ],
+)
+def test_what_differs_in_a_stream_that_came_back_is_said(change, words):
+    before = StreamInfo(name="amp", ch_names=("Fz", "Cz", "Pz"), sfreq=250.0, unit="uV")
+    said = changes(before, dataclasses.replace(before, **change))
+    assert len(said) == (words is not None)
+    for word in words or ():
+        assert word in said[0]
 
 
 def _read_for_ever(source):

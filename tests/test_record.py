@@ -7,12 +7,15 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
+import pyxdf
 from streams import ScriptedSource, chunks_of, eeg, info_of, predictions, run_stream
 
 import sjepa_deploy
@@ -20,6 +23,7 @@ from sjepa_deploy.eeg.recording import read_recording
 from sjepa_deploy.errors import RecordingError, StreamError
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
+from sjepa_deploy.runtime.live.lines import write_lines
 from sjepa_deploy.runtime.live.recorder import RunDescription, read_record, record
 from sjepa_deploy.runtime.live.replay import replay
 
@@ -97,6 +101,47 @@ def test_a_replay_tells_which_windows_differ(predict, eventful, tmp_path):
     assert (result.record, result.backend, result.precision) == (str(tmp_path / "run.xdf"), "ort-cpu", "fp32")
     whole = dataclasses.replace(recording, chunks=recording.chunks[:-1])
     assert replay(predict, whole).missing == (max(recording.decisions),)
+
+
+def test_decisions_whose_samples_a_kill_cut_off_are_told_and_no_difference(predict, eventful, tmp_path, capsys):
+    """A kill between the write of a decision and the write of its samples: what is in the record came again to the bit."""
+    decoder, recorder = recorded(predict, tmp_path / "run.xdf", eventful, late="queue")
+    recorder._stop.set()  # nothing is written until the end
+    recorder._thread.join()
+    decisions = list(decoder)
+    recorder._chunks.pop()
+    recorder.close()
+    recording = read_record(tmp_path / "run.xdf")
+    assert (recording.n_cut_off, len(recording.decisions)) == (1, len(decisions) - 1)
+    assert run_stream(predict.bundle.path, "--replay", tmp_path / "run.xdf", "--json") == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out) | {"n_differ": 0, "n_missing": 0, "n_cut_off": 1} == json.loads(told.out)
+    assert "1 more decision" in told.err
+
+
+def test_a_decision_is_written_after_its_samples(predict, tmp_path):
+    """Whenever the process is killed, also between a decision and its chunk, every decision in the file has its samples."""
+    source = ScriptedSource(info_of(predict.spec), chunks_of(eeg(600), np.arange(600) / 100))
+    path = tmp_path / "run.xdf"
+    decoder, recorder = recorded(predict, path, source)
+    recorder._stop.set()
+    recorder._hurry.set()
+    recorder._thread.join()
+    n_read = []
+
+    def flush_and_read(decision):
+        """As if the recorder's thread wrote at this very moment, and the process died then."""
+        recorder._flush()
+        if decision.index:
+            recording = read_record(path)
+            n_read.append(len(recording.decisions))
+            assert recording.n_cut_off == 0
+
+    decoder.on_decision(flush_and_read)
+    decisions = list(decoder)
+    recorder.close()
+    assert n_read == list(range(1, len(decisions)))
+    assert len(read_record(path).decisions) == len(decisions)
 
 
 def test_replay_finds_a_difference(predict, make_bundle, eventful, tmp_path, capsys):
@@ -223,12 +268,14 @@ def test_a_real_disk_that_is_full(predict, tmp_path):
     arguments = ["--source", "synthetic", "--speed", "20", "--duration", "120", "--json", "--quiet"]
     command = [sys.executable, "-c", code, predict.bundle.path, *arguments, "--record", tmp_path / "run.xdf"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 2, done.stderr
     summary = json.loads(done.stdout)
     recording = read_record(tmp_path / "run.xdf")
     n_recorded = sum(len(chunk.stamps) for chunk in recording.chunks)
     assert 0 < n_recorded < 12_000
-    assert summary["not_written"]["samples in the record"] == summary["counters"]["samples"] - n_recorded
+    n_lost = summary["not_written"]["samples in the record"]
+    assert n_lost == summary["counters"]["samples"] - n_recorded
+    assert f"Not written: {n_lost} samples in the record" in done.stderr
     assert run_stream(predict.bundle.path, "--replay", tmp_path / "run.xdf") == 0
 
 
@@ -240,6 +287,111 @@ def test_records_are_never_overwritten(predict, tmp_path):
     with pytest.raises(StreamError, match="cannot be written"):
         recorded(predict, tmp_path / "nowhere" / "run.xdf", source)
     assert (tmp_path / "run.xdf").read_bytes() == b"precious"
+
+
+def test_a_run_without_a_sample_leaves_no_record_and_no_lines(predict, tmp_path):
+    path, out = tmp_path / "run.xdf", tmp_path / "lines"
+    decoder, recorder = recorded(predict, path, ScriptedSource(info_of(predict.spec), []))
+    lines = write_lines(decoder, out)
+    assert path.exists()
+    assert out.exists()
+    decoder.run()
+    recorder.close()
+    lines.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_that_were_there_stay(predict, tmp_path):
+    out = tmp_path / "lines"
+    out.touch()
+    write_lines(Decoder(predict, ScriptedSource(info_of(predict.spec), [])), out).close()
+    assert out.exists()
+
+
+def test_a_start_that_fails_leaves_nothing(predict, tmp_path, capsys):
+    """The page's port is taken, or nobody reads a FIFO: the next start finds the place as it was."""
+    record_file, out, fifo = tmp_path / "run.xdf", tmp_path / "lines", tmp_path / "fifo"
+    os.mkfifo(fifo)
+    out.write_text("precious")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        files = ["--record", record_file, "--out", out, "--force", "--quiet"]
+        page = ["--dashboard-address", f"127.0.0.1:{port}"]
+        assert run_stream(predict.bundle.path, "--source", "synthetic", *files, *page) == 2
+    assert f"port {port}" in capsys.readouterr().err
+    assert run_stream(predict.bundle.path, "--source", "synthetic", "--record", record_file, "--out", fifo, "--quiet") == 2
+    assert "Nobody reads the FIFO" in capsys.readouterr().err
+    assert out.read_text() == "precious"
+    assert not record_file.exists()
+
+
+def test_a_fifo_that_is_read_gets_the_lines(predict, tmp_path):
+    fifo, got = tmp_path / "fifo", []
+    os.mkfifo(fifo)
+    reader = threading.Thread(target=lambda: got.extend(fifo.read_text().splitlines()))
+    reader.start()
+    arguments = ["--source", "synthetic", "--speed", "inf", "--duration", "20", "--quiet", "--late", "queue"]
+    end = time.monotonic() + 60
+    while (status := run_stream(predict.bundle.path, *arguments, "--out", fifo)) == 2 and time.monotonic() < end:
+        time.sleep(0.1)  # until the reader has opened it
+    reader.join()
+    assert status == 0
+    assert sum('"index"' in line for line in got) > 150
+
+
+def test_giving_up_ends_with_the_summary(predict, monkeypatch, capsys):
+    source = ScriptedSource(info_of(predict.spec), chunks_of(eeg(600), np.arange(600) / 100))
+    monkeypatch.setattr(type(source), "ended", False)
+    monkeypatch.setattr("sjepa_deploy.runtime.live.decoder.open_source", lambda *_: source)
+    assert run_stream(predict.bundle.path, "--source", "lsl:amp", "--give-up", "0.5", "--json") == 2
+    told = capsys.readouterr()
+    summary = json.loads(told.out)
+    assert summary["counters"]["samples"] == 600
+    assert summary["counters"]["decisions"] == 41
+    assert "has sent nothing" in summary["error"]
+    assert "has sent nothing" in told.err
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_ends_the_run_whole_unless_it_is_ignored(predict, tmp_path, ignored):
+    """SIGHUP, with which nohup and a session manager deal differently."""
+    path, out = tmp_path / "run.xdf", tmp_path / "out.jsonl"
+    code = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); {CODE}" if ignored else CODE
+    command = [sys.executable, "-c", code, predict.bundle.path, "--source", "synthetic", "--record", path, "--out", out, "--json"]
+    with subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and (not out.exists() or out.read_text().count('"index"') < 5):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGHUP)
+        if ignored:
+            time.sleep(1)
+            assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+        summary = json.loads(process.stdout.read())
+        assert process.wait(30) == 0
+    recording = read_record(path)
+    assert len(recording.decisions) == summary["counters"]["decisions"] >= 5
+    assert out.read_text().count('"index"') == summary["counters"]["decisions"]
+
+
+def test_pyxdf_reads_a_record_without_a_warning(predict, tmp_path, caplog):
+    samples = eeg(1500).astype(np.float32)
+    keep = np.r_[0:500, 530:1500]
+    source = ScriptedSource(info_of(predict.spec), chunks_of(samples[keep], keep / 100.0 + 12_345.678, 7))
+    decoder, recorder = recorded(predict, tmp_path / "run.xdf", source)
+    decoder.run()
+    recorder._flush()
+    recorder.close()
+    streams, _ = pyxdf.load_xdf(tmp_path / "run.xdf", dejitter_timestamps=False)
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("pyxdf")] == []
+    by_name = {stream["info"]["name"][0]: stream for stream in streams}
+    np.testing.assert_allclose(by_name["amp"]["time_stamps"], keep / 100.0 + 12_345.678, rtol=0, atol=1e-6)
+    assert len(by_name["sjepa decisions"]["time_stamps"]) == decoder.counters.decisions
+    pyxdf.load_xdf(tmp_path / "run.xdf")
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("pyxdf")] == []
 
 
 def test_other_files_are_no_records(tmp_path):
@@ -257,7 +409,7 @@ def test_a_reader_that_stalls_costs_bounded_memory_and_its_lines_are_counted(pre
     command = [sys.executable, "-c", code, str(predict.bundle.path), *arguments, "--out", "-"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         told = process.stderr.read()  # until the process ends
-        assert process.wait(60) == 0
+        assert process.wait(60) == 2
         lines = process.stdout.read().splitlines()
     n_lost = int(re.search(r"Not written: (\d+) lines", told)[1])
     assert n_lost > 1000
@@ -306,6 +458,8 @@ def test_wall_clock_that_jumps_changes_nothing(predict, tmp_path, monkeypatch):
 
 def test_lines_on_a_full_disk_do_not_stop_the_decoder(predict, capsys):
     arguments = ["--source", "synthetic", "--speed", "inf", "--duration", "20", "--out", "/dev/full", "--json"]
-    assert run_stream(predict.bundle.path, *arguments) == 0
-    summary = json.loads(capsys.readouterr().out)
+    assert run_stream(predict.bundle.path, *arguments) == 2
+    told = capsys.readouterr()
+    assert "Not written" in told.err
+    summary = json.loads(told.out)
     assert summary["not_written"]["lines"] >= summary["counters"]["decisions"] > 150

@@ -498,9 +498,10 @@ def test_a_server_that_does_not_answer_costs_only_the_windows_that_it_was_asked(
     assert_accounted(decoder.counters, decisions)
     assert predictions(decisions) == predictions(clean[:5] + clean[7:])
     assert decoder.counters.failed == decoder.counters.misses == decoder.counters.longest_misses == 2
-    assert [incident.text for incident in incidents if incident.kind == "unanswered"] == [
-        "The server is overloaded. Send less."
-    ] * 2
+    first, again = [incident.text for incident in incidents if incident.kind == "unanswered"]
+    assert first == "The server is overloaded. Send less."
+    assert again.startswith(first)
+    assert "1 more time" in again
 
 
 # ---------------------------------------------------------------- everything at once

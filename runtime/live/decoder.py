@@ -18,6 +18,7 @@ from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.open_source import SourceOptions, open_source
+from sjepa_deploy.runtime.live.repeats import Repeats
 from sjepa_deploy.runtime.live.sources import Chunk, Incident, Source
 from sjepa_deploy.runtime.live.windows import WindowStream
 from sjepa_deploy.runtime.predictor import Predictor, load
@@ -77,6 +78,7 @@ class Decoder:
         self._on_decision: list[Callable[[Decision], object]] = []
         self._on_chunk: list[Callable[[Chunk], object]] = []
         self._on_incident: list[Callable[[Incident], object]] = []
+        self._repeats = Repeats()
         self._opened: Predictor | None = None
         self._stopping = False
         self.windows = WindowStream(self.spec, source.info, self.config, counters=self.counters, report=self._report)
@@ -152,27 +154,31 @@ class Decoder:
         self._on_chunk.append(callback)
 
     def on_incident(self, callback: Callable[[Incident], object]) -> None:
-        """Call `callback` with everything that happens to the stream."""
+        """Call `callback` with what happens to the stream: equal incidents once a minute, with their number (`Repeats`)."""
         self._on_incident.append(callback)
 
     def __iter__(self) -> Iterator[Decision]:
         """Give decisions until the source ends, or `stop` is called."""
         calls = self._calls
         poll = POLL_S if calls.keep_warm is None else min(POLL_S, calls.keep_warm.period / 2)
-        while not self._stopping:
-            chunk = self.source.read(poll)
-            if self.source.incidents:
-                self._take_incidents()
-            if chunk is not None:
-                self._heard = self._monotonic()
-                self._silent = False
-                yield from self.feed(chunk)
-            elif self.source.ended:
-                break
-            else:
-                self._watch()
-            if calls.keep_warm is not None:
-                calls.fill_pause()
+        try:
+            while not self._stopping:
+                chunk = self.source.read(poll)
+                if self.source.incidents:
+                    self._take_incidents()
+                if chunk is not None:
+                    self._heard = self._monotonic()
+                    self._silent = False
+                    yield from self.feed(chunk)
+                elif self.source.ended:
+                    break
+                else:
+                    self._watch()
+                self._tell_repeated()
+                if calls.keep_warm is not None:
+                    calls.fill_pause()
+        finally:
+            self._tell_repeated(ending=True)
 
     def run(self) -> Counters:
         """Decode until the source ends or `stop` is called, for the callbacks alone."""
@@ -241,5 +247,11 @@ class Decoder:
         self._tell(Incident(kind=kind, time=self.source.clock(), text=text, sample=self.counters.samples))
 
     def _tell(self, incident: Incident) -> None:
-        for tell in self._on_incident:
-            tell(incident)
+        if self._repeats.is_new(incident):
+            for tell in self._on_incident:
+                tell(incident)
+
+    def _tell_repeated(self, *, ending: bool = False) -> None:
+        for incident in self._repeats.due(self.source.clock(), self.counters.samples, ending=ending):
+            for tell in self._on_incident:
+                tell(incident)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -47,16 +48,20 @@ class LineWriter:
     Raises
     ------
     StreamError
-        If the file cannot be written.
+        If the file cannot be written, or is a FIFO that nobody reads.
     """
 
     def __init__(self, path: Path, on_failure: Callable[[str], object], *, patient: bool = False) -> None:
         self._path, self._on_failure, self._patient = path, on_failure, patient
         self._queue: queue.Queue[Decision | Incident | None] = queue.Queue(MOST_LINES)
         self.n_lost = 0
+        self._is_new = str(path) != "-" and not path.exists()
+        self._wrote = False
         try:
-            self._file = io.FileIO(os.dup(1), "a") if str(path) == "-" else io.FileIO(path, "a")
+            self._file = io.FileIO(os.dup(1) if str(path) == "-" else _open_to_append(path), "a")
         except OSError as e:
+            if e.errno == errno.ENXIO and path.is_fifo():
+                raise StreamError(f"Nobody reads the FIFO {path}.", "Start its reader first.") from e
             raise StreamError(f"{path} cannot be written ({e.strerror}).", "Choose another --out.") from e
         self._thread = threading.Thread(target=self._keep_writing, name="lines", daemon=True)
         self._thread.start()
@@ -71,7 +76,7 @@ class LineWriter:
                 self._on_failure(f"{self._path} is not read fast enough: lines are left out.")
 
     def close(self) -> None:
-        """Write what is left, unless nobody reads it."""
+        """Write what is left, unless nobody reads it. A file that the writer made and that has no line is removed."""
         ends = time.monotonic() + LAST_LINES_S
         with contextlib.suppress(queue.Full):
             self._queue.put(None, timeout=LAST_LINES_S)
@@ -80,6 +85,8 @@ class LineWriter:
             self.n_lost += self._queue.qsize()
         else:
             self._file.close()
+            if self._is_new and not self._wrote:
+                self._path.unlink(missing_ok=True)
 
     def _keep_writing(self) -> None:
         try:
@@ -87,11 +94,19 @@ class LineWriter:
                 line = memoryview(json.dumps(line_of(what)).encode() + b"\n")
                 while line:
                     line = line[self._file.write(line) :]
+                    self._wrote = True
         except OSError as e:  # the disk is full, or the reader of a pipe has gone
             self._on_failure(f"{self._path} takes no more lines: {e.strerror}.")
             self.n_lost += 1
             while self._queue.get() is not None:
                 self.n_lost += 1
+
+
+def _open_to_append(path: Path) -> int:
+    """Open a file, or a FIFO that somebody reads: without O_NONBLOCK, a FIFO without a reader would be waited for."""
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    os.set_blocking(file, True)
+    return file
 
 
 def write_lines(decoder: Decoder, path: Path) -> LineWriter:

@@ -157,6 +157,22 @@ def read_info(
     return StreamInfo(name=name, ch_names=tuple(names), sfreq=info.nominal_srate(), unit=its_own, other_units=other, notes=notes)
 
 
+def changes(before: StreamInfo, now: StreamInfo) -> list[str]:
+    """Return in words what a stream that came back differs in. A note is no difference."""
+    said = []
+    if now.ch_names != before.ch_names:
+        said.append(f"with the channels {listed(now.ch_names)} in place of {listed(before.ch_names)}")
+    if now.sfreq != before.sfreq:
+        said.append(f"at {now.sfreq:g} Hz in place of {before.sfreq:g} Hz")
+    if now.unit != before.unit:
+        said.append(f"in {now.unit} in place of {before.unit}")
+    if now.other_units != before.other_units:
+        said.append(
+            f"with {listed(now.other_units) or 'no channel'} in another unit, before {listed(before.other_units) or 'none'}"
+        )
+    return said
+
+
 class _NoAnswerError(StreamError):
     """A stream that is announced does not answer, as one that has just gone: it may be back soon."""
 
@@ -274,10 +290,8 @@ class LslSource:
             self._inlet = None
             time.sleep(timeout)  # it was announced and is gone again
             return
-        if info != self.info:
-            raise StreamError(
-                f"Stream {info.name} came back with other channels, rate or unit.", "Start the decoder anew with this stream."
-            )
+        if said := changes(self.info, info):
+            raise StreamError(f"Stream {info.name} came back {' and '.join(said)}.", "Start the decoder anew with this stream.")
         self._restarted = True
         self.incidents.append(Incident(kind="reconnected", time=self.clock(), text="The stream is back."))
 

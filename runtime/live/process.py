@@ -78,8 +78,14 @@ def undisturbed(decoder: Decoder) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopped_by_signals(decoder: Decoder) -> Iterator[None]:
-    """Let SIGINT and SIGTERM call `Decoder.stop` while the context lasts. To be used in the main thread."""
-    before = {number: signal.signal(number, lambda *_: decoder.stop()) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Let SIGINT, SIGTERM and SIGHUP call `Decoder.stop` while the context lasts. To be used in the main thread.
+
+    A SIGHUP that the process ignores, as under nohup, stays ignored.
+    """
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, lambda *_: decoder.stop()) for number in numbers}
     try:
         yield
     finally:

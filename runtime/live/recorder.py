@@ -109,6 +109,7 @@ class Recorder:
         *,
         patient: bool = False,
     ) -> None:
+        self._path = path
         self._run, self._n_outputs, self._on_failure, self._patient = run, n_outputs, on_failure, patient
         self._most_pending = round(MOST_PENDING_S * run.stream.sfreq)
         self._chunks: deque[Chunk] = deque()
@@ -159,17 +160,19 @@ class Recorder:
         return self._n_taken - self._n_written > self._most_pending
 
     def close(self) -> None:
-        """Write what is left and the footers, and bring the file to the disk."""
+        """Write what is left and the footers, and bring the file to the disk. A record without a sample is removed."""
         self._stop.set()
         self._hurry.set()
         self._thread.join()
-        self._flush()
+        self._flush(ending=True)
         if self._dtype is not None:
             footer = b'<?xml version="1.0"?><info/>'
             self._write(b"".join(_xdf_chunk(_FOOTER, struct.pack("<I", i) + footer) for i in range(_SAMPLES, _EVENTS + 1)))
         with contextlib.suppress(OSError):
             os.fsync(self._file.fileno())
         self._file.close()
+        if self._dtype is None and self._path.is_file():  # not a device
+            self._path.unlink()
 
     def _keep_writing(self) -> None:
         while not self._stop.is_set():
@@ -179,8 +182,13 @@ class Recorder:
             with contextlib.suppress(OSError):
                 os.fsync(self._file.fileno())
 
-    def _flush(self) -> None:
+    def _flush(self, *, ending: bool = False) -> None:
         chunks, decisions, incidents = _drained(self._chunks), _drained(self._decisions), _drained(self._incidents)
+        if not ending:  # a decision is handed over before its samples, and is written after them
+            newest = chunks[-1].received if chunks else -math.inf
+            early = [decision for decision in decisions if decision.received > newest]
+            decisions = decisions[: len(decisions) - len(early)]
+            self._decisions.extendleft(reversed(early))
         n = sum(len(chunk.stamps) for chunk in chunks)
         if self._failed:
             self._count_lost(n, decisions, incidents)
@@ -195,8 +203,9 @@ class Recorder:
         if chunks:
             values = np.concatenate([chunk.samples for chunk in chunks]).astype(self._dtype)
             parts.append(_xdf_samples(_SAMPLES, np.concatenate([chunk.stamps for chunk in chunks]), values))
-            offset = struct.pack("<Idd", _SAMPLES, chunks[-1].received, 0.0)  # the stamps are on this machine's clock already
-            parts.append(_xdf_chunk(_CLOCK_OFFSET, offset))
+            # The stamps are on this machine's clock already. pyxdf warns of a stream that has stamps and no offset.
+            offsets = (struct.pack("<Idd", stream, chunks[-1].received, 0.0) for stream in range(_SAMPLES, _EVENTS + 1))
+            parts.extend(_xdf_chunk(_CLOCK_OFFSET, offset) for offset in offsets)
             facts = np.array([[len(chunk.stamps), chunk.received, chunk.restarted] for chunk in chunks])
             parts.append(_xdf_samples(_CHUNKS, facts[:, 1], facts))
         if decisions:
@@ -345,6 +354,8 @@ class Record:
         Stamp of the newest sample of each of these windows.
     n_held : int
         Windows answered by the last decision.
+    n_cut_off : int
+        Decisions at the end whose samples a kill kept from the file. They are not among `decisions`.
     incidents : list of Incident
         What happened.
     """
@@ -355,6 +366,7 @@ class Record:
     decisions: dict[int, NDArray[np.float32]]
     stamps: dict[int, float]
     n_held: int
+    n_cut_off: int
     incidents: list[Incident]
 
 
@@ -392,17 +404,30 @@ def read_record(path: Path) -> Record:
             break
         chunks.append(Chunk(samples[start:stop], stamps[start:stop], float(received), bool(restarted)))
         start = stop
-    decisions, times, n_held = {}, {}, 0
+    decisions, times, n_held, n_cut_off = {}, {}, 0, 0
     n_fields = len(_FIELDS)
+    last_received = chunks[-1].received if chunks else -math.inf
     rows = np.asarray(by_id[_DECISIONS]["time_series"], np.float64)
     for row, stamp in zip(rows, by_id[_DECISIONS]["time_stamps"], strict=True):
         if row[_FIELDS.index("held")]:
             n_held += 1
             continue
+        if row[_FIELDS.index("received")] > last_received:
+            n_cut_off += 1
+            continue
         decisions[int(row[0])] = row[n_fields:].astype(np.float32)
         times[int(row[0])] = float(stamp)
     incidents = [decode(Incident, json.loads(text[0])) for text in by_id[_EVENTS]["time_series"]]
-    return Record(path=path, run=run, chunks=chunks, decisions=decisions, stamps=times, n_held=n_held, incidents=incidents)
+    return Record(
+        path=path,
+        run=run,
+        chunks=chunks,
+        decisions=decisions,
+        stamps=times,
+        n_held=n_held,
+        n_cut_off=n_cut_off,
+        incidents=incidents,
+    )
 
 
 def _whole_chunks(path: Path) -> io.BytesIO:

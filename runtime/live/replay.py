@@ -27,6 +27,8 @@ class Replay:
         Windows whose predictions are not the same bits.
     missing : tuple of int
         Windows that were decided in the record and not again.
+    n_cut_off : int
+        Decisions at the end of a record that was killed whose samples are not in it, so that they are not compared.
     """
 
     record: str
@@ -36,6 +38,7 @@ class Replay:
     n_decisions: int
     differ: tuple[int, ...]
     missing: tuple[int, ...]
+    n_cut_off: int
 
     @property
     def passed(self) -> bool:
@@ -73,4 +76,5 @@ def replay(predict: Predictor, record: Record) -> Replay:
         n_decisions=len(record.decisions),
         differ=tuple(i for i, was in record.decisions.items() if i in again and again[i].tobytes() != was.tobytes()),
         missing=tuple(i for i in record.decisions if i not in again),
+        n_cut_off=record.n_cut_off,
     )

@@ -7,7 +7,7 @@ import copy
 import math
 import os
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,7 +280,8 @@ class Monitor:
         self._quality_state = np.zeros(n_chans, np.uint8)
         self._rms = np.full(n_chans, np.nan)
         self._repaired = np.zeros(n_chans, np.bool_)
-        self._incidents: deque[Incident] = deque(maxlen=n_incidents)
+        self._incidents: list[Incident] = []
+        self._n_incidents = n_incidents
 
     def decided(self, decision: Decision) -> None:
         """Take a decision; of the prediction, one value an output name of the facts."""
@@ -329,9 +330,12 @@ class Monitor:
         self._state = state
 
     def happened(self, incident: Incident) -> None:
-        """Take an incident."""
+        """Take an incident. Of those before, the oldest of the kind that is there most often makes way for it."""
         self._version += 1
         try:
+            if len(self._incidents) == self._n_incidents:
+                kinds = [each.kind for each in self._incidents]
+                del self._incidents[kinds.index(Counter(kinds).most_common(1)[0][0])]
             self._incidents.append(incident)
             self._counters = copy.copy(self._live_counters)
         finally:

@@ -98,9 +98,10 @@ def draw_snapshot(snapshot: Snapshot, screen: Console) -> RenderableType:
     """Return a snapshot as text for `screen`, no larger than it."""
     head = [_header(snapshot), *_times(snapshot), *_counts(snapshot)]
     quality = _quality(snapshot, screen)
+    newest = {incident.kind: incident for incident in snapshot.incidents}.values()
     incidents = [
         Text(f"{seconds(snapshot.now - e.time)} ago: {e.kind}: {e.text}", style="dim", no_wrap=True)
-        for e in snapshot.incidents[-3:]
+        for e in sorted(newest, key=snapshot.incidents.index)[-3:]
     ]
     used = len(head) + sum(_height(part, screen) for part in quality) + len(incidents) + 1
     outputs = _outputs(snapshot, screen, max(1, screen.height - used))

@@ -16,9 +16,8 @@ from rich.markup import escape
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, options, print_json
 from sjepa_deploy.cli.live import live_view, summary_table
-from sjepa_deploy.errors import ParityError
+from sjepa_deploy.errors import OutputError, ParityError, SjepaError
 from sjepa_deploy.runtime.live.config import StreamConfig
-from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.lines import write_lines
 from sjepa_deploy.runtime.live.process import set_real_time, stopped_by_signals, undisturbed
@@ -205,8 +204,9 @@ def stream(
 ) -> None:
     """Decode a live stream with BUNDLE into one decision every hop, each with its age, and count every window that is left out.
 
-    The stream goes through the causal twin of the preprocessing that the bundle asks for. Ctrl-C or SIGTERM end the run with
-    everything written. The exit status is 1 if --check or --replay find a difference.
+    The stream goes through the causal twin of the preprocessing that the bundle asks for. Ctrl-C, SIGTERM and SIGHUP end the run
+    with everything written. The exit status is 1 if --check or --replay find a difference. It is 2, after the summary, if an
+    error or --give-up ended the run, or if not everything could be written.
     """
     if sum(what is not None for what in (task.source, task.check, task.replay)) != 1:
         raise click.UsageError("Give one of --source, --check and --replay.")
@@ -236,12 +236,13 @@ def stream(
                 speed=session.speed,
             )
         )
+        closing.enter_context(stopped_by_signals(decoder))
         monitor = watch(decoder)
-        recorder = lines = None
-        if outputs.record is not None:
-            options.make_way(outputs.record, force=outputs.force)
-            recorder = record(decoder, outputs.record)
-            closing.callback(recorder.close)
+        recorder = lines = error = None
+        if outputs.dashboard or outputs.dashboard_address is not None:  # files come last: a start that fails leaves none
+            host, port = parse_address(outputs.dashboard_address or "")
+            served = closing.enter_context(Dashboard(monitor, host=host, port=port, token=os.environ.get(TOKEN_VARIABLE)))
+            screen.print(f"dashboard: {served.url}", soft_wrap=True)
         if outputs.outlet is not None:
             from sjepa_deploy.runtime.live.lsl_outlet import send_decisions
 
@@ -250,24 +251,32 @@ def stream(
             options.make_way(outputs.out, force=outputs.force)
             lines = write_lines(decoder, outputs.out)
             closing.callback(lines.close)
+        if outputs.record is not None:
+            options.make_way(outputs.record, force=outputs.force)
+            recorder = record(decoder, outputs.record)
+            closing.callback(recorder.close)
         if session.duration is not None:
             decoder.stop_after(session.duration)
         _announce(screen, decoder)
         if opened.manifest.weights.random:
             screen.print("[bold yellow]The weights of this bundle are random: the predictions mean nothing.[/]")
-        if outputs.dashboard or outputs.dashboard_address is not None:
-            host, port = parse_address(outputs.dashboard_address or "")
-            served = closing.enter_context(Dashboard(monitor, host=host, port=port, token=os.environ.get(TOKEN_VARIABLE)))
-            screen.print(f"dashboard: {served.url}", soft_wrap=True)
         view = contextlib.nullcontext() if session.quiet or json_output else live_view(monitor, screen)
         started = time.monotonic()
-        with view, stopped_by_signals(decoder), undisturbed(decoder):
-            counters = decoder.run()
+        with view, undisturbed(decoder):
+            try:
+                decoder.run()
+            except SjepaError as e:  # what was counted until then is told first
+                error = e
             monitor.set_state("stopped")
         elapsed = time.monotonic() - started
     not_written = {} if recorder is None else {f"{what} in the record": n for what, n in recorder.n_lost.items()}
     not_written |= {} if lines is None else {"lines": lines.n_lost}
-    _report(screen, decoder, monitor, counters, elapsed, not_written, json_output)
+    _report(screen, decoder, monitor, elapsed, not_written, error, json_output)
+    if error is not None:
+        raise error
+    if any(not_written.values()):
+        lost = ", ".join(f"{n} {what}" for what, n in not_written.items() if n)
+        raise OutputError(f"Not written: {lost}.", "Look at the disk, and at the reader of the lines.")
 
 
 def _check(
@@ -313,8 +322,10 @@ def _replay(screen: Console, bundle: Bundle, path: Path, choice: options.Backend
         f"{len(result.differ)} differ, {len(result.missing)} are missing",
         soft_wrap=True,
     )
+    if result.n_cut_off:
+        screen.print(f"The samples of {result.n_cut_off} more decisions at its end are not in the record: it was cut off.")
     if json_output:
-        counts = {"n_differ": len(result.differ), "n_missing": len(result.missing)}
+        counts = {"n_differ": len(result.differ), "n_missing": len(result.missing), "n_cut_off": result.n_cut_off}
         print_json({"record": result.record, "n_decisions": result.n_decisions} | counts)
     if not result.passed:
         first = min(result.differ + result.missing)
@@ -340,27 +351,25 @@ def _report(
     screen: Console,
     decoder: Decoder,
     monitor: Monitor,
-    counters: Counters,
     elapsed: float,
     not_written: dict[str, int],
+    error: SjepaError | None,
     json_output: bool,
 ) -> None:
     shot = monitor.snapshot()
-    screen.print(summary_table(counters, shot))
-    for what, n in not_written.items():
-        if n:
-            screen.print(f"[bold red]Not written: {n} {what}.[/]")
+    screen.print(summary_table(decoder.counters, shot))
     if json_output:
         ages = {f"p{q:g}": shot.percentile("age", q) for q in (50.0, 99.0)} | {"max": shot.age.largest}
         print_json(
             {
-                "counters": counters,
+                "counters": decoder.counters,
                 "hop": decoder.hop / decoder.spec.sfreq,
                 "deadline": decoder.deadline,
                 "filter_delay": decoder.windows.delay,
                 "age_of_the_newest_decisions": {name: None if value != value else value for name, value in ages.items()},
                 "elapsed_s": elapsed,
                 "not_written": not_written,
+                "error": None if error is None else str(error),
             }
         )
 
