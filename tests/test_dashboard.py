@@ -445,15 +445,87 @@ def test_a_slow_client_gets_the_newest_state():
     asyncio.run(slow())
 
 
-def test_more_pages_than_there_is_room_for_are_told():
+def test_a_new_page_takes_the_place_of_the_oldest_one_which_is_told():
     with idle_dashboard() as dashboard, contextlib.ExitStack() as opened:
         clients = [opened.enter_context(stream_of(dashboard)) for _ in range(16)]
         for client in clients:
             assert client.recv(15) == b"HTTP/1.1 200 OK"
-        assert get(dashboard, "/events")[0] == 503
-        clients[0].close()
-        wait_until(lambda: n_pages(dashboard) == 15)
+        wait_until(lambda: n_pages(dashboard) == 16)
         assert opened.enter_context(stream_of(dashboard)).recv(15) == b"HTTP/1.1 200 OK"
+        told = b""
+        while b"event: displaced" not in told:
+            told += clients[0].recv(2**16)
+        assert b"event: state" in clients[1].recv(2**16)
+        assert n_pages(dashboard) == 16
+
+
+def test_a_page_that_was_displaced_says_so_and_stays_away(browser):
+    written = Written()
+    written.decide(0, prediction=(1, 2))
+    with idle_dashboard(written.monitor) as dashboard, contextlib.ExitStack() as opened:
+        open_page(browser, dashboard)
+        for _ in range(16):
+            opened.enter_context(stream_of(dashboard)).recv(15)
+        browser.wait("displaced")
+        assert "Too many pages" in browser.text("#alert")
+        assert browser.run("return document.getElementById('state').dataset.state") == "unheard"
+        assert_clean(browser, dashboard)
+
+
+def test_clients_that_do_not_read_keep_nobody_out():
+    written = Written()
+    with idle_dashboard(written.monitor) as dashboard, contextlib.ExitStack() as opened:
+        for _ in range(16):
+            opened.enter_context(stream_of(dashboard, read=False))
+        wait_until(lambda: n_pages(dashboard) == 16)
+        started = time.monotonic()
+        newest, told = opened.enter_context(stream_of(dashboard)), b""
+        while b"event: state" not in told:
+            told += newest.recv(2**16)
+        assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n"])
+def test_connections_without_a_token_do_not_lock_its_owner_out(sent):
+    with idle_dashboard(token=TOKEN) as dashboard, contextlib.ExitStack() as opened:
+        clients = []
+        for _ in range(200):
+            client = opened.enter_context(socket.create_connection(("127.0.0.1", dashboard.port), timeout=30))
+            client.sendall(sent)
+            clients.append(client)
+        owner = {"authorization": f"Bearer {TOKEN}"}
+        for path in ("/", "/metrics", "/healthz"):
+            assert get(dashboard, path, headers=owner)[0] in (200, 503 if path == "/healthz" else 200)
+        started = time.monotonic()
+        for client in clients:  # all are let go: the first at once, as others came, and the last when they sent no request
+            assert read_to_the_end(client) == b""
+        assert time.monotonic() - started < 20
+        assert get(dashboard, "/metrics", headers=owner)[0] == 200
+
+
+def test_a_request_that_comes_byte_by_byte_is_not_waited_for():
+    with idle_dashboard() as dashboard, socket.create_connection(("127.0.0.1", dashboard.port), timeout=1) as client:
+        started = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            for byte in b"GET /metrics HTTP/1.1\r\nX-Slow: " + 100 * b"a":
+                client.sendall(bytes([byte]))
+                with contextlib.suppress(TimeoutError):
+                    assert client.recv(1) == b""
+                    break
+        assert 4 < time.monotonic() - started < 30
+
+
+def test_a_connection_that_was_let_in_stays():
+    """A page's stream and kept-alive connections outlive the time in which a first request must come."""
+    with idle_dashboard(token=TOKEN) as dashboard, contextlib.ExitStack() as opened:
+        client = opened.enter_context(socket.create_connection(("127.0.0.1", dashboard.port), timeout=30))
+        client.sendall(f"GET /events HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
+        assert client.recv(15) == b"HTTP/1.1 200 OK"
+        for _ in range(100):
+            opened.enter_context(socket.create_connection(("127.0.0.1", dashboard.port), timeout=30))
+        end = time.monotonic() + 8
+        while time.monotonic() < end:
+            assert client.recv(2**16)
 
 
 # The server's life
@@ -499,7 +571,7 @@ def test_closing_frees_the_port():
 
 def test_extra_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match=r"sjepa-deploy\[dashboard\]"):
+    with pytest.raises(MissingDependencyError, match=r"\[dashboard\]"):
         Dashboard(Written().monitor)
 
 

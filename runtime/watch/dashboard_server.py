@@ -17,7 +17,7 @@ import re
 import socket
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator
 from http.cookies import CookieError, SimpleCookie
 from importlib import resources
@@ -39,6 +39,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sjepa_deploy.runtime.watch.monitor import STREAM_STATES
 
@@ -49,7 +50,16 @@ N_REPEATED = 256
 """Decisions that every state repeats, so that a client may miss some states."""
 
 MAX_STREAMS = 16
-"""Pages at a time."""
+"""Pages at a time. One more takes the place of the one that has been open the longest."""
+
+MAX_STRANGERS = 32
+"""Connections at a time that have sent no request which was let in. One more takes the place of another one."""
+
+MAX_CONNECTIONS = 128
+"""Connections at a time."""
+
+REQUEST_TIMEOUT = 5.0
+"""Seconds that a client may take to send the headers of a request."""
 
 SEND_TIMEOUT = 5.0
 """Seconds after which a client that does not read is let go."""
@@ -79,7 +89,7 @@ class Feed:
         self.state: dict[str, Any] = {}
         self.decisions: dict[str, deque[Any]] = {}
         self.ended = False
-        self.streams = 0
+        self._pages: list[object] = []
         self._taken_at = 0.0
         self._event = b""
         self._changed = asyncio.Event()
@@ -106,30 +116,93 @@ class Feed:
         """Seconds since the last state."""
         return time.monotonic() - self._taken_at
 
+    @property
+    def streams(self) -> int:
+        """Number of pages that are open."""
+        return len(self._pages)
+
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def events(self) -> AsyncIterator[bytes]:
-        """Yield the facts, and then always the newest state: a slow reader misses the ones between."""
-        self.streams += 1
+        """Yield the facts, and then always the newest state: a slow reader misses the ones between.
+
+        The last event is "end" if there will be no more states, or "displaced" if newer pages need the place.
+        """
+        page = object()
+        self._pages.append(page)
+        if len(self._pages) > MAX_STREAMS:
+            del self._pages[0]
+            self._wake()
         try:
             yield server_sent_event("facts", self.facts | {"recent": self.recent(N_RECENT)})
             seen = b""
-            while not (self.ended and seen is self._event):
+            while page in self._pages and not (self.ended and seen is self._event):
                 if seen is self._event:
                     await self._changed.wait()
                     continue
                 seen = self._event
                 yield seen
-            yield server_sent_event("end", {})
+            yield server_sent_event("end" if page in self._pages else "displaced", {})
         finally:
-            self.streams -= 1
+            if page in self._pages:
+                self._pages.remove(page)
 
 
 def server_sent_event(name: str, data: object) -> bytes:
     """Return one event of a text/event-stream."""
     return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
+
+
+class Connection(H11Protocol):
+    """A connection of uvicorn's that must send a request in time, and that makes way for others until a request is let in.
+
+    uvicorn itself waits for the first request for ever, and counts all connections alike.
+    """
+
+    def __init__(self, config: uvicorn.Config, server_state: Any, app_state: dict[str, Any], **options: Any) -> None:
+        super().__init__(config, server_state, app_state | {"connection": self}, **options)
+        self.is_stranger = True
+        self._opened_at = 0.0
+        self._request_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take the place of another stranger if there are too many: the oldest one of the address that has the most."""
+        super().connection_made(transport)
+        self._opened_at = self.loop.time()
+        self._await_request()
+        strangers = [each for each in self.connections if isinstance(each, Connection) and each.is_stranger]
+        if len(strangers) > MAX_STRANGERS:
+            of_address = Counter(each._host for each in strangers)
+            leaving = max(strangers, key=lambda each: (of_address[each._host], -each._opened_at))
+            self.connections.discard(leaving)
+            leaving.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """Take data, which may be a part of a request."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_timer()
+        elif self._request_timer is None and not self.transport.is_closing():
+            self._await_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    @property
+    def _host(self) -> str:
+        return self.client[0] if self.client else ""
+
+    def _await_request(self) -> None:
+        self._request_timer = self.loop.call_later(REQUEST_TIMEOUT, self.transport.abort)
+
+    def _stop_timer(self) -> None:
+        if self._request_timer is not None:
+            self._request_timer.cancel()
+            self._request_timer = None
 
 
 class Guard:
@@ -172,7 +245,10 @@ class Guard:
             await asyncio.wait_for(send(message), SEND_TIMEOUT)
 
         assert scope["type"] == "http"
-        await (self._answer(scope) or self._app)(scope, receive, guarded_send)
+        answer = self._answer(scope)
+        if answer is None:
+            scope["state"]["connection"].is_stranger = False
+        await (answer or self._app)(scope, receive, guarded_send)
 
     def _answer(self, scope: Scope) -> Response | None:
         """Return what to answer in place of the application, if anything."""
@@ -319,8 +395,6 @@ def make_app(feed: Feed, *, token: str | None, port: int) -> ASGIApp:
         return Response(html, media_type="text/html")
 
     async def events(request: Request) -> Response:
-        if feed.streams >= MAX_STREAMS:
-            return PlainTextResponse(f"{MAX_STREAMS} pages are open already.\n", 503)
         return StreamingResponse(feed.events(), media_type="text/event-stream")
 
     async def metrics(request: Request) -> Response:
@@ -344,13 +418,13 @@ async def serve(listener: socket.socket) -> None:
     feed = Feed(start["facts"])
     config = uvicorn.Config(
         make_app(feed, token=start["token"], port=start["port"]),
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_level="critical",  # what a client does wrong is not the decoder's concern, and must fill no disk
         access_log=False,
         server_header=False,
-        limit_concurrency=64,
+        limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
