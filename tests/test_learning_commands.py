@@ -23,6 +23,7 @@ from sjepa_deploy.models.checkpoint import TRAINING_KEY, read_checkpoint
 from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.models.resolve import resolve_spec
 from sjepa_deploy.serialize import encode
+from sjepa_deploy.spec import EncoderSpec
 
 
 def call(capsys, *arguments):
@@ -189,8 +190,11 @@ def test_the_shipped_configurations_are_the_recipes_defaults():
         assert read_config(PretrainConfig, path / "pretrain.yaml") == overridden(PretrainConfig(), {})
         for variant in ("prelocal", "postlocal", "contextual"):
             assert read_config(FinetuneConfig, path / f"finetune_{variant}.yaml") == FinetuneConfig(variant=variant)
-        assert read_config(FinetuneConfig, path / "demo.yaml").encoder is not None
+        demo = read_config(FinetuneConfig, path / "demo.yaml")
         assert len(list(path.glob("*.yaml"))) == 5
+    encoder = EncoderSpec() if demo.encoder is None else demo.encoder
+    n_times = demo.data.n_times
+    assert encoder.span(encoder.n_outputs_of_layers(n_times)[-1]) == n_times  # a decision is as old as its newest sample
 
 
 def test_a_shipped_configuration_is_found_by_its_name_alone(tmp_path, monkeypatch):
