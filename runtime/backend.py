@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
+import os
+import threading
+import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -117,7 +122,7 @@ class Backend(ABC):
     def run(self, eeg: FloatArray) -> FloatArray:
         """Run the model on windows.
 
-        A backend may refuse a second thread that calls at the same time (`two_threads`).
+        A backend may refuse a second thread that calls at the same time (`Turn`).
 
         Parameters
         ----------
@@ -201,9 +206,114 @@ class RollingBackend(Backend):
         """Forget the window: the next `roll` must be a whole window."""
 
 
+class ClosedBackend(RollingBackend):
+    """Stands for a backend that was closed: every call is an error that says so.
+
+    Parameters
+    ----------
+    closed : Backend
+        What was closed.
+    """
+
+    def __init__(self, closed: Backend) -> None:
+        self.name, self.precision = closed.name, closed.precision
+
+    def run(self, eeg: FloatArray) -> FloatArray:
+        """Raise BackendError."""
+        raise _closed()
+
+    def run_on_gpu(self, eeg: Any) -> FloatArray:
+        """Raise BackendError."""
+        raise _closed()
+
+    def roll(self, eeg: FloatArray) -> FloatArray:
+        """Raise BackendError."""
+        raise _closed()
+
+    def restart(self) -> None:
+        """Do nothing: `roll` raises whatever it is given."""
+
+
+class Turn:
+    """Lets one thread at a time into a backend, and none once the backend is closed.
+
+    Each call stands between `begin` and `end`.
+
+    Parameters
+    ----------
+    forks : bool
+        Whether a forked child may go on to call the backend.
+    keeps : object
+        What a forked child must never free, because that would wait for threads that it does not have.
+    """
+
+    def __init__(self, *, forks: bool = True, keeps: object = None) -> None:
+        self._busy = threading.Lock()
+        self._why: Callable[[], BackendError] = two_threads
+        self._forks, self._keeps = forks, keeps
+        self.end: Callable[[], None] = self._busy.release
+        _turns.add(self)
+
+    def begin(self) -> None:
+        """Begin a call.
+
+        Raises
+        ------
+        BackendError
+            If another thread is in a call, the backend was closed, or this process is a forked child.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise self._why()
+
+    @property
+    def closed(self) -> bool:
+        """Whether nobody gets in any more."""
+        return self._why is not two_threads
+
+    def close(self) -> None:
+        """Let nobody in any more.
+
+        Raises
+        ------
+        BackendError
+            If another thread is in a call.
+        """
+        self.begin()
+        self._why, self._keeps = _closed, None
+
+    def _enter_child(self) -> None:
+        if self._keeps is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._keeps))
+        if not self._forks and not self.closed:
+            self._busy.acquire(blocking=False)  # if it fails, a thread that is not here holds it for good
+            self._why = _forked
+
+
+_turns: weakref.WeakSet[Turn] = weakref.WeakSet()
+
+
+def _enter_child() -> None:
+    for turn in _turns:
+        turn._enter_child()
+
+
+os.register_at_fork(after_in_child=_enter_child)
+
+
 def two_threads() -> BackendError:
     """Return the error of a backend whose buffers a second thread would overwrite."""
     return BackendError("Two threads call one backend at once.", "Load the bundle once in each thread.")
+
+
+def _closed() -> BackendError:
+    return BackendError("The backend was closed.", "Load the bundle again, or leave the `with` block after the last call.")
+
+
+def _forked() -> BackendError:
+    return BackendError(
+        "This process was forked from the one that opened the backend, and the GPU is not open here.",
+        'Load the bundle in this process, or start it with multiprocessing\'s "spawn".',
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

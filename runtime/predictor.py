@@ -15,6 +15,7 @@ from sjepa_deploy.runtime.backend import (
     DEFAULT_BACKEND,
     Backend,
     BackendOptions,
+    ClosedBackend,
     FloatArray,
     RollingBackend,
     on_gpu,
@@ -201,8 +202,10 @@ class Predictor:
         return out
 
     def close(self) -> None:
-        """Release the backend."""
+        """Release the backend. Calls after it are errors that say so; a second `close` does nothing."""
         self.backend.close()
+        self.backend = ClosedBackend(self.backend)
+        self.rolling = None if self.rolling is None else self.backend
 
     def __enter__(self) -> Predictor:
         return self

@@ -1,4 +1,5 @@
 import gc
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -15,7 +16,7 @@ from sjepa_deploy.eeg.synthetic import eeg_windows
 from sjepa_deploy.errors import BackendError, BundleError, InputError, MissingDependencyError, SjepaError
 from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.parity import TOLERANCE
-from sjepa_deploy.runtime.backend import Backend, BackendOptions, open_backend, why_not
+from sjepa_deploy.runtime.backend import Backend, BackendOptions, Turn, open_backend, why_not
 
 VARIANTS = ("prelocal", "postlocal", "contextual", "base")
 
@@ -243,13 +244,55 @@ def test_why_not(make_bundle):
     assert why_not(bundle, "ort-cpu", "bf16") == "ONNX Runtime has no bf16 kernels on the CPU."
 
 
-def test_leaving_the_context_releases_the_backend(make_bundle):
+@pytest.mark.parametrize("name", ["ort-cpu", "torch"])
+def test_what_was_closed_says_so(make_bundle, name):
     closed = []
-    with sjepa_deploy.load(make_bundle("prelocal")) as predict:
-        close, predict.backend.close = predict.backend.close, lambda: closed.append(close())
+    with sjepa_deploy.load(make_bundle("prelocal"), backend=name) as predict:
+        backend, close = predict.backend, predict.backend.close
+        backend.close = lambda: closed.append(close())
+    predict.close()
+    close()
     assert closed == [None]
-    with pytest.raises(AttributeError):
-        predict(eeg(1))
+    assert (predict.backend.name, predict.backend.precision) == (name, "fp32")
+    for call in (predict, predict.predict, predict.backend.run, backend.run):
+        with pytest.raises(BackendError, match="was closed"):
+            call(eeg(1))
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_a_forked_child_decodes_and_leaves(make_bundle, n_threads):
+    """ONNX Runtime's destructors wait for threads that a forked child does not have."""
+    code = """
+import os, signal, sys
+import numpy as np
+import sjepa_deploy
+
+predict = sjepa_deploy.load(sys.argv[1], n_threads=int(sys.argv[2]))
+windows = np.random.default_rng(0).normal(0, 20, (4, *predict.spec.input_shape)).astype("f4")
+alone = predict(windows)
+if os.fork() == 0:
+    signal.alarm(60)
+    own = sjepa_deploy.load(sys.argv[1], n_threads=int(sys.argv[2]))
+    right = [np.allclose(p(windows), alone, atol=1e-5) for p in (predict, own)]
+    sys.exit(7 if all(right) else 8)
+print(os.waitstatus_to_exitcode(os.wait()[1]), np.allclose(predict(windows), alone, atol=1e-5))
+"""
+    command = [sys.executable, "-c", code, str(make_bundle("contextual").path), str(n_threads)]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=200).stdout == "7 True\n"
+
+
+def test_a_forked_child_is_told_that_it_has_no_gpu():
+    turn = Turn(forks=False)
+    reading, writing = os.pipe()
+    if os.fork() == 0:  # pragma: no cover
+        try:
+            turn.begin()
+        except BackendError as e:
+            os.write(writing, str(e).encode())
+        os._exit(0)
+    os.wait()
+    assert b"was forked" in os.read(reading, 1000)
+    turn.begin()
 
 
 def test_a_decoding_box_needs_neither_pytorch_nor_onnx_nor_mne(make_bundle):

@@ -7,8 +7,8 @@ import ctypes
 import io
 import json
 import logging
+import os
 import re
-import threading
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from sjepa_deploy.bundle import ONNX_CONTRACT_KEY, Bundle, graph_contract
 from sjepa_deploy.errors import BackendError, BundleError
-from sjepa_deploy.runtime.backend import Backend, BackendOptions, FloatArray, two_threads
+from sjepa_deploy.runtime.backend import Backend, BackendOptions, FloatArray, Turn
 from sjepa_deploy.runtime.gpu.backend import GpuBackend
 from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, HostBuffer, Stream
 from sjepa_deploy.runtime.gpu.timing import Step
@@ -31,6 +31,16 @@ MAX_GRAPHS = 64
 
 ALLOCATION_FAILED = re.compile("allocation failed|ALLOC_FAILED|out of memory|bad_alloc|allocate memory", re.IGNORECASE)
 """How CUDA, cuBLAS, cuDNN and ONNX Runtime say that memory is short."""
+
+
+def _skip_destructors() -> None:
+    """Let a forked child end without the destructors of C++: ONNX Runtime's wait for its threads, which no child has."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "on_exit"):  # of glibc; Python's own clean-up is done by then
+        libc.on_exit(libc._exit, None)
+
+
+os.register_at_fork(after_in_child=_skip_destructors)
 
 
 def open_session(bundle: Bundle, precision: RunPrecision, settings: Any, provider: str, options: dict[str, str]) -> Any:
@@ -98,19 +108,18 @@ class OrtCpuBackend(Backend):
         self._session = open_session(bundle, precision, settings, "CPUExecutionProvider", {})
         self._spec = spec
         self._bound: dict[int, tuple[Any, FloatArray, FloatArray]] = {}
-        self._busy = threading.Lock()
+        self._turn = Turn(keeps=self._session._sess)
 
     def run(self, eeg: FloatArray) -> FloatArray:
         """Run the model on `eeg`, shape (batch, n_chans, n_times). The result is overwritten by the next call."""
-        if not self._busy.acquire(blocking=False):
-            raise two_threads()
+        self._turn.begin()
         try:
             binding, inputs, outputs = self._bound.get(len(eeg)) or self._bind(len(eeg))
             np.copyto(inputs, eeg)
             self._session.run_with_iobinding(binding)
             return outputs
         finally:
-            self._busy.release()
+            self._turn.end()
 
     def _bind(self, batch: int) -> tuple[Any, FloatArray, FloatArray]:
         inputs = np.zeros((batch, *self._spec.input_shape), np.float32)
@@ -123,8 +132,10 @@ class OrtCpuBackend(Backend):
 
     def close(self) -> None:
         """Release the session and its buffers."""
-        self._bound.clear()
-        del self._session
+        if not self._turn.closed:
+            self._turn.close()
+            self._bound.clear()
+            del self._session
 
 
 class OrtCudaBackend(GpuBackend["_Lane"]):
@@ -162,7 +173,7 @@ class OrtCudaBackend(GpuBackend["_Lane"]):
                 **self._provider_options(bundle),
             }
             self._session = open_session(bundle, precision, settings, self.provider, provider_options)
-            super().__init__(device, stream, bundle.spec, opened.pop_all())
+            super().__init__(device, stream, bundle.spec, opened.pop_all(), keeps=self._session._sess)
         self._from_gpu: dict[tuple[int, int], tuple[Any, Any]] = {}  # by batch and address
         self._n_graphs = 0
 
@@ -203,13 +214,9 @@ class OrtCudaBackend(GpuBackend["_Lane"]):
             options.add_run_config_entry("gpu_graph_id", str(self._n_graphs if self._n_graphs <= MAX_GRAPHS else -1))
         return options
 
-    def close(self) -> None:
-        """Release the session and its buffers."""
-        self._device.make_current()
-        self._stream.synchronize()
+    def _release(self) -> None:
         self._from_gpu.clear()
         del self._session
-        super().close()
 
 
 class _Lane:

@@ -8,7 +8,7 @@ import numpy as np
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError
-from sjepa_deploy.runtime.backend import Backend, BackendOptions, FloatArray
+from sjepa_deploy.runtime.backend import Backend, BackendOptions, FloatArray, Turn
 from sjepa_deploy.spec import RunPrecision
 
 if TYPE_CHECKING:
@@ -33,14 +33,21 @@ class TorchBackend(Backend):
 
         self.precision = precision
         self._model = load_model(read_checkpoint(bundle.checkpoint), bundle.spec).double()
+        self._turn = Turn()
 
     def run(self, eeg: FloatArray) -> FloatArray:
         """Run the model on `eeg`, shape (batch, n_chans, n_times)."""
-        return run_reference(self._model, eeg).astype(np.float32)
+        self._turn.begin()
+        try:
+            return run_reference(self._model, eeg).astype(np.float32)
+        finally:
+            self._turn.end()
 
     def close(self) -> None:
         """Release the model."""
-        del self._model
+        if not self._turn.closed:
+            self._turn.close()
+            del self._model
 
 
 def run_reference(model: SignalJEPAModule, eeg: FloatArray) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:

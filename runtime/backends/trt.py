@@ -71,15 +71,15 @@ class EngineRunner(GpuBackend["_Lane"]):
             super().__init__(device, stream, spec, opened.pop_all())
         self._from_gpu: OrderedDict[tuple[int, int], _Launch] = OrderedDict()
 
-    def close(self) -> None:
-        """Release everything on the GPU."""
-        self._device.make_current()
-        self._stream.synchronize()
+    def _release(self) -> None:
         for launch in self._from_gpu.values():
             launch.close()
         self._from_gpu.clear()
+
+    def close(self) -> None:
+        """Release everything on the GPU."""
         super().close()
-        del self._engine
+        self._engine = None
 
     def _open(self, batch: int) -> _Lane:
         if not self.min_batch <= batch <= self.max_batch:
@@ -278,7 +278,7 @@ class TensorRTBackend(EngineRunner):
 
     def close(self) -> None:
         """Release the engine and everything on the GPU."""
-        with closing(self._device):
+        with contextlib.nullcontext() if self._turn.closed else closing(self._device):
             super().close()
 
 

@@ -252,9 +252,7 @@ class FusedBackend(GpuBackend[Lane], RollingBackend):
         """Let the next `roll` be one of a whole window: samples were left out."""
         self._follows = False
 
-    def close(self) -> None:
-        """Release everything on the GPU."""
-        self._device.make_current()
+    def _release(self) -> None:
         if self._latest is not None:
             self._latest.leave()  # before another lane waits for the stream that they share
         for lane in self._rolling.values():
@@ -262,7 +260,6 @@ class FusedBackend(GpuBackend[Lane], RollingBackend):
         self._rolling.clear()
         self._follows = False
         self._latest = None
-        super().close()
 
     def _lane(self, batch: int) -> Lane:
         """Return what runs `batch` windows, with no kernel of another lane on the GPU."""

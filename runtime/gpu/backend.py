@@ -2,51 +2,41 @@
 
 from __future__ import annotations
 
-import threading
 from abc import abstractmethod
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from sjepa_deploy.runtime.backend import Backend, FloatArray, Split, two_threads
+from sjepa_deploy.runtime.backend import Backend, FloatArray, Split, Turn
 from sjepa_deploy.runtime.gpu.cuda import Device, Stream, address_on_gpu, current
 from sjepa_deploy.runtime.gpu.timing import Step, split_calls
 from sjepa_deploy.spec import ModelSpec
 
 
-class Turn:
-    """Lets one thread at a time call a backend, with the GPU's context its current one.
-
-    Each call stands between `begin` and `end`.
+class GpuTurn(Turn):
+    """Lets one thread at a time call a backend on a GPU, with the GPU's context as its current one, and no forked child.
 
     Parameters
     ----------
     device : Device
         The GPU.
+    keeps : object
+        What a forked child must never free.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, keeps: object) -> None:
+        super().__init__(forks=False, keeps=keeps)
         self._device = device
-        self._busy = threading.Lock()
-        self.end: Callable[[], None] = self._busy.release
 
     def begin(self) -> None:
-        """Begin a call.
-
-        Raises
-        ------
-        BackendError
-            If another thread is in a call.
-        """
-        if not self._busy.acquire(blocking=False):
-            raise two_threads()
+        """Begin a call, as `Turn.begin` does."""
+        super().begin()
         try:
             if current.device is not self._device:
                 self._device.make_current()
         except BaseException:
-            self._busy.release()
+            self.end()
             raise
 
 
@@ -92,12 +82,14 @@ class GpuBackend(Backend, Generic[L]):
         The model.
     closing : ExitStack
         Closed last by `close`.
+    keeps : object
+        What a forked child must never free.
     """
 
-    def __init__(self, device: Device, stream: Stream, spec: ModelSpec, closing: ExitStack) -> None:
+    def __init__(self, device: Device, stream: Stream, spec: ModelSpec, closing: ExitStack, keeps: object = None) -> None:
         self._device, self._stream, self._spec, self._closing = device, stream, spec, closing
         self._lanes: dict[int, L] = {}  # by batch size
-        self._turn = Turn(device)
+        self._turn = GpuTurn(device, keeps)
 
     @abstractmethod
     def _open(self, batch: int) -> L:
@@ -170,10 +162,17 @@ class GpuBackend(Backend, Generic[L]):
             self._turn.end()
 
     def close(self) -> None:
-        """Release everything on the GPU."""
+        """Release everything on the GPU, once."""
+        if self._turn.closed:
+            return
+        self._turn.close()
         self._device.make_current()
         self._stream.synchronize()
+        self._release()
         for lane in self._lanes.values():
             lane.close()
         self._lanes.clear()
         self._closing.close()
+
+    def _release(self) -> None:
+        """Release what a subclass holds beside its lanes, before them."""
