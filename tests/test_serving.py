@@ -6,6 +6,7 @@ import json
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from tritonclient.grpc import service_pb2
 
 import sjepa_deploy
 from sjepa_deploy.cli import run_command
+from sjepa_deploy.cli.serve import serve
 from sjepa_deploy.cli.stream import stream
 from sjepa_deploy.cli.verify import verify
 from sjepa_deploy.errors import BackendError, InputError, RefusedError, ServingError, UnansweredError
@@ -215,6 +217,38 @@ def test_a_client_that_meant_another_model_looks_again(client, make_bundle):
     served._parameters["sjepa_bundle"] = "0" * 64
     window = windows_of(served.spec, 0, 1)
     assert_same(served(window), local_outputs(make_bundle("prelocal"), window))
+
+
+@pytest.mark.parametrize(("option", "what"), [("--port", "gRPC"), ("--http-port", "HTTP"), ("--metrics-port", "metrics")])
+def test_a_port_that_is_taken_is_named_and_nothing_is_started(make_bundle, tmp_path, capsys, option, what):
+    """Whoever has the port might else answer in the place of the server."""
+    program, started = tmp_path / "tritonserver", tmp_path / "started"
+    program.write_text(f"#!/bin/sh\ntouch {started}\n")
+    program.chmod(0o755)
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as gRPC's
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        bundle, repository = str(make_bundle("prelocal").path), tmp_path / "models"
+        arguments = [bundle, "--repository", str(repository), "--tritonserver", str(program), option, str(port)]
+        assert run_command(serve, "sjepa-serve", arguments) == 2
+    told = capsys.readouterr()
+    assert f"127.0.0.1 port {port} for {what} (Address already in use)" in told.err
+    assert told.out == ""
+    assert not started.exists()
+    assert not repository.exists()
+
+
+def test_two_ports_that_are_the_same_are_refused(tmp_path):
+    with pytest.raises(ServingError, match="Port 18001 is named for gRPC and for HTTP"):
+        Server(tmp_path, grpc_port=18001, http_port=18001, program=Path(sys.executable))
+
+
+def test_a_server_that_ended_is_not_ready_though_another_one_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(Server, "ready", lambda self: time.sleep(0.5) or True)
+    with pytest.raises(ServingError, match="ended at once"), Server(tmp_path, program=Path("/bin/false")) as server:
+        assert server.process.poll() is None
 
 
 def test_addresses_and_servers_that_are_not_there(server, make_bundle):

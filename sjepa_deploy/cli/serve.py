@@ -90,16 +90,19 @@ def serve(
     if no_start and repository is None:
         raise click.UsageError("--no-start needs --repository.")
     screen = console(json_output)
-    with _folder(repository) as folder:
+    with _folder(repository) as folder, contextlib.ExitStack() as closing:
+        running = None
+        if not no_start:  # a port that is taken is found before a model is added to the repository
+            running = Server(folder, **dataclasses.asdict(server))
+            closing.callback(running.close)
         watched = [_Watched(path, folder, model) for path in bundles]
         models = [each.add() for each in watched]
         for served in models:
             _report(screen, served)
-        if no_start:
+        if running is None:
             if json_output:
                 print_json({"repository": str(folder), "models": [_summary(served) for served in models]})
             return
-        running = Server(folder, **dataclasses.asdict(server))
         with _interrupts() as interrupted, screen.status("starting tritonserver") as status, running:
             status.stop()
             for what, where in running.endpoints.items():

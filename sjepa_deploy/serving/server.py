@@ -98,6 +98,13 @@ class Server:
         The `tritonserver` to run; None for the one that `find_server` finds.
     log : Path or None
         File for what it says; None for a temporary one.
+
+    Raises
+    ------
+    ServingError
+        If there is no `tritonserver`, or a port that is named is taken.
+    MissingDependencyError
+        If tritonclient is not installed.
     """
 
     def __init__(
@@ -115,6 +122,7 @@ class Server:
             raise MissingDependencyError("tritonclient", "serve")
         self.repository, self.host = repository, host
         self._found = find_server(program)
+        _check_ports(host, {"gRPC": grpc_port, "HTTP": http_port, "metrics": metrics_port})
         self._folder = Path(tempfile.mkdtemp(prefix="sjepa-serve-"))
         self.log = log or self._folder / "log.txt"
         self._ports = (grpc_port, http_port, metrics_port)
@@ -164,8 +172,10 @@ class Server:
                 env=self._environment(),
                 start_new_session=True,
             )
-        while not self.ready():
-            ended = self.process.poll() is not None
+        while True:
+            ready, ended = self.ready(), self.process.poll() is not None
+            if ready and not ended:  # another server that has the port may answer for one that ended
+                return self
             if ended or time.monotonic() > ends:
                 said = self.log.read_bytes()[said_before:].decode(errors="replace")
                 self.kill()
@@ -174,7 +184,6 @@ class Server:
                 why = "ended at once" if ended else "was not ready in time"
                 raise ServingError(f"tritonserver {why}: {_first_error(said)}.", f"See its log in {self.log}.")
             time.sleep(0.05)
-        return self
 
     def ready(self) -> bool:
         """Return whether it runs and every model is ready."""
@@ -296,6 +305,26 @@ class Server:
             except error as e:
                 why = _first_line(e.message())
                 raise ServingError(f"The server does not {action} {name}: {why}.", f"See its log in {self.log}.") from e
+
+
+def _check_ports(host: str, ports: dict[str, int | None]) -> None:
+    """Refuse ports that are taken, before a server is started: tritonserver finds that out after it has loaded every model."""
+    named = {what: port for what, port in ports.items() if port is not None}
+    for what, port in named.items():
+        try:
+            family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            with socket.socket(family, kind, proto) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do not count
+                probe.bind(address)
+        except (OSError, OverflowError) as e:
+            why = os.strerror(e.errno or 0) if isinstance(e, OSError) and e.errno and e.errno > 0 else e
+            raise ServingError(
+                f"The server cannot listen on {host} port {port} for {what} ({why}).",
+                "Name another port, or leave it out: a free one is taken.",
+            ) from e
+    for what, port in named.items():
+        if others := [other for other in named if other != what and named[other] == port]:
+            raise ServingError(f"Port {port} is named for {what} and for {others[0]}.", "Name a port for each of them.")
 
 
 class _PortTakenError(Exception):
