@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,6 +199,18 @@ def test_killed_process_leaves_a_record_up_to_the_last_second(predict, tmp_path)
     assert len(recording.decisions) >= len(before.decisions) >= 1
     assert all(recording.decisions[i].tobytes() == made.tobytes() for i, made in before.decisions.items())
     assert run_stream(predict.bundle.path, "--replay", path) == 0
+
+
+def test_records_of_runs_that_are_killed_at_random_replay(predict, tmp_path):
+    """A few kills; ``python tests/killed_recordings.py 40 BUNDLE FOLDER`` makes as many as wanted."""
+    script = Path(__file__).with_name("killed_recordings.py")
+    command = [sys.executable, str(script), "4", str(predict.bundle.path), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["read"] + said["without_a_sample"] == said["kills"] == 4
+    assert said["differ"] == said["missing"] == said["cut_off"] == 0
+    assert said["decisions"] > 100
 
 
 @pytest.mark.parametrize("n_bytes", [0, 1, 17, 33, 40, 200])
