@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from datetime import datetime, timezone
 
 import mne
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 from edf_files import eeg, write_edf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mffpy import Writer
+from mffpy.bin_writer import BinWriter
 
 from sjepa_deploy.eeg.pauses import Segment, sample_time, segments_of, time_of, told
 from sjepa_deploy.eeg.recording import fit_recording, read_recording
@@ -93,6 +96,54 @@ def test_no_window_reaches_over_a_pause_and_times_are_right_after_it(make, after
     np.testing.assert_allclose(times[times >= 20], after + 1.3 * np.arange((times >= 20).sum()), atol=1e-9)
     assert (times < 20).sum() == (times >= 20).sum() == 14
     assert any("cut at 1 pause" in step for step in fitted.steps)
+
+
+def test_zeros_at_the_end_of_an_mffs_epoch_are_no_eeg(tmp_path):
+    """EGI's recorder writes 112 ms of them in all channels, a step as high as the offset of the amplifier."""
+    volts = eeg(129, 2000) * 1e-6 + 2e-3
+    volts[:, 972:1000] = volts[:, 1972:] = 0
+    halves = BinWriter(sampling_rate=SFREQ, data_type="EEG")
+    halves.add_block((volts[:, :1000] * 1e6).astype(np.float32))
+    halves.add_block((volts[:, 1000:] * 1e6).astype(np.float32), offset_us=4_000_000)
+    writer = Writer(str(tmp_path / "epochs.mff"))
+    writer.addxml("fileInfo", recordTime=datetime(2026, 1, 1, tzinfo=timezone.utc))
+    writer.add_coordinates_and_sensor_layout(device="HydroCel GSN 128 1.0")
+    writer.addbin(halves)
+    writer.write()
+    raw = read_recording(tmp_path / "epochs.mff")
+    assert raw.n_times == 3000
+    assert [(segment.start, segment.stop) for segment in segments_of(raw)] == [(0, 972), (2000, 2972)]
+    np.testing.assert_allclose(raw.get_data()[:, :972], volts[:, :972], rtol=1e-6)
+    np.testing.assert_allclose(raw.get_data()[:, 2000:2972], volts[:, 1000:1972], rtol=1e-6)
+    assert any("0.224 s at the ends of epochs" in note for note in told(raw).notes)
+
+
+@pytest.mark.parametrize(
+    ("mark", "segments"),
+    [(("Amplifier disconnected", 0.0), [(0, 5000), (5000, 10000)]), (("BAD_disconnection", 2.0), [(0, 5000), (5500, 10000)])],
+)
+def test_an_amplifier_that_was_away_is_a_pause(mark, segments, tmp_path):
+    """So MNE calls it in files of ANT."""
+    raw = raw_of(joined()).set_annotations(mne.Annotations([20.0], [mark[1]], [mark[0]]))
+    read = read_recording(save(tmp_path / "away_raw.fif", raw))
+    assert [(segment.start, segment.stop) for segment in segments_of(read)] == segments
+
+
+@pytest.mark.parametrize("suffix", [".edf", ".EDF"])
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_events_of_edf_files_are_those_that_were_written(suffix, is_interrupted, tmp_path):
+    """Whatever the samples look like, and though a device writes texts in Latin-1."""
+    data = eeg(4, 10 * SFREQ)
+    data[1, 700:703] = (1361.1, 3074.0, 2.0)  # in bytes: an event called x, 5 s after the start
+    starts = [second if second < 5 else 600 + second for second in range(10)] if is_interrupted else None
+    events = [(2.5, "Größe"), (starts[8] if starts else 8.0, "plain")]
+    path = write_edf(tmp_path / f"events{suffix}", NAMES, data, [SFREQ] * 4, onsets=starts, events=events)
+    assert b"+5\x14x\x14\0" in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace("Größe\x14\0".encode(), "Größe\x14\0\0\0".encode("latin-1")))
+    raw = read_recording(path)
+    marks = [(onset, text) for onset, text in zip(raw.annotations.onset, raw.annotations.description, strict=True)]
+    assert [mark for mark in marks if mark[1] != "BAD boundary"] == [(2.5, "Größe"), (8.0, "plain")]
+    np.testing.assert_allclose(raw.get_data() * 1e6, data, atol=1e-6)
 
 
 def test_filters_do_not_reach_over_a_pause(tmp_path):

@@ -297,8 +297,38 @@ def test_a_recording_without_eeg(tmp_path):
 def test_missing_packages_are_named(monkeypatch, written, module, name):
     path = written(name).path
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingDependencyError, match=r"sjepa-deploy\[eeg\]"):
+    with pytest.raises(MissingDependencyError, match=r"the extra \[eeg\]"):
         read_recording(path, unit="uV" if module == "pyxdf" else None)
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "start"),
+    [
+        ("mffpy", "a.mff", None),
+        ("pymatreader", "a.set", b"MATLAB 7.3 MAT-file, Platform: GLNXA64"),
+        ("antio", "a.cnt", b"RIFF\0\0\0\0CNT "),
+        ("antio", "b.cnt", b"RF64\0\0\0\0CNT "),
+    ],
+)
+def test_packages_that_mne_reads_formats_with_are_named(monkeypatch, tmp_path, package, name, start):
+    """Beside them, MNE's errors speak of a damaged file."""
+    if start is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(start)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        MissingDependencyError, match=f"needs {package}.*{'mffpy' if package == 'mffpy' else f'pip install {package}'}"
+    ):
+        read_recording(tmp_path / name)
+
+
+def test_a_file_of_neuroscan_is_kept_from_the_reader_of_ant(monkeypatch, tmp_path):
+    """Both end with .cnt, and antio 0.7.1 ends the process on a file of Neuroscan."""
+    monkeypatch.setattr(mne.io, "read_raw_ant", pytest.fail)
+    (tmp_path / "a.cnt").write_bytes(b"Version 3.0".ljust(900, b"\0"))
+    with pytest.raises(RecordingError, match=r"a\.cnt cannot be read as a recording"):
+        read_recording(tmp_path / "a.cnt")
 
 
 # ---------------------------------------------------------------- fitting: channels

@@ -1,4 +1,4 @@
-"""Reads what MNE does not tell of EDF and BDF files: rates and units of single channels, and when each record began."""
+"""Reads what MNE does not tell of EDF and BDF files: rates and units of single channels, and what their annotations say."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sjepa_deploy.errors import RecordingError
 
 _ANNOTATIONS = ("EDF Annotations", "BDF Annotations")
 _ONSET = re.compile(rb"[+-]\d+(?:\.\d*)?")
+_EVENTS = re.compile(rb"([+-]\d+(?:\.\d*)?)(?:\x15(\d+(?:\.\d*)?))?\x14((?:[^\x14\0]*\x14)*)\0")  # time, duration, texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,33 +87,62 @@ def read_edf_header(path: Path) -> EdfHeader:
     )
 
 
-def record_onsets(path: Path, header: EdfHeader) -> NDArray[np.float64]:
-    """Return when each record began, in seconds after the first one: what the first annotation of each says.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EdfTimes:
+    """What the annotations of an EDF+ or BDF+ file say.
+
+    Attributes
+    ----------
+    records : ndarray, shape (n_records,)
+        When each record began, in seconds after the first one.
+    events : tuple of (float, float, str)
+        Onset in seconds after the first record, duration in seconds, and text of each event.
+    """
+
+    records: NDArray[np.float64]
+    events: tuple[tuple[float, float, str], ...]
+
+
+def read_times(path: Path, header: EdfHeader) -> EdfTimes:
+    """Read when the records of an EDF+ or BDF+ file began, which the first annotation of each says, and its events.
+
+    `mne.read_annotations` searches the samples too, in which annotations are found by chance.
 
     Raises
     ------
     RecordingError
         If a record does not say when it began, or began before the one in front of it ended.
     """
-    signal = next((i for i, label in enumerate(header.labels) if label in _ANNOTATIONS), None)
-    if signal is None:
+    signals = [i for i, label in enumerate(header.labels) if label in _ANNOTATIONS]
+    if not signals:
         raise RecordingError(f"{path.name} is an EDF+D file without annotations.", "Export the recording again.")
-    size = sum(header.n_samples) * header.sample_bytes
-    begin = sum(header.n_samples[:signal]) * header.sample_bytes
-    length = header.n_samples[signal] * header.sample_bytes
-    onsets = []
+    ends = np.cumsum(header.n_samples) * header.sample_bytes
+    onsets: list[float] = []
+    events: list[tuple[float, float, str]] = []
     with path.open("rb") as file:
-        file.seek(0, 2)
-        n_records = (file.tell() - header.n_bytes) // size
-        for record in range(n_records):
-            file.seek(header.n_bytes + record * size + begin)
-            found = _ONSET.match(file.read(length))
-            if found is None:
-                raise RecordingError(
-                    f"Record {record + 1} of {path.name} does not say when it began.", "Export the recording again."
-                )
-            onsets.append(float(found[0]))
-    onset = np.array(onsets) - onsets[0] if onsets else np.empty(0)
-    if (np.diff(onset) < header.record_s * 0.5).any():
+        file.seek(header.n_bytes)
+        while len(record := file.read(ends[-1])) == ends[-1]:
+            for signal in signals:
+                begin = ends[signal] - header.n_samples[signal] * header.sample_bytes
+                lists = record[begin : ends[signal]]
+                if signal == signals[0]:
+                    if (found := _ONSET.match(lists)) is None:
+                        raise RecordingError(
+                            f"Record {len(onsets) + 1} of {path.name} does not say when it began.", "Export the recording again."
+                        )
+                    onsets.append(float(found[0]))
+                for onset, duration, texts in _EVENTS.findall(lists):
+                    events += [(float(onset), float(duration or 0), decoded(text)) for text in texts.split(b"\x14") if text]
+    first = onsets[0] if onsets else 0.0
+    records = np.array(onsets) - first
+    if (np.diff(records) < header.record_s * 0.5).any():
         raise RecordingError(f"The records of {path.name} do not follow each other in time.", "Export the recording again.")
-    return onset
+    return EdfTimes(records=records, events=tuple((onset - first, duration, text) for onset, duration, text in events))
+
+
+def decoded(text: bytes) -> str:
+    """Return an annotation's text: UTF-8, as EDF+ asks for, or what older devices write."""
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return text.decode("latin-1")

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 PAUSE = "BAD boundary"
 """What a pause is called among the annotations of a recording, as MNE calls it where it joins recordings."""
 
-_SKIPPED = "bad_acq_skip"
-_CUTS = ("bad boundary", "edge boundary", "boundary", "new segment")
+_SKIPPED = ("bad_acq_skip", "bad_disconnection")
+_CUTS = ("bad boundary", "edge boundary", "boundary", "new segment", "amplifier disconnected")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +63,10 @@ def told(raw: mne.io.BaseRaw) -> Told:
 def segments_of(raw: mne.io.BaseRaw) -> tuple[Segment, ...]:
     """Return the stretches between the pauses that the annotations of a recording name.
 
-    A pause is a cut (MNE's "BAD boundary" and "EDGE boundary", EEGLAB's "boundary", BrainVision's "New Segment"), or a stretch of
-    samples that were not recorded (MNE's "BAD_ACQ_SKIP"). The recording's time is that of its samples, in which the events of
-    these files are given too; where a file tells how long a pause lasted (EDF+D), time goes on after it.
+    A pause is a cut (MNE's "BAD boundary" and "EDGE boundary", EEGLAB's "boundary", BrainVision's "New Segment", ANT's "Amplifier
+    disconnected"), or a stretch of samples that were not recorded (MNE's "BAD_ACQ_SKIP", and "BAD_disconnection" of ANT's files).
+    The recording's time is that of its samples, in which the events of these files are given too; where a file tells how long a
+    pause lasted (EDF+D), time goes on after it.
     """
     sfreq, n_times = raw.info["sfreq"], raw.n_times
     cuts: set[int] = set()

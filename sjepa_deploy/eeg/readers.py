@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import importlib.util
 import math
 import re
 import struct
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sjepa_deploy.eeg.edf import EdfHeader, read_edf_header, record_onsets
+from sjepa_deploy.eeg.edf import EdfHeader, read_edf_header, read_times
 from sjepa_deploy.eeg.montage import require_mne
 from sjepa_deploy.eeg.names import says_other_than_eeg
 from sjepa_deploy.eeg.pauses import PAUSE, Segment, Told, sample_time
@@ -96,7 +97,13 @@ def read_edf(path: Path, unit: Unit | None, notes: list[str]) -> mne.io.BaseRaw:
     # infer_types splits EDF's standard labels, "EEG Fp1", into type and name; `exclude` compares what is left.
     bare = [header.labels[i] for i in others]
     exclude = sorted({name for label in bare for name in (label, label.partition(" ")[2]) if name})
-    raw = _read_raw(path, notes, infer_types=True, exclude=exclude)
+    try:
+        raw = _read_raw(path, notes, infer_types=True, exclude=exclude)
+    except Exception as error:
+        if type(error) is not Exception or "encoding" not in str(error):  # MNE's for annotations that are not UTF-8
+            raise
+        raw = _read_raw(path, notes, infer_types=True, exclude=exclude, encoding="latin1")
+        notes.append("read the annotations as Latin-1: they are not in UTF-8, as EDF+ asks for")
     if others:
         notes.append(f"left out {listed(bare)}, which have not the {rate:g} Hz of the other channels")
     if header.n_records > 0:  # -1: the format's "never closed"
@@ -196,11 +203,50 @@ def _read_raw(path: Path, notes: list[str], **options: Any) -> mne.io.BaseRaw:
             f"{path.name} is a text file of OpenBCI's GUI, which names no channels.",
             "Save its EXG columns as .npy, shape (n_chans, n_samples), and give --sfreq and --unit uV; or record BDF+.",
         )
+    kind = _kind(path)
+    if kind in _PACKAGES and importlib.util.find_spec(_PACKAGES[kind]) is None:
+        raise MissingDependencyError(_PACKAGES[kind], "eeg" if kind == "MFF" else "")
+    # For .cnt, read_raw tries reader after reader, and antio's ends the process on a file of Neuroscan.
+    read = {"ANT": mne.io.read_raw_ant, "Neuroscan": mne.io.read_raw_cnt}.get(kind, mne.io.read_raw)
     try:
         with heard(notes):
-            return mne.io.read_raw(path, preload=True, verbose="warning", **options)
+            raw = read(path, preload=True, verbose="warning", **options)
     except MatReadError as error:
         raise OSError(str(error)) from error
+    if kind == "MFF":
+        _mark_filled(raw, notes)
+    return raw
+
+
+_PACKAGES = {"MFF": "mffpy", "MATLAB 7.3": "pymatreader", "ANT": "antio"}
+"""What MNE imports to read a format. Without it, MNE's errors speak of a damaged file or of every reader that it has tried."""
+
+
+def _kind(path: Path) -> str:
+    """Return the format of a file whose suffix says too little to choose the reader, or ""."""
+    suffix = path.suffix.lower()
+    if suffix == ".mff":
+        return "MFF"
+    if suffix not in (".set", ".cnt") or not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        start = file.read(10)
+    if suffix == ".set":
+        return "MATLAB 7.3" if start == b"MATLAB 7.3" else ""
+    return "ANT" if start.startswith((b"RIFF", b"RF64")) else "Neuroscan"
+
+
+def _mark_filled(raw: mne.io.BaseRaw, notes: list[str]) -> None:
+    """Mark as not recorded the zeros in all channels at once that EGI's recorder writes at the end of an epoch, mostly 112 ms."""
+    filled = (raw.get_data(picks="eeg") == 0).all(axis=0)
+    if filled.all():
+        return
+    sfreq = raw.info["sfreq"]
+    begin, end = np.flatnonzero(np.diff(filled, prepend=False, append=False)).reshape(-1, 2).T
+    known = sum(mark["duration"] for mark in raw.annotations if mark["description"] == "BAD_ACQ_SKIP")
+    if (seconds := filled.sum() / sfreq - known) > 0.5 / sfreq:
+        raw.annotations.append(begin / sfreq + raw.first_time, (end - begin) / sfreq, "BAD_ACQ_SKIP")
+        notes.append(f"{seconds:.3g} s at the ends of epochs were not recorded")
 
 
 def _only_eeg(raw: mne.io.BaseRaw, path: Path) -> mne.io.BaseRaw:
@@ -264,13 +310,12 @@ def _mend_units(raw: mne.io.BaseRaw, path: Path, dimensions: Sequence[str], unit
 def _mark_pauses(raw: mne.io.BaseRaw, path: Path, header: EdfHeader, notes: list[str]) -> None:
     """Mark the pauses of an interrupted file, and put its annotations where their samples are: MNE joins the records."""
     mne = require_mne()
-    onset = record_onsets(path, header)
+    times = read_times(path, header)
+    onset = times.records
     sfreq = raw.info["sfreq"]
     late = onset - np.arange(len(onset)) * header.record_s  # seconds of all pauses before each record
     after = np.flatnonzero(np.diff(late, prepend=0.0) > 0.5 / sfreq)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        marks = mne.read_annotations(path)
+    marks = mne.Annotations(*zip(*times.events, strict=True)) if times.events else mne.Annotations([], [], [])
     begin = [round(i * header.record_s * sfreq) for i in range(len(onset) + 1)]
     records = [Segment(start=begin[i], stop=begin[i + 1], onset=float(onset[i])) for i in range(len(onset))]
     places = sample_time(marks.onset, records, sfreq)
