@@ -16,14 +16,16 @@ with (ROOT / "tests" / "recordings.tsv").open(newline="") as table:
 """Every real recording by name: its sha256, the address of its original, and that one's sha256 where it is converted."""
 
 
-def eeg_file(name: str) -> Path:
-    """Return the path of a real recording, or skip the test; under ``--require-recordings`` a skipped test fails.
-
-    Recordings are looked for in the folder that SJEPA_EEG names, in ../shared/eeg, and where `make recordings` puts them.
-    """
-    assert name in REAL, f"tests/recordings.tsv does not list {name}."
+def folders() -> list[Path]:
+    """Return where real recordings are looked for: in SJEPA_EEG, in ../shared/eeg, and where `make recordings` puts them."""
     named = os.environ.get("SJEPA_EEG")
-    for folder in (*([Path(named)] if named else []), ROOT / "../shared/eeg", CACHE):
+    return [*([Path(named)] if named else []), ROOT / "../shared/eeg", CACHE]
+
+
+def eeg_file(name: str) -> Path:
+    """Return the path of a real recording, or skip the test; under ``--require-recordings`` a skipped test fails."""
+    assert name in REAL, f"tests/recordings.tsv does not list {name}."
+    for folder in folders():
         if (folder / name).is_file():
             return folder / name
     pytest.skip("Real recordings are missing: `make recordings` fetches them.")
