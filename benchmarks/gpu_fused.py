@@ -94,7 +94,8 @@ def make_case(variant: str, shape: tuple[int, int, int, int] = GRID[0], seed: in
     model = model.double()
     outputs = np.concatenate([run_reference(model, window[None]) for window in inputs])
     max_batch = 8 if n_times > 1000 else 64
-    bundle = SimpleNamespace(spec=spec, checkpoint=folder, graph=lambda precision: SimpleNamespace(max_batch=max_batch))
+    graph = SimpleNamespace(max_batch=max_batch)
+    bundle = SimpleNamespace(spec=spec, path=folder, checkpoint=folder, graph=lambda precision: graph)
     return bundle, model, Reference(kinds=tuple(windows), inputs=inputs, outputs=outputs)
 
 

@@ -49,6 +49,10 @@ class BackendOptions:
     persistent : bool
         Backend "cuda": whether a kernel stays on the GPU and answers calls of one window without a launch. It keeps the GPU to
         itself until the host is silent for two seconds, a call of another size comes or the backend is closed.
+    kernels : {"auto", "window", "batch"}
+        Backend "cuda": "window" spread one window over the whole GPU, one after the other; "batch" take many windows at a time.
+        Their outputs differ within the tolerance of the precision, and neither's depend on the batch. "auto" takes those of one
+        window for one, and for each batch size the faster ones, which its first call measures and the bundle keeps.
     """
 
     n_threads: int | None = None
@@ -57,6 +61,7 @@ class BackendOptions:
     cuda_graph: bool = True
     wait: Wait = "spin"
     persistent: bool = False
+    kernels: Literal["auto", "window", "batch"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

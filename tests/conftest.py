@@ -5,17 +5,27 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from bundles import export_small, small_spec
 from eeg_files import eeg_file
 from filelock import FileLock
+from kernels_on_cpu import KernelDriver, compiled_for_cpu
+from oracle import randomise
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import run_command
 from sjepa_deploy.cli.bench import bench
+from sjepa_deploy.eeg.synthetic import hard_windows
+from sjepa_deploy.models.checkpoint import write_checkpoint
+from sjepa_deploy.models.networks import build_model
+from sjepa_deploy.parity import Reference
+from sjepa_deploy.runtime.backends.reference import run_reference
+from sjepa_deploy.runtime.gpu import cuda, nvrtc
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start, as below
 
@@ -136,3 +146,41 @@ def sjepa_bench(capsys):
         return status, *capsys.readouterr()
 
     return run
+
+
+KINDS_FOR_KERNELS = ("eeg 0", "eeg with 20 mV offsets", "flat channel", "saturated channel", "zeros", "one NaN")
+"""Windows for the transformer's kernel, of which a launch takes half a second here."""
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A fake GPU that runs kernels compiled by g++."""
+    driver = KernelDriver()
+    monkeypatch.setattr(cuda, "driver", lambda: driver)
+    monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
+    monkeypatch.setattr(nvrtc, "compiled", compiled_for_cpu)
+    yield driver
+    assert not driver.allocations
+    assert not driver.modules
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory):
+    """Return a function that gives what the backend needs of a bundle, and the float64 reference: make_model(spec)."""
+    made = {}
+
+    def make(spec):
+        if spec not in made:
+            folder = tmp_path_factory.mktemp("model")
+            model = randomise(build_model(spec, seed=0), seed=1)
+            write_checkpoint(model, folder)
+            windows = hard_windows(*spec.input_shape, spec.sfreq, np.random.default_rng(0))
+            kinds = [kind for kind in windows if kind in KINDS_FOR_KERNELS or not spec.needs_positions]
+            inputs = np.stack([windows[kind] for kind in kinds])
+            outputs = np.concatenate([run_reference(model.double(), window[None]) for window in inputs])
+            graph = SimpleNamespace(max_batch=4)
+            bundle = SimpleNamespace(spec=spec, path=folder, checkpoint=folder, graph=lambda precision: graph)
+            made[spec] = bundle, Reference(kinds=tuple(kinds), inputs=inputs, outputs=outputs), model
+        return made[spec]
+
+    return make

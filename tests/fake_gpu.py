@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import ctypes
+import dataclasses
 import enum
 import functools
 import json
@@ -42,6 +43,45 @@ def needs_context(call: Call) -> Call:
         return call(driver, *arguments) if driver.has_context() else (INVALID_CONTEXT,)
 
     return checked  # type: ignore[return-value]
+
+
+@dataclasses.dataclass
+class Captured:
+    """What streams do in a graph, and after what."""
+
+    works: list[Callable[[], None]] = dataclasses.field(default_factory=list)
+    after: list[set[int]] = dataclasses.field(default_factory=list)
+
+    def before(self, last: set[int]) -> set[int]:
+        """Return all that must be done for `last`, with `last`."""
+        found: set[int] = set()
+        waiting = list(last)
+        while waiting:
+            if (i := waiting.pop()) not in found:
+                found.add(i)
+                waiting += self.after[i]
+        return found
+
+    def in_an_order(self) -> list[Callable[[], None]]:
+        """Return the works in the order that allows the latest ones first: what waits for nothing runs too early."""
+        done: list[int] = []
+        while len(done) < len(self.works):
+            ready = [i for i in range(len(self.works)) if i not in done and self.after[i] <= set(done)]
+            done.append(ready[-1])
+        return [self.works[i] for i in done]
+
+
+@dataclasses.dataclass
+class Branch:
+    """A stream in a capture: the graph, and what its next work comes after."""
+
+    graph: Captured
+    last: set[int]
+
+    def add(self, work: Callable[[], None]) -> None:
+        self.graph.works.append(work)
+        self.graph.after.append(self.last)
+        self.last = {len(self.graph.works) - 1}
 
 
 class FakeDriver:
@@ -85,7 +125,8 @@ class FakeDriver:
         self.allocations: dict[int, Any] = {}
         self.n_allocated = self.n_retained = 0
         self.fails_at: int | None = None  # which allocation finds no memory
-        self.queues: dict[int, list[Callable[[], None]] | None] = {}
+        self.queues: dict[int, Branch | None] = {}  # of streams: where in a capture they are
+        self.branches: dict[int, Branch] = {}  # of events that were recorded in a capture
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self.n_launched = 0
         self.recorded: dict[int, float] = {}
@@ -102,7 +143,7 @@ class FakeDriver:
     def submit(self, stream: int, work: Callable[[], None]) -> None:
         queue = self.queues[int(stream)]
         if queue is not None:
-            queue.append(work)
+            queue.add(work)
         elif self.lags:
             self.waiting.append(work)
         else:
@@ -238,15 +279,34 @@ class FakeDriver:
 
     @needs_context
     def cuStreamBeginCapture(self, stream: int, mode: int) -> tuple[int]:
-        self.queues[stream] = []
+        self.queues[stream] = Branch(Captured(), set())
         return (0,)
 
     @needs_context
     def cuStreamEndCapture(self, stream: int) -> tuple[int, int]:
-        queue, self.queues[stream] = self.queues[stream], None
+        queue = self.queues[stream]
+        assert queue is not None
+        works = queue.graph.works
+        joined = queue.graph.before(queue.last)
+        assert len(joined) == len(works), "a stream was not joined to the one whose capture ends"
+        for other, branch in self.queues.items():
+            if branch is not None and branch.graph is queue.graph:
+                self.queues[other] = None
         handle = self._handle()
-        self.graphs[handle] = queue or []
+        self.graphs[handle] = queue.graph.in_an_order()
         return 0, handle
+
+    @needs_context
+    def cuStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple[int]:
+        seen, queue = self.branches.get(event), self.queues[int(stream)]
+        if seen is None:
+            assert queue is None, "a captured stream waits for what is outside"
+        elif queue is None:
+            self.queues[int(stream)] = Branch(seen.graph, set(seen.last))
+        else:
+            assert queue.graph is seen.graph
+            queue.last |= seen.last
+        return (0,)
 
     @needs_context
     def cuGraphInstantiate(self, graph: int, flags: int) -> tuple[int, int]:
@@ -273,13 +333,17 @@ class FakeDriver:
 
     @needs_context
     def cuEventCreate(self, flags: int) -> tuple[int, int]:
-        assert flags in (0, 3)
+        assert flags in (0, 2, 3)
         return 0, self._handle()
 
     @needs_context
     def cuEventRecord(self, event: int, stream: int) -> tuple[int]:
-        assert self.queues[int(stream)] is None  # what ran before on this stream is done
-        self.recorded[event] = time.perf_counter()
+        queue = self.queues[int(stream)]
+        if queue is None:  # what ran before on this stream is done
+            self.branches.pop(event, None)
+            self.recorded[event] = time.perf_counter()
+        else:
+            self.branches[event] = Branch(queue.graph, set(queue.last))
         return (0,)
 
     @needs_context
@@ -294,6 +358,7 @@ class FakeDriver:
     @needs_context
     def cuEventDestroy(self, event: int) -> tuple[int]:
         self.recorded.pop(event, None)
+        self.branches.pop(event, None)
         return (0,)
 
 

@@ -31,6 +31,7 @@ struct Warp {
   Barrier barrier;
   float value[32];
   unsigned a[32][4], b[32][2];
+  float* sum[32];
 };
 struct Block {
   Index index;
@@ -40,6 +41,11 @@ struct Block {
   std::vector<Block*> cluster;
   Barrier* cluster_barrier = nullptr;
 };
+struct Copy {
+  void* to;
+  const void* from;
+  unsigned group;
+};
 struct Fiber {
   Index thread;
   Block* block = nullptr;
@@ -47,6 +53,8 @@ struct Fiber {
   ucontext_t start;
   std::unique_ptr<char[]> stack;
   bool started = false, ended = false;
+  std::vector<Copy> copies;            // that it began and has not waited for
+  unsigned n_groups = 0;               // of copies that it committed
   const unsigned* waits_at = nullptr;  // sleeps while this generation lasts
   unsigned generation = 0;
 };
@@ -103,8 +111,23 @@ DEVICE float load_fresh(const float* p) { return *p; }
 DEVICE float4 load_fresh4(const float4* p) { return *p; }
 DEVICE float load_input(const float* p) { return *p; }
 DEVICE float4 load_input4(const float4* p) { return *p; }
-DEVICE void copy16(void* shared, const void* global) { std::memcpy(shared, global, 16); }
-DEVICE void copies_arrived() {}
+DEVICE float load_once(const float* p) { return *p; }
+DEVICE float4 load_once4(const float4* p) { return *p; }
+
+// A copy happens when its thread waits for it, as late as it may on a GPU.
+DEVICE void copy16(void* shared, const void* global) { gpu::self->copies.push_back({shared, global, gpu::self->n_groups}); }
+DEVICE void commit_copies() { ++gpu::self->n_groups; }
+DEVICE void finish_copies(unsigned before) {
+  std::vector<gpu::Copy>& copies = gpu::self->copies;
+  size_t done = 0;
+  for (; done < copies.size() && copies[done].group < before; ++done) std::memcpy(copies[done].to, copies[done].from, 16);
+  copies.erase(copies.begin(), copies.begin() + done);
+}
+template <int N>
+DEVICE void wait_copies() {
+  if (gpu::self->n_groups > N) finish_copies(gpu::self->n_groups - N);
+}
+DEVICE void copies_arrived() { finish_copies(gpu::self->n_groups + 1); }
 DEVICE uint4 load_fresh_bits4(const uint4* p) { return *p; }
 DEVICE unsigned load_acquire(const unsigned* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 DEVICE unsigned load_volatile(const unsigned* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
@@ -184,24 +207,29 @@ DEVICE unsigned to_half2(float low, float high) {
 namespace gpu {
 
 // The fragments of PTX's mma.m16n8kK, K = 8 numbers in 32 bits or 16 halves: see "Matrix fragments for mma.m16n8k8" in PTX's manual.
+// The lane that comes last does the work of all.
 template <int K, class Get>
 static void mma(float (&sum)[4], const uint4& a, unsigned b0, unsigned b1, Get get) {
   Warp& warp = my_warp();
-  const unsigned lane = my_lane();
+  const unsigned mine = my_lane();
   const unsigned regs[4] = {a.x, a.y, a.z, a.w};
-  std::copy(regs, regs + 4, warp.a[lane]);
-  warp.b[lane][0] = b0, warp.b[lane][1] = b1;
-  arrive(warp.barrier);
-  for (int i = 0; i < 4; ++i) {
-    const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    float total = 0;
+  std::copy(regs, regs + 4, warp.a[mine]);
+  warp.b[mine][0] = b0, warp.b[mine][1] = b1;
+  warp.sum[mine] = sum;
+  if (warp.barrier.arrived + 1 == warp.barrier.size) {
+    constexpr int QUARTER = K / 2;  // numbers of the first register of each operand's four lanes
+    float left[16][K], right[8][K];
     for (int k = 0; k < K; ++k) {
-      const int quarter = K / 2;  // numbers of the first register of each operand's four lanes
-      const unsigned in_quad = k % quarter, part = in_quad % (quarter / 4), quad = in_quad / (quarter / 4);
-      const unsigned a_register = row / 8 + k / quarter * 2, b_register = k / quarter;
-      total += get(warp.a[row % 8 * 4 + quad][a_register], part) * get(warp.b[column * 4 + quad][b_register], part);
+      const unsigned in_quad = k % QUARTER, part = in_quad % (QUARTER / 4), quad = in_quad / (QUARTER / 4), high = k / QUARTER;
+      for (int row = 0; row < 16; ++row) left[row][k] = get(warp.a[row % 8 * 4 + quad][row / 8 + high * 2], part);
+      for (int column = 0; column < 8; ++column) right[column][k] = get(warp.b[column * 4 + quad][high], part);
     }
-    sum[i] += total;
+    for (unsigned lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        float total = 0;
+        for (int k = 0; k < K; ++k) total += left[lane / 4 + i / 2 * 8][k] * right[lane % 4 * 2 + i % 2][k];
+        warp.sum[lane][i] += total;
+      }
   }
   arrive(warp.barrier);
 }
@@ -218,4 +246,50 @@ DEVICE void mma_half(float (&sum)[4], const uint4& a, unsigned b0, unsigned b1) 
     std::memcpy(halves, &bits, 4);
     return (float)halves[part];
   });
+}
+
+// ---- 16-bit numbers, two in a register ----
+
+namespace gpu {
+
+#if BFLOAT
+static float number(unsigned bits, unsigned part) { return of_bits(part ? bits & 0xffff0000u : bits << 16); }
+static unsigned short rounded(float v) {
+  const unsigned bits = bits_of(v);
+  return std::isnan(v) ? 0x7fff : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+}
+#else
+static float number(unsigned bits, unsigned part) { return part ? from_half2(bits).y : from_half2(bits).x; }
+static unsigned short rounded(float v) { return to_half(v); }
+#endif
+
+}  // namespace gpu
+
+DEVICE unsigned pack2(float low, float high) { return gpu::rounded(low) | (unsigned)gpu::rounded(high) << 16; }
+DEVICE unsigned pack2_relu(float low, float high) { return pack2(low < 0 ? 0.0f : low, high < 0 ? 0.0f : high); }
+DEVICE float2 unpack2(unsigned bits) { return float2{gpu::number(bits, 0), gpu::number(bits, 1)}; }
+DEVICE float power2(float v) { return exp2f(v); }
+DEVICE float reciprocal(float v) { return 1.0f / v; }
+
+DEVICE void mma_16(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  gpu::mma<16>(sum, uint4{a[0], a[1], a[2], a[3]}, b0, b1, gpu::number);
+}
+
+// K = 8: "Matrix fragments for mma.m16n8k8" of 16-bit numbers, which are the lower halves of those for K = 16.
+DEVICE void mma_8(float (&sum)[4], unsigned a0, unsigned a1, unsigned b) {
+  gpu::mma<16>(sum, uint4{a0, a1, 0, 0}, b, 0, gpu::number);
+}
+
+DEVICE unsigned transpose8(unsigned v) {
+  gpu::Warp& warp = gpu::my_warp();
+  const unsigned lane = gpu::my_lane();
+  warp.a[lane][0] = v;
+  gpu::arrive(warp.barrier);
+  unsigned result = 0;
+  for (unsigned i = 0; i < 2; ++i) {  // row lane / 4, columns lane % 4 * 2 + i of the transpose
+    const unsigned row = lane % 4 * 2 + i, column = lane / 4;
+    result |= (warp.a[row * 4 + column / 2][0] >> column % 2 * 16 & 0xffffu) << i * 16;
+  }
+  gpu::arrive(warp.barrier);
+  return result;
 }

@@ -4,6 +4,7 @@ import ctypes
 import enum
 import functools
 import hashlib
+import platform
 import subprocess
 import tempfile
 import threading
@@ -14,7 +15,8 @@ from fake_gpu import FakeDriver, needs_context
 from sjepa_deploy.runtime.fused import program as fused_program
 
 HERE = Path(__file__).parent
-FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function")
+HALVES = ("-mf16c",) if platform.machine() == "x86_64" else ()  # in place of a function a conversion
+FLAGS = (*HALVES, "-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function")
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import mne
 import numpy as np
@@ -23,6 +24,7 @@ from sjepa_deploy.eeg.synthetic import eeg_windows
 from sjepa_deploy.models.checkpoint import write_checkpoint
 from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.runtime.backend import BACKENDS
+from sjepa_deploy.runtime.fused.choice import Choices, KernelRecord
 from sjepa_deploy.spec import EncoderSpec, Preprocessing
 
 SMALL = ("--channels", ",".join(MONTAGE.ch_names), "--montage", "sjepa-62", "--max-batch", "2", "--precision", "fp32")
@@ -370,6 +372,18 @@ def test_doctor_shows_versions_and_backends(sjepa):
     assert all(reason is None or reason.endswith(".") for reason in reasons.values())
     assert answer["packages"]["onnxruntime"] == importlib.metadata.version("onnxruntime")
     assert int(answer["machine"]["cores"]) >= 1
+
+
+def test_doctor_tells_which_kernels_were_faster(sjepa, tmp_path):
+    empty = KernelRecord(precision="fp16", gpu="a GPU", driver="580", choices=(), created="")
+    assert "measured no batch" in " ".join(sjepa("doctor", tmp_path)[1].split())
+    choices = Choices(tmp_path, empty, "key")
+    choices.settle(8, {"window": lambda: time.sleep(0.01), "batch": lambda: None})
+    choices.settle(2, {"batch": lambda: time.sleep(0.01), "window": lambda: None})
+    told = " ".join(sjepa("doctor", tmp_path)[1].split())
+    assert "cuda fp16 on a GPU: kernels of window at batch 2, batch at batch 8" in told
+    ((record,),) = json.loads(sjepa("doctor", "--json", tmp_path)[1])["kernels"].values()
+    assert [choice["kernels"] for choice in record["choices"]] == ["window", "batch"]
 
 
 def test_doctor_says_how_to_get_a_missing_backend(sjepa, monkeypatch):

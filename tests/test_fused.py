@@ -11,17 +11,14 @@ import numpy as np
 import pytest
 from bundles import small_spec
 from fake_gpu import check_nothing_is_left, in_another_thread
-from kernels_on_cpu import KernelDriver, compiled_for_cpu
-from oracle import randomise
+from kernels_on_cpu import compiled_for_cpu
 from safetensors.numpy import load_file
 from streams import decode_samples, eeg, info_of
 
-from sjepa_deploy.eeg.synthetic import eeg_windows, hard_windows
+from sjepa_deploy.eeg.synthetic import eeg_windows
 from sjepa_deploy.errors import BackendError, InputError, MissingDependencyError
 from sjepa_deploy.export.rewrite import rewrite
 from sjepa_deploy.files import cache_folder
-from sjepa_deploy.models.checkpoint import write_checkpoint
-from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.parity import Reference, check_parity
 from sjepa_deploy.runtime.backend import BACKENDS, BackendOptions, open_backend
 from sjepa_deploy.runtime.backends.reference import run_reference
@@ -40,21 +37,6 @@ SMALL = EncoderSpec(conv_layers=((8, 32, 8), (12, 2, 2), (16, 3, 3), (32, 2, 2))
 BLOCKS = {"prelocal": 4, "postlocal": 3, "contextual": 17, "base": 33}
 """Multiprocessors of the fake GPU: enough for the transformer's slices, and for none to have the same work as another."""
 
-KINDS = ("eeg 0", "eeg with 20 mV offsets", "flat channel", "saturated channel", "zeros", "one NaN")
-"""Windows for the transformer's kernel, of which a launch takes half a second here."""
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """A fake GPU that runs kernels compiled by g++."""
-    driver = KernelDriver()
-    monkeypatch.setattr(cuda, "driver", lambda: driver)
-    monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
-    monkeypatch.setattr(nvrtc, "compiled", compiled_for_cpu)
-    yield driver
-    assert not driver.allocations
-    assert not driver.modules
-
 
 @pytest.fixture
 def staying_gpu(gpu, monkeypatch):
@@ -64,31 +46,11 @@ def staying_gpu(gpu, monkeypatch):
     return gpu
 
 
-@pytest.fixture(scope="module")
-def make_model(tmp_path_factory):
-    """Return a function that gives what the backend needs of a bundle, and the float64 reference: make_model(spec)."""
-    made = {}
-
-    def make(spec):
-        if spec not in made:
-            folder = tmp_path_factory.mktemp("model")
-            model = randomise(build_model(spec, seed=0), seed=1)
-            write_checkpoint(model, folder)
-            windows = hard_windows(*spec.input_shape, spec.sfreq, np.random.default_rng(0))
-            kinds = [kind for kind in windows if kind in KINDS or not spec.needs_positions]
-            inputs = np.stack([windows[kind] for kind in kinds])
-            outputs = np.concatenate([run_reference(model.double(), window[None]) for window in inputs])
-            bundle = SimpleNamespace(spec=spec, checkpoint=folder, graph=lambda precision: SimpleNamespace(max_batch=4))
-            made[spec] = bundle, Reference(kinds=tuple(kinds), inputs=inputs, outputs=outputs), model
-        return made[spec]
-
-    return make
-
-
 def backend_for(gpu, bundle, precision="fp32", options=None, **layout):
     gpu.multiprocessors = BLOCKS[bundle.spec.variant]
     chosen = Layout(n_multiprocessors=gpu.multiprocessors, **layout) if layout else None
-    return fused.FusedBackend(bundle, precision, options or BackendOptions(), chosen)
+    options = dataclasses.replace(options or BackendOptions(), kernels="window")  # the others: test_batches.py
+    return fused.FusedBackend(bundle, precision, options, chosen)
 
 
 SPECS = {

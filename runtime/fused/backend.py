@@ -1,14 +1,15 @@
-"""Runs a bundle with one fused kernel, from the window in pinned memory to the prediction in pinned memory.
+"""Runs bundles on the project's own kernels: those of one window, and those of many.
 
-The kernels (runtime/fused/*.cu) are compiled for the GPU and the model at hand when the backend is opened, and cached. A call
-writes the window where the GPU reads it, launches, and watches words in host memory that the kernel writes last. Of a stream the
-GPU keeps the window, and a call writes its newest samples alone.
+The kernels (runtime/fused/*.cu) are compiled for the GPU and the model at hand, and cached: those of one window when the backend
+is opened, those of many at the first batch that they may serve. A call of one window writes it where the GPU reads it, launches
+one kernel, and watches words in host memory that the kernel writes last (lane.py). Of a stream the GPU keeps the window, and a
+call writes its newest samples alone. Many windows are copied in chunks (batch.py). Which kernels serve a batch is measured
+(choice.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 from collections.abc import Callable
 from contextlib import closing
@@ -18,12 +19,16 @@ import numpy as np
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, InputError
 from sjepa_deploy.runtime.backend import BackendOptions, FloatArray, RollingBackend
+from sjepa_deploy.runtime.fused.batch import BatchKernel, BatchLane
+from sjepa_deploy.runtime.fused.batch_program import make_batch_program
+from sjepa_deploy.runtime.fused.choice import Choices, KernelRecord, Kernels, key_of, size_for
 from sjepa_deploy.runtime.fused.lane import Lane, Launcher, refuse_persistent
-from sjepa_deploy.runtime.fused.program import Layout, Program, best_layout, make_program, refuse_spec
-from sjepa_deploy.runtime.fused.weights import WEIGHTS_FILE, Weights, read_safetensors
+from sjepa_deploy.runtime.fused.module import Module
+from sjepa_deploy.runtime.fused.program import Layout, best_layout, make_program, refuse_spec
+from sjepa_deploy.runtime.fused.weights import WEIGHTS_FILE, read_safetensors
 from sjepa_deploy.runtime.gpu import nvrtc
 from sjepa_deploy.runtime.gpu.backend import GpuBackend
-from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, HostBuffer, Stream, check
+from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, Stream, check
 from sjepa_deploy.spec import RunPrecision
 
 OLDEST_CAPABILITY = 80
@@ -67,54 +72,7 @@ def architecture_of(device: Device) -> int:
     return architecture
 
 
-class Module:
-    """One compiled program on the GPU.
-
-    Attributes
-    ----------
-    shared_bytes : int
-        Shared memory of a block.
-    blocks_at_once : int
-        Blocks that the whole GPU holds; none if they need more shared memory than it gives.
-    """
-
-    def __init__(self, device: Device, program: Program, threads: int, architecture: int) -> None:
-        self._cu = cu = device.cu
-        code = nvrtc.compiled(program.source, architecture)
-        result = cu.cuModuleLoadData(code)
-        if result[0]:
-            raise BackendError(
-                f"The driver {device.gpu.driver} refuses the compiled kernels ({result[0]!r}).",
-                "Install a newer driver, or use another backend.",
-            )
-        self._module = result[1]
-        with contextlib.ExitStack() as opened:
-            opened.callback(self.close)
-            self.function = check(cu.cuModuleGetFunction(self._module, program.name.encode()))
-            self.shared_bytes = self._ask_size(device)
-            self.blocks_at_once = 0
-            if self.shared_bytes <= device.attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"):
-                limit = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                check(cu.cuFuncSetAttribute(self.function, limit, self.shared_bytes))
-                each = check(cu.cuOccupancyMaxActiveBlocksPerMultiprocessor(self.function, threads, self.shared_bytes))
-                self.blocks_at_once = each * device.attribute("MULTIPROCESSOR_COUNT")
-            opened.pop_all()
-
-    def _ask_size(self, device: Device) -> int:
-        with closing(HostBuffer(device, (1,))) as answer:
-            address = ctypes.c_void_p(answer.address)
-            params = (ctypes.c_void_p * 1)(ctypes.addressof(address))
-            function = check(self._cu.cuModuleGetFunction(self._module, b"shared_bytes"))
-            check(self._cu.cuLaunchKernel(function, 1, 1, 1, 1, 1, 1, 0, 0, ctypes.addressof(params), 0))
-            device.synchronize()
-            return int(answer.array.view(np.uint32)[0])
-
-    def close(self) -> None:
-        """Unload it."""
-        check(self._cu.cuModuleUnload(self._module))
-
-
-class FusedBackend(GpuBackend[Lane], RollingBackend):
+class FusedBackend(GpuBackend[Lane | BatchLane], RollingBackend):
     """Runs a bundle on the fused kernels.
 
     Buffers are made once for each batch size and each number of new samples, so that a call allocates nothing.
@@ -125,13 +83,15 @@ class FusedBackend(GpuBackend[Lane], RollingBackend):
     ----------
     bundle : Bundle
         Whose checkpoint is run.
-    precision : {"fp32", "tf32", "fp16"}
+    precision : {"fp32", "tf32", "fp16", "bf16"}
         PreLocal and PostLocal are in float32. tf32 and fp16 are the types of the feed-forward products of the transformer. In
-        fp32 these are three products of TensorFloat-32 parts, whose sum is as exact as float32.
+        fp32 these are three products of TensorFloat-32 parts, whose sum is as exact as float32. The kernels of many windows
+        compute all products but those of the first convolution in fp16, or in fp32 and tf32 in three products of halves; bf16
+        is theirs alone.
     options : BackendOptions
-        GPU, memory, graph, wait, persistent.
+        GPU, memory, graph, wait, persistent, kernels.
     layout : Layout or None
-        How work is spread; None: as is best for the GPU.
+        How the kernels of one window spread their work; None: as is best for the GPU.
 
     Attributes
     ----------
@@ -149,68 +109,80 @@ class FusedBackend(GpuBackend[Lane], RollingBackend):
     name = "cuda"
 
     def __init__(self, bundle: Bundle, precision: RunPrecision, options: BackendOptions, layout: Layout | None = None) -> None:
-        refuse_spec(bundle.spec, precision)
+        self._kernels = "batch" if precision == "bf16" and options.kernels == "auto" else options.kernels
+        if self._kernels != "batch":
+            refuse_spec(bundle.spec, precision)
         refuse_persistent(options)
+        if options.persistent and self._kernels == "batch":
+            raise BackendError("No kernel of many windows stays on the GPU.", 'Use kernels="window", or leave persistent out.')
         self.precision = precision
         self.persistent = options.persistent
-        self._spec, self._options = bundle.spec, options
+        self._spec, self._options, self._folder = bundle.spec, options, bundle.path
         self._max_batch = bundle.graph(precision).max_batch
-        weights = read_safetensors(bundle.checkpoint / WEIGHTS_FILE)
+        self._weights = read_safetensors(bundle.checkpoint / WEIGHTS_FILE)
+        self._launcher: Launcher | None = None
         with contextlib.ExitStack() as opened:
-            self._device = opened.enter_context(closing(Device(options.device)))
-            self._load(weights, layout)
-            opened.callback(self.module.close)
-            stream = opened.enter_context(closing(Stream(self._device, "block" if options.wait == "block" else "spin")))
-            uploaded = opened.enter_context(closing(DeviceBuffer(self._device, self.program.weights.nbytes)))
-            cu = self._device.cu
-            host = self.program.weights
-            check(cu.cuMemcpyHtoD(cu.CUdeviceptr(uploaded.address), host.ctypes.data, host.nbytes))
-            self._device.synchronize()  # it may return before, and our stream does not wait for the default one
-            super().__init__(self._device, stream, self._spec, opened.pop_all())
-        self._launcher = Launcher(
-            device=self._device,
-            stream=stream,
-            program=self.program,
-            function=self.module.function,
-            threads=self.layout.threads,
-            shared_bytes=self.module.shared_bytes,
-            blocks_at_once=self.module.blocks_at_once,
-            weights=uploaded,
-            max_batch=self._max_batch,
-        )
+            device = self._device = opened.enter_context(closing(Device(options.device)))
+            self._architecture = architecture_of(device)
+            stream = opened.enter_context(closing(Stream(device, "block" if options.wait == "block" else "spin")))
+            if self._kernels != "batch":
+                self._launcher = self._load(stream, layout, opened)
+            super().__init__(device, stream, self._spec, opened.pop_all())
+        self._batches: BatchKernel | BackendError | None = None  # or why there is none
+        self._choices: Choices | None = None
         self._rolling: dict[int, Lane] = {}  # by number of new samples
         self._roller: Launcher | None = None
         self._follows = False  # whether the window that the GPU keeps is the stream's newest
-        self._latest: Lane | None = None
+        self._latest: Lane | BatchLane | None = None
+        if self._kernels == "batch":
+            try:
+                self._batch_kernel()
+            except BaseException:
+                self.close()
+                raise
 
-    def _load(self, weights: Weights, layout: Layout | None) -> None:
-        """Compile and load the program, with less of the weights in shared memory if the GPU has too little of it."""
-        architecture = self._architecture = architecture_of(self._device)
-        layout = layout or best_layout(self._spec, self.precision, self._device.attribute("MULTIPROCESSOR_COUNT"), architecture)
-        most = self._device.attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
+    def _load(self, stream: Stream, layout: Layout | None, opened: contextlib.ExitStack) -> Launcher:
+        """Compile and load the program of one window, with less of the weights in shared memory if there is too little of it."""
+        device = self._device
+        layout = layout or best_layout(self._spec, self.precision, device.attribute("MULTIPROCESSOR_COUNT"), self._architecture)
+        most = device.attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
         for smaller in ({}, {"qkv_in_shared": False}, {"qkv_in_shared": False, "encoder_in_shared": False}):
             self.layout = dataclasses.replace(layout, **smaller)
-            self.program = make_program(self._spec, weights, self.precision, self._max_batch, self.layout)
-            self.module = Module(self._device, self.program, self.layout.threads, architecture)
-            if self.module.blocks_at_once:
+            program = self.program = make_program(self._spec, self._weights, self.precision, self._max_batch, self.layout)
+            module = self.module = Module(device, program.name, program.source, self.layout.threads, self._architecture)
+            if module.blocks_at_once:
                 break
-            self.module.close()
+            module.close()
         else:
             raise BackendError(
-                f"The fused kernels need {self.module.shared_bytes / 1024:.0f} KiB of shared memory for this model, and a block "
+                f"The fused kernels need {module.shared_bytes / 1024:.0f} KiB of shared memory for this model, and a block "
                 f"has {most / 1024:.0f} on this GPU.",
                 "Use another backend, or shorter windows.",
             )
-        if self.program.cooperative and self.module.blocks_at_once < self.program.least_blocks:
-            self.module.close()
+        opened.callback(module.close)
+        if program.cooperative and module.blocks_at_once < program.least_blocks:
             raise BackendError("The GPU does not hold the fused kernels' blocks at once.", "Use another backend.")
+        uploaded = opened.enter_context(closing(DeviceBuffer(device, program.weights.nbytes)))
+        host = program.weights
+        check(device.cu.cuMemcpyHtoD(device.cu.CUdeviceptr(uploaded.address), host.ctypes.data, host.nbytes))
+        device.synchronize()  # it may return before, and our stream does not wait for the default one
+        return Launcher(
+            device=device,
+            stream=stream,
+            program=program,
+            function=module.function,
+            threads=self.layout.threads,
+            shared_bytes=module.shared_bytes,
+            blocks_at_once=module.blocks_at_once,
+            weights=uploaded,
+            max_batch=self._max_batch,
+        )
 
     def roll(self, eeg: FloatArray) -> FloatArray:
         """Run the model on the window that ends with new samples of a stream, shape (n_chans, n), 1 <= n <= n_times.
 
         The samples follow those of the last `roll`; a whole window, n = n_times, need not follow anything. `run` may be called in
-        between. The
-        first call of all compiles a program of its own, and the first of each n makes buffers.
+        between. The first call of all compiles a program of its own, and the first of each n makes buffers.
 
         Parameters
         ----------
@@ -238,10 +210,16 @@ class FusedBackend(GpuBackend[Lane], RollingBackend):
                     f"There is no window that {n} new samples could follow.",
                     f"Give the whole window of {n_times} first, and after every error.",
                 )
-            lane = self._rolling.get(n)
-            if lane is None or lane is not self._latest:
-                lane = self._enter(lane, lambda: self._open_rolling(n))
-            np.copyto(lane.input, eeg)
+            if self._launcher is None:  # no kernel of many windows keeps one
+                lane: Lane | BatchLane = self._lane(1)
+                lane.input[0, :, : n_times - n] = lane.input[0, :, n:].copy()
+                lane.input[0, :, n_times - n :] = eeg
+            else:
+                rolling = self._rolling.get(n)
+                if rolling is None or rolling is not self._latest:
+                    self._enter(rolling, lambda: self._open_rolling(n))
+                lane = self._rolling[n]
+                np.copyto(lane.input, eeg)
             lane.run()
             self._follows = True
             return lane.output
@@ -261,28 +239,94 @@ class FusedBackend(GpuBackend[Lane], RollingBackend):
         self._follows = False
         self._latest = None
 
-    def _lane(self, batch: int) -> Lane:
+    def _lane(self, batch: int) -> Lane | BatchLane:
         """Return what runs `batch` windows, with no kernel of another lane on the GPU."""
+        if self._stream.unfinished:
+            self._stream.settle()
         lane = self._lanes.get(batch)
         if lane is None or lane is not self._latest:
             lane = self._enter(lane, lambda: self._open(batch))
         return lane
 
-    def _enter(self, lane: Lane | None, opened: Callable[[], Lane]) -> Lane:
+    def _enter(self, lane: Lane | BatchLane | None, opened: Callable[[], Lane | BatchLane]) -> Lane | BatchLane:
         """Let the kernel of the latest lane leave, and make another one the latest."""
         if self._latest is not None:
             self._latest.leave()
         self._latest = lane or opened()
         return self._latest
 
-    def _open(self, batch: int) -> Lane:
+    def _open(self, batch: int) -> Lane | BatchLane:
         if not 1 <= batch <= self._max_batch:
             raise InputError(f"The batch has {batch} windows, the bundle's are 1 to {self._max_batch}.", "Split it.")
-        largest = max(max(size for _, size in self.program.buffers), self._spec.n_chans * self._spec.n_times)
-        if batch * largest >= MAX_ELEMENTS:
-            raise InputError(f"A batch of {batch} windows of this length is too large for the fused kernels.", "Split it.")
-        lane = self._lanes[batch] = Lane(self._launcher, self._spec, self._options, batch)
+        if batch * self._spec.n_chans * self._spec.n_times >= MAX_ELEMENTS:
+            raise _too_large(batch)
+        lane = self._lanes[batch] = self._open_with(self._kernels_for(batch), batch)
         return lane
+
+    def _open_with(self, kernels: Kernels, batch: int) -> Lane | BatchLane:
+        if kernels == "batch":
+            return BatchLane(self._batch_kernel(), self._spec, self._options, batch)
+        assert self._launcher is not None
+        if batch * max(size for _, size in self._launcher.program.buffers) >= MAX_ELEMENTS:
+            raise _too_large(batch)
+        return Lane(self._launcher, self._spec, self._options, batch)
+
+    def _kernels_for(self, batch: int) -> Kernels:
+        """Return which kernels serve `batch` windows; the first call of a size measures."""
+        if self._kernels != "auto":
+            return self._kernels
+        if batch == 1:
+            return "window"
+        try:
+            kernel = self._batch_kernel()
+        except BackendError:
+            return "window"
+        size = size_for(batch, self._max_batch)
+        choices = self._choices = self._choices or self._load_choices(kernel)
+        return choices.at(size) or self._measure(choices, size)
+
+    def _measure(self, choices: Choices, size: int) -> Kernels:
+        with contextlib.ExitStack() as opened:
+            lanes: dict[Kernels, Lane | BatchLane] = {"batch": opened.enter_context(closing(self._open_with("batch", size)))}
+            try:
+                lanes["window"] = opened.enter_context(closing(self._open_with("window", size)))
+            except (BackendError, InputError):
+                return "batch"  # more memory than there is
+            noise = np.random.default_rng(0).standard_normal(self._spec.input_shape, np.float32)
+            for lane in lanes.values():
+                np.copyto(lane.input, noise)
+            return choices.settle(size, {kernels: lane.run for kernels, lane in lanes.items()})
+
+    def _batch_kernel(self) -> BatchKernel:
+        """Return the program of many windows, compiled and loaded at the first call.
+
+        Raises
+        ------
+        BackendError
+            If it cannot compute the model.
+        """
+        if self._batches is None:
+            try:
+                program = make_batch_program(self._spec, self._weights, self.precision)
+                kernel = BatchKernel(self._device, self._stream, program, self._architecture)
+                if not kernel.fits:
+                    kernel.close()
+                    problem = "The kernels for batches need more shared memory than this GPU has."
+                    raise BackendError(problem, "Use those of one window.")
+                self._batches = kernel
+                self._closing.callback(kernel.close)
+            except BackendError as e:
+                self._batches = e
+        if isinstance(self._batches, BackendError):
+            raise self._batches
+        return self._batches
+
+    def _load_choices(self, kernel: BatchKernel) -> Choices:
+        assert self._launcher is not None
+        gpu, one = self._device.gpu, self._launcher.program
+        key = key_of(one.source, kernel.program.source, one.weights.tobytes(), gpu.name, gpu.driver, repr(self._options))
+        empty = KernelRecord(precision=self.precision, gpu=gpu.name, driver=gpu.driver, choices=(), created="")
+        return Choices(self._folder, empty, key)
 
     def _open_rolling(self, n: int) -> Lane:
         self._roller = self._roller or self._load_rolling()
@@ -291,9 +335,10 @@ class FusedBackend(GpuBackend[Lane], RollingBackend):
 
     def _load_rolling(self) -> Launcher:
         """Compile and load the program of streams, and make room for their newest window."""
-        program = self.program.rolling()
+        assert self._launcher is not None
+        program = self._launcher.program.rolling()
         with contextlib.ExitStack() as opened:
-            module = Module(self._device, program, self.layout.threads, self._architecture)
+            module = Module(self._device, program.name, program.source, self.layout.threads, self._architecture)
             opened.callback(module.close)
             history = opened.enter_context(closing(DeviceBuffer(self._device, 4 * self._spec.n_chans * self._spec.n_times)))
             check(self._device.cu.cuMemsetD8(self._device.cu.CUdeviceptr(history.address), 0, history.nbytes))
@@ -307,3 +352,7 @@ class FusedBackend(GpuBackend[Lane], RollingBackend):
             blocks_at_once=module.blocks_at_once,
             history=history,
         )
+
+
+def _too_large(batch: int) -> InputError:
+    return InputError(f"A batch of {batch} windows of this length is too large for the fused kernels.", "Split it.")

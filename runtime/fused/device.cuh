@@ -2,7 +2,10 @@
 // stand in for this file and run the kernels on a CPU.
 #define DEVICE static __device__ __forceinline__
 #define SHARED_MEMORY extern __shared__ __align__(16) unsigned char shared_memory[]
-#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, 1)
+#ifndef RESIDENT
+#define RESIDENT 1  // blocks that a multiprocessor holds at once
+#endif
+#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #if CLUSTER > 1
 #define CLUSTER_KERNEL extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
 #else
@@ -52,9 +55,21 @@ DEVICE float4 load_input4(const float4* p) {
   return v;
 }
 
+// The input where it lies in device memory and no launch changes it.
+DEVICE float load_once(const float* p) { return __ldg(p); }
+DEVICE float4 load_once4(const float4* p) { return __ldg(p); }
+
 // 16 bytes from global to shared memory without passing through registers; `copies_arrived` waits for this thread's.
 DEVICE void copy16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global) : "memory");
+}
+
+// The same in groups: `commit_copies` ends a group, `wait_copies<N>` waits for all of this thread's groups but the newest N.
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int N>
+DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
 DEVICE void copies_arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
@@ -200,4 +215,66 @@ DEVICE void mma_half(float (&sum)[4], const uint4& a, unsigned b0, unsigned b1) 
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+// ---- the same of 16-bit numbers, two in a register: halves, or bfloat16 where BFLOAT ----
+#if BFLOAT
+#define PAIR "bf16x2"
+#define NUMBER "bf16"
+#else
+#define PAIR "f16x2"
+#define NUMBER "f16"
+#endif
+
+DEVICE unsigned pack2(float low, float high) {
+  unsigned bits;
+  asm("cvt.rn." PAIR ".f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+// Negative numbers become zero; NaN stays.
+DEVICE unsigned pack2_relu(float low, float high) {
+  unsigned bits;
+  asm("cvt.rn.relu." PAIR ".f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+DEVICE float2 unpack2(unsigned bits) {
+#if BFLOAT
+  return float2{__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
+#else
+  return from_half2(bits);
+#endif
+}
+
+DEVICE void mma_16(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." NUMBER "." NUMBER ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+DEVICE void mma_8(float (&sum)[4], unsigned a0, unsigned a1, unsigned b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32." NUMBER "." NUMBER ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+
+// Of 8 x 8 numbers in a warp, lane 4 r + c holding columns 2 c and 2 c + 1 of row r: the transpose, held alike.
+DEVICE unsigned transpose8(unsigned v) {
+  unsigned bits;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(bits) : "r"(v));
+  return bits;
+}
+
+// 2 to the power of `v`, and 1 over `v`; the errors are two units in the last place, and one.
+DEVICE float power2(float v) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+
+DEVICE float reciprocal(float v) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
 }

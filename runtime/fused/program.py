@@ -202,7 +202,7 @@ def make_program(spec: ModelSpec, weights: Weights, precision: RunPrecision, max
         "N_CONVS": len(encoder.conv_layers),
         "CONV_DIMS": ", ".join(str(dim) for dim, _, _ in encoder.conv_layers),
         "CONV_KERNELS": ", ".join(str(kernel) for _, kernel, _ in encoder.conv_layers),
-        "CONV_STEPS": ", ".join(map(str, _needed_steps(spec))),
+        "CONV_STEPS": ", ".join(map(str, needed_steps(spec))),
         "FIRST_STEPS": steps[0],
         "FIRST_STRIDE": encoder.conv_layers[0][2],
         "ENCODER_IN_SHARED": int(layout.encoder_in_shared),
@@ -244,7 +244,7 @@ def make_program(spec: ModelSpec, weights: Weights, precision: RunPrecision, max
         buffers.append(("profile", 2 * int(str(macros["MARKS"])) * max(layout.n_multiprocessors, items, layout.blocks)))
     name = "contextual" if spec.needs_positions else spec.variant
     code = [f"#define {key} {value}" for key, value in macros.items()]
-    code += [(HERE / file).read_text() for file in ("device.cuh", "encoder.cuh", f"{name}.cu")]
+    code += [(HERE / file).read_text() for file in ("device.cuh", "block.cuh", "encoder.cuh", f"{name}.cu")]
     return Program(
         name=name,
         source="\n".join(code),
@@ -260,7 +260,7 @@ def make_program(spec: ModelSpec, weights: Weights, precision: RunPrecision, max
     )
 
 
-def _needed_steps(spec: ModelSpec) -> list[int]:
+def needed_steps(spec: ModelSpec) -> list[int]:
     """Return the time steps of each convolution that reach a token."""
     steps = [spec.n_tokens_per_channel]
     for _, kernel, _ in reversed(spec.encoder.conv_layers[1:]):

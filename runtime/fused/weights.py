@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,8 +63,8 @@ class Packed:
         self.size = 0
         self._parts: list[NDArray[np.float32]] = []
 
-    def add(self, name: str, *arrays: NDArray[np.floating]) -> None:
-        """Append `arrays` as float32, halves as they are, under `name`."""
+    def add(self, name: str, *arrays: NDArray[Any]) -> None:
+        """Append `arrays` as float32, numbers of 16 bits as they are, under `name`."""
         flat = np.concatenate([self._words(array) for array in arrays])
         flat = np.pad(flat, (0, -len(flat) % 4))
         self.offsets[name], self.sizes[name] = self.size, len(flat)
@@ -71,8 +72,8 @@ class Packed:
         self._parts.append(flat)
 
     @staticmethod
-    def _words(array: NDArray[np.floating]) -> NDArray[np.float32]:
-        if array.dtype == np.float16:
+    def _words(array: NDArray[Any]) -> NDArray[np.float32]:
+        if array.dtype.itemsize == 2:
             return np.ascontiguousarray(array).ravel().view(np.float32)
         return array.astype(np.float32).ravel()
 
@@ -96,7 +97,7 @@ def pack(spec: ModelSpec, weights: Weights, *, half: bool, slices: int) -> tuple
         Into how many parts the feed-forward units are cut.
     """
     packed = Packed()
-    packed.add("ENCODER", *_encoder(spec.encoder, weights))
+    packed.add("ENCODER", *encoder_weights(spec.encoder, weights))
     if spec.variant == "prelocal":
         filters = weights["spatial_conv.1.weight"].reshape(spec.n_spat_filters, spec.n_chans).T
         packed.add("FILTERS", np.pad(filters, ((0, 0), (0, -spec.n_spat_filters % 4))))
@@ -105,7 +106,7 @@ def pack(spec: ModelSpec, weights: Weights, *, half: bool, slices: int) -> tuple
         return packed, None
     layer = None
     if spec.needs_positions:
-        packed.add("POSITIONS", _positions(spec, weights))
+        packed.add("POSITIONS", position_encoding(spec, weights))
         layers = [_layer(weights, f"transformer.encoder.layers.{i}.", spec.encoder.n_heads, half, slices)
                   for i in range(spec.encoder.n_layers)]  # fmt: skip
         layer = layers[0]
@@ -114,13 +115,13 @@ def pack(spec: ModelSpec, weights: Weights, *, half: bool, slices: int) -> tuple
         folded = spec.variant != "base"  # into the head
         packed.add("NORM", np.ones_like(scale) if folded else scale, np.zeros_like(shift) if folded else shift)
     if spec.variant != "base":
-        head, bias = _head(spec, weights)
+        head, bias = head_weights(spec, weights)
         packed.add("HEAD", head)
         packed.add("BIAS", bias)
     return packed, layer
 
 
-def _encoder(encoder: EncoderSpec, weights: Weights) -> list[Array]:
+def encoder_weights(encoder: EncoderSpec, weights: Weights) -> list[Array]:
     """Return the first convolution (taps, dim), scale, shift, and each product (kernel * dim, next dim)."""
     arrays = [weights["feature_encoder.1.0.weight"][:, 0].T]
     arrays += [weights["feature_encoder.1.2.weight"], weights["feature_encoder.1.2.bias"]]
@@ -130,7 +131,7 @@ def _encoder(encoder: EncoderSpec, weights: Weights) -> list[Array]:
     return arrays
 
 
-def _positions(spec: ModelSpec, weights: Weights) -> Array:
+def position_encoding(spec: ModelSpec, weights: Weights) -> Array:
     """Return the position encoding of all tokens, shape (n_chans, n_tokens, emb_dim), as `sjepa_deploy.models` computes it."""
     spatial, time_dim, n_tokens = weights["pos_encoder.pos_encoder_spat.weight"], spec.encoder.time_dim, spec.n_tokens_per_channel
     step = np.float32(-math.log(spec.encoder.max_n_tokens) / max(time_dim, 1))
@@ -179,7 +180,7 @@ def _tiles(weight: Array, half: bool) -> NDArray[np.floating]:
     return ordered.astype(np.float16 if half else np.float32)
 
 
-def _head(spec: ModelSpec, weights: Weights) -> tuple[Array, Array]:
+def head_weights(spec: ModelSpec, weights: Weights) -> tuple[Array, Array]:
     """Return one linear map of all tokens, shape (n_outputs, n_chans, n_tokens, emb_dim), and its bias."""
     filters = weights["final_layer.spat_conv.weight"].reshape(spec.n_spat_filters, spec.n_chans)
     linear = weights["final_layer.linear.weight"].reshape(

@@ -1,0 +1,180 @@
+"""Many windows at a time: copied in chunks, each of which is computed while the next one is on its way.
+
+A chunk has a stream of its own in turn, so that its windows begin as soon as they are there and a multiprocessor is free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
+from sjepa_deploy.runtime.fused.batch_program import BatchProgram
+from sjepa_deploy.runtime.fused.module import Module
+from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, Graph, HostBuffer, Stream, check
+from sjepa_deploy.runtime.gpu.timing import Step
+from sjepa_deploy.spec import ModelSpec
+
+MOST_CHUNKS, LEAST_WINDOWS = 32, 16
+"""Of a call, and of a chunk: a copy of fewer windows takes longer to begin than to do."""
+
+WORKERS = 8
+"""Streams that chunks are computed on in turn."""
+
+
+class BatchKernel:
+    """The program for many windows, loaded, with the streams that all batch sizes share.
+
+    Parameters
+    ----------
+    device, stream : Device, Stream
+        Where calls run, and what they are waited for on.
+    program : BatchProgram
+        What is launched.
+    architecture : int
+        Compute capability of the GPU, times 10.
+
+    Attributes
+    ----------
+    fits : bool
+        Whether a block fits the GPU's shared memory.
+    """
+
+    def __init__(self, device: Device, stream: Stream, program: BatchProgram, architecture: int) -> None:
+        self.device, self.stream, self.program = device, stream, program
+        cu = device.cu
+        with contextlib.ExitStack() as opened:
+            module = Module(device, program.name, program.source, program.threads, architecture)
+            self.module = opened.enter_context(closing(module))
+            self.fits = self.module.blocks_at_once > 0
+            weights = opened.enter_context(closing(DeviceBuffer(device, program.weights.nbytes)))
+            check(cu.cuMemcpyHtoD(cu.CUdeviceptr(weights.address), program.weights.ctypes.data, program.weights.nbytes))
+            device.synchronize()  # it may return before, and our streams do not wait for the default one
+            self._weights = weights.address
+            self.copies, *self.workers = (opened.enter_context(closing(Stream(device))) for _ in range(1 + WORKERS))
+            self.close: Callable[[], None] = opened.pop_all().close
+
+    def launch(self, stream: Stream, batch: int, source: int, target: int) -> None:
+        """Enqueue `batch` windows at the device address `source`, whose outputs go to `target`."""
+        arguments = _Arguments(source, target, self._weights, batch)
+        params = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))  # a launch copies them
+        shape = (-(-batch // self.program.windows), 1, 1, self.program.threads, 1, 1, self.module.shared_bytes, stream.stream)
+        check(self.device.cu.cuLaunchKernel(self.module.function, *shape, ctypes.addressof(params), 0))
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = [
+        ("input", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("batch", ctypes.c_uint),
+    ]
+
+
+def chunks_of(batch: int, at_once: int) -> list[tuple[int, int]]:
+    """Return where each chunk of `batch` windows begins and ends on a GPU that computes `at_once` windows at once.
+
+    A chunk is a quarter of these at most, so that computing begins early, but no chunk is so small that starting its copy costs
+    more than the copy.
+    """
+    size = max(LEAST_WINDOWS, min(-(-at_once // 4), -(-batch // 4)), -(-batch // MOST_CHUNKS))
+    return [(first, min(first + size, batch)) for first in range(0, batch, size)]
+
+
+class BatchLane:
+    """One batch size on the kernels of many windows.
+
+    Parameters
+    ----------
+    kernel : BatchKernel
+        What is launched.
+    spec : ModelSpec
+        The model.
+    options : BackendOptions
+        Whether a call replays a graph.
+    batch : int
+        Windows of a call.
+
+    Attributes
+    ----------
+    input, output : array of float32
+        Pinned windows and predictions.
+    """
+
+    def __init__(self, kernel: BatchKernel, spec: ModelSpec, options: BackendOptions, batch: int) -> None:
+        self._kernel, self._batch, self._cu = kernel, batch, kernel.device.cu
+        self._graph: Graph | None = None
+        with contextlib.ExitStack() as opened:
+            host = opened.enter_context(closing(HostBuffer(kernel.device, (batch, *spec.input_shape))))
+            out = opened.enter_context(closing(HostBuffer(kernel.device, (batch, *spec.output_shape))))
+            self._device = opened.enter_context(closing(DeviceBuffer(kernel.device, host.nbytes)))
+            self._host, self._out = host, out
+            self.input: FloatArray = host.array
+            self.output: FloatArray = out.array
+            self._chunks = chunks_of(batch, kernel.module.blocks_at_once * kernel.program.windows)
+            self._begun, self._copied = self._event(opened), [self._event(opened) for _ in self._chunks]
+            self._computed = [self._event(opened) for _ in kernel.workers]
+            self._start: Callable[[], object] = self._enqueue
+            self.run()  # loads the code
+            if options.cuda_graph:
+                self._graph = opened.enter_context(closing(kernel.stream.capture(self._enqueue)))
+                self._start = self._replay
+            self.close: Callable[[], None] = opened.pop_all().close
+
+    def _event(self, opened: contextlib.ExitStack) -> Any:
+        event = check(self._cu.cuEventCreate(int(self._cu.CUevent_flags.CU_EVENT_DISABLE_TIMING)))
+        opened.callback(lambda: check(self._cu.cuEventDestroy(event)))
+        return event
+
+    def _enqueue(self) -> None:
+        kernel, cu = self._kernel, self._cu
+        window, outputs = self._host.nbytes // self._batch, self._out.nbytes // self._batch
+        copies, workers = kernel.copies, kernel.workers[: len(self._chunks)]
+        check(cu.cuEventRecord(self._begun, kernel.stream.stream))
+        check(cu.cuStreamWaitEvent(copies.stream, self._begun, 0))
+        for i, (first, end) in enumerate(self._chunks):
+            source, size = self._host.pointer + first * window, (end - first) * window
+            check(cu.cuMemcpyHtoDAsync(cu.CUdeviceptr(self._device.address + first * window), source, size, copies.stream))
+            check(cu.cuEventRecord(self._copied[i], copies.stream))
+            worker = workers[i % len(workers)]
+            check(cu.cuStreamWaitEvent(worker.stream, self._copied[i], 0))
+            kernel.launch(worker, end - first, self._device.address + first * window, self._out.address + first * outputs)
+        for worker, event in zip(workers, self._computed, strict=False):
+            check(cu.cuEventRecord(event, worker.stream))
+            check(cu.cuStreamWaitEvent(kernel.stream.stream, event, 0))
+        kernel.stream.finish()
+
+    def _replay(self) -> None:
+        assert self._graph is not None
+        check(self._graph.launch())
+
+    def run(self) -> None:
+        """Run on what is in `input`."""
+        self._kernel.stream.unfinished = True
+        self._start()
+        self._kernel.stream.wait()
+        self._kernel.stream.unfinished = False
+
+    def run_from(self, address: int) -> None:
+        """Run on windows in device memory."""
+        stream = self._kernel.stream
+        stream.unfinished = True
+        self._kernel.launch(stream, self._batch, address, self._out.address)
+        stream.finish()
+        stream.wait()
+        stream.unfinished = False
+
+    def leave(self) -> None:
+        """Do nothing: no kernel stays."""
+
+    def steps(self) -> tuple[dict[str, Step], str] | None:
+        """Return the steps of a call, one after the other: in a call copies and kernels overlap."""
+        stream, window = self._kernel.stream, self._device.address
+        steps: dict[str, Step] = {
+            "h2d": lambda: stream.upload(window, self._host),
+            "compute": lambda: self._kernel.launch(stream, self._batch, window, self._out.address),
+        }
+        return steps, "one copy, one launch"
