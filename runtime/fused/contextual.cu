@@ -226,6 +226,7 @@ DEVICE void encode_phase(const Arguments& a, Shared& s) {
     project<N_TOKENS>(a, s, 0, item * N_TOKENS);
     signal(encoded(a, 0, window));
   }
+  copies_arrived();  // of a block without a channel too: the encoder's weights lie where the feed-forward rows will
 }
 
 // Softmax over the keys of a window: TEAMS warps share a head's, a lane takes every (32 TEAMS)th, CHUNK at a time, and the sums are
