@@ -10,6 +10,7 @@ from fake_gpu import check_nothing_is_left
 from kernels_on_cpu import compiled_for_cpu
 
 from sjepa_deploy.errors import BackendError, InputError
+from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.parity import check_parity
 from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.fused import backend as fused
@@ -302,6 +303,19 @@ def test_bfloat16_is_of_the_kernels_of_many_windows(gpu, make_model):
     with pytest.raises(BackendError, match="bf16"):
         fused.FusedBackend(bundle, "bf16", BackendOptions(kernels="window"))
     fused.FusedBackend(bundle, "bf16", BackendOptions()).close()
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize(("variant", "precision"), [("contextual", "fp16"), ("contextual", "bf16"), ("postlocal", "fp32")])
+def test_nvrtc_compiles_without_spills(variant, precision, architecture):
+    """Contextual in fp32 spills some 100 bytes outside of its innermost loop, which takes all 255 registers."""
+    pytest.importorskip("cuda.bindings.nvrtc")
+    spec = small_spec(variant, encoder=SHALLOW, n_chans=129, n_times=200, **electrodes(129))
+    model = {name: tensor.double().numpy() for name, tensor in build_model(spec, seed=0).state_dict().items()}
+    source = make_batch_program(spec, model, precision).source
+    _, log = nvrtc.compile_source(source, (f"--gpu-architecture=sm_{architecture}", *nvrtc.OPTIONS, "--ptxas-options=-v"))
+    assert "0 bytes spill stores" in log
+    assert log.count("bytes spill stores") == log.count(" 0 bytes spill stores")
 
 
 def test_weights_as_operands():
