@@ -1,4 +1,4 @@
-"""From a bundle to a model in a Triton repository, whose ``config.pbtxt`` is written with the server's own protobuf schema."""
+"""Adds bundles to a Triton repository. ``config.pbtxt`` is written with the server's own protobuf schema."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sjepa_deploy.spec import ModelSpec, Precision, Unit
 Platform = Literal["python", "onnxruntime", "tensorrt"]
 
 PLATFORMS: tuple[Platform, ...] = ("python", "onnxruntime", "tensorrt")
-"""What runs the graph inside the server: our runtime in Triton's Python backend, or one of Triton's own backends."""
+"""Runtimes of the graph inside the server: ours in Triton's Python backend, or one of Triton's own backends."""
 
 DEFAULT_DEADLINE = 0.05
 
@@ -39,7 +39,7 @@ _NATIVE = {"onnxruntime": ("onnxruntime_onnx", "model.onnx"), "tensorrt": ("tens
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """What was added to a repository.
+    """A ServedModel says what was added to a repository.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Serves the states of a decoder over HTTP, in a process of its own, which `runtime.watch.dashboard` writes them to.
+"""Serves the states of a decoder over HTTP. `runtime.watch.dashboard` starts this process and writes the states to its pipe.
 
 ``/`` is the page, ``/events`` its states as server-sent events, ``/metrics`` the states for Prometheus, and ``/healthz`` tells a
 watchdog whether decisions come. A client can change nothing. The server ends when the pipe does.
@@ -72,16 +72,16 @@ MAX_LINE = 2**24
 
 
 class Feed:
-    """The newest state, and who waits for the next one.
+    """A Feed holds the newest state, and wakes the pages that wait for the next one.
 
     Attributes
     ----------
     facts, state : dict
-        As `describe` and `describe_state` give them.
+        What `describe` and `describe_state` return.
     decisions : dict of str to deque
         The newest decisions by column.
     ended : bool
-        Whether there will be no more.
+        Whether there will be no more states.
     """
 
     def __init__(self, facts: dict[str, Any]) -> None:
@@ -206,14 +206,14 @@ class Connection(H11Protocol):
 
 
 class Guard:
-    """Lets in who may read, and says in every answer what a browser may do with it.
+    """Lets in clients that may read, and says in every answer what a browser may do with the answer.
 
     Parameters
     ----------
     app : callable
         The application.
     token : str or None
-        What a reader must know: as ``Authorization: Bearer``, or once as ``?token=``, which leaves a cookie.
+        What a client must know, sent as ``Authorization: Bearer``, or once as ``?token=``, which leaves a cookie.
     port : int
         Port of the server. Cookies are not told apart by ports, so it is part of the cookie's name.
     policy : str

@@ -1,4 +1,4 @@
-"""Many subjects, one engine: Triton Inference Server from a bundle, and its client."""
+"""Serves bundles to many subjects with Triton Inference Server, and asks such servers."""
 
 from sjepa_deploy.serving.client import Answer, Client
 from sjepa_deploy.serving.server import Server

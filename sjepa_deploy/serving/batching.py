@@ -1,4 +1,4 @@
-"""How a server queues and batches, so that what it accepts is answered in time."""
+"""Plans how a server queues and batches requests, so that it answers in time what it accepts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LARGEST_WAIT = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Batching:
-    """How a model queues and batches.
+    """A Batching says how a server queues and batches the requests for a model.
 
     Attributes
     ----------

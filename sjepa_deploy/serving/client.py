@@ -1,4 +1,7 @@
-"""A served model as a backend: deadlines, no work repeated unasked, and no answer taken that another model may have given."""
+"""Asks a model on a Triton server as if it were a backend of this machine.
+
+A request has a deadline, is never repeated unasked, and no answer is taken that another model may have given.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,7 @@ _OVERLOADED = ("Exceeds maximum queue size", "Request timeout expired")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Answer:
-    """What came back for one request.
+    """An Answer holds what came back for one request.
 
     Attributes
     ----------
@@ -82,7 +85,7 @@ class Answer:
 
 
 class Client(Backend):
-    """A model on a Triton server, called like one on this machine.
+    """A Client calls a model on a Triton server like one on this machine.
 
     A client without a bundle follows new versions of the model as long as montage, unit and outputs stay the same. A client of
     a bundle takes answers of that bundle alone. The server compares both for every request, so that this holds after a restart
@@ -337,7 +340,7 @@ class Client(Backend):
 
 
 class _NotThereError(RefusedError):
-    """The server is not there, or not ready: connect again and try once more."""
+    """Says that the server is not there, or not ready: the client connects again and tries once more."""
 
 
 def _left(ends: float) -> float:

@@ -1,4 +1,4 @@
-"""What a served model says of itself, so that a client can check the montage before it sends a window."""
+"""Defines what a served model says of itself, so that a client checks the montage before it sends a window."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHECKED_PARAMETER = "sjepa_checked"
 
 @dataclass(frozen=True, kw_only=True)
 class Contract:
-    """What a model in a Triton repository says of itself.
+    """A Contract is what a model in a Triton repository says of itself.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What runs inside Triton's Python backend. The ``model.py`` of a repository imports it from here.
+"""Runs bundles inside Triton's Python backend. The ``model.py`` of a repository imports its classes from here.
 
 Tensors cross to and from Triton by DLPack and not as NumPy arrays: the backend of a server is compiled against one major version
 of NumPy (that in nvidia-pytriton 0.7 against 1), and gives empty outputs with the other.
@@ -40,7 +40,7 @@ _TAKEN = b"used_dltensor"
 
 
 class TritonPythonModel:
-    """The bundle of one version, on a backend of ours. One object, in a process of its own, for each instance.
+    """Runs the bundle of one version on a backend of ours. Each instance is one object in a process of its own.
 
     Each request is judged alone: windows that break the contract are refused with the message that a local call raises, and
     the others of its batch are decoded.
@@ -114,7 +114,7 @@ class TritonPythonModel:
 
 
 class WindowPreparation(TritonPythonModel):
-    """First step of an ensemble: windows in the contract's unit and any reference become those that the graph takes.
+    """Makes the windows that the graph takes from windows in the contract's unit and any reference: an ensemble's first step.
 
     It checks them too, since Triton's own backends take NaN and volts without a word.
     """
@@ -138,7 +138,7 @@ class WindowPreparation(TritonPythonModel):
 
 
 class PreparedModel(TritonPythonModel):
-    """Last step of an ensemble: `WindowPreparation` has compared the contract and checked the windows."""
+    """Runs the bundle as the last step of an ensemble, in which `WindowPreparation` has checked contract and windows."""
 
     def _windows(self, request: Any) -> FloatArray:
         return self._tensor_of(request)

@@ -1,4 +1,4 @@
-"""The life of a `tritonserver` on this machine: find it, start it, wait for it, let it load models, stop it."""
+"""Finds, starts and stops a `tritonserver` on this machine, and lets the server load models."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from typing import Any
 from sjepa_deploy.errors import MissingDependencyError, ServingError
 
 INSTALL = "pip install --no-deps nvidia-pytriton==0.7.0"
-"""Where there is no Triton yet. --no-deps, since only the server in it is used, and its Python half asks for NumPy 1."""
+"""Installs Triton where there is none: --no-deps, since only its server is used, and its Python half asks for NumPy 1."""
 
 START_TIMEOUT = 120.0
 
@@ -38,7 +38,7 @@ _DIE_WITH_PARENT = (
 
 @dataclass(frozen=True, kw_only=True)
 class Installation:
-    """A `tritonserver` that was found.
+    """An Installation says where a `tritonserver` and its parts are.
 
     Attributes
     ----------
@@ -81,10 +81,10 @@ def find_server(program: Path | None = None) -> Installation:
 
 
 class Server:
-    """A Triton server on this machine for one model repository; a context manager.
+    """Runs a Triton server on this machine for one model repository; a context manager.
 
-    It listens on `host` alone and ends with the process that started it. Models are loaded as they are when it starts; `load`
-    takes a new version over without losing a request.
+    The server listens on `host` alone and ends with the process that started it. Models are loaded as they are at the start;
+    `load` takes a new version over without losing a request.
 
     Parameters
     ----------
@@ -136,7 +136,7 @@ class Server:
 
     @property
     def endpoints(self) -> dict[str, str]:
-        """Where it listens."""
+        """Addresses on which the server listens."""
         return {
             "grpc": f"{self.host}:{self.grpc_port}",
             "http": f"http://{self.host}:{self.http_port}",
@@ -144,7 +144,7 @@ class Server:
         }
 
     def start(self, timeout: float = START_TIMEOUT) -> Server:
-        """Start it and wait until every model is ready.
+        """Start the server and wait until every model is ready.
 
         Raises
         ------
@@ -186,7 +186,7 @@ class Server:
             time.sleep(0.05)
 
     def ready(self) -> bool:
-        """Return whether it runs and every model is ready."""
+        """Return whether the server runs and every model is ready."""
         with self._client() as (client, error):
             try:
                 return bool(client.is_server_ready(client_timeout=1.0))
@@ -194,7 +194,7 @@ class Server:
                 return False
 
     def load(self, name: str) -> None:
-        """Load the model `name`, or its newest version: it takes over when it is ready, and the old one ends its work.
+        """Load the newest version of the model `name`: the version takes over when it is ready, and the old one ends its work.
 
         Raises
         ------
@@ -214,7 +214,7 @@ class Server:
         self._control(name, "unload")
 
     def stop(self, timeout: float = 30.0) -> None:
-        """End it gracefully: it takes no more requests and answers those that it has."""
+        """End the server gracefully: it takes no more requests and answers those that it has."""
         if self.process is None:
             return
         if self.process.poll() is None:
@@ -224,7 +224,7 @@ class Server:
         self.kill()
 
     def kill(self) -> None:
-        """End it at once, and everything that it started."""
+        """End the server at once, and everything that the server started."""
         if self.process is None:
             return
         with contextlib.suppress(ProcessLookupError):
@@ -235,7 +235,7 @@ class Server:
             left.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Stop it, and delete its temporary files."""
+        """Stop the server, and delete its temporary files."""
         self.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -328,7 +328,7 @@ def _check_ports(host: str, ports: dict[str, int | None]) -> None:
 
 
 class _PortTakenError(Exception):
-    """A port that was free is not any more."""
+    """Says that a port that was free is taken now."""
 
 
 def _first_error(said: str) -> str:

@@ -1,4 +1,4 @@
-"""Windows and outputs in memory that client and server of one host share."""
+"""Holds windows and outputs in memory that the client and the server of one host share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REST_S = 60.0
 
 
 class Region:
-    """Shared memory of one batch size: the windows, then the outputs.
+    """A Region is shared memory for one batch size: the windows, then the outputs.
 
     Attributes
     ----------
@@ -43,21 +43,21 @@ class Region:
             raise ServingError("There is no shared memory for the windows.", "Free some of /dev/shm, or use triton:.") from e
 
     def register(self, server: Any, timeout: float) -> None:
-        """Tell the server of it, within `timeout` seconds."""
+        """Tell the server of the region, within `timeout` seconds."""
         size = self.input_bytes + self.output_bytes
         server.register_system_shared_memory(self.name, self.name, size, client_timeout=timeout)
 
     def write(self, eeg: FloatArray) -> None:
-        """Put windows into it."""
+        """Put windows into the region."""
         self._shm.set_shared_memory_region(self._handle, [eeg])
 
     def read(self) -> FloatArray:
-        """Return a copy of the outputs in it."""
+        """Return a copy of the outputs in the region."""
         output: FloatArray = self._shm.get_contents_as_numpy(self._handle, np.float32, self._output_shape, self.input_bytes)
         return output.copy()
 
     def remove(self) -> None:
-        """Let go of it; the server keeps its mapping until it is told."""
+        """Let go of the region; the server keeps its mapping until it is told."""
         self._shm.destroy_shared_memory_region(self._handle)
 
 
@@ -90,7 +90,7 @@ class SharedWindows:
         self._regions.clear()
 
     def close(self, server: Any) -> None:
-        """Let go of everything, and tell the server where it can be told."""
+        """Let go of all regions, and tell the server where it can be told."""
         self.forget()
         self._unregister(server, time.monotonic(), timeout=1.0)
 
