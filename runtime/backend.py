@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.bundle import Bundle, replaced
 from sjepa_deploy.errors import BackendError, InputError, MissingDependencyError, SjepaError
 from sjepa_deploy.spec import RunPrecision
 
@@ -461,6 +461,8 @@ def open_backend(
 
     Raises
     ------
+    BundleError
+        If another bundle took the place of `bundle` since it was opened.
     BackendError
         If there is no such backend, or the backend cannot run this graph here.
     MissingDependencyError
@@ -478,6 +480,9 @@ def open_backend(
     if missing := among[name].why_not():
         raise missing
     backend: Backend = _find(among[name].target)(bundle, precision, options)
+    if not bundle.current:
+        backend.close()
+        raise replaced(bundle.path)
     return backend
 
 

@@ -8,9 +8,9 @@ from typing import Literal, NoReturn
 
 import numpy as np
 
-from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.bundle import MAX_OPENINGS, Bundle
 from sjepa_deploy.eeg.units import volts_in
-from sjepa_deploy.errors import BackendError, InputError
+from sjepa_deploy.errors import BackendError, InputError, SjepaError
 from sjepa_deploy.runtime.backend import (
     DEFAULT_BACKEND,
     Backend,
@@ -311,8 +311,13 @@ def load(
     """
     if n_threads is not None and options is not None:
         raise BackendError("Both n_threads and options are given.", "Use options=BackendOptions(n_threads=...).")
-    if not isinstance(bundle, Bundle):
-        bundle = Bundle.open(bundle)
     options = options or BackendOptions(n_threads=n_threads)
-    opened = open_backend(bundle, backend, precision or bundle.precisions[0], options)
-    return Predictor(bundle, opened, non_finite=non_finite, check_unit=check_unit)
+    for attempt in range(MAX_OPENINGS):
+        current = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        try:
+            opened = open_backend(current, backend, precision or current.precisions[0], options)
+            break
+        except SjepaError:  # of a bundle that was replaced meanwhile, the new one is opened
+            if isinstance(bundle, Bundle) or current.current or attempt == MAX_OPENINGS - 1:
+                raise
+    return Predictor(current, opened, non_finite=non_finite, check_unit=check_unit)

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from sjepa_deploy.errors import BundleError, ExportError
-from sjepa_deploy.files import canonical_json, file_hash, json_file, load_json, seal, write_atomically
+from sjepa_deploy.errors import BundleError, ExportError, listed
+from sjepa_deploy.files import canonical_json, exchange, file_hash, json_file, load_json, seal, write_atomically
 from sjepa_deploy.parity import ParityResult, Reference
 from sjepa_deploy.serialize import DecodeError, decode, encode
 from sjepa_deploy.spec import ModelSpec, Precision, RunPrecision, graph_precision
@@ -21,6 +21,9 @@ SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 REFERENCE_FILE = "reference.npz"
 CHECKPOINT_FOLDER = "checkpoint"
+ENGINE_FOLDER = "engines"
+MAX_OPENINGS = 5
+"""How often a bundle is opened anew because it was replaced meanwhile."""
 ONNX_CONTRACT_KEY = "sjepa_deploy"
 """Key of an ONNX file's metadata that holds `graph_contract`."""
 
@@ -136,10 +139,13 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    _stamp: tuple[int, ...] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Path | str) -> Bundle:
         """Open a bundle and verify its manifest and the hash of every file.
+
+        A bundle that is replaced meanwhile is opened as it then is.
 
         Raises
         ------
@@ -147,6 +153,22 @@ class Bundle:
             If the folder is no bundle, of a newer schema, incomplete or altered.
         """
         path = Path(path)
+        for _ in range(MAX_OPENINGS):
+            stamp = _stamp_of(path)
+            try:
+                return dataclasses.replace(cls._open(path), _stamp=stamp)
+            except BundleError:
+                if _stamp_of(path) == stamp:
+                    raise
+        raise replaced(path)
+
+    @property
+    def current(self) -> bool:
+        """Whether the folder still holds the bundle that was opened, and not one that took its place."""
+        return self._stamp is None or self._stamp == _stamp_of(self.path)
+
+    @classmethod
+    def _open(cls, path: Path) -> Bundle:
         try:
             manifest = _read_manifest(path)
             for name, sha256 in manifest.files.items():
@@ -211,6 +233,20 @@ class Bundle:
         return reference
 
 
+def replaced(path: Path) -> BundleError:
+    """Return the error of a bundle that another one took the place of while it was opened."""
+    return BundleError(f"The bundle {path} was replaced while it was opened.", "Open it again.")
+
+
+def _stamp_of(path: Path) -> tuple[int, ...] | None:
+    """Return what tells the manifest at `path` from every other one that is put there, or None if there is none."""
+    try:
+        found = (path / MANIFEST_FILE).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
 def graph_contract(spec: ModelSpec, *, precision: Precision, max_batch: int, static_batch: int | None) -> str:
     """Return the contract that an ONNX file carries in its metadata, as canonical JSON."""
     contract = {"spec": encode(spec), "precision": precision, "max_batch": max_batch, "static_batch": static_batch}
@@ -266,9 +302,11 @@ def check_writable(path: Path, *, force: bool = False) -> None:
     Raises
     ------
     ExportError
-        If `path` exists and `force` is not set, or it is no bundle.
+        If `path` exists and `force` is not set, it is no bundle, or it holds files that are not the bundle's.
     """
     with _as_export_errors(path):
+        if path.name in ("", "..") or path.is_mount():
+            raise ExportError(f"{path} cannot be replaced by a bundle: it is a mount or has no name.", "Name a new folder in it.")
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise ExportError(f"{path} exists and is no folder.", "Choose another --out.")
         if path.exists() and any(path.iterdir()):
@@ -278,6 +316,11 @@ def check_writable(path: Path, *, force: bool = False) -> None:
                 )
             if not force:
                 raise ExportError(f"There is a bundle at {path} already.", "Use --force to replace it, or choose another --out.")
+            if strange := _not_of_the_bundle(path):
+                raise ExportError(
+                    f"{path} holds files that are not the bundle's: {listed(strange)}.",
+                    "Move them away, or choose another --out: --force deletes the bundle alone.",
+                )
 
 
 @contextlib.contextmanager
@@ -300,6 +343,7 @@ def new_bundle(path: Path, *, force: bool = False) -> Iterator[Path]:
         with _as_export_errors(path):
             yield folder
             folder.chmod(0o755)
+            check_writable(path, force=force)  # what took the place meanwhile is not the one that was judged
             _replace(folder, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -326,6 +370,14 @@ def _looks_like_a_bundle(path: Path) -> bool:
     return isinstance(data, dict) and {"schema_version", "spec", "graphs"} <= set(data)
 
 
+def _not_of_the_bundle(path: Path) -> list[str]:
+    """Return the files at `path` that its manifest does not name, engines apart."""
+    named = load_json((path / MANIFEST_FILE).read_bytes()).get("files")
+    known = {MANIFEST_FILE, *(named if isinstance(named, dict) else ())}
+    files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
+    return [name for name in files if name not in known and not name.startswith(f"{ENGINE_FOLDER}/")]
+
+
 @contextlib.contextmanager
 def _as_export_errors(path: Path) -> Iterator[None]:
     try:
@@ -337,10 +389,15 @@ def _as_export_errors(path: Path) -> Iterator[None]:
 
 
 def _replace(folder: Path, path: Path) -> None:
-    """Move `folder` to `path`; a bundle that is there steps aside first and comes back if the move fails."""
-    if not path.exists():
+    """Move `folder` to `path`, where no moment is without a bundle if the system can exchange two folders.
+
+    A folder that is not empty is not overwritten: of two exports to one place, the second one fails here.
+    """
+    if not _looks_like_a_bundle(path):
         folder.rename(path)
         return
+    if exchange(folder, path):
+        return  # `folder` holds the old one now, which the caller deletes
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
     try:
         path.rename(old)

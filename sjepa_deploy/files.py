@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import fcntl
 import hashlib
 import json
@@ -128,3 +130,22 @@ def on_disk(file: Path) -> None:
     """Return once the content of `file` would survive a loss of power."""
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange two paths in one step, so that there is always something at both. Returns False where the system cannot.
+
+    See `RENAME_EXCHANGE` in renameat2(2).
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    if libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.EINVAL, errno.ENOSYS):  # of a file system, and of a kernel, that have no exchange
+        return False
+    raise OSError(error, os.strerror(error), str(other))
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h

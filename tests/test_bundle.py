@@ -1,4 +1,5 @@
 import errno
+import importlib
 import shutil
 import signal
 import subprocess
@@ -253,18 +254,101 @@ def test_an_exception_within_an_export_leaves_nothing(tmp_path, monkeypatch):
     assert listing(tmp_path) == {}
 
 
-def test_a_move_that_fails_brings_the_old_bundle_back(path, monkeypatch):
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_move_that_fails_keeps_the_old_bundle(path, monkeypatch, exchanges):
     before, rename = listing(path.parent), Path.rename
 
-    def fail_for_the_new_one(self, target):
-        if ".partial-" in self.name:
-            raise OSError(errno.EIO, "Input/output error")
-        return rename(self, target)
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
 
+    def fail_for_the_new_one(self, target):
+        return fail() if ".partial-" in self.name else rename(self, target)
+
+    monkeypatch.setattr("sjepa_deploy.bundle.exchange", fail if exchanges else lambda *_: False)
     monkeypatch.setattr(Path, "rename", fail_for_the_new_one)
     with pytest.raises(ExportError, match=r"cannot be written \(Input/output error\)"), new_bundle(path, force=True):
         pass
     assert listing(path.parent) == before
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_bundle_is_replaced_where_folders_cannot_be_exchanged(path, monkeypatch, exchanges):
+    if not exchanges:
+        monkeypatch.setattr("sjepa_deploy.bundle.exchange", lambda *_: False)
+    with new_bundle(path, force=True) as folder:
+        (folder / "new").touch()
+    assert listing(path.parent) == {"bundle": None, "bundle/new": b""}
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_appears_during_an_export_stays(tmp_path, force):
+    out = tmp_path / "out"
+    with pytest.raises(ExportError, match="other content"), new_bundle(out, force=force) as folder:  # noqa: PT012
+        (folder / "mine").touch()
+        out.mkdir()
+        (out / "notes.txt").write_text("three hours of work")
+    assert listing(tmp_path) == {"out": None, "out/notes.txt": b"three hours of work"}
+
+
+def test_of_two_exports_to_one_place_one_fails(tmp_path, make_bundle):
+    out = tmp_path / "out"
+    with pytest.raises(ExportError, match="There is a bundle at"), new_bundle(out) as folder:  # noqa: PT012
+        (folder / "mine").touch()
+        copy_bundle(make_bundle("prelocal"), out)
+    assert Bundle.open(out).spec == small_spec()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_force_deletes_the_bundle_alone(path):
+    (path / "engines").mkdir()
+    (path / "engines" / "0.plan").touch()
+    (path / "recordings").mkdir()
+    (path / "recordings" / "s1.txt").write_text("data")
+    before = listing(path)
+    with pytest.raises(ExportError, match=r"not the bundle's: recordings/s1\.txt"), new_bundle(path, force=True):
+        pytest.fail("the block must not run")
+    assert listing(path) == before
+    shutil.rmtree(path / "recordings")
+    with new_bundle(path, force=True) as folder:
+        (folder / "new").touch()
+    assert listing(path) == {"new": b""}
+
+
+def test_a_folder_that_cannot_be_moved_is_refused_before_the_export(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for out in (Path(), Path(".."), Path("/proc")):
+        with pytest.raises(ExportError, match="Name a new folder in it"), new_bundle(out):
+            pytest.fail("the block must not run")
+
+
+def swap(path, other):
+    """Put a copy of the bundle `other` in the place of `path`, as an export with --force does."""
+    with new_bundle(path, force=True) as folder:
+        shutil.copytree(other.path, folder, dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize("where", ["sjepa_deploy.bundle.file_hash", "sjepa_deploy.runtime.backends.ort.open_session"])
+def test_a_bundle_that_is_replaced_while_it_is_opened_is_one_of_both(make_bundle, path, monkeypatch, where):
+    other = make_bundle("prelocal", model_seed=1)
+    windows = np.float32(np.random.default_rng(0).normal(0, 20, (1, 8, 200)))
+    with sjepa_deploy.load(other) as predict:
+        wanted = predict(windows)
+    opened = Bundle.open(path)
+    module, _, name = where.rpartition(".")
+    function, times = getattr(importlib.import_module(module), name), iter([other])
+
+    def swap_first(*args):
+        monkeypatch.setattr(where, function)  # replacing needs it too
+        swap(path, next(times))
+        return function(*args)
+
+    monkeypatch.setattr(where, swap_first)
+    with sjepa_deploy.load(path) as predict:
+        assert predict.bundle.manifest.digest == other.manifest.digest
+        np.testing.assert_allclose(predict(windows), wanted, atol=1e-6)
+    assert not opened.current
+    with pytest.raises(BundleError, match="was replaced while it was opened"):
+        sjepa_deploy.load(opened)
 
 
 def test_places_that_cannot_be_written(tmp_path):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.bundle import ENGINE_FOLDER, Bundle
 from sjepa_deploy.errors import EngineError
 from sjepa_deploy.files import (
     bytes_hash,
@@ -30,8 +30,6 @@ from sjepa_deploy.files import (
 from sjepa_deploy.parity import ParityResult
 from sjepa_deploy.serialize import DecodeError, decode
 from sjepa_deploy.spec import RunPrecision
-
-ENGINE_FOLDER = "engines"
 
 
 @dataclass(frozen=True, kw_only=True)
