@@ -60,7 +60,7 @@ def test_shipped_montages_need_no_mne():
 
 def test_other_montages_say_that_they_need_mne(monkeypatch):
     monkeypatch.setitem(sys.modules, "mne", None)
-    with pytest.raises(MissingDependencyError, match=r"the extra \[eeg\]"):
+    with pytest.raises(MissingDependencyError, match=r"MNE.*pip install .*mne>=.*\[eeg\]"):
         read_montage("biosemi64")
 
 

@@ -297,7 +297,7 @@ def test_a_recording_without_eeg(tmp_path):
 def test_missing_packages_are_named(monkeypatch, written, module, name):
     path = written(name).path
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingDependencyError, match=r"the extra \[eeg\]"):
+    with pytest.raises(MissingDependencyError, match=rf"pip install .*{module}>=.*\[eeg\]"):
         read_recording(path, unit="uV" if module == "pyxdf" else None)
 
 

@@ -110,7 +110,7 @@ def test_missing_scipy_names_the_extra(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "scipy.signal", None)
-    with pytest.raises(MissingDependencyError, match=r"sjepa-deploy\[stream\]"):
+    with pytest.raises(MissingDependencyError, match=r"SciPy.*pip install .*'scipy>=.*\[stream\]"):
         design_sos(Preprocessing(), 100.0, 100.0)
 
 
@@ -385,7 +385,7 @@ def test_an_option_that_a_source_would_ignore_is_refused(predict, address, optio
 
 def test_a_source_whose_package_is_missing_names_the_extra(predict, monkeypatch):
     monkeypatch.setitem(SOURCES, "lsl", dataclasses.replace(SOURCES["lsl"], package="not_there"))
-    with pytest.raises(MissingDependencyError, match=r"not_there.*sjepa-deploy\[stream\]"):
+    with pytest.raises(MissingDependencyError, match=r"not_there.*pip install .*\[stream\]"):
         open_source("lsl:amp", predict.spec)
 
 

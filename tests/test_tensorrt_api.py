@@ -183,7 +183,7 @@ def test_without_a_driver_an_engine_is_refused_with_a_reason_and_no_crash():
 
 def test_a_missing_or_broken_installation_is_told(monkeypatch):
     monkeypatch.setitem(tensorrt_api.MODULES, "tensorrt", ("tensorrt_that_nobody_has", "gpu"))
-    with pytest.raises(MissingDependencyError, match=r"tensorrt_that_nobody_has.*sjepa-deploy\[gpu\]"):
+    with pytest.raises(MissingDependencyError, match=r"tensorrt_that_nobody_has.*pip install .*tensorrt>=.*\[gpu\]"):
         TensorRT("tensorrt")
 
 
