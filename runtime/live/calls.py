@@ -21,6 +21,9 @@ from sjepa_deploy.runtime.predictor import Predictor
 N_WARM_UP = 20
 """Calls of the backend before the stream is read, so that no decision pays for buffers and caches."""
 
+ALL_LATE_S = 5.0
+"""Seconds of windows, none of which was in time, after which a stream that never had a decision is refused."""
+
 
 class BackendCalls:
     """Makes a decision of each window of a stream, and counts every window that gets none.
@@ -62,7 +65,7 @@ class BackendCalls:
         self._predict, self._windows, self._late = predict, windows, config.late
         self._clock, self._counters, self._report = clock, counters, report
         self._hop, self._n_times = config.hop_samples(predict.spec), predict.spec.n_times
-        self._deadline = config.deadline_s(predict.spec)
+        self._sfreq, self._deadline = predict.spec.sfreq, config.deadline_s(predict.spec)
         self._last: Decision | None = None
         why_whole = _why_whole_windows(predict, config)
         if config.roll and why_whole is not None:
@@ -118,6 +121,7 @@ class BackendCalls:
             False,
             window.bridged,
             window.bad_channels,
+            window.doubtful,
         )
         return decision
 
@@ -144,6 +148,12 @@ class BackendCalls:
         self._count_miss(missed=True)
         if self._late == "skip" or self._last is None:
             self._counters.skipped_late += 1
+            if self._last is None and self._counters.skipped_late * self._hop > ALL_LATE_S * self._sfreq:
+                raise StreamError(
+                    f"All windows of {ALL_LATE_S:g} s came too late: their newest samples are {now - window.stamp:.3g} s old by "
+                    f"their stamps when they can be decoded, and a decision is due after {self._deadline:.3g} s.",
+                    "Use a longer --deadline or --late queue, or mend the source's stamps.",
+                )
             return None
         self._counters.held += 1
         return dataclasses.replace(

@@ -29,6 +29,8 @@ class Decision:
         Whether samples of the window were interpolated in time.
     bad_channels : tuple of str
         Channels that were bad somewhere in the window.
+    doubtful : bool
+        Whether samples may be missing in the window: its newest ones are later than any jitter so far.
     """
 
     index: int
@@ -41,6 +43,7 @@ class Decision:
     held: bool
     bridged: bool
     bad_channels: tuple[str, ...]
+    doubtful: bool = False
 
     @property
     def age(self) -> float:
@@ -59,6 +62,11 @@ class Decision:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """What to know before relying on the decision: "late", "held", "bridged", "bad channels"."""
-        said = (("late", self.decided > self.due), ("held", self.held), ("bridged", self.bridged))
+        """What to know before relying on the decision: "late", "held", "bridged", "doubtful", "bad channels"."""
+        said = (
+            ("late", self.decided > self.due),
+            ("held", self.held),
+            ("bridged", self.bridged),
+            ("doubtful", self.doubtful),
+        )
         return tuple(name for name, holds in said if holds) + (("bad channels",) if self.bad_channels else ())

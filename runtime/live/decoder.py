@@ -88,6 +88,7 @@ class Decoder:
         self._monotonic = monotonic
         self._heard = monotonic()
         self._silent = False
+        self._stop_at = math.inf
 
     @classmethod
     def open(
@@ -174,6 +175,7 @@ class Decoder:
                     break
                 else:
                     self._watch()
+                    self._stopping |= self.source.clock() >= self._stop_at
                 self._tell_repeated()
                 if calls.keep_warm is not None:
                     calls.fill_pause()
@@ -191,12 +193,11 @@ class Decoder:
         self._stopping = True
 
     def stop_after(self, seconds: float) -> None:
-        """End the iteration with the chunk that ends `seconds` of stream by its stamps."""
-        first: list[float] = []
+        """End the iteration `seconds` after the arrival of the first sample, with a whole chunk."""
 
         def look(chunk: Chunk) -> None:
-            first[:] = first or [float(chunk.stamps[0])]
-            if chunk.stamps[-1] - first[0] >= seconds:
+            self._stop_at = min(self._stop_at, chunk.received + seconds)
+            if chunk.received >= self._stop_at:
                 self.stop()
 
         self.on_chunk(look)

@@ -256,7 +256,7 @@ class LslSource:
             self._correct_at = received + CORRECT_EVERY_S
         self._look_at = received + LOOK_EVERY_S
         restarted, self._restarted = self._restarted, False
-        return Chunk(samples, stamps + self._correction, received, restarted)
+        return Chunk(samples, stamps + self._correction, received, restarted, self._correction)
 
     def close(self) -> None:
         """Leave the stream."""

@@ -206,7 +206,7 @@ class Recorder:
             # The stamps are on this machine's clock already. pyxdf warns of a stream that has stamps and no offset.
             offsets = (struct.pack("<Idd", stream, chunks[-1].received, 0.0) for stream in range(_SAMPLES, _EVENTS + 1))
             parts.extend(_xdf_chunk(_CLOCK_OFFSET, offset) for offset in offsets)
-            facts = np.array([[len(chunk.stamps), chunk.received, chunk.restarted] for chunk in chunks])
+            facts = np.array([[len(chunk.stamps), chunk.received, chunk.restarted, chunk.correction] for chunk in chunks])
             parts.append(_xdf_samples(_CHUNKS, facts[:, 1], facts))
         if decisions:
             rows = [
@@ -239,7 +239,7 @@ class Recorder:
         return b"".join(
             (
                 _xdf_header(_SAMPLES, stream.name, "EEG", n, stream.sfreq, _FORMATS[self._dtype.str[1:]], channels=channels),
-                _xdf_header(_CHUNKS, "sjepa chunks", "Chunks", 3, 0, "double64"),
+                _xdf_header(_CHUNKS, "sjepa chunks", "Chunks", 4, 0, "double64"),
                 _xdf_header(
                     _DECISIONS,
                     "sjepa decisions",
@@ -398,11 +398,11 @@ def read_record(path: Path) -> Record:
         ) from error
     samples, stamps = np.asarray(by_id[_SAMPLES]["time_series"]), np.asarray(by_id[_SAMPLES]["time_stamps"])
     chunks, start = [], 0
-    for n, received, restarted in np.asarray(by_id[_CHUNKS]["time_series"]).reshape(-1, 3):
+    for n, received, restarted, *correction in by_id[_CHUNKS]["time_series"]:  # without a correction in records of 0.1
         stop = start + int(n)
         if stop > len(stamps):
             break
-        chunks.append(Chunk(samples[start:stop], stamps[start:stop], float(received), bool(restarted)))
+        chunks.append(Chunk(samples[start:stop], stamps[start:stop], float(received), bool(restarted), *map(float, correction)))
         start = stop
     decisions, times, n_held, n_cut_off = {}, {}, 0, 0
     n_fields = len(_FIELDS)

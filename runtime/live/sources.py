@@ -35,12 +35,15 @@ class Chunk:
         When the chunk arrived, in seconds of the same clock.
     restarted : bool
         Whether the stream was interrupted before this chunk, such that nothing is known of what came between.
+    correction : float
+        Seconds in `stamps` that bring the sender's own stamps to the source's clock.
     """
 
     samples: Samples
     stamps: Stamps
     received: float
     restarted: bool = False
+    correction: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +53,8 @@ class Incident:
     Attributes
     ----------
     kind : str
-        From the source: "flushed", "lost", "reconnected". From the decoder: "gap", "interruption", "clock reset", "bridged",
-        "rate", "channel", "silent", "deadline", "unanswered". From what writes: "record", "out".
+        From the source: "flushed", "lost", "reconnected". From the decoder: "gap", "interruption", "clock", "clock reset",
+        "bridged", "rate", "channel", "silent", "deadline", "unanswered". From what writes: "record", "out".
     time : float
         Seconds of the source's clock.
     text : str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -12,16 +13,29 @@ from numpy.typing import NDArray
 from sjepa_deploy.eeg.conditioning import Conditioner
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.errors import StreamError
+from sjepa_deploy.runtime.live.arrival import Arrival
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.ring import Ring
 from sjepa_deploy.runtime.live.schedule import Schedule
-from sjepa_deploy.runtime.live.sources import Chunk, Samples
-from sjepa_deploy.runtime.live.timeline import CONSECUTIVE, EARLY, LARGEST_RATE_ERROR, REPEATED, RESET, Timeline
+from sjepa_deploy.runtime.live.sources import Chunk, Samples, Stamps
+from sjepa_deploy.runtime.live.timeline import (
+    BACK,
+    CONSECUTIVE,
+    DOUBTFUL,
+    EARLY,
+    LARGEST_RATE_ERROR,
+    REPEATED,
+    RESET,
+    Timeline,
+)
 from sjepa_deploy.spec import ModelSpec
 
 NOTED_RATE_ERROR = 0.001
 """Ratio from which on a stream's rate is reported as off."""
+
+REMEMBERED_S = 2.0
+"""Seconds of samples among which one that comes late is looked for, to know it if it was sent again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +52,15 @@ class Window:
         Whether samples in it were interpolated in time.
     bad_channels : tuple of str
         Channels of the stream that were bad somewhere in it, repaired or not.
+    doubtful : bool
+        Whether samples may be missing in it: its newest ones are later than any jitter so far, and it is not known yet for good.
     """
 
     index: int
     stamp: float
     bridged: bool
     bad_channels: tuple[str, ...]
+    doubtful: bool
 
 
 class WindowStream:
@@ -105,13 +122,16 @@ class WindowStream:
         self._bridged_until = -(2**62)  # elapsed samples of the schedule
         self._rate_noted = False
         self._last_row: Samples | None = None
-        self._received = 0.0
-        self._offset = self._stamp = 0.0
+        self._arrival = Arrival(info.name, info.sfreq, report)
+        self._recent: deque[tuple[Samples, Stamps]] = deque()
+        self._n_recent, self._most_recent = 0, round(REMEMBERED_S * info.sfreq)
+        self._doubtful = False
+        self._stamp = 0.0
 
     @property
     def due_at(self) -> float:
         """When the newest sample of the next window is to be expected, on the source's clock."""
-        return self._stamp + self._offset + self._schedule.due_in / self._spec.sfreq
+        return self._stamp + self._arrival.offset + self._schedule.due_in / self._spec.sfreq
 
     @property
     def codes(self) -> NDArray[np.int8]:
@@ -143,25 +163,38 @@ class WindowStream:
         restarted, start = chunk.restarted, 0
         if restarted:
             counters.interruptions += 1
-        for i, stamp in enumerate(stamps):
+        # Which samples follow each other, the sender's own stamps say: the correction of its clock moves in steps.
+        own = (chunk.stamps - chunk.correction).tolist() if chunk.correction else stamps
+        self._arrival.check_unit(own)
+        if not self._arrival.began:
+            self._arrival.take(chunk)
+        for i, stamp in enumerate(own):
             verdict = place(stamp)
             if verdict == CONSECUTIVE and not restarted:
                 continue
-            if verdict == REPEATED and not self._came_twice(samples, i):
+            if verdict == REPEATED and not self._was_here(chunk, i):
                 self._timeline.follow(stamp)
                 continue
+            if verdict == BACK:
+                verdict = REPEATED if self._was_here(chunk, i) else self._timeline.go_back(stamp)
+                if verdict == CONSECUTIVE and not restarted:
+                    continue
             yield from self._take(samples[start:i], stamps[start:i])
             start = i + 1
             if verdict == REPEATED:
                 counters.samples_repeated += 1
             elif verdict == EARLY:
                 counters.samples_early += 1
+            elif verdict == DOUBTFUL and not restarted:
+                self._doubtful = True
+                yield from self._take(samples[i:start], stamps[i:start])
+                self._doubtful = False
             else:
                 start = i
-                n_lost, passed = max(0, verdict), chunk.received - self._received
-                if verdict == RESET or (n_lost / self._info.sfreq > 1.0 and passed < 0.5 * n_lost / self._info.sfreq):
+                n_lost = max(0, verdict)
+                if verdict == RESET or self._arrival.jumped(chunk, stamps[i], n_lost):
                     counters.clock_resets += 1
-                    self._offset = chunk.received - stamps[-1]
+                    self._arrival.count_from(chunk)
                     self._interrupt(0, "clock reset", "The clock of the stamps was set; from here on they count from arrival.")
                 elif 0 < n_lost <= self._bridge and not restarted and self._last_row is not None:
                     yield from self._bridge_to(samples, stamps, i, n_lost)
@@ -172,11 +205,22 @@ class WindowStream:
                     self._interrupt(n_lost, kind, f"{n_lost} samples ({n_lost / self._info.sfreq:.3g} s) are missing.")
                 restarted = False
         yield from self._take(samples[start:], stamps[start:])
-        self._last_row, self._received, self._stamp = samples[-1], chunk.received, stamps[-1]
+        self._arrival.take(chunk)
+        self._last_row, self._stamp = samples[-1], stamps[-1]
+        self._recent.append((samples, chunk.stamps))
+        self._n_recent += n
+        while self._n_recent - len(self._recent[0][1]) >= self._most_recent:
+            self._n_recent -= len(self._recent.popleft()[1])
 
-    def _came_twice(self, samples: Samples, i: int) -> bool:
-        before = samples[i - 1] if i else self._last_row
-        return before is not None and np.array_equal(samples[i], before, equal_nan=samples.dtype.kind == "f")
+    def _was_here(self, chunk: Chunk, i: int) -> bool:
+        """Whether a sample of the same stamp and values came already: a block may be sent again."""
+        stamp, period = chunk.stamps[i], 1 / self._info.sfreq
+        for samples, stamps in (((chunk.samples[:i], chunk.stamps[:i])), *reversed(self._recent)):
+            if len(stamps) and stamps[-1] < stamp - 1.0:
+                return False
+            if any(_same(chunk.samples[i], samples[k]) for k in np.flatnonzero(np.abs(stamps - stamp) < 0.5 * period)):
+                return True
+        return False
 
     def _bridge_to(self, samples: Samples, stamps: list[float], i: int, n_lost: int) -> Iterator[Window]:
         before = np.asarray(samples[i - 1] if i else self._last_row, np.float64)
@@ -228,7 +272,7 @@ class WindowStream:
                 continue
             bads = self._conditioner.bad_in_newest(n_times + len(made) - position)
             bridged = schedule.elapsed - self._bridged_until < n_times
-            yield Window(counters.windows - 1, stamps[position - 1] + self._offset, bridged, bads)
+            yield Window(counters.windows - 1, stamps[position - 1] + self._arrival.offset, bridged, bads, self._doubtful)
 
     def _check_rate(self) -> None:
         measured = self._timeline.sfreq
@@ -237,8 +281,13 @@ class WindowStream:
         error = measured / self._info.sfreq - 1
         if abs(error) > LARGEST_RATE_ERROR:
             raise StreamError(
-                f"{self._info.name} says {self._info.sfreq:g} Hz and sends {measured:.4g} Hz.", "Mend the source's nominal rate."
+                f"{self._info.name} says {self._info.sfreq:g} Hz and sends {measured:.4g} Hz.",
+                "Mend the source's nominal rate, or what loses samples on the way.",
             )
-        if abs(error) > NOTED_RATE_ERROR and not self._rate_noted:
+        if abs(error) > NOTED_RATE_ERROR + self._timeline.rate_error and not self._rate_noted:
             self._rate_noted = True
             self._report("rate", f"The stamps show {measured:.6g} Hz, {error:+.2%} off the nominal rate.")
+
+
+def _same(one: Samples, other: Samples) -> bool:
+    return np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
