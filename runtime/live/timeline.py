@@ -46,8 +46,8 @@ class Timeline:
     """Follows the stamps of a stream sample by sample, so that its verdicts do not depend on chunks.
 
     There are two kinds of stamps. Of **regular** ones, which a device counted, every step is a whole number of periods, and a
-    step of k + 1 periods is a loss of k samples, at once. All other stamps are **irregular**: their jitter is mostly a delay, so that
-    the earliest stamps of every fifth of a second lie on a line, which is followed. A sample that is later than this line by
+    step of k + 1 periods is a loss of k samples, at once. All other stamps are **irregular**: their jitter is mostly a delay: the
+    earliest stamps of every fifth of a second lie on a line, which is followed. A sample that is later than this line by
     `max_jitter` means a loss at once. A smaller delay means a loss when all stamps of `CONFIRM_S` are late. What a loss does to
     the stamps goes neither into the line nor into the measures of jitter.
 
