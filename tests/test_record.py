@@ -5,7 +5,9 @@ import errno
 import itertools
 import json
 import os
+import pty
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -388,6 +390,27 @@ def test_a_closed_terminal_ends_the_run_whole_unless_it_is_ignored(predict, tmp_
     recording = read_record(path)
     assert len(recording.decisions) == summary["counters"]["decisions"] >= 5
     assert out.read_text().count('"index"') == summary["counters"]["decisions"]
+
+
+def test_a_terminal_that_is_gone_costs_neither_record_nor_lines(predict, tmp_path):
+    """Nobody is left to read a summary, and drawing fails: one line on stderr, and a status that is not 0."""
+    path, out = tmp_path / "run.xdf", tmp_path / "out.jsonl"
+    command = [sys.executable, "-c", CODE, predict.bundle.path, "--source", "synthetic", "--record", path, "--out", out]
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [str(part) for part in command], stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        os.close(theirs)
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and (not out.exists() or out.read_text().count('"index"') < 5):
+            if select.select([ours], [], [], 0.05)[0]:
+                os.read(ours, 2**16)
+        os.close(ours)
+        process.send_signal(signal.SIGHUP)  # from the kernel where the terminal is the session's own
+        told = process.stderr.read()
+        assert process.wait(30) == 2
+    assert told.strip().endswith("sjepa-stream: the terminal is gone, nothing more could be told")
+    assert len(read_record(path).decisions) == out.read_text().count('"index"') >= 5
 
 
 def test_pyxdf_reads_a_record_without_a_warning(predict, tmp_path, caplog):

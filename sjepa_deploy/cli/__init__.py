@@ -8,6 +8,8 @@ stderr says how to mend it), 130 when the command was interrupted, and 143 when 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import json
 import shlex
@@ -67,6 +69,10 @@ def run_command(command: click.Command, name: str, arguments: list[str]) -> int:
         return _fail(where, f"{e.format_message().rstrip('.')}. See {where} --help.", 2)
     except (click.Abort, KeyboardInterrupt):
         return _fail(name, "interrupted", 130)
+    except OSError as e:
+        if e.errno != errno.EIO or e.filename is not None:
+            raise
+        return _fail(name, "the terminal is gone, nothing more could be told", 2)
     except Exception as e:
         if not _is_interruption(e):
             raise
@@ -83,7 +89,8 @@ def _is_interruption(error: BaseException | None) -> bool:
 
 def _fail(name: str, message: str, status: int) -> int:
     one_line = " ".join(message.split())
-    click.echo(f"{name}: {one_line}", err=True)
+    with contextlib.suppress(OSError):  # of a terminal that is gone: the status is all that can be told
+        click.echo(f"{name}: {one_line}", err=True)
     return status
 
 
