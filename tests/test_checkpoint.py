@@ -300,12 +300,15 @@ def test_the_prefix_of_a_trainer_is_taken_off(tmp_path, prefix):
     assert checkpoint.notes == ((f"the prefix {prefix!r} was taken off the keys",) if prefix else ())
 
 
-def test_what_is_not_the_model_is_left_out_and_said(tmp_path):
+def test_what_is_not_the_model_is_left_out_only_where_the_user_says_so(tmp_path):
     others = {"criterion.weight": torch.ones(3), "train_acc.confmat": torch.ones(2, 2)}
     path = save(lightning(prefixed("model.", small_state()), **others), tmp_path / "last.ckpt")
-    checkpoint = read_checkpoint(path)
+    refusal(path, "criterion.weight, train_acc.confmat.*--allow-left-out criterion,train_acc")
+    checkpoint = read_checkpoint(path, allow_left_out=("criterion", "train_acc.confmat"))
     assert same_weights(checkpoint.weights, small_state())
-    assert "left out, not under the prefix: criterion.weight, train_acc.confmat" in checkpoint.notes
+    assert "left out, as allowed: criterion.weight, train_acc.confmat" in checkpoint.notes
+    refusal(path, "train_acc.confmat", allow_left_out=("criterion",))
+    refusal(path, "leaves out no weight of the name net", allow_left_out=("criterion", "train_acc", "net"))
 
 
 @pytest.mark.parametrize("prefixes", [("model.", "ema_model."), ("", "ema."), ("model.", "model.ema.module.")])
@@ -479,7 +482,11 @@ def test_configurations_that_are_none(tmp_path, content, match):
         ("feature_encoder__mode", "layer_norm", "feature_encoder__mode = 'layer_norm', which is not supported"),
         ("feature_encoder__conv_bias", True, "feature_encoder__conv_bias = True, which is not supported"),
         ("activation", "torch.nn.modules.activation.ReLU", "activation = '.*ReLU', which is not supported"),
-        ("pos_encoder__spat_kwargs", {"max_norm": 1.0}, "pos_encoder__spat_kwargs = .*, which is not supported"),
+        (
+            "pos_encoder__spat_kwargs",
+            {"max_norm": 1.0, "norm_type": 1.0},
+            "pos_encoder__spat_kwargs = .*, which is not supported",
+        ),
         ("n_outputs", 2, "says n_outputs = 2, but the weights have 3"),
         ("n_spat_filters", 4, "says n_spat_filters = 4, but the weights have 2"),
         ("n_chans", 7, "says n_chans = 7, but describes 6 channels"),

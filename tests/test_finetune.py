@@ -128,6 +128,38 @@ def test_the_written_model_gives_the_predictions_that_were_scored_in_the_targets
     assert stored["finetuning"]["data"]["n_times"] == 152
 
 
+@pytest.mark.parametrize("name", ["best.ckpt", "last.ckpt"])
+def test_a_checkpoint_of_the_training_is_the_model_in_the_targets_unit(base, tmp_path, name):
+    """The best one is the model that fine-tuning writes; without the fold both would give standardised targets."""
+    config = dataclasses.replace(FINETUNE, pretrained=base, encoder=None)
+    result = finetune(config, tmp_path)
+    checkpoint = read_checkpoint(tmp_path / "training" / name)
+    spec, assumed = resolve_spec({}, checkpoint)
+    assert (spec, assumed) == (result.spec, ())
+    if name == "best.ckpt":
+        written = read_checkpoint(tmp_path).weights
+        assert all(torch.equal(checkpoint.weights[key], weight) for key, weight in written.items())
+    state = torch.load(tmp_path / "training" / name, weights_only=True)["state_dict"]
+    windows = load_windows(config.data)
+    standardised = build_model(spec, seed=0)
+    standardised.load_state_dict({key.removeprefix("model."): w for key, w in state.items() if key.startswith("model.")})
+    outputs = []
+    for model in (load_model(checkpoint, spec), standardised):
+        with reference_mode(model):
+            outputs.append(model.double()(torch.from_numpy(windows.eeg[:8]).double())[:, 0].numpy())
+    targets = windows.targets[split_windows(windows, config.data, seed=0).train]
+    np.testing.assert_allclose(outputs[0], outputs[1] * targets.std() + targets.mean(), rtol=1e-5)
+
+
+def test_a_checkpoint_of_the_pretraining_is_the_base_model(tmp_path):
+    result = pretrain(dataclasses.replace(PRETRAIN, engine=dataclasses.replace(PRETRAIN.engine, max_epochs=1)), tmp_path)
+    checkpoint = read_checkpoint(tmp_path / "training/best.ckpt")
+    assert resolve_spec({}, checkpoint) == (result.spec, ())
+    written = read_checkpoint(tmp_path).weights
+    assert checkpoint.weights.keys() == written.keys()
+    assert all(torch.equal(checkpoint.weights[key], weight) for key, weight in written.items())
+
+
 def test_a_compiled_model_learns_through_warm_up_and_validation_and_is_written_as_ever(base, tmp_path, monkeypatch, watch):
     compiled = []
 

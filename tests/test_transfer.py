@@ -101,7 +101,7 @@ def test_a_shape_that_does_not_fit_is_an_error_that_names_both(base):
     wider = dataclasses.replace(ENCODER, conv_layers=((12, 32, 8), *ENCODER.conv_layers[1:]))
     with pytest.raises(CheckpointError, match=r"feature_encoder.1.0.weight .*\(8, 1, 32\).*\(12, 1, 32\)"):
         transfer(base, make_spec("postlocal", encoder=wider))
-    deeper = dataclasses.replace(base_encoder(base), n_layers=3)
+    deeper = dataclasses.replace(base_encoder(base)[0], n_layers=3)
     with pytest.raises(CheckpointError, match=r"lacks transformer.encoder.layers.2"):
         transfer(base, make_spec("contextual", encoder=deeper))
 

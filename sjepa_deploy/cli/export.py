@@ -29,7 +29,7 @@ TRITON_PLATFORMS = ("python", "onnxruntime", "tensorrt")
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Says where the weights come from.
+    """Says where the weights come from, and what their shapes do not tell.
 
     Attributes
     ----------
@@ -39,11 +39,20 @@ class Weights:
         Folder or file of the weights. None makes them random.
     prefix : str or None
         What stands before the model's keys.
+    allow_left_out : tuple of str
+        Weights or modules that may be left out.
+    n_heads, strides, sfreq_features, max_norm
+        See `sjepa_deploy.models.encoder_sizes`. None says nothing.
     """
 
     variant: str | None
     checkpoint: Path | None
     prefix: str | None
+    allow_left_out: tuple[str, ...]
+    n_heads: int | None
+    strides: tuple[int, ...] | None
+    sfreq_features: float | None
+    max_norm: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +143,8 @@ def _outputs(engines: tuple[str, ...], **values: Any) -> Outputs:
     ),
     click.option("--checkpoint", type=options.path, help="Folder or file of the weights. Without it they are random."),
     click.option("--prefix", help="What stands before the model's keys in a checkpoint that holds several models."),
+    options.allow_left_out,
+    options.untold,
 )
 @options.fills(
     "contract",
@@ -226,12 +237,16 @@ def _export_one(screen: Console, weights: Weights, contract: Contract, graphs: G
 
     if outputs.out is not None:
         check_writable(outputs.out, force=outputs.force)
-    read = read_checkpoint(weights.checkpoint, prefix=weights.prefix) if weights.checkpoint else None
+    read = None
+    if weights.checkpoint is not None:
+        read = read_checkpoint(
+            weights.checkpoint, prefix=weights.prefix, allow_left_out=weights.allow_left_out, max_norm=weights.max_norm
+        )
     if weights.variant is None and read is None:
         raise ExportError(
             "Neither --variant nor --checkpoint was given.", "Name one; with --variant alone the weights are random."
         )
-    asked, montage = _asked(weights.variant, contract)
+    asked, montage = _asked(weights, contract)
     spec, assumed = resolve_spec(asked, read, asked_montage=montage)
     out = outputs.out or Path(f"sjepa-{spec.variant}")
     check_writable(out, force=outputs.force)
@@ -297,10 +312,10 @@ def _build_engines(screen: Console, bundle: Bundle, asked: tuple[str, ...]) -> N
         build_engines(bundle, tuple(p for p in bundle.precisions if p in can), screen)
 
 
-def _asked(variant: str | None, contract: Contract) -> tuple[dict[str, Any], Montage | None]:
+def _asked(weights: Weights, contract: Contract) -> tuple[dict[str, Any], Montage | None]:
     """Return the fields of the specification that the user asks for, and the montage."""
     fields = {
-        "variant": variant,
+        "variant": weights.variant,
         "n_times": contract.n_times,
         "sfreq": contract.sfreq,
         "unit": contract.unit,
@@ -312,6 +327,7 @@ def _asked(variant: str | None, contract: Contract) -> tuple[dict[str, Any], Mon
     if contract.band is not None:
         preprocessing |= {name: edge or None for name, edge in zip(("l_freq", "h_freq"), contract.band, strict=True)}
     asked["preprocessing"] = preprocessing
+    asked["encoder"] = {name: getattr(weights, name) for name in ("n_heads", "strides", "sfreq_features")}
     if contract.class_names is not None:
         asked["class_names"] = contract.class_names
         asked.setdefault("n_outputs", len(contract.class_names))

@@ -20,13 +20,20 @@ def _target(task: str | None, stimulus: tuple[str, ...], response: tuple[str, ..
 
 
 def _model(
-    *, freeze_encoder: bool, transfer_encoder: bool, accept_sfreq: bool, spatial_filters: int | None, **values: Any
+    *,
+    freeze_encoder: bool,
+    transfer_encoder: bool,
+    accept_sfreq: bool,
+    allow_left_out: tuple[str, ...],
+    spatial_filters: int | None,
+    **values: Any,
 ) -> dict[str, Any]:
     """Return the flags as changes of the configuration."""
     return {
         "freeze_encoder": freeze_encoder or None,
         "encoder_to_prelocal": transfer_encoder or None,
         "accept_sfreq": accept_sfreq or None,
+        "allow_left_out": allow_left_out or None,
         "n_spat_filters": spatial_filters,
         **values,
     }
@@ -41,6 +48,7 @@ def _model(
     click.option("--freeze-encoder", is_flag=True, help="Train the spatial filters and the last layer only."),
     click.option("--transfer-encoder", is_flag=True, help="Take the feature encoder into PreLocal too."),
     click.option("--accept-sfreq", is_flag=True, help="Take a base model of another sampling rate."),
+    options.allow_left_out,
     options.spatial_filters,
     click.option("--warmup-epochs", type=int, help="Epochs in which only the new layers learn."),
 )

@@ -265,6 +265,39 @@ signal_facts = fills(
 """Hands `SignalFacts` to the command as ``facts``."""
 
 
+# ---- what no shape of weights tells -----------------------------------------------------------------------------------------
+
+
+def _strides(ctx: click.Context, param: click.Parameter, values: tuple[str, ...] | None) -> tuple[int, ...] | None:
+    if values is None:
+        return None
+    if not all(value.isdecimal() and int(value) > 0 for value in values):
+        raise click.BadParameter(f"{','.join(values)!r} are no strides. Use positive whole numbers, as in 8,2,2,2,2.")
+    return tuple(map(int, values))
+
+
+allow_left_out = several(
+    "--allow-left-out", "allow_left_out", help="Weights or modules in the checkpoint that are of no SignalJEPA model."
+)
+untold = added(
+    click.option("--n-heads", type=click.IntRange(min=1), help="Attention heads of the transformer."),
+    click.option(
+        "--strides",
+        type=Names(),
+        callback=_strides,
+        metavar="A,B,...",
+        help="Strides of the convolutions of the feature encoder.",
+    ),
+    click.option("--sfreq-features", type=float, help="Rate in Hz that scales the encoding of the time tokens."),
+    click.option(
+        "--max-norm",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Largest norm of a row of the position table, as torch.nn.Embedding takes it.",
+    ),
+)
+"""Adds what neither shapes of weights nor, often, a configuration tell of a model."""
+
+
 # ---- --config ----------------------------------------------------------------------------------------------------------------
 
 

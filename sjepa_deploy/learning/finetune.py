@@ -1,13 +1,14 @@
-"""Fine-tuning: a variant learns to decode, from a pretrained base model or from scratch.
+"""Fine-tunes a variant: it learns to decode, from a pretrained base model or from scratch.
 
-Frozen: only the spatial filters and the last layer learn. Full: they learn alone for ten epochs of warm-up, then everything
-does. The defaults (Adam 1e-3, batches of 32, at most 500 epochs, patience 50) are the settings of the paper's author.
+Frozen training changes only the spatial filters and the last layer. Full training changes these alone for ten epochs of warm-up,
+then all parts. The defaults (Adam 1e-3, batches of 32, at most 500 epochs, patience 50) are the settings of the paper's author.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import lightning
 import numpy as np
@@ -30,9 +31,10 @@ from sjepa_deploy.learning.loop import (
 )
 from sjepa_deploy.learning.metrics import Score, scores
 from sjepa_deploy.learning.run_folder import check_run, saving_to
-from sjepa_deploy.models.checkpoint import read_checkpoint, write_checkpoint
+from sjepa_deploy.models.checkpoint import SPEC_KEY, in_target_unit, read_checkpoint, write_checkpoint
 from sjepa_deploy.models.networks import SignalJEPAModule, SignalJEPAWithTransformer, build_model
 from sjepa_deploy.models.transfer import NEW_PARTS, TransferReport, base_encoder, transfer
+from sjepa_deploy.serialize import encode
 from sjepa_deploy.spec import EncoderSpec, ModelSpec, Variant
 
 
@@ -52,6 +54,8 @@ class FinetuneConfig:
         Take the feature encoder into PreLocal too.
     accept_sfreq : bool
         Take a base model of another sampling rate.
+    allow_left_out : tuple of str
+        Weights or modules beside the base model that may be left out.
     n_spat_filters : int
         Spatial filters.
     warmup_epochs : int
@@ -69,6 +73,7 @@ class FinetuneConfig:
     freeze_encoder: bool = False
     encoder_to_prelocal: bool = False
     accept_sfreq: bool = False
+    allow_left_out: tuple[str, ...] = ()
     n_spat_filters: int = 4
     warmup_epochs: int = 10
     data: DataConfig = field(default_factory=lambda: DataConfig(target=Target()))
@@ -191,11 +196,12 @@ class FinetuneModule(lightning.LightningModule):
 
     def finished(self) -> SignalJEPAModule:
         """Return the model whose last layer gives the target in its own unit. Call it once, after training."""
-        last = [module for module in self.model.modules() if isinstance(module, nn.Linear)][-1]
-        with torch.no_grad():
-            last.weight *= self.target_std
-            last.bias.copy_(last.bias * self.target_std + self.target_mean)
+        self.model.load_state_dict(in_target_unit(self.model.state_dict(), self.target_mean, self.target_std))
         return self.model.eval()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what the model is: a checkpoint of this training exports as the model that it writes at its end does."""
+        checkpoint["hyper_parameters"] = {SPEC_KEY: encode(self.model.spec)}
 
 
 def finetune(
@@ -263,10 +269,13 @@ def finetune(
 
 
 def _build(config: FinetuneConfig, windows: Windows) -> tuple[SignalJEPAModule, TransferReport | None]:
-    base = None if config.pretrained is None else read_checkpoint(config.pretrained)
-    if base is not None and config.encoder is not None and config.encoder != base_encoder(base):
-        raise TrainingError("The configuration's encoder is not the base model's.", "Leave it out: the base model's is used.")
-    encoder = base_encoder(base) if base is not None else config.encoder or EncoderSpec()
+    assumed: tuple[str, ...] = ()
+    base, encoder = None, config.encoder or EncoderSpec()
+    if config.pretrained is not None:
+        base = read_checkpoint(config.pretrained, allow_left_out=config.allow_left_out)
+        encoder, assumed = base_encoder(base, config.encoder)
+        if config.encoder not in (None, encoder):
+            raise TrainingError("The configuration's encoder is not the base model's.", "Leave it out: the base model's is used.")
     fields = windows.model_fields
     if config.variant == "contextual" and fields["positions"] is None:
         raise DataError("The channels have no positions, which the position encoder needs.", "Name their montage with --montage.")
@@ -280,13 +289,14 @@ def _build(config: FinetuneConfig, windows: Windows) -> tuple[SignalJEPAModule, 
     )
     if base is None:
         return build_model(spec, seed=config.engine.seed), None
-    return transfer(
+    model, report = transfer(
         base,
         spec,
         seed=config.engine.seed,
         encoder_to_prelocal=config.encoder_to_prelocal,
         accept_sfreq=config.accept_sfreq,
     )
+    return model, replace(report, notes=base.notes + report.notes + assumed)
 
 
 def _check_targets(windows: Windows, split: Split) -> None:

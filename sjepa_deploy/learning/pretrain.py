@@ -26,8 +26,9 @@ from sjepa_deploy.learning.loading import load_windows
 from sjepa_deploy.learning.loop import Batch, Engine, Fitted, WindowLoaders, check_enough, compile_if_wanted, fit
 from sjepa_deploy.learning.masking import Masking, Masks, MaskSampler
 from sjepa_deploy.learning.run_folder import check_run, saving_to
-from sjepa_deploy.models.checkpoint import write_checkpoint
+from sjepa_deploy.models.checkpoint import SPEC_KEY, write_checkpoint
 from sjepa_deploy.models.networks import SignalJEPA, build_model
+from sjepa_deploy.serialize import encode
 from sjepa_deploy.spec import EncoderSpec, ModelSpec
 
 COLLAPSE_SPREAD = 0.05
@@ -255,6 +256,10 @@ class PretrainModule(lightning.LightningModule):
         for name in ("spread", "val_l1", "val_l1_mean"):  # of the last epoch; the best checkpoint brings back its own
             self.register_buffer(name, torch.zeros(()))
         compile_if_wanted(self.jepa, config.engine)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what the base model is."""
+        checkpoint["hyper_parameters"] = {SPEC_KEY: encode(self.jepa.base.spec)}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW on everything but the teacher."""

@@ -21,7 +21,8 @@ import torch
 from sjepa_deploy.errors import MissingDependencyError, TrainingError, TrainingStoppedError
 from sjepa_deploy.files import write_atomically
 from sjepa_deploy.models.braindecode_config import CONFIG_FILE
-from sjepa_deploy.models.checkpoint import DAMAGED, WEIGHTS_FILE
+from sjepa_deploy.models.checkpoint import WEIGHTS_FILE
+from sjepa_deploy.models.weight_files import DAMAGED
 from sjepa_deploy.serialize import encode
 
 try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,11 @@ from torch import Tensor
 
 from sjepa_deploy.eeg import montage
 from sjepa_deploy.errors import CheckpointError, listed
+from sjepa_deploy.models.encoder_sizes import EMBEDDING, Told
 from sjepa_deploy.serialize import DecodeError, decode, encode
-from sjepa_deploy.spec import EncoderSpec, ModelSpec, Variant
+from sjepa_deploy.spec import ModelSpec, Variant
 
 CONFIG_FILE = "config.json"
-
-EMBEDDING = "pos_encoder.pos_encoder_spat.weight"
-"""The key of the position table: a row a channel, or a row for each of the 62 channels of the pretraining."""
 
 
 def braindecode_config(spec: ModelSpec) -> dict[str, Any]:
@@ -76,7 +75,57 @@ class _Config:
     channel_embedding: str | None = None
 
 
-def _decode(config: dict[str, Any], path: Path) -> _Config:
+ENCODER_ARGUMENTS = {
+    "feature_encoder__conv_layers_spec": "conv_layers",
+    "drop_prob": "drop_prob",
+    "pos_encoder__spat_dim": "spat_dim",
+    "pos_encoder__time_dim": "time_dim",
+    "pos_encoder__sfreq_features": "sfreq_features",
+    "transformer__num_encoder_layers": "n_layers",
+    "transformer__num_decoder_layers": "n_decoder_layers",
+    "transformer__nhead": "n_heads",
+}
+"""Their names of the fields of `EncoderSpec`."""
+
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "feature_encoder__mode": (None, "default"),
+    "feature_encoder__conv_bias": (None, False),
+    "activation": (None, "torch.nn.modules.activation.GELU", "torch.nn.GELU", "GELU", "gelu"),
+}
+"""Arguments of which only these values are supported. None takes braindecode's default."""
+
+HARMLESS = {"padding_idx", "scale_grad_by_freq", "sparse"}
+"""Arguments of `torch.nn.Embedding` that change nothing in a trained model."""
+
+ARGUMENTS = frozenset({f.name for f in dataclasses.fields(_Config)} | set(SUPPORTED) | {"pos_encoder__spat_kwargs"})
+
+
+def arguments_in(settings: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Return braindecode's arguments among a trainer's hyper-parameters: at the top, or in mappings inside.
+
+    Raises
+    ------
+    CheckpointError
+        If two places tell other values.
+    """
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        inside = {name: value} if name in ARGUMENTS else arguments_in(value, place) if isinstance(value, Mapping) else {}
+        for each, new in {key: _as_json(item) for key, item in inside.items()}.items():
+            old = found.get(each)
+            if None not in (old, new) and old != new:
+                raise CheckpointError(
+                    f"{place} say {each} = {old!r} and {new!r}.", "Save the state dict alone, and say the right one by a flag."
+                )
+            found[each] = old if new is None else new
+    return found
+
+
+def _as_json(value: Any) -> Any:
+    return [_as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _decode(config: dict[str, Any], place: str) -> _Config:
     fields = {f.name: config[f.name] for f in dataclasses.fields(_Config) if f.name in config}
     if isinstance(channels := fields.get("chs_info"), list):
         keys = [f.name for f in dataclasses.fields(_Channel)]  # MNE's channels have more
@@ -84,30 +133,43 @@ def _decode(config: dict[str, Any], path: Path) -> _Config:
     try:
         return decode(_Config, fields)
     except DecodeError as e:
-        raise CheckpointError(f"{path / CONFIG_FILE} does not describe a model: {e}.", "Get the file again.") from e
+        raise CheckpointError(f"{place} does not describe a model: {e}.", "Get the file again.") from e
 
 
-def known_from_braindecode(config: dict[str, Any], variant: Variant, path: Path) -> dict[str, Any]:
-    """Return the fields of `ModelSpec` that braindecode's arguments in the folder `path` settle.
+def told_by_braindecode(config: dict[str, Any], variant: Variant, place: str) -> Told:
+    """Return what braindecode's arguments tell.
+
+    Parameters
+    ----------
+    config : dict of str to object
+        The arguments. One that is missing tells nothing.
+    variant : {"prelocal", "postlocal", "contextual", "base"}
+        The model.
+    place : str
+        Where the arguments stand, for messages.
 
     Raises
     ------
     CheckpointError
         If they do not describe a model, or one that is not supported.
     """
-    supported = {
-        "feature_encoder__mode": (None, "default"),
-        "feature_encoder__conv_bias": (None, False),
-        "activation": (None, "torch.nn.modules.activation.GELU", "torch.nn.GELU"),
-        "pos_encoder__spat_kwargs": (None, {}),
-    }
-    for name, values in supported.items():
+    if "interpolation_mode" in config:
+        raise CheckpointError(
+            f"{place} is of a model that interpolates its channels to those of the pretraining first (InterpolatedSignalJEPA), "
+            "which is not supported.",
+            "Name the weights file itself, with --montage sjepa-62: this exports the model of the 62 channels, and "
+            "sjepa-run --interpolate brings recordings to them.",
+        )
+    if config.get("_init_transformer") is False:
+        # braindecode's Contextual.from_pretrained(base) copies the base model's transformer and saves its own defaults (1.8.1).
+        copied = ("transformer__", "pos_encoder__")
+        config = {name: value for name, value in config.items() if not name.startswith(copied)}
+    if config.get("_init_feature_encoder") is False:
+        config = {name: value for name, value in config.items() if name not in SUPPORTED}
+    for name, values in SUPPORTED.items():
         if config.get(name) not in values:
-            raise CheckpointError(
-                f"{path / CONFIG_FILE} sets {name} = {config[name]!r}, which is not supported.",
-                f"Use a model with {name} = {values[1]!r}.",
-            )
-    read = _decode(config, path)
+            raise _unsupported(place, name, config[name], values[1])
+    read = _decode(config, place)
     fields = {f.name: value for f in dataclasses.fields(read) if (value := getattr(read, f.name)) is not None}
     known: dict[str, Any] = {n: fields[n] for n in ("n_chans", "n_times", "sfreq", "n_outputs", "n_spat_filters") if n in fields}
     if variant == "base":
@@ -117,32 +179,40 @@ def known_from_braindecode(config: dict[str, Any], variant: Variant, path: Path)
         known["n_times"] = round(seconds * known["sfreq"])
     if "sfreq" not in known and seconds and "n_times" in known:
         known["sfreq"] = known["n_times"] / seconds
-    names = {
-        "feature_encoder__conv_layers_spec": "conv_layers",
-        "drop_prob": "drop_prob",
-        "pos_encoder__spat_dim": "spat_dim",
-        "pos_encoder__time_dim": "time_dim",
-        "pos_encoder__sfreq_features": "sfreq_features",
-        "transformer__num_encoder_layers": "n_layers",
-        "transformer__num_decoder_layers": "n_decoder_layers",
-        "transformer__nhead": "n_heads",
-    }
-    if encoder := {ours: fields[theirs] for theirs, ours in names.items() if theirs in fields}:
-        known["encoder"] = EncoderSpec(**encoder)
+    if encoder := {ours: fields[theirs] for theirs, ours in ENCODER_ARGUMENTS.items() if theirs in fields}:
+        known["encoder"] = encoder
     if read.chs_info is None and read.channel_embedding == "pretrain_aligned":
         pretraining = montage.read_montage("sjepa-62")
         known |= {"ch_names": pretraining.ch_names, "positions": pretraining.positions, "n_chans": len(pretraining.ch_names)}
     elif read.chs_info:
         if read.n_chans not in (None, len(read.chs_info)):
             raise CheckpointError(
-                f"{path / CONFIG_FILE} says n_chans = {read.n_chans}, but describes {len(read.chs_info)} channels.",
+                f"{place} says n_chans = {read.n_chans}, but describes {len(read.chs_info)} channels.",
                 "Use the configuration that belongs to these weights.",
             )
         known |= {"ch_names": tuple(ch.ch_name for ch in read.chs_info), "n_chans": len(read.chs_info)}
         locations = [ch.loc[:3] for ch in read.chs_info if ch.loc is not None]
         if len(locations) == len(read.chs_info) and all(len(x) == 3 and all(map(math.isfinite, x)) for x in locations):
             known["positions"] = tuple(locations)
-    return known
+    return Told(known=known, activation=config.get("activation") is not None, max_norm=_max_norm(config, place))
+
+
+def _max_norm(config: dict[str, Any], place: str) -> float | None:
+    name = "pos_encoder__spat_kwargs"
+    if name not in config:
+        return None
+    options = config[name] or {}
+    norm = options.get("max_norm") if isinstance(options, dict) else None
+    known = isinstance(options, dict) and set(options) <= {"max_norm", "norm_type"} | HARMLESS
+    if not known or options.get("norm_type", 2.0) != 2.0 or not (norm is None or (isinstance(norm, (int, float)) and norm > 0)):
+        raise _unsupported(place, name, options, {"max_norm": 1.0})
+    return math.inf if norm is None else float(norm)
+
+
+def _unsupported(place: str, name: str, value: object, supported: object) -> CheckpointError:
+    return CheckpointError(
+        f"{place} sets {name} = {value!r}, which is not supported.", f"Use a model with {name} = {supported!r}."
+    )
 
 
 def pick_embedding_rows(

@@ -1,36 +1,35 @@
-"""Weights in and out: our folders, braindecode / Hugging Face folders, bare state dicts, Lightning checkpoints.
+"""Reads and writes the checkpoint of one model: our folders, braindecode's and Hugging Face's, state dicts, Lightning's files.
 
-A checkpoint never runs code: files are safetensors, or are unpickled by ``torch.load(weights_only=True)``.
+A checkpoint never runs code.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
+import math
 import re
-import struct
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from sjepa_deploy.errors import CheckpointError, listed
 from sjepa_deploy.files import file_hash, write_atomically
 from sjepa_deploy.models.braindecode_config import (
     CONFIG_FILE,
-    EMBEDDING,
+    arguments_in,
     braindecode_config,
-    known_from_braindecode,
     pick_embedding_rows,
+    told_by_braindecode,
 )
+from sjepa_deploy.models.encoder_sizes import EMBEDDING, Told
 from sjepa_deploy.models.networks import SignalJEPAModule, build_model
+from sjepa_deploy.models.weight_files import check_left_out, find_model, read_file
 from sjepa_deploy.serialize import DecodeError, decode, encode
 from sjepa_deploy.spec import ModelSpec, Variant
 
@@ -41,10 +40,11 @@ SPEC_KEY = "sjepa_deploy"
 TRAINING_KEY = "sjepa_deploy_training"
 """Key of config.json that holds where the weights come from."""
 
-ANCHOR = "feature_encoder.1.0.weight"
-"""The key that every SignalJEPA model has; what stands before it is the prefix of a trainer's module."""
+TARGET = ("target_mean", "target_std")
+"""What fine-tuning keeps beside a regression model, whose last layer gives standardised targets while it learns."""
 
-LAYERS = re.compile(r"transformer\.(encoder|decoder)\.layers\.(\d+)\.")
+PRETRAINING = ("jepa.teacher", "spread", "val_l1", "val_l1_mean")
+"""What pretraining keeps beside the base model: the teacher, and figures of the last epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,8 @@ class Checkpoint:
         Time tokens that the head was made for. The base model has no head.
     file_name, file_format, sha256 : str
         Name, kind and hash of the file that the weights came from.
+    told : Told
+        What the configuration tells, or a trainer's hyper-parameters.
     notes : tuple of str
         What a user should know about how the file was read.
     """
@@ -74,24 +76,33 @@ class Checkpoint:
     file_name: str
     file_format: str
     sha256: str
+    told: Told = field(default_factory=Told)
     notes: tuple[str, ...] = ()
 
 
-def read_checkpoint(path: Path | str, *, prefix: str | None = None) -> Checkpoint:
+def read_checkpoint(
+    path: Path | str, *, prefix: str | None = None, allow_left_out: tuple[str, ...] = (), max_norm: float | None = None
+) -> Checkpoint:
     """Read a checkpoint of any of the known kinds.
 
     Parameters
     ----------
     path : Path or str
         A folder with ``config.json`` and ``model.safetensors`` (ours, braindecode's or Hugging Face's; ``pytorch_model.bin``
-        is read too), a state dict (``.safetensors``, ``.pth``, ``.pt``, ``.bin``) or a Lightning ``.ckpt``.
+        is read too), a state dict (``.safetensors``, ``.pth``, ``.pt``, ``.bin``, also inside of a mapping) or a Lightning
+        ``.ckpt``, whose hyper-parameters are read.
     prefix : str or None
         What stands before the model's keys, where a file holds several models.
+    allow_left_out : tuple of str
+        Weights or modules that are of no SignalJEPA model, and that may be left out.
+    max_norm : float or None
+        Largest norm of a row of the position table (``max_norm`` of `torch.nn.Embedding`), where no configuration tells.
 
     Raises
     ------
     CheckpointError
-        If the file is missing, damaged, would run code, or holds no SignalJEPA model.
+        If the file is missing, damaged, would run code, or holds no SignalJEPA model; if weights beside the model would be left
+        out that are not allowed to; or if a configuration contradicts the weights.
     """
     path = Path(path)
     config: dict[str, Any] = {}
@@ -104,23 +115,38 @@ def read_checkpoint(path: Path | str, *, prefix: str | None = None) -> Checkpoin
         file = files[0]
     elif not path.is_file():
         raise CheckpointError(f"There is no checkpoint at {path}.", "Check the path.")
-    state, file_format = _read_tensors(file)
-    weights, notes = _strip_prefix(state, file, prefix)
-    weights = _as_float32(weights, file)
+    content = read_file(file)
+    found = find_model(content.tensors, file, prefix)
+    weights, beside, notes = _as_float32(found.weights, file), dict(found.beside), found.notes
     variant = _variant_of(weights, file)
+    if found.prefix == "model." and all(name in beside for name in TARGET):
+        weights = in_target_unit(weights, *(beside.pop(name).float() for name in TARGET))
+        notes += ("the mean and the spread of the target were folded into the last layer",)
+    if found.prefix == "jepa.base.":
+        beside = {key: tensor for key, tensor in beside.items() if not key.startswith(PRETRAINING)}
+        notes += ("left out: what only pretraining needs",)
+    notes += check_left_out(beside, allow_left_out, file)
     known, n_tokens = _known_from_weights(weights, variant, file)
-    from_config = _known_from_config(config, variant, path)
-    if "ch_names" in from_config and EMBEDDING in weights:
-        weights, picked = pick_embedding_rows(weights, from_config["ch_names"], config, path)
+    told = _told_by(config, variant, str(path / CONFIG_FILE)) if path.is_dir() else Told()
+    if content.settings and not path.is_dir():
+        told = _told_by_trainer(content.settings, variant, f"the hyper-parameters in {file}")
+    if "ch_names" in told.known and EMBEDDING in weights:
+        weights, picked = pick_embedding_rows(weights, told.known["ch_names"], config, path)
         notes += picked
-        known["n_chans"] = len(from_config["ch_names"]) if picked else known["n_chans"]
-    for name, value in from_config.items():
-        if name in known and known[name] != value and name != "encoder":
+        known["n_chans"] = len(told.known["ch_names"]) if picked else known["n_chans"]
+    for name, value in told.known.items():
+        if name in known and known[name] != value:
             raise CheckpointError(
-                f"{path / CONFIG_FILE} says {name} = {value}, but the weights have {known[name]}.",
+                f"{path / CONFIG_FILE if path.is_dir() else file} says {name} = {value}, but the weights have {known[name]}.",
                 "Use the configuration that belongs to these weights.",
             )
-    known.update(from_config)
+    if max_norm is not None:
+        if told.max_norm not in (None, max_norm):
+            raise CheckpointError(f"{path} says max_norm = {told.max_norm:g}, not {max_norm:g}.", "Leave --max-norm out.")
+        told = dataclasses.replace(told, max_norm=max_norm)
+    if EMBEDDING in weights and told.max_norm is not None:
+        weights = weights | {EMBEDDING: _with_max_norm(weights[EMBEDDING], told.max_norm)}
+    known.update(told.known)
     sha256 = file_hash(file)
     return Checkpoint(
         weights=weights,
@@ -128,8 +154,9 @@ def read_checkpoint(path: Path | str, *, prefix: str | None = None) -> Checkpoin
         known=known,
         n_tokens=n_tokens,
         file_name=path.name if path.is_dir() else file.name,
-        file_format=("folder, " if path.is_dir() else "") + file_format,
+        file_format=("folder, " if path.is_dir() else "") + content.file_format,
         sha256=sha256,
+        told=told,
         notes=notes,
     )
 
@@ -194,8 +221,19 @@ def write_checkpoint(model: SignalJEPAModule, folder: Path | str, *, training: o
     write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=1) + "\n").encode())
 
 
-DAMAGED = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, AssertionError, struct.error)
-"""What ``torch.load`` raises on files that are cut, altered or something else altogether."""
+def in_target_unit(weights: Mapping[str, Tensor], mean: Tensor, std: Tensor) -> dict[str, Tensor]:
+    """Return the state dict of a regression model whose last layer gives the target in its own unit, not standardised.
+
+    Parameters
+    ----------
+    weights : mapping of str to Tensor
+        State dict whose last layer gives (target - `mean`) / `std`.
+    mean, std : Tensor, scalar
+        Mean and standard deviation of the training targets.
+    """
+    linear = "final_layer.linear" if "final_layer.linear.weight" in weights else "final_layer.1"
+    weight, bias = weights[f"{linear}.weight"], weights[f"{linear}.bias"]
+    return dict(weights) | {f"{linear}.weight": weight * std, f"{linear}.bias": bias * std + mean}
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------------
@@ -211,66 +249,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is not a configuration.", "Get the file again.")
     return config
-
-
-def _read_tensors(file: Path) -> tuple[dict[str, Tensor], str]:
-    if file.suffix == ".safetensors":
-        try:
-            return load_file(file), "safetensors"
-        except (SafetensorError, ValueError) as e:
-            raise CheckpointError(f"{file} is truncated or not a safetensors file ({e}).", "Get the file again.") from e
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)  # an error follows
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        name = re.search(r"GLOBAL (\S+)", str(e))
-        what = f" ({name.group(1)})" if name else ""
-        if not name and not file.read_bytes().startswith((b"PK", b"\x80")):  # neither a zip file nor a pickle
-            raise CheckpointError(f"{file} is not a PyTorch file.", "Name the file or folder that holds the weights.") from e
-        raise CheckpointError(
-            f"{file} is a pickle that holds more than tensors{what} and could run code when it is loaded.",
-            "Save the state dict alone, best as safetensors, on a machine that trusts the file.",
-        ) from e
-    except DAMAGED as e:
-        raise CheckpointError(f"{file} is truncated or not a PyTorch file ({_first_line(e)}).", "Get the file again.") from e
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        return _tensors_of(content["state_dict"], file), "Lightning checkpoint"
-    return _tensors_of(content, file), "PyTorch state dict"
-
-
-def _tensors_of(content: object, file: Path) -> dict[str, Tensor]:
-    if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(f"{file} holds no state dict.", "Save model.state_dict().")
-    return {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:120] or type(error).__name__
-
-
-def _strip_prefix(state: dict[str, Tensor], file: Path, prefix: str | None) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    prefixes = sorted({k[: -len(ANCHOR)] for k in state if k.endswith(ANCHOR)})
-    if prefix is not None and prefix not in prefixes:
-        raise CheckpointError(
-            f"{file} holds no model under the prefix {prefix!r}.", f"Use one of: {', '.join(map(repr, prefixes)) or 'none'}."
-        )
-    if not prefixes:
-        raise CheckpointError(
-            f"{file} holds no SignalJEPA model: no key ends in {ANCHOR}.", "Use the checkpoint of a SignalJEPA model."
-        )
-    if prefix is None and len(prefixes) > 1:
-        raise CheckpointError(
-            f"{file} holds {len(prefixes)} models under {', '.join(map(repr, prefixes))}.", "Choose one with --prefix."
-        )
-    prefix = prefixes[0] if prefix is None else prefix
-    nested = tuple(p for p in prefixes if p != prefix and p.startswith(prefix))  # another model inside of this one's prefix
-    own = [k for k in state if k.startswith(prefix) and not k.startswith(nested)]
-    weights = {k[len(prefix) :]: state[k] for k in own}
-    others = [k for k in state if k not in set(own)]
-    notes = [f"the prefix {prefix!r} was taken off the keys"] if prefix else []
-    notes += [f"left out, not under the prefix: {listed(others)}"] if others else []
-    return weights, tuple(notes)
 
 
 # ---- what a file says of its model ----------------------------------------------------------------------------------------
@@ -304,15 +282,9 @@ def _variant_of(weights: dict[str, Tensor], file: Path) -> Variant:
 
 def _known_from_weights(weights: dict[str, Tensor], variant: Variant, file: Path) -> tuple[dict[str, Any], int | None]:
     """Return the fields that shapes settle, and the head's time tokens."""
-    encoder: dict[str, Any] = {}
-    counts = {"encoder": 0, "decoder": 0}
-    for match in filter(None, map(LAYERS.match, weights)):
-        counts[match[1]] = max(counts[match[1]], int(match[2]) + 1)
-    if variant in ("contextual", "base"):
-        encoder = {"n_layers": counts["encoder"], "n_decoder_layers": counts["decoder"]}
-    known: dict[str, Any] = {"variant": variant, "encoder": encoder}
-    if EMBEDDING in weights:
-        _check_shapes(weights, {EMBEDDING: 2}, file)
+    known: dict[str, Any] = {"variant": variant}
+    convolutions = [k for k in weights if re.fullmatch(r"feature_encoder\.\d+\.0\.weight", k)]
+    _check_shapes(weights, dict.fromkeys(convolutions, 3) | ({EMBEDDING: 2} if EMBEDDING in weights else {}), file)
     if variant == "base":
         if EMBEDDING in weights:
             known["n_chans"] = len(weights[EMBEDDING])
@@ -321,9 +293,8 @@ def _known_from_weights(weights: dict[str, Tensor], variant: Variant, file: Path
     linear = "final_layer.1.weight" if variant == "prelocal" else "final_layer.linear.weight"
     if absent := [k for k in (filters, linear) if k not in weights]:
         raise CheckpointError(f"{file} lacks {listed(absent)}, which a {variant} model has.", "Use a whole model's checkpoint.")
-    convolutions = [k for k in weights if re.fullmatch(r"feature_encoder\.\d+\.0\.weight", k)]
     last = max(convolutions, key=lambda k: int(k.split(".")[1]))
-    _check_shapes(weights, {filters: 4 if variant == "prelocal" else 5, linear: 2, last: 3}, file)
+    _check_shapes(weights, {filters: 4 if variant == "prelocal" else 5, linear: 2}, file)
     n_filters, n_chans = weights[filters].shape[0], weights[filters].shape[2]
     n_outputs, size = weights[linear].shape
     emb_dim = weights[last].shape[0]
@@ -341,12 +312,25 @@ def _check_shapes(weights: dict[str, Tensor], n_dims: dict[str, int], file: Path
         raise CheckpointError(f"{file} has misshapen weights: {listed(wrong)}.", "Use a whole model's checkpoint.")
 
 
-def _known_from_config(config: dict[str, Any], variant: Variant, path: Path) -> dict[str, Any]:
-    """Return the fields that config.json settles: our spec if it is there, else braindecode's arguments."""
-    if SPEC_KEY in config:
-        try:
-            spec = decode(ModelSpec, config[SPEC_KEY])
-        except DecodeError as e:
-            raise CheckpointError(f"{path / CONFIG_FILE} has a spec that does not fit: {e}.", "Get the file again.") from e
-        return {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if getattr(spec, f.name) is not None}
-    return known_from_braindecode(config, variant, path)
+def _told_by(config: dict[str, Any], variant: Variant, place: str) -> Told:
+    """Return what a configuration tells: our spec if it is there, else braindecode's arguments."""
+    if SPEC_KEY not in config:
+        return told_by_braindecode(config, variant, place)
+    try:
+        spec = decode(ModelSpec, config[SPEC_KEY])
+    except DecodeError as e:
+        raise CheckpointError(f"{place} has a spec that does not fit: {e}.", "Get the file again.") from e
+    known = {f.name: value for f in dataclasses.fields(spec) if (value := getattr(spec, f.name)) is not None}
+    known["encoder"] = {f.name: getattr(spec.encoder, f.name) for f in dataclasses.fields(spec.encoder)}
+    return Told(known=known, activation=True, max_norm=math.inf)
+
+
+def _told_by_trainer(settings: dict[str, Any], variant: Variant, place: str) -> Told:
+    """Return what the hyper-parameters of a trainer tell, ours or another's."""
+    return _told_by(settings if SPEC_KEY in settings else arguments_in(settings, place), variant, place)
+
+
+def _with_max_norm(table: Tensor, max_norm: float) -> Tensor:
+    """Return the rows as `torch.nn.Embedding` uses them, which scales longer ones by max_norm / (norm + 1e-7)."""
+    norm = table.norm(dim=1, keepdim=True)
+    return torch.where(norm > max_norm, table * (max_norm / (norm + 1e-7)), table)

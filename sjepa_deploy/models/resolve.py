@@ -1,4 +1,4 @@
-"""From a checkpoint, a user's flags and the default contract to one `ModelSpec`."""
+"""Makes one `ModelSpec` of a checkpoint, a user's flags and the default contract."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from sjepa_deploy.eeg import montage
 from sjepa_deploy.errors import CheckpointError, SpecError, listed
 from sjepa_deploy.models.checkpoint import Checkpoint
+from sjepa_deploy.models.encoder_sizes import FLAGS, PUBLISHED, settle_encoder
 from sjepa_deploy.spec import EncoderSpec, ModelSpec, Preprocessing, Variant
 
 DEFAULT_MONTAGE = "GSN-HydroCel-129"
@@ -23,7 +24,8 @@ def resolve_spec(
     Parameters
     ----------
     asked : dict
-        Fields of `ModelSpec` that the user named; of its preprocessing, a dict of the fields of `Preprocessing`.
+        Fields of `ModelSpec` that the user named; of its preprocessing, a dict of the fields of `Preprocessing`; of its encoder,
+        a dict of what `settle_encoder` takes, or an `EncoderSpec` where the weights are random.
     checkpoint : Checkpoint or None
         Where the weights come from; None for random ones.
     asked_montage : Montage or None
@@ -47,6 +49,8 @@ def resolve_spec(
     assumed: list[str] = []
     asked = dict(asked)
     asked_preprocessing: dict[str, Any] = asked.pop("preprocessing", {})  # another one contradicts nothing
+    asked_encoder: Any = asked.pop("encoder", {})
+    known.pop("encoder", None)
     if asked_montage is not None:
         asked |= {"ch_names": asked_montage.ch_names, "n_chans": len(asked_montage.ch_names)}
         if "positions" not in known and asked_montage.positions is not None:
@@ -75,8 +79,18 @@ def resolve_spec(
         if "reference" not in asked_preprocessing:
             assumed.append("one channel keeps its reference" if alone else "recordings are referenced to their average")
     fields["preprocessing"] = dataclasses.replace(fields["preprocessing"], **asked_preprocessing)
-    if isinstance(fields.get("encoder"), dict):
-        fields["encoder"] = EncoderSpec(**fields["encoder"])
+    if checkpoint is None:
+        fields["encoder"] = asked_encoder if isinstance(asked_encoder, EncoderSpec) else _random_encoder(asked_encoder)
+    else:
+        fields["encoder"], assumed_sizes = settle_encoder(
+            checkpoint.weights,
+            checkpoint.told,
+            asked_encoder,
+            variant=variant,
+            n_times=fields["n_times"],
+            file_name=checkpoint.file_name,
+        )
+        assumed += assumed_sizes
     spec = ModelSpec(**fields)
     if spec.needs_positions and spec.positions is None:
         raise SpecError(
@@ -87,9 +101,25 @@ def resolve_spec(
         raise CheckpointError(
             f"Windows of {spec.n_times} samples give {spec.n_tokens_per_channel} time tokens, but the head of "
             f"{checkpoint.file_name} was made for {checkpoint.n_tokens}.",
-            f"Use --n-times from {_n_times_for(spec, checkpoint.n_tokens)}.",
+            f"Use --n-times from {_n_times_for(spec, checkpoint.n_tokens)}{_or_strides(assumed)}.",
         )
     return spec, tuple(assumed)
+
+
+def _random_encoder(asked: dict[str, Any]) -> EncoderSpec:
+    """Return the encoder that a user asks for without a checkpoint: the published one with other values."""
+    sizes = {name: value for name, value in asked.items() if value is not None}
+    if strides := sizes.pop("strides", None):
+        if len(strides) != len(PUBLISHED.conv_layers):
+            raise SpecError(f"There are {len(strides)} strides for {len(PUBLISHED.conv_layers)} convolutions.", "Name one each.")
+        layers = zip(PUBLISHED.conv_layers, strides, strict=True)
+        sizes["conv_layers"] = tuple((dim, kernel, stride) for (dim, kernel, _), stride in layers)
+    return EncoderSpec(**sizes)
+
+
+def _or_strides(assumed: list[str]) -> str:
+    """Return the other way out where the strides, which the number of tokens follows from, are only assumed."""
+    return f", or name other strides with {FLAGS['strides']}" if any(FLAGS["strides"] in each for each in assumed) else ""
 
 
 def _refuse_contradictions(asked: dict[str, Any], known: dict[str, Any], checkpoint: Checkpoint) -> None:

@@ -24,10 +24,9 @@ from torch import Tensor
 
 from sjepa_deploy.errors import CheckpointError, listed
 from sjepa_deploy.models.checkpoint import Checkpoint
+from sjepa_deploy.models.encoder_sizes import EMBEDDING, settle_encoder
 from sjepa_deploy.models.networks import SignalJEPAModule, build_model
 from sjepa_deploy.spec import EncoderSpec, ModelSpec, Variant
-
-POSITIONS = "pos_encoder.pos_encoder_spat.weight"
 
 NEW_PARTS: dict[Variant, tuple[str, ...]] = {
     "prelocal": ("spatial_conv", "final_layer"),
@@ -128,7 +127,7 @@ def transfer(
             continue
         if spec.variant == "prelocal" and not encoder_to_prelocal:
             skipped.append(Skipped(name=name, reason="PreLocal starts from random weights unless the transfer is asked for."))
-        elif name == POSITIONS:
+        elif name == EMBEDDING:
             rows, channels_taken, reason = _position_rows(base, weight, own[name], spec)
             if channels_taken:
                 taken[name] = rows
@@ -143,7 +142,7 @@ def transfer(
         else:
             taken[name] = weight
     wanted = [k for k in own if k.split(".")[0] not in NEW_PARTS[spec.variant]]
-    if spec.variant != "prelocal" and (missing := [k for k in wanted if k not in base.weights and k != POSITIONS]):
+    if spec.variant != "prelocal" and (missing := [k for k in wanted if k not in base.weights and k != EMBEDDING]):
         raise CheckpointError(f"{base.file_name} lacks {listed(missing)}.", "Use a whole base model's checkpoint.")
     model.load_state_dict(own | taken)
     report = TransferReport(
@@ -161,10 +160,26 @@ def transfer(
     return model, report
 
 
-def base_encoder(base: Checkpoint) -> EncoderSpec:
-    """Return the sizes of the encoder in `base`."""
-    known = base.known.get("encoder", {})
-    return known if isinstance(known, EncoderSpec) else EncoderSpec(**known)
+def base_encoder(base: Checkpoint, asked: EncoderSpec | None = None) -> tuple[EncoderSpec, tuple[str, ...]]:
+    """Return the sizes of the encoder in `base`, and a sentence for each that is assumed.
+
+    Parameters
+    ----------
+    base : Checkpoint
+        The base model.
+    asked : EncoderSpec or None
+        What the user says, which tells what no shape does.
+
+    Raises
+    ------
+    CheckpointError
+        If `asked` contradicts the checkpoint.
+    """
+    names = ("n_heads", "sfreq_features")
+    said = {} if asked is None else {name: getattr(asked, name) for name in names}
+    if asked is not None:
+        said["strides"] = tuple(stride for *_, stride in asked.conv_layers)
+    return settle_encoder(base.weights, base.told, said, variant="base", n_times=None, file_name=base.file_name)
 
 
 def _compare_inputs(base: Checkpoint, spec: ModelSpec, accept_sfreq: bool) -> tuple[str, ...]:
@@ -197,7 +212,7 @@ def _position_rows(base: Checkpoint, weight: Tensor, own: Tensor, spec: ModelSpe
     """Return the embedding of the variant's channels, the channels taken by name, and why the others were not."""
     if weight.shape[1] != own.shape[1]:
         raise CheckpointError(
-            f"{POSITIONS} of {base.file_name} has the shape {tuple(weight.shape)}, the {spec.variant} model's "
+            f"{EMBEDDING} of {base.file_name} has the shape {tuple(weight.shape)}, the {spec.variant} model's "
             f"{tuple(own.shape)}.",
             "Build the variant with the encoder of the base model.",
         )
