@@ -17,6 +17,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from sjepa_deploy.bundle import (
+    CHECKPOINT_FILES,
     CHECKPOINT_FOLDER,
     REFERENCE_FILE,
     SCHEMA_VERSION,
@@ -34,6 +35,7 @@ from sjepa_deploy.errors import InputError, ParityError
 from sjepa_deploy.export.emulate import emulate_bf16
 from sjepa_deploy.export.rewrite import rewrite
 from sjepa_deploy.export.to_onnx import DEFAULT_OPSET, count_nodes, to_onnx
+from sjepa_deploy.files import file_hash
 from sjepa_deploy.models.checkpoint import write_checkpoint
 from sjepa_deploy.models.networks import SignalJEPAModule
 from sjepa_deploy.parity import ParityResult, Reference, batch_sizes, check_parity
@@ -112,17 +114,31 @@ def to_bundle(
     with new_bundle(path, force=force) as folder:
         progress("writing the checkpoint")
         write_checkpoint(model, folder / CHECKPOINT_FOLDER)
+        made_from = file_hash(folder / CHECKPOINT_FILES[1])
         rewritten = rewrite(model)
         graphs = []
         for precision in precisions:
             progress(f"exporting the {precision} graph")
-            proto = to_onnx(rewritten, precision=precision, opset=opset, max_batch=max_batch, static_batch=static_batch)
+            proto = to_onnx(
+                rewritten,
+                precision=precision,
+                opset=opset,
+                max_batch=max_batch,
+                static_batch=static_batch,
+                weights=made_from,
+            )
             file = f"model.{precision}.onnx"
             onnx.save(proto, folder / file)
             batch = static_batch or max_batch
             n_nodes = count_nodes(proto)
             graph = Graph(
-                file=file, precision=precision, opset=opset, n_nodes=n_nodes, max_batch=batch, static_batch=static_batch
+                file=file,
+                precision=precision,
+                opset=opset,
+                n_nodes=n_nodes,
+                max_batch=batch,
+                static_batch=static_batch,
+                weights_sha256=made_from,
             )
             graphs.append(graph)
         progress("computing the float64 reference")

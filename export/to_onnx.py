@@ -36,6 +36,7 @@ def to_onnx(
     opset: int = DEFAULT_OPSET,
     max_batch: int = 64,
     static_batch: int | None = None,
+    weights: str | None = None,
 ) -> onnx.ModelProto:
     """Export a rewritten model as an ONNX graph with float32 input and output.
 
@@ -51,6 +52,8 @@ def to_onnx(
         Largest batch; the graph takes 1..max_batch windows.
     static_batch : int or None
         Number of windows of every call instead.
+    weights : str or None
+        sha256 of the file of the model's weights, for the metadata.
 
     Returns
     -------
@@ -91,7 +94,9 @@ def to_onnx(
         relabel_opset(proto, opset)
     proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
     proto.producer_name, proto.producer_version = "sjepa-deploy", ""
-    contract = graph_contract(spec, precision=precision, max_batch=static_batch or max_batch, static_batch=static_batch)
+    contract = graph_contract(
+        spec, precision=precision, max_batch=static_batch or max_batch, static_batch=static_batch, weights=weights
+    )
     onnx.helper.set_model_props(proto, {ONNX_CONTRACT_KEY: contract})
     check_graph(proto)
     return proto

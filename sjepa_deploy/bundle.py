@@ -1,4 +1,4 @@
-"""What is on disk: a bundle is one folder with typed ONNX graphs, the checkpoint, a parity reference and a manifest."""
+"""Reads and writes bundles: a bundle is one folder with typed ONNX graphs, the checkpoint, a parity reference and a manifest."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from sjepa_deploy.errors import BundleError, ExportError, listed
 from sjepa_deploy.files import canonical_json, exchange, file_hash, json_file, load_json, seal, write_atomically
+from sjepa_deploy.onnx_file import has_external_data, metadata_of
 from sjepa_deploy.parity import ParityResult, Reference
 from sjepa_deploy.serialize import DecodeError, decode, encode
 from sjepa_deploy.spec import ModelSpec, Precision, RunPrecision, graph_precision
@@ -21,6 +22,7 @@ SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 REFERENCE_FILE = "reference.npz"
 CHECKPOINT_FOLDER = "checkpoint"
+CHECKPOINT_FILES = (f"{CHECKPOINT_FOLDER}/config.json", f"{CHECKPOINT_FOLDER}/model.safetensors")
 ENGINE_FOLDER = "engines"
 MAX_OPENINGS = 5
 """How often a bundle is opened anew because it was replaced meanwhile."""
@@ -44,6 +46,9 @@ class Graph:
         Largest batch.
     static_batch : int or None
         The only batch size, where the graph has one.
+    weights_sha256 : str or None
+        Hash of the checkpoint's weights file, which the graph was made from. It stands in the graph's metadata too, so that a
+        graph of the same model with other weights is found. None in bundles of releases before it.
     """
 
     file: str
@@ -52,6 +57,7 @@ class Graph:
     n_nodes: int
     max_batch: int
     static_batch: int | None = None
+    weights_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +156,8 @@ class Bundle:
         Raises
         ------
         BundleError
-            If the folder is no bundle, of a newer schema, incomplete or altered.
+            If the folder is no bundle, of a newer schema, incomplete or altered; or if a graph is of another model or of other
+            weights, or has values in a file of its own, which nothing vouches for.
         """
         path = Path(path)
         for _ in range(MAX_OPENINGS):
@@ -182,9 +189,14 @@ class Bundle:
                     )
         except OSError as e:
             raise BundleError(f"The bundle {path} cannot be read ({e.strerror or e}).", "Check the path and its rights.") from e
-        named = [graph.file for graph in manifest.graphs] + [REFERENCE_FILE]
+        named = [*(graph.file for graph in manifest.graphs), REFERENCE_FILE, *CHECKPOINT_FILES]
         if unlisted := [name for name in named if name not in manifest.files]:
             raise BundleError(f"The manifest of {path} has no hash for {unlisted[0]}.", "Export the bundle again.")
+        try:
+            for graph in manifest.graphs:
+                _check_graph(path / graph.file, graph, manifest)
+        except OSError as e:
+            raise BundleError(f"The bundle {path} cannot be read ({e.strerror or e}).", "Check the path and its rights.") from e
         return cls(path=path, manifest=manifest)
 
     @property
@@ -247,10 +259,47 @@ def _stamp_of(path: Path) -> tuple[int, ...] | None:
     return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def graph_contract(spec: ModelSpec, *, precision: Precision, max_batch: int, static_batch: int | None) -> str:
-    """Return the contract that an ONNX file carries in its metadata, as canonical JSON."""
+def graph_contract(
+    spec: ModelSpec, *, precision: Precision, max_batch: int, static_batch: int | None, weights: str | None = None
+) -> str:
+    """Return the contract that an ONNX file carries in its metadata, as canonical JSON. See `Graph` for the values."""
     contract = {"spec": encode(spec), "precision": precision, "max_batch": max_batch, "static_batch": static_batch}
-    return canonical_json(contract)
+    return canonical_json(contract if weights is None else contract | {"weights": weights})
+
+
+def _check_graph(file: Path, graph: Graph, manifest: Manifest) -> None:
+    """Compare what an ONNX file says of itself with the manifest."""
+    onnx = file.read_bytes()
+    try:
+        stored = metadata_of(onnx).get(ONNX_CONTRACT_KEY, "")
+        theirs = load_json(stored.encode()) if stored else {}
+        is_external = has_external_data(onnx)
+    except (ValueError, RecursionError) as e:
+        raise BundleError(f"{graph.file} is no ONNX file ({e}).", "Copy or export the bundle again.") from e
+    if is_external:
+        raise BundleError(
+            f"{graph.file} has weights in another file, which nothing vouches for.", "Export the bundle again, with this release."
+        )
+    if graph.weights_sha256 not in (None, manifest.files[CHECKPOINT_FILES[1]]):
+        raise BundleError(
+            f"The manifest says that {graph.file} was made from other weights than those in {CHECKPOINT_FOLDER}.",
+            "Copy or export the bundle again.",
+        )
+    contract = graph_contract(
+        manifest.spec,
+        precision=graph.precision,
+        max_batch=graph.max_batch,
+        static_batch=graph.static_batch,
+        weights=graph.weights_sha256,
+    )
+    if stored == contract:
+        return
+    differs = "it has none"
+    if stored:
+        ours = load_json(contract.encode())
+        ours, theirs = ours | ours.pop("spec"), theirs | theirs.pop("spec", {})
+        differs = "it differs in " + ", ".join(sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k)))
+    raise BundleError(f"The contract inside {graph.file} is not the manifest's: {differs}.", "Copy or export the bundle again.")
 
 
 def _read_manifest(path: Path) -> Manifest:

@@ -1,5 +1,6 @@
 import errno
 import importlib
+import json
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from bundles import RANDOM, copy_bundle, edit_manifest, export_small, flip_byte,
 import sjepa_deploy
 from sjepa_deploy.bundle import Bundle, new_bundle
 from sjepa_deploy.errors import BundleError, ExportError
+from sjepa_deploy.onnx_file import has_external_data, metadata_of
 
 
 @pytest.fixture
@@ -154,7 +156,7 @@ def test_a_reference_of_another_shape(path, lost):
 # The contract inside the graph is what is left when somebody exchanges files and signs the manifest again.
 FOREIGN = {
     "unit": {"variant": "prelocal", "unit": "V"},
-    "variant": {"variant": "postlocal"},
+    "variant, weights": {"variant": "postlocal"},
     "static_batch": {"variant": "prelocal", "static_batch": 4},
 }
 
@@ -167,6 +169,113 @@ def test_a_graph_of_another_model_with_its_hash_signed(make_bundle, path, differ
         BundleError, match=rf"contract inside model\.fp32\.onnx is not the manifest's: it differs in {differs}\. "
     ):
         sjepa_deploy.load(path)
+
+
+def test_a_graph_of_the_same_model_with_other_weights_and_its_hash_signed(path, tmp_path):
+    shutil.copy(export_small(tmp_path / "other", small_spec("prelocal"), model_seed=1).graph_path("fp32"), path)
+    rehash(path, "model.fp32.onnx")
+    refuses(path, r"contract inside model\.fp32\.onnx is not the manifest's: it differs in weights\. ")
+
+
+def test_a_checkpoint_of_other_weights_with_its_hash_signed(path, tmp_path):
+    """The graph decodes and the checkpoint is what others load: they are of one model, or the bundle does not open."""
+    export_small(tmp_path / "other", small_spec("prelocal"), model_seed=1)
+    shutil.copy(tmp_path / "other/checkpoint/model.safetensors", path / "checkpoint")
+    rehash(path, "checkpoint/model.safetensors")
+    refuses(path, r"model\.fp32\.onnx was made from other weights than those in checkpoint")
+
+
+def test_a_bundle_whose_graphs_say_nothing_of_their_weights_opens(path):
+    """As releases before the hash of the weights wrote them."""
+    import onnx
+
+    graph = onnx.load(path / "model.fp32.onnx")
+    (entry,) = (each for each in graph.metadata_props if each.key == "sjepa_deploy")
+    contract = json.loads(entry.value)
+    assert contract.pop("weights") == Bundle.open(path).graph("fp32").weights_sha256
+    entry.value = json.dumps(contract, sort_keys=True, separators=(",", ":"))
+    onnx.save(graph, path / "model.fp32.onnx")
+    rehash(path, "model.fp32.onnx")
+    refuses(path, "it differs in weights")  # an old graph in a bundle that knows better
+    edit_manifest(path, lambda m: m["graphs"][0].pop("weights_sha256"))
+    assert Bundle.open(path).graph("fp32").weights_sha256 is None
+
+
+def external_weights(path):
+    """Move the weights of the graph into a file of their own."""
+    import onnx
+
+    graph = onnx.load(path / "model.fp32.onnx")
+    onnx.save(graph, path / "model.fp32.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+
+
+def test_weights_in_another_file_are_refused(path):
+    external_weights(path)
+    rehash(path, "model.fp32.onnx")
+    refuses(path, r"model\.fp32\.onnx has weights in another file, which nothing vouches for")
+
+
+@pytest.mark.parametrize("name", ["checkpoint/model.safetensors", "checkpoint/config.json"])
+def test_a_checkpoint_without_a_hash_is_refused(path, name):
+    edit_manifest(path, lambda m: m["files"].pop(name))
+    refuses(path, rf"has no hash for {name}\. Export the bundle again")
+
+
+NO_ONNX = [b"", b"hello", b"\x3a\xff\xff\xff\xff\x0f", b"\x72\x02\x0a", b"\x72\x05\x12\x03\xff\xff\xff"]
+
+
+@pytest.mark.parametrize("content", NO_ONNX)
+def test_a_graph_that_is_no_onnx_file(path, content):
+    (path / "model.fp32.onnx").write_bytes(content)
+    rehash(path, "model.fp32.onnx")
+    refuses(path, r"model\.fp32\.onnx is no ONNX file|it has none")
+
+
+def external(tensor):
+    import onnx
+
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="elsewhere.bin")
+    return tensor
+
+
+def test_external_weights_are_found_wherever_a_graph_may_hold_them():
+    """The oracle is the package `onnx`, which makes the files: a place that is overlooked would be read without a hash."""
+    import onnx
+    from onnx import helper
+
+    tensor = helper.make_tensor("w", onnx.TensorProto.FLOAT, [1], [1.0])
+    sparse = helper.make_sparse_tensor(tensor, helper.make_tensor("i", onnx.TensorProto.INT64, [1], [0]), [1])
+
+    def graph(*nodes, initializer=(), sparse_initializer=()):
+        made = helper.make_graph(list(nodes), "g", [], [], initializer=list(initializer))
+        made.sparse_initializer.extend(sparse_initializer)
+        return made
+
+    def places():
+        yield "initializer", graph(initializer=[tensor])
+        yield "constant", graph(helper.make_node("Constant", [], ["x"], value=tensor))
+        yield "tensors", graph(helper.make_node("Own", [], ["x"], values=[tensor]))
+        yield "sparse", graph(sparse_initializer=[sparse])
+        yield "sparse constant", graph(helper.make_node("Constant", [], ["x"], sparse_value=sparse))
+        inner = graph(helper.make_node("Constant", [], ["x"], value=tensor))
+        yield "branch", graph(helper.make_node("If", ["c"], ["x"], then_branch=inner, else_branch=graph()))
+        yield "branches", graph(helper.make_node("Own", [], ["x"], graphs=[graph(), inner]))
+
+    def model_of(made):
+        return helper.make_model(made)
+
+    assert not any(has_external_data(model_of(made).SerializeToString()) for _, made in places())
+    external(tensor)
+    sparse.values.CopyFrom(tensor)
+    for name, made in places():
+        assert has_external_data(model_of(made).SerializeToString()), name
+    node = helper.make_node("Constant", [], ["x"], value=tensor)
+    function = helper.make_function("d", "f", [], ["x"], [node], [helper.make_opsetid("", 17)])
+    model = helper.make_model(graph(), functions=[function])
+    assert has_external_data(model.SerializeToString())
+    helper.set_model_props(model, {"one": "1", "two": "zwei, größer"})
+    assert metadata_of(model.SerializeToString()) == {"one": "1", "two": "zwei, größer"}
 
 
 def test_a_graph_without_a_contract(path):

@@ -169,7 +169,17 @@ def test_any_value_at_any_place_is_judged_alike(manifest_json, data, value):
 
 def test_every_key_is_needed_and_no_other_is_known(manifest_json):
     whole = json.loads(manifest_json)
-    defaults = {"digest", "static_batch", "decision_flips", "flip_margin", "spread_tolerance", "sha256", "seed", "notes"}
+    defaults = {
+        "digest",
+        "static_batch",
+        "decision_flips",
+        "flip_margin",
+        "spread_tolerance",
+        "sha256",
+        "weights_sha256",
+        "seed",
+        "notes",
+    }
     defaults |= {"unit", "n_outputs", "n_spat_filters", "ch_names", "positions", "class_names", "preprocessing", "encoder"}
     defaults |= whole["spec"]["preprocessing"].keys() | whole["spec"]["encoder"].keys()
     free = ("tools", "files")

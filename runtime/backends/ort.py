@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
-import json
 import logging
 import os
 import re
@@ -16,8 +15,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from sjepa_deploy.bundle import ONNX_CONTRACT_KEY, Bundle, graph_contract
-from sjepa_deploy.errors import BackendError, BundleError
+from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.errors import BackendError
 from sjepa_deploy.runtime.backend import Backend, BackendOptions, FloatArray, Turn
 from sjepa_deploy.runtime.gpu.backend import GpuBackend
 from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, HostBuffer, Stream
@@ -50,8 +49,6 @@ def open_session(bundle: Bundle, precision: RunPrecision, settings: Any, provide
     ------
     BackendError
         If the provider does not load, or takes not all nodes.
-    BundleError
-        If the ONNX file carries another contract than the manifest.
     """
     graph = bundle.graph(precision)
     try:
@@ -72,8 +69,6 @@ def open_session(bundle: Bundle, precision: RunPrecision, settings: Any, provide
             f"ONNX Runtime did not load {provider}, and would have used {session.get_providers()[0]}.",
             "See sjepa-doctor for what is missing.",
         )
-    contract = graph_contract(bundle.spec, precision=graph.precision, max_batch=graph.max_batch, static_batch=graph.static_batch)
-    check_contract(session.get_modelmeta().custom_metadata_map, contract, graph.file)
     return session
 
 
@@ -348,22 +343,3 @@ def _probe_library(name: str, mend: str) -> None:
         ctypes.CDLL(name)
     except OSError as e:
         raise BackendError(f"ONNX Runtime needs {name}, which does not load here ({e}).", mend) from e
-
-
-def check_contract(metadata: dict[str, str], contract: str, file: str) -> None:
-    """Compare the contract in an ONNX file's metadata with the manifest's.
-
-    Raises
-    ------
-    BundleError
-        If they differ. The message names the first field.
-    """
-    stored = metadata.get(ONNX_CONTRACT_KEY, "")
-    if stored == contract:
-        return
-    differs = "it has none"
-    if stored:
-        ours, theirs = json.loads(contract), json.loads(stored)
-        ours, theirs = ours | ours.pop("spec"), theirs | theirs.pop("spec", {})
-        differs = "it differs in " + ", ".join(sorted(k for k in ours if ours[k] != theirs.get(k)))
-    raise BundleError(f"The contract inside {file} is not the manifest's: {differs}.", "Copy or export the bundle again.")
