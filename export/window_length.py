@@ -1,4 +1,4 @@
-"""What changes when weights that were trained on windows of one length run on windows of another.
+"""Measures what changes when weights that were trained on windows of one length run on windows of another.
 
 Two lengths with the same number of time tokens take the same weights. The tokens are made of the same samples counted from the
 window's start; the rest, the tail, acts through the statistics of the group normalisation only. The window without a tail gives
@@ -23,7 +23,7 @@ MAX_WINDOWS = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How the outputs of two lengths compare, both in float64.
+    """Compares the outputs of two lengths, both in float64.
 
     Attributes
     ----------
@@ -42,7 +42,7 @@ class Agreement:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowLengthChange:
-    """The outputs of one set of weights on windows of two lengths.
+    """Holds the outputs of one set of weights on windows of two lengths.
 
     Attributes
     ----------

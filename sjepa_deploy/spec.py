@@ -1,4 +1,4 @@
-"""What a model is: the frozen `ModelSpec` that models, exporters, bundles and runtimes share."""
+"""Describes a model: `ModelSpec` is the frozen contract that models, exporters, bundles and runtimes share."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def graph_precision(precision: RunPrecision) -> Precision:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
-    """The sizes of the encoder that all variants share (defaults: the published models).
+    """Holds the sizes of the encoder that all variants share (defaults: the published models).
 
     Attributes
     ----------
@@ -113,7 +113,7 @@ class EncoderSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """What a recording must go through before its windows reach the model.
+    """Says what a recording must go through before its windows reach the model.
 
     The defaults are those of the published pretraining (Guetschel et al. 2024): average reference, 0.5 to 40 Hz.
 
@@ -146,7 +146,7 @@ class Preprocessing:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """One SignalJEPA model as its users see it.
+    """Describes one SignalJEPA model as its users see it.
 
     Attributes
     ----------

@@ -40,7 +40,7 @@ from sjepa_deploy.spec import EncoderSpec, ModelSpec, Variant
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """A fine-tuning run.
+    """Describes a fine-tuning run.
 
     Attributes
     ----------
@@ -91,7 +91,7 @@ class FinetuneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneResult:
-    """What fine-tuning gave.
+    """Holds what fine-tuning gave.
 
     Attributes
     ----------
@@ -123,7 +123,7 @@ class FinetuneResult:
 
 
 class FinetuneModule(lightning.LightningModule):
-    """A variant as Lightning's loop wants it.
+    """Trains a variant in Lightning's loop.
 
     A regression learns standardised targets, so that learning does not depend on their unit; `finished` folds their mean and
     standard deviation into the last layer.

@@ -1,4 +1,4 @@
-"""The loop that pretraining and fine-tuning run on: Lightning's, with what makes a run repeatable and resumable.
+"""Runs pretraining and fine-tuning on Lightning's loop, and makes a run repeatable and resumable.
 
 Everything random in an epoch (order of the windows, masks, dropout) follows from the seed and the number of the epoch. A run
 that was killed goes on from the last whole epoch and ends with the weights of a run that was not.
@@ -64,7 +64,7 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """How a model is trained, whatever it learns.
+    """Says how a model is trained, whatever it learns.
 
     Attributes
     ----------
@@ -119,7 +119,7 @@ class Engine:
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """How a training run went.
+    """Says how a training run went.
 
     Attributes
     ----------
@@ -157,7 +157,7 @@ class WindowDataset(Dataset[Batch]):
 
 
 class WindowLoaders(lightning.LightningDataModule):
-    """The loaders of the three parts. Their order follows from the seed and the epoch alone."""
+    """Makes the loaders of the three parts. Their order follows from the seed and the epoch alone."""
 
     def __init__(self, windows: Windows, split: Split, engine: Engine) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which channels a pretraining step hides: spatial masks, drawn for a whole batch at once."""
+"""Draws the channels that a pretraining step hides: spatial masks, for a whole batch at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sjepa_deploy.spec import Position
 
 @dataclass(frozen=True, kw_only=True)
 class Masking:
-    """How channels are hidden.
+    """Says how channels are hidden.
 
     Attributes
     ----------
@@ -60,7 +60,7 @@ class Masking:
 
 
 class Masks(NamedTuple):
-    """The channels that G contexts see (V at most) and that their K targets hide (H at most each).
+    """Holds the channels that G contexts see (V at most) and that their K targets hide (H at most each).
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Scores of regression and classification, and bootstrap confidence intervals. NumPy only."""
+"""Scores regressions and classifications, with bootstrap confidence intervals. NumPy only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A score and its confidence interval.
+    """Holds a score and its confidence interval.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""The layers of `nn.Transformer` over padded sequences, on the same weights, several times faster on a GPU.
+"""Runs the layers of `nn.Transformer` over padded sequences, on the same weights, several times faster on a GPU.
 
 `nn.MultiheadAttention` hands padding to the attention kernel as a bias, which the fastest kernels do not take. Here it travels in
 one more dimension of the heads: queries hold 1 there, padded keys a number so negative that their weight is exactly 0. Heads of 8

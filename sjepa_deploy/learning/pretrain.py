@@ -1,4 +1,4 @@
-"""JEPA pretraining of the base model on unlabelled EEG (Guetschel, Moreau, Tangermann 2024).
+"""Pretrains the base model as a JEPA on unlabelled EEG (Guetschel, Moreau, Tangermann 2024).
 
 A context encoder sees the visible channels, a predictor guesses from it the embeddings of the hidden ones, which a slowly
 following copy of the encoder (the teacher) made from all channels. The local encoder and the positions are shared.
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """A pretraining run.
+    """Describes a pretraining run.
 
     Attributes
     ----------
@@ -81,7 +81,7 @@ class PretrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainResult:
-    """What pretraining gave.
+    """Holds what pretraining gave.
 
     Attributes
     ----------

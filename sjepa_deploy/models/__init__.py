@@ -1,4 +1,4 @@
-"""The networks in PyTorch, their checkpoints, and the transfer of weights between them."""
+"""Holds the networks in PyTorch, reads and writes their checkpoints, and transfers weights between them."""
 
 from sjepa_deploy.models.networks import (
     MODELS,

@@ -1,4 +1,4 @@
-"""braindecode's ``config.json``, both ways: the arguments of its SignalJEPA classes, and what they settle of a `ModelSpec`."""
+"""Reads and writes braindecode's ``config.json``: the arguments of its SignalJEPA classes, and what they tell of a model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class _Channel:
 
 @dataclass(frozen=True, kw_only=True)
 class _Config:
-    """The arguments of braindecode's classes that we read, for their types."""
+    """Holds the arguments of braindecode's classes that we read, for their types."""
 
     n_outputs: int | None = None
     n_chans: int | None = None

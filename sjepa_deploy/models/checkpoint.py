@@ -49,7 +49,7 @@ PRETRAINING = ("jepa.teacher", "spread", "val_l1", "val_l1_mean")
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """The weights of one model and what is known about it.
+    """Holds the weights of one model and what is known about the model.
 
     Attributes
     ----------

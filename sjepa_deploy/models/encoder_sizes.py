@@ -33,7 +33,7 @@ FLAGS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """What a configuration says of a model.
+    """Holds what a configuration says of a model.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""The SignalJEPA networks in plain PyTorch (Guetschel, Moreau, Tangermann 2024, doi 10.3217/978-3-99161-014-4-003).
+"""Builds the SignalJEPA networks in plain PyTorch (Guetschel, Moreau, Tangermann 2024, doi 10.3217/978-3-99161-014-4-003).
 
 Parameters carry the names of braindecode's implementation, so that checkpoints move both ways.
 Shapes are written with B windows, C channels, T samples, N time tokens a channel, E embedding dimensions,
@@ -130,7 +130,7 @@ class SpatialConv(nn.Sequential):
 
 
 class SignalJEPAModule(nn.Module):
-    """What the base model and its variants have in common: they know their `spec`."""
+    """Holds what the base model and its variants share: the `spec` and the feature encoder."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class SignalJEPAModule(nn.Module):
 
 
 class SignalJEPAWithTransformer(SignalJEPAModule):
-    """The whole encoder: feature encoder, position encoding, transformer."""
+    """Encodes with all three parts: feature encoder, position encoding, transformer."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)

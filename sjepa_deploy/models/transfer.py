@@ -1,4 +1,4 @@
-"""What a variant takes from a pretrained base model, and a report of it.
+"""Moves weights of a pretrained base model into a variant, and reports what became of each.
 
 ==================== ============================ ========== ==========
 part                 PreLocal                     PostLocal  Contextual
@@ -38,7 +38,7 @@ NEW_PARTS: dict[Variant, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """A weight that has a place in the variant and was not taken.
+    """Names a weight that has a place in the variant and was not taken.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class Skipped:
 
 @dataclass(frozen=True, kw_only=True)
 class TransferReport:
-    """What became of every weight.
+    """Reports what became of every weight.
 
     Attributes
     ----------

@@ -39,7 +39,7 @@ DAMAGED = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, 
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """What a file holds.
+    """Holds what a file contains.
 
     Attributes
     ----------
@@ -58,7 +58,7 @@ class Content:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """One model of a file.
+    """Holds one model of a file.
 
     Attributes
     ----------
