@@ -230,9 +230,14 @@ class FusedBackend(GpuBackend[Lane | BatchLane], RollingBackend):
         """Let the next `roll` be one of a whole window: samples were left out."""
         self._follows = False
 
+    def close(self) -> None:
+        """Release everything on the GPU, once."""
+        if self._latest is not None and not self._turn.closed:
+            self._device.make_current()
+            self._latest.leave()  # a kernel that stays, before anything waits for the stream
+        super().close()
+
     def _release(self) -> None:
-        if self._latest is not None:
-            self._latest.leave()  # before another lane waits for the stream that they share
         for lane in self._rolling.values():
             lane.close()
         self._rolling.clear()
