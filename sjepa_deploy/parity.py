@@ -212,13 +212,14 @@ def check_parity(
         Batch sizes. Every window stands in at least one batch of each size.
     """
     n_finite = int(np.isfinite(reference.outputs.reshape(len(reference.inputs), -1)).all(axis=1).sum())
-    judge = _Judge(reference, precision, n_mixtures=max((-n_finite) % size for size in sizes))
+    n_mixtures = max((-n_finite) % size for size in sizes)
+    judge = _Judge(reference, precision, n_mixtures)
     smallest = min(sizes)
-    backwards = np.arange(len(judge.windows))[::-1]  # so that each window stands in another row than below
-    backwards = np.concatenate([backwards, backwards[: (-len(backwards)) % smallest]])
+    # Backwards, so that each mixture stands in another row than below; windows of the reference fill the last batch.
+    backwards = len(judge.windows) - 1 - np.arange(n_mixtures + (-n_mixtures) % smallest) % len(judge.windows)
     for start in range(0, len(backwards), smallest):
         index = backwards[start : start + smallest]
-        judge.first(index, judge.run(predict, judge.windows[index]))
+        judge.first(index, judge.run(predict, judge.windows[index]), smallest)
     for size in sizes:
         for start in range(0, n_finite, size):
             index = np.arange(start, start + size)
@@ -281,10 +282,11 @@ class _Judge:
         self._n_rows += len(batch)
         return np.asarray(predict(np.ascontiguousarray(batch))).reshape(len(batch), -1).astype(np.float64)
 
-    def first(self, index: NDArray[np.intp], got: NDArray[np.float64]) -> None:
-        """Take what mixtures give at the smallest batch size."""
+    def first(self, index: NDArray[np.intp], got: NDArray[np.float64], size: int) -> None:
+        """Take what mixtures give at the smallest batch size, and judge the windows of the reference among them."""
         mixed = self._is_mixed[index]
         self._expected[index[mixed]] = got[mixed]
+        self.rows(index[~mixed], got[~mixed], size)
 
     def rows(self, index: NDArray[np.intp], got: NDArray[np.float64], size: int) -> None:
         """Judge the outputs of the windows `index`, which stood in a batch of `size`."""

@@ -1,3 +1,4 @@
+import itertools
 import math
 import re
 
@@ -224,6 +225,24 @@ def test_a_window_stands_alone_in_its_batches():
         assert len(rows) == len(batch)
     with_nan = [np.isnan(batch).any(axis=(1, 2)).nonzero()[0].tolist() for batch in batches if np.isnan(batch).any()]
     assert sorted(map(tuple, with_nan)) == [(0,), (0,), (36,)]
+
+
+@pytest.mark.parametrize("sizes", [(1,), (4,), (1, 3, 16)])
+def test_a_row_that_is_wrong_once_is_found_whichever_it_is(sizes):
+    """No row is computed without being judged."""
+    finite_rows = []
+    assert judge(lambda eeg: finite_rows.append(np.isfinite(exact(eeg)).all(axis=1)) or exact(eeg), sizes=sizes).passed
+    for call, finite in enumerate(finite_rows):
+        for row in finite.nonzero()[0]:
+            calls = itertools.count()
+
+            def predict(eeg, call=call, row=row, calls=calls):
+                out = exact(eeg)
+                if next(calls) == call:
+                    out[row] += 1
+                return out
+
+            assert not judge(predict, sizes=sizes).passed, f"row {row} of call {call}"
 
 
 @given(st.integers(2, 70), st.data())
