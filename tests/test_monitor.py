@@ -124,11 +124,16 @@ def test_without_decisions_for_a_while_the_state_says_so(make_bundle):
 
 
 def test_windows_that_are_all_late_are_no_decisions(make_bundle):
+    """From 3 s on; a stream whose windows are late from the start is refused."""
     with load(make_bundle("prelocal")) as predict:
         samples, stamps = eeg(1500), np.arange(1500) / predict.spec.sfreq
-        for late, received, state in (("skip", 0.3, "no decisions"), ("queue", 0.3, "decoding"), ("hold", 0.0, "decoding")):
-            chunks = [dataclasses.replace(c, received=c.received + received) for c in chunks_of(samples, stamps)]
+        for late, delay, state in (("skip", 0.3, "no decisions"), ("queue", 0.3, "decoding"), ("hold", 0.0, "decoding")):
+            chunks = [
+                dataclasses.replace(c, received=c.received + (delay if c.received > 3 else 0.0))
+                for c in chunks_of(samples, stamps)
+            ]
             shots, _ = watched(predict, chunks, late=late)
+            assert {shot.state for shot in shots if 2.2 < shot.now < 3} == {"decoding"}
             assert shots[-1].state == state
 
 

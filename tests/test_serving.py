@@ -422,6 +422,7 @@ def test_a_server_that_ends_answers_what_it_has(mortal, client, make_bundle):
     np.testing.assert_array_equal([answer.output[0] for answer in answers], local_outputs(make_bundle("prelocal"), windows))
 
 
+@pytest.mark.alone
 def test_a_live_stream_goes_on_when_its_server_was_killed(mortal, make_bundle):
     """Each window is decided as here, or is counted and reported."""
     bundle = make_bundle("contextual")
