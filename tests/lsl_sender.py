@@ -1,4 +1,4 @@
-"""An amplifier in a process of its own: ``python lsl_sender.py NAME SOURCE_ID SFREQ UNIT LABEL,LABEL,... SEED CONFIG``.
+"""An amplifier in a process of its own: ``python lsl_sender.py NAME SOURCE_ID SFREQ UNIT LABEL,LABEL,... SEED CONFIG [FORMAT]``.
 
 Pushes EEG until it is killed. An empty unit, or no labels, are not stated.
 """
@@ -10,10 +10,10 @@ import numpy as np
 import pylsl
 
 
-def main(name, source_id, sfreq, unit, labels, seed, config):
+def main(name, source_id, sfreq, unit, labels, seed, config, kind="float32"):
     pylsl.set_config_content(config)
     labels = labels.split(",")
-    info = pylsl.StreamInfo(name, "EEG", len(labels), float(sfreq), "float32", source_id)
+    info = pylsl.StreamInfo(name, "EEG", len(labels), float(sfreq), kind, source_id)
     channels = info.desc().append_child("channels")
     for label in labels:
         channel = channels.append_child("channel").append_child_value("label", label)
@@ -28,7 +28,7 @@ def main(name, source_id, sfreq, unit, labels, seed, config):
         wait = started + i / float(sfreq) - time.monotonic()
         if wait > 0:
             time.sleep(wait)
-        outlet.push_sample(rng.normal(0, 20, len(labels)), pylsl.local_clock())
+        outlet.push_sample(rng.normal(0, 20, len(labels)).astype(kind).tolist(), pylsl.local_clock())
         i += 1
 
 

@@ -58,8 +58,9 @@ def name():
 
 
 class Amplifier:
-    def __init__(self, name, labels, *, source_id=None, sfreq=100.0, unit="microvolts", seed=0):
-        arguments = [name, name if source_id is None else source_id, str(sfreq), unit, ",".join(labels), str(seed), CONFIG]
+    def __init__(self, name, labels, *, source_id=None, sfreq=100.0, unit="microvolts", seed=0, config=CONFIG, kind="float32"):
+        identity = name if source_id is None else source_id
+        arguments = [name, identity, str(sfreq), unit, ",".join(labels), str(seed), config, kind]
         self._process = subprocess.Popen([sys.executable, SENDER, *arguments], stdout=subprocess.PIPE, text=True)
         assert self._process.stdout.readline() == "ready\n"
 
@@ -173,9 +174,102 @@ def test_what_differs_in_a_stream_that_came_back_is_said(change, words):
         assert word in said[0]
 
 
-def _read_for_ever(source):
-    for _ in range(300):
+def test_a_stream_that_comes_back_with_another_type_of_samples_is_refused(predict, name):
+    """Its record would go on in the first type, cut to whole numbers."""
+    amplifier = Amplifier(name, predict.spec.ch_names, kind="int16")
+    source = LslSource(name)
+    try:
+        while source.read(0.1) is None:
+            pass
+        amplifier.kill()
+        amplifier = Amplifier(name, predict.spec.ch_names)
+        with pytest.raises(StreamError, match=r"came back with samples of another type \(float32, not int16\)"):
+            _read_for_ever(source)
+    finally:
+        amplifier.kill()
+        source.close()
+
+
+def test_a_lost_stream_without_an_identity_is_followed_by_another_on_request_alone(predict, name):
+    amplifier = Amplifier(name, predict.spec.ch_names, source_id="")
+    sources = [LslSource(name), LslSource(name, successor=True)]
+    try:
+        for source in sources:
+            while source.read(0.1) is None:
+                pass
+        amplifier.kill()
+        amplifier = Amplifier(name, predict.spec.ch_names, source_id="")
+        with pytest.raises(StreamError, match="is another outlet of that name"):
+            _read_for_ever(sources[0])
+        _read_for_ever(sources[1], until="reconnected")
+    finally:
+        amplifier.kill()
+        for source in sources:
+            source.close()
+
+
+WITHOUT_MULTICAST = CONFIG.replace("AddressesOverride={127.0.0.1}", "AddressesOverride={127.0.0.9}")
+FOLLOW = """
+import sys, time, pylsl
+pylsl.set_config_content(sys.argv[2])
+from sjepa_deploy.runtime.live.lsl import LslSource
+source = LslSource(sys.argv[1])
+while source.read(0.1) is None: pass
+print("reading", flush=True)
+while True:
+    source.read(0.1)
+    while source.incidents: print(source.incidents.popleft().kind, flush=True)
+"""
+
+
+@pytest.mark.parametrize("n_others", [0, 3])
+def test_a_stream_is_found_again_without_multicast(predict, name, n_others):
+    """Known peers are asked one by one, as on wireless networks: an answer takes longer than 0.1 s."""
+    assert WITHOUT_MULTICAST != CONFIG
+    labels = predict.spec.ch_names
+    others = [Amplifier(f"{name}-{i}", labels, config=WITHOUT_MULTICAST) for i in range(n_others)]
+    amplifier = Amplifier(name, labels, config=WITHOUT_MULTICAST)
+    command = [sys.executable, "-c", FOLLOW, name, WITHOUT_MULTICAST]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
+        try:
+            assert follower.stdout.readline() == "reading\n"
+            amplifier.kill()
+            amplifier = Amplifier(name, labels, config=WITHOUT_MULTICAST)
+            started = time.monotonic()
+            said = iter(follower.stdout.readline, "")
+            assert any(line == "reconnected\n" for line in said)
+            assert time.monotonic() - started < 20  # a few seconds on a machine that has nothing else to do
+        finally:
+            follower.kill()
+            for sender in (amplifier, *others):
+                sender.kill()
+
+
+def test_a_stream_that_stood_still_is_found_again(predict, name):
+    """Longer than a silent stream is waited for, beside others on the same host."""
+    with (
+        Amplifier(f"{name}-beside", predict.spec.ch_names),
+        Amplifier(name, predict.spec.ch_names) as amplifier,
+    ):
+        source = LslSource(name)
+        while source.read(0.1) is None:
+            pass
+        stopped = threading.Thread(target=amplifier.pause, args=(18.0,))
+        stopped.start()
+        try:
+            _read_for_ever(source, until="lost")
+            _read_for_ever(source, until="reconnected")
+        finally:
+            stopped.join()
+            source.close()
+
+
+def _read_for_ever(source, until=None):
+    for _ in range(600):
         source.read(0.1)
+        if until in [incident.kind for incident in source.incidents]:
+            return
+    assert until is None
 
 
 def test_paused_source_goes_on(predict, name):

@@ -104,6 +104,7 @@ class Decoder:
         ch_names: Sequence[str] | None = None,
         rename: Sequence[str] = (),
         sfreq: float | None = None,
+        successor: bool = False,
         speed: float = 1.0,
     ) -> Decoder:
         """Open a bundle and a stream. The backend loads before the stream is looked for.
@@ -138,7 +139,9 @@ class Decoder:
             stream = open_source(
                 source,
                 predict.spec,
-                SourceOptions(unit=unit, ch_names=ch_names, rename=rename, sfreq=sfreq, speed=speed, chunk=chunk),
+                SourceOptions(
+                    unit=unit, ch_names=ch_names, rename=rename, sfreq=sfreq, successor=successor, speed=speed, chunk=chunk
+                ),
             )
             opened.callback(stream.close)
             decoder = cls(predict, stream, config)

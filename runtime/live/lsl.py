@@ -28,6 +28,12 @@ CORRECT_EVERY_S = 5.0
 LOOK_EVERY_S = 10.0
 """Seconds of silence after which the network is asked whether the stream is still there: a pulled cable ends no connection."""
 
+ANSWER_S = 4.0
+"""Seconds in which a stream that is there answers: without multicast, liblsl asks its known peers every 0.75 s and waits."""
+
+FORMATS = ("of no type", "float32", "double64", "text", "int32", "int16", "int8", "int64")
+"""What LSL's `channel_format` numbers."""
+
 
 def require_pylsl() -> Any:
     """Return the module `pylsl`.
@@ -182,7 +188,8 @@ class LslSource:
 
     The source waits for single samples in liblsl (half a millisecond behind the sender), takes what has come, and puts the stamps
     on this machine's clock. Samples that waited before the first `read` are dropped and counted. A lost stream is looked for
-    until it is back; it must then have the same contract.
+    until it is back; it must then have the same contract and the same type of samples. A stream without a source_id is known by
+    its outlet alone.
 
     Parameters
     ----------
@@ -190,6 +197,8 @@ class LslSource:
         See `find_stream`.
     unit, ch_names, rename
         See `read_info`.
+    successor : bool
+        Whether a lost stream without a source_id may be followed by another outlet that `text` names.
     timeout : float
         Seconds to wait for the stream to appear.
     """
@@ -201,6 +210,7 @@ class LslSource:
         unit: Unit | None = None,
         ch_names: Sequence[str] | None = None,
         rename: Sequence[str] = (),
+        successor: bool = False,
         timeout: float = 3.0,
     ) -> None:
         self._pylsl = require_pylsl()
@@ -211,9 +221,10 @@ class LslSource:
         self.clock: Callable[[], float] = self._pylsl.local_clock
         self._restarted = False
         self._inlet: Any = None
-        found = find_stream(text, timeout)
-        self._source_id = found.source_id()
-        self.info = self._open(found)
+        self._resolver: Any = None  # looks for the stream in a thread of its own
+        self._found = find_stream(text, timeout)
+        self._source_id, self._successor = self._found.source_id(), successor
+        self.info = self._open(self._found)
 
     def _open(self, found: Any) -> StreamInfo:
         # recover=True would hide a loss: no exception, seconds of silence, and the first second of the new stream lost.
@@ -254,7 +265,7 @@ class LslSource:
             with contextlib.suppress(self._pylsl.util.TimeoutError, self._pylsl.util.LostError):  # the last one holds meanwhile
                 self._correction = self._inlet.time_correction(0.01)
             self._correct_at = received + CORRECT_EVERY_S
-        self._look_at = received + LOOK_EVERY_S
+        self._look_at, self._resolver = received + LOOK_EVERY_S, None
         restarted, self._restarted = self._restarted, False
         return Chunk(samples, stamps + self._correction, received, restarted, self._correction)
 
@@ -270,32 +281,55 @@ class LslSource:
             return f"source_id={quoted(self._source_id)} and name={quoted(self.info.name)}"
         return " and ".join(f"{key}={quoted(value)}" for key, value in _queries(self._text))
 
+    def _answers(self) -> list[Any]:
+        """Return the streams that have answered since they are looked for, the one that was lost first."""
+        if self._resolver is None:
+            self._resolver = self._pylsl.ContinuousResolver(pred=self._predicate())
+        answers: list[Any] = self._resolver.results()
+        return sorted(answers, key=lambda answer: answer.uid() != self._found.uid())
+
     def _look(self) -> None:
-        """Ask whether a silent stream is still announced."""
-        if not self._pylsl.resolve_bypred(self._predicate(), 1, 1.0):
+        """Ask whether a silent stream is still announced, and let it go if it does not answer."""
+        if self._resolver is None:
+            self._answers()
+            self._look_at = self.clock() + ANSWER_S
+            return
+        if not self._answers():
             self._lose("The stream fell silent and is announced no more.")
-        self._look_at = self.clock() + LOOK_EVERY_S
+        self._look_at, self._resolver = self.clock() + LOOK_EVERY_S, None
 
     def _lose(self, text: str) -> None:
         self.incidents.append(Incident(kind="lost", time=self.clock(), text=text))
         self._inlet = None
 
     def _reconnect(self, timeout: float) -> None:
-        found = self._pylsl.resolve_bypred(self._predicate(), 1, timeout)
-        if not found:
+        answers = self._answers()
+        if not answers:
+            time.sleep(timeout)
             return
+        found, before = answers[0], self._found
+        if not (self._source_id or self._successor or found.uid() == before.uid()):
+            raise StreamError(
+                f"{_describe(before)} was lost, and {_describe(found)} is another outlet of that name: without a source_id "
+                "nothing says that it is the same amplifier.",
+                "Give the stream a source_id, or let another one follow with `--successor`.",
+            )
         try:
-            info = self._open(found[0])
+            info = self._open(found)
         except _NoAnswerError:
-            self._inlet = None
+            self._inlet = self._resolver = None
             time.sleep(timeout)  # it was announced and is gone again
             return
-        if said := changes(self.info, info):
+        said = changes(self.info, info)
+        if found.channel_format() != before.channel_format():
+            was, now = FORMATS[before.channel_format()], FORMATS[found.channel_format()]
+            said = [*said, f"with samples of another type ({now}, not {was})"]
+        if said:
             raise StreamError(f"Stream {info.name} came back {' and '.join(said)}.", "Start the decoder anew with this stream.")
-        self._restarted = True
+        self._found, self._restarted, self._resolver = found, True, None
         self.incidents.append(Incident(kind="reconnected", time=self.clock(), text="The stream is back."))
 
 
 def open_lsl(text: str, _: ModelSpec, options: SourceOptions) -> LslSource:
     """Return the stream that `text` names, see `find_stream`."""
-    return LslSource(text, unit=options.unit, ch_names=options.ch_names, rename=options.rename)
+    return LslSource(text, unit=options.unit, ch_names=options.ch_names, rename=options.rename, successor=options.successor)

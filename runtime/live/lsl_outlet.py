@@ -35,7 +35,7 @@ class LslOutlet:
 
     def __init__(self, name: str, spec: ModelSpec, description: dict[str, object]) -> None:
         pylsl = require_pylsl()
-        if pylsl.resolve_bypred(f"name={quoted(name)}", 1, 0.5):
+        if pylsl.resolve_bypred(f"name={quoted(name)}", 1, 1.5):
             raise StreamError(f"There is an LSL stream {name} already.", "Choose another --outlet.")
         n_outputs = int(np.prod(spec.output_shape))
         info = pylsl.StreamInfo(name, "Decision", n_outputs, pylsl.IRREGULAR_RATE, "float32", f"sjepa-stream-{name}")

@@ -32,6 +32,8 @@ class SourceOptions:
         "THEIRS=MINE": channels of a stream or recording that get other names.
     sfreq : float or None
         Rate in Hz of the synthetic stream, or of a recording that does not state it.
+    successor : bool
+        Whether a lost LSL stream without a source_id may be followed by another one that the address names.
     speed : float
         Seconds of a recording or of the synthetic stream in one second; infinity for as fast as possible.
     chunk : int
@@ -42,6 +44,7 @@ class SourceOptions:
     ch_names: Sequence[str] | None = None
     rename: Sequence[str] = ()
     sfreq: float | None = None
+    successor: bool = False
     speed: float = 1.0
     chunk: int = 1
 
@@ -76,7 +79,7 @@ SOURCES: dict[str, SourceEntry] = {
         address="lsl:NAME, lsl:type=EEG",
         package="pylsl",
         extra="stream",
-        takes=("unit", "ch_names", "rename"),
+        takes=("unit", "ch_names", "rename", "successor"),
     ),
     "file": SourceEntry(
         target="sjepa_deploy.runtime.live.open_source:open_file",

@@ -95,8 +95,10 @@ class Session:
     ----------
     speed : float
         Speed of a file or of the synthetic stream.
+    successor : bool
+        Whether another LSL stream may follow a lost one without a source_id.
     duration : float or None
-        Seconds of stream after which the decoder stops.
+        Seconds after the first sample's arrival after which the decoder stops.
     priority : int or None
         Real-time priority of the decoder's threads.
     quiet : bool
@@ -104,6 +106,7 @@ class Session:
     """
 
     speed: float
+    successor: bool
     duration: float | None
     priority: int | None
     quiet: bool
@@ -186,7 +189,12 @@ DEFAULTS = StreamConfig()
     click.option(
         "--speed", type=float, default=1.0, help="Speed of a file or of the synthetic stream; inf: as fast as possible."
     ),
-    click.option("--duration", type=float, help="Seconds of stream after which the decoder stops.  [default: never]"),
+    click.option(
+        "--successor", is_flag=True, help="Go on with another LSL stream of the same name after a lost one without a source_id."
+    ),
+    click.option(
+        "--duration", type=float, help="Seconds from the first sample on after which the decoder stops.  [default: never]"
+    ),
     click.option("--priority", type=click.IntRange(1, 99), help="Real-time priority (SCHED_FIFO) of the decoder's threads."),
     options.quiet,
 )
@@ -233,6 +241,7 @@ def stream(
                 precision=choice.precision,
                 options=choice.options,
                 **dataclasses.asdict(facts),
+                successor=session.successor,
                 speed=session.speed,
             )
         )
