@@ -12,11 +12,13 @@ from streams import ScriptedSource, decode, decode_samples, eeg, info_of
 
 import sjepa_deploy
 from sjepa_deploy.eeg.info import StreamInfo
+from sjepa_deploy.eeg.recording import windows
 from sjepa_deploy.errors import StreamError
+from sjepa_deploy.runtime.live.check import causal_preprocessing
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decoder import Decoder
-from sjepa_deploy.runtime.live.sources import Chunk
+from sjepa_deploy.runtime.live.sources import Chunk, ReplaySource
 from sjepa_deploy.runtime.live.timeline import BACK, REPEATED, Timeline
 from sjepa_deploy.runtime.live.windows import WindowStream
 
@@ -248,3 +250,28 @@ def test_a_decision_on_doubtful_samples_says_so(predict):
     _, decisions, incidents = decode_samples(predict, eeg(1500), stamps, hop=0.0, deadline=1.0)
     assert not incidents
     assert [round(d.time, 3) for d in decisions if "doubtful" in d.flags] == [6.045, 6.045, 6.045, 6.045]
+
+
+@pytest.mark.parametrize("kind", ["flat", "moved", "not finite", "flat until the end", "flat at the start"])
+@pytest.mark.parametrize("sfreq", [250.0, 300.0])
+def test_check_knows_channels_that_are_bad_for_a_while(predict, tmp_path, kind, sfreq):
+    """As in most recordings; they start anew when they are good again, which is no fault of the live path."""
+    spec = predict.spec
+    samples = eeg(round(20 * sfreq), sfreq=sfreq)
+    first, last = (
+        round(at * sfreq) for at in {"flat until the end": (15, 20), "flat at the start": (0, 3)}.get(kind, (8.1, 11.3))
+    )
+    if kind == "moved":
+        samples[first:last, 2] += 2500 * np.sign(np.random.default_rng(0).normal(size=last - first))
+    else:
+        samples[first:last, 2] = np.nan if kind == "not finite" else 0.0
+    info = StreamInfo(name="amp", ch_names=spec.ch_names, sfreq=sfreq, unit="uV")
+    config = StreamConfig(late="queue")
+    decoder = Decoder(predict, ReplaySource(info, samples, speed=float("inf"), chunk=7), config)
+    states = []
+    decoder.on_incident(lambda incident: states.append(incident.kind))
+    live = [decision.prediction.tobytes() for decision in decoder]
+    causal = causal_preprocessing(samples, info, spec)
+    offline = [predict(np.ascontiguousarray(w)[None])[0].tobytes() for w in windows(causal, spec.n_times, decoder.hop)]
+    assert "channel" in states
+    assert live == offline

@@ -17,6 +17,7 @@ from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.interpolation import match_channels, mixing_matrix
 from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.eeg.pauses import segments_of
+from sjepa_deploy.eeg.quality import ChannelQuality, ChannelState
 from sjepa_deploy.eeg.recording import fit_recording, read_recording, windows
 from sjepa_deploy.eeg.units import conversion
 from sjepa_deploy.errors import StreamError, TooShortError
@@ -96,8 +97,9 @@ def check_streaming(
 
     Of a recording with pauses, the longest stretch without one is judged.
 
-    The offline path shares nothing with the live one but the filter's coefficients and the interpolation's weights: SciPy filters
-    the whole recording at once, and PyTorch runs the checkpoint in the bundle in float64.
+    The offline path shares nothing with the live one but the filter's coefficients, the interpolation's weights and the verdict
+    on half a second of a channel: SciPy filters the whole recording at once, channels that were bad start anew when they are
+    good again, and PyTorch runs the checkpoint in the bundle in float64.
 
     Parameters
     ----------
@@ -180,10 +182,22 @@ def causal_preprocessing(
     columns, names, _ = match_channels(spec, info, interpolate=interpolate, bads=())
     signal = samples[:, columns] * conversion(info.unit, spec.unit)
     sos, gain = design_sos(spec.preprocessing, info.sfreq, spec.sfreq), 1.0
+    signal, restarts = _held_and_restarted(signal, info.sfreq, conversion("V", spec.unit))
     first = signal[0]
     if len(sos):
         gain = float(np.prod(sos[:, :3].sum(axis=1) / sos[:, 3:].sum(axis=1)))
-        signal, _ = sosfilt(sos, signal, axis=0, zi=sosfilt_zi(sos)[:, :, None] * first)
+        steady = sosfilt_zi(sos)[:, :, None]
+        state, filtered, rows = steady * first, [], [*(row for row, _, _ in restarts), len(signal)]
+        pieces = np.split(signal, rows[:-1])
+        for k, piece in enumerate(pieces):
+            if len(piece):
+                piece, state = sosfilt(sos, piece, axis=0, zi=state)
+            filtered.append(piece)
+            if k < len(restarts):
+                _, channels, sample = restarts[k]
+                state = state.copy()
+                state[:, :, channels] = steady * sample[channels]
+        signal = np.concatenate(filtered)
     ratio = ratio_of_rates(info.sfreq, spec.sfreq)
     if ratio.numerator == 1:
         reduced = signal[:: ratio.denominator]
@@ -198,6 +212,44 @@ def causal_preprocessing(
     if spec.preprocessing.reference == "average":
         fitted = fitted - fitted.mean(axis=1, keepdims=True)
     return np.ascontiguousarray(fitted.T, dtype=np.float32)
+
+
+def _held_and_restarted(
+    signal: NDArray[np.float64], sfreq: float, volt: float
+) -> tuple[NDArray[np.float64], list[tuple[int, NDArray[np.intp], NDArray[np.float64]]]]:
+    """Return the signal with the last finite value in place of what is not finite, and where channels are filtered anew.
+
+    A channel that was bad starts anew on the newest sample when it is good again. Each restart is the row before which it
+    happens, the channels, and the sample on whose steady state they start.
+    """
+    missing = ~np.isfinite(signal)
+    last = np.maximum.accumulate(np.where(missing, -1, np.arange(len(signal))[:, None]), axis=0)
+    held = np.where(last < 0, 0.0, np.take_along_axis(signal, np.maximum(last, 0), axis=0))
+    quality = ChannelQuality(signal.shape[1], sfreq, volt)
+    size, restarts = quality.room, []
+    codes = np.zeros(signal.shape[1], np.int8)
+    now = spoilt = np.zeros(signal.shape[1], np.bool_)
+
+    def judge(row: int, sample: NDArray[np.float64]) -> None:
+        nonlocal codes
+        verdict = np.where(now, ChannelState.NAN, quality.codes).astype(np.int8)
+        recovered = np.flatnonzero((verdict == ChannelState.OK) & (codes != ChannelState.OK))
+        codes = verdict
+        if len(recovered):
+            restarts.append((row, recovered, sample))
+
+    changes = np.flatnonzero((missing[1:] != missing[:-1]).any(axis=1)) + 1
+    for stop in sorted({0, *changes.tolist(), *range(size, len(signal) + 1, size)}):
+        if stop and stop % size == 0:
+            quality.take(held[stop - size : stop])
+            quality.codes[spoilt] = ChannelState.OK
+            spoilt = now
+            judge(stop, held[stop - 1])
+        if stop < len(signal) and not np.array_equal(missing[stop], now):
+            now = missing[stop]
+            spoilt = spoilt | now
+            judge(stop, held[stop])
+    return held, restarts
 
 
 def _between_samples(signal: NDArray[np.float64], ratio: Fraction) -> NDArray[np.float64]:

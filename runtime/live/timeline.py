@@ -108,8 +108,10 @@ class Timeline:
             self._n = self._n_known = 1
             self._begin_line(stamp + period, period)
             return CONSECUTIVE
-        if step == 0 and self._was_regular and not self._coarse:
-            return REPEATED
+        if step == 0 and not self._coarse:
+            if self._was_regular or self._n_known > self._n_regular_needed:
+                return REPEATED
+            self._coarse = True  # a packet under one stamp, in which neighbours may be equal
         if step < 0:
             return BACK
         n_skipped = self._follow_steps(stamp, step)
@@ -247,6 +249,8 @@ class Timeline:
             self._doubtful |= above > beyond
         else:
             self._longest = max(self._longest, self._n_late)
+            if self._doubtful:  # held up: counts as one late sample
+                self._reach = self._jitter_if_late[0] + 0.05 * max(nominal, self._jitter_if_late[0])
             self._n_late, self._least_late, self._doubtful = 0, math.inf, False
             self._hole_if_late = math.inf
             self._least = min(self._least, above)
