@@ -24,6 +24,8 @@ REFERENCE_FILE = "reference.npz"
 CHECKPOINT_FOLDER = "checkpoint"
 CHECKPOINT_FILES = (f"{CHECKPOINT_FOLDER}/config.json", f"{CHECKPOINT_FOLDER}/model.safetensors")
 ENGINE_FOLDER = "engines"
+MAX_BATCH = 65_536
+"""Largest batch of a graph: 6.8 GB of default windows."""
 MAX_OPENINGS = 5
 """How often a bundle is opened anew because it was replaced meanwhile."""
 ONNX_CONTRACT_KEY = "sjepa_deploy"
@@ -189,6 +191,8 @@ class Bundle:
                     )
         except OSError as e:
             raise BundleError(f"The bundle {path} cannot be read ({e.strerror or e}).", "Check the path and its rights.") from e
+        if beyond := [graph.max_batch for graph in manifest.graphs if not 1 <= graph.max_batch <= MAX_BATCH]:
+            raise BundleError(f"The manifest of {path} states batches of {beyond[0]} windows.", "Export the bundle again.")
         named = [*(graph.file for graph in manifest.graphs), REFERENCE_FILE, *CHECKPOINT_FILES]
         if unlisted := [name for name in named if name not in manifest.files]:
             raise BundleError(f"The manifest of {path} has no hash for {unlisted[0]}.", "Export the bundle again.")

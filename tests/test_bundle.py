@@ -75,6 +75,12 @@ def test_a_newer_schema_whatever_it_holds(path):
     refuses(path, "has schema version 2; this release reads up to 1. Upgrade sjepa-deploy")
 
 
+@pytest.mark.parametrize("batch", [0, -1, 65_537, 10**9])
+def test_a_batch_that_no_memory_holds(path, batch):
+    edit_manifest(path, lambda m: m["graphs"][0].update(max_batch=batch))
+    refuses(path, f"states batches of {batch} windows")
+
+
 def test_a_missing_file(path):
     (path / "checkpoint/model.safetensors").unlink()
     refuses(path, r"lacks its file checkpoint/model\.safetensors\. Copy or export the bundle again")

@@ -2,6 +2,7 @@ import gc
 import os
 import subprocess
 import sys
+import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
@@ -353,12 +354,50 @@ def test_a_second_thread_gets_an_error_and_not_the_numbers_of_the_first(predict,
 def test_the_same_buffer_is_returned_for_the_same_batch(make_bundle):
     backend = open_backend(make_bundle("prelocal"), "ort-cpu", "fp32", BackendOptions(n_threads=1))
     windows = eeg(4)
-    two, three = backend.run(windows[:2]), backend.run(windows[:3])
-    assert not np.shares_memory(two, three)
+    backend.run(windows)
+    two = backend.run(windows[:2])
     before = two.copy()
     assert backend.run(windows[2:]) is two
     assert not np.array_equal(two, before)
     backend.close()
+
+
+def test_buffers_are_those_of_the_largest_batch_alone(make_bundle):
+    bundle = make_bundle("prelocal", max_batch=64)
+    windows = np.repeat(eeg(4), 16, axis=0)
+    backend = open_backend(bundle, "ort-cpu", "fp32", BackendOptions(n_threads=1))
+    alone = backend.run(windows).copy()
+    tracemalloc.start()
+    try:
+        for n in (*range(1, 65), 1, 33, 64):
+            np.testing.assert_allclose(backend.run(windows[:n]), alone[:n], atol=1e-5)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        backend.close()
+    assert kept < windows.nbytes / 2  # buffers of every size would take 32 times the windows
+
+
+def test_threads_do_not_spin_between_calls(make_bundle):
+    """At ten windows a second, the threads of Contextual took as long as they were given."""
+    with sjepa_deploy.load(make_bundle("contextual"), n_threads=2) as predict:
+        windows = eeg(1)
+        predict(windows)
+        before, pauses = time.process_time(), 20
+        for _ in range(pauses):
+            predict(windows)
+            time.sleep(0.05)
+        spent = time.process_time() - before
+    assert spent < 0.25 * pauses * 0.05
+
+
+def test_too_little_memory_is_told(predict, monkeypatch):
+    def fail(_):
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 9")
+
+    monkeypatch.setattr(predict.backend._session, "run_with_iobinding", fail)
+    with pytest.raises(BackendError, match="too little memory for a batch of 2 windows"):
+        predict(eeg(2))
 
 
 def test_the_input_is_left_as_it_is(predict):

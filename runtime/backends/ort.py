@@ -75,7 +75,8 @@ def open_session(bundle: Bundle, precision: RunPrecision, settings: Any, provide
 class OrtCpuBackend(Backend):
     """Runs the graph with ONNX Runtime on the CPU.
 
-    Input and output buffers are made once for each batch size and bound, so that a call allocates nothing. One thread at a time.
+    Input and output buffers are made once, for the largest batch met so far, and bound, so that a call of a batch size that was
+    met before allocates nothing. One thread at a time.
 
     Raises
     ------
@@ -99,10 +100,14 @@ class OrtCpuBackend(Backend):
             n_threads = 0 if spec.needs_positions else 1
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = n_threads
+        # Threads that spin between calls took a fifth of a core at 10 windows a second, and save 0.1 ms of 0.7 ms.
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         settings.log_severity_level = 3  # fp16 on a CPU casts node by node; that is known and no news to a user
         self._session = open_session(bundle, precision, settings, "CPUExecutionProvider", {})
         self._spec = spec
-        self._bound: dict[int, tuple[Any, FloatArray, FloatArray]] = {}
+        self._bound: dict[int, tuple[Any, FloatArray, FloatArray]] = {}  # by batch size: parts of the two arrays below
+        self._inputs = np.zeros((1, *spec.input_shape), np.float32)
+        self._outputs = np.zeros((1, *spec.output_shape), np.float32)
         self._turn = Turn(keeps=self._session._sess)
 
     def run(self, eeg: FloatArray) -> FloatArray:
@@ -113,12 +118,22 @@ class OrtCpuBackend(Backend):
             np.copyto(inputs, eeg)
             self._session.run_with_iobinding(binding)
             return outputs
+        except Exception as e:  # ONNX Runtime raises its own kinds, which share no base
+            if isinstance(e, MemoryError) or ALLOCATION_FAILED.search(str(e)):
+                raise BackendError(
+                    f"There is too little memory for a batch of {len(eeg)} windows.", "Use smaller batches."
+                ) from e
+            raise
         finally:
             self._turn.end()
 
     def _bind(self, batch: int) -> tuple[Any, FloatArray, FloatArray]:
-        inputs = np.zeros((batch, *self._spec.input_shape), np.float32)
-        outputs = np.zeros((batch, *self._spec.output_shape), np.float32)
+        if batch > len(self._inputs):
+            self._bound.clear()
+            self._inputs, self._outputs = (
+                np.zeros((batch, *shape), np.float32) for shape in (self._spec.input_shape, self._spec.output_shape)
+            )
+        inputs, outputs = self._inputs[:batch], self._outputs[:batch]
         binding = self._session.io_binding()
         binding.bind_ortvalue_input(self._spec.input_name, ort.OrtValue.ortvalue_from_numpy(inputs))
         binding.bind_output(self._spec.output_name, "cpu", 0, np.float32, outputs.shape, outputs.ctypes.data)

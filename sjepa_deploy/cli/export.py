@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from sjepa_deploy.bundle import check_writable
+from sjepa_deploy.bundle import MAX_BATCH, check_writable
 from sjepa_deploy.cli import console, entry, options, parity_table, print_json
 from sjepa_deploy.eeg.montage import Montage, read_montage
 from sjepa_deploy.eeg.units import conversion
@@ -176,8 +176,10 @@ def _outputs(engines: tuple[str, ...], **values: Any) -> Outputs:
     _graphs,
     options.precisions,
     click.option("--opset", type=int, default=17, help="ONNX opset."),
-    click.option("--max-batch", type=click.IntRange(min=1), default=64, help="Largest batch of windows."),
-    click.option("--static-batch", type=click.IntRange(min=1), help="The only batch size, in place of 1 to --max-batch."),
+    click.option("--max-batch", type=click.IntRange(min=1, max=MAX_BATCH), default=64, help="Largest batch of windows."),
+    click.option(
+        "--static-batch", type=click.IntRange(min=1, max=MAX_BATCH), help="The only batch size, in place of 1 to --max-batch."
+    ),
     options.seed,
     click.option("--parity-data", type=options.path, help="Recording, or .npy of windows, to judge with as well."),
 )
