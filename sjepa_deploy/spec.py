@@ -216,6 +216,8 @@ class ModelSpec:
             )
         if self.class_names is not None and len({*self.class_names, ""}) <= self.n_outputs:
             raise SpecError("A class has an empty name, or that of another one.", "Name every output once.")
+        if strange := [name for name in self.class_names or () if not name.isprintable()]:
+            raise SpecError(f"The class name {strange[0]!r} breaks the lines of a table.", "Leave tabs and line ends out.")
         for side, edge in (("lower", self.preprocessing.l_freq), ("upper", self.preprocessing.h_freq)):
             if edge is not None and edge >= self.sfreq / 2:
                 raise SpecError(

@@ -147,6 +147,8 @@ def test_bands_with_open_sides(band):
         ({"class_names": ("left", "right")}, "There are 2 class names for 1 outputs. Name every output once."),
         ({"n_outputs": 2, "class_names": ("left", "left")}, "A class has an empty name, or that of another one."),
         ({"n_outputs": 2, "class_names": ("left", "")}, "A class has an empty name"),
+        ({"n_outputs": 2, "class_names": ("left", "a\tb")}, r"class name 'a\tb' breaks the lines of a table"),
+        ({"n_outputs": 2, "class_names": ("left", "c\nd")}, "Leave tabs and line ends out"),
         ({"sfreq": 80.0}, "The upper band edge of 40 Hz is not below half the sampling rate of 80 Hz. Lower it"),
     ],
 )
