@@ -106,8 +106,8 @@ class OrtCpuBackend(Backend):
         self._session = open_session(bundle, precision, settings, "CPUExecutionProvider", {})
         self._spec = spec
         self._bound: dict[int, tuple[Any, FloatArray, FloatArray]] = {}  # by batch size: parts of the two arrays below
-        self._inputs = np.zeros((1, *spec.input_shape), np.float32)
-        self._outputs = np.zeros((1, *spec.output_shape), np.float32)
+        self._inputs: FloatArray = np.zeros((1, *spec.input_shape), np.float32)
+        self._outputs: FloatArray = np.zeros((1, *spec.output_shape), np.float32)
         self._turn = Turn(keeps=self._session._sess)
 
     def run(self, eeg: FloatArray) -> FloatArray:
