@@ -303,6 +303,21 @@ def test_each_output_is_judged_in_its_own_unit(precision, wrong):
     assert not judge(zero, precision=precision, reference=reference).passed
 
 
+@pytest.mark.parametrize("precision", TOLERANCE)
+def test_features_that_ignore_the_eeg_are_found_by_their_scale(make_bundle, precision):
+    reference = make_bundle("base").reference()
+    mean = np.nanmean(reference.outputs, axis=0)
+
+    def constant(eeg):
+        nan = np.isnan(eeg).any(axis=(1, 2))
+        return np.where(nan[:, None, None], np.nan, mean).astype(np.float32)
+
+    result = judge(constant, precision=precision, reference=reference)
+    assert not result.passed
+    assert result.nan_agrees
+    assert result.max_relative_to_spread == 0
+
+
 def test_a_wrong_batch_in_between_is_found():
     def predict(eeg):
         return exact(eeg) if len(eeg) in (1, 2, 3, 64) else np.nan_to_num(0 * exact(eeg))
