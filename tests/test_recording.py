@@ -323,6 +323,13 @@ def test_packages_that_mne_reads_formats_with_are_named(monkeypatch, tmp_path, p
         read_recording(tmp_path / name)
 
 
+def test_epochs_of_eeglab_are_told_from_a_recording(tmp_path):
+    epochs = mne.EpochsArray(noise(4, 800).reshape(2, 4, 400), mne.create_info(list("ABCD"), 100.0, "eeg"), verbose="error")
+    epochs.export(tmp_path / "cut.set", verbose="error")
+    with pytest.raises(RecordingError, match=r"cut\.set holds epochs.*-epo\.fif"):
+        read_recording(tmp_path / "cut.set")
+
+
 def test_a_file_of_neuroscan_is_kept_from_the_reader_of_ant(monkeypatch, tmp_path):
     """Both end with .cnt, and antio 0.7.1 ends the process on a file of Neuroscan."""
     monkeypatch.setattr(mne.io, "read_raw_ant", pytest.fail)

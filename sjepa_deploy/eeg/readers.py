@@ -213,6 +213,13 @@ def _read_raw(path: Path, notes: list[str], **options: Any) -> mne.io.BaseRaw:
             raw = read(path, preload=True, verbose="warning", **options)
     except MatReadError as error:
         raise OSError(str(error)) from error
+    except TypeError as error:
+        if "number of trials" not in str(error):
+            raise
+        raise RecordingError(
+            f"{path.name} holds epochs, and no continuous recording.",
+            "Save them for sjepa-run as *-epo.fif: mne.read_epochs_eeglab(...).save(...).",
+        ) from error
     if kind == "MFF":
         _mark_filled(raw, notes)
     return raw
