@@ -40,13 +40,16 @@ from sjepa_deploy.eeg.recording import fit_recording, read_recording
 from sjepa_deploy.errors import SjepaError
 from sjepa_deploy.export.to_bundle import to_bundle
 from sjepa_deploy.models.networks import build_model
-from sjepa_deploy.runtime.live.check import check_streaming
+from sjepa_deploy.runtime.live.check import CHUNKS, check_streaming
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.predictor import load
 from sjepa_deploy.spec import ModelSpec, Preprocessing, Unit
 
 N_TIMES = 200
 """Samples of a window."""
+
+LONG = 20_000
+"""Samples of a recording that is not sent one by one, but in random chunks and in those of 32: every send costs Python's time."""
 
 ALLOWED = 1e-6
 """Largest difference from MNE, relative to the largest sample: float32 rounds by 6e-8 of each."""
@@ -233,20 +236,13 @@ def compare(path: Path, unit: Unit | None, outcome: Outcome) -> ModelSpec | None
     return spec
 
 
-@dataclasses.dataclass
-class Models:
-    """Bundles of PreLocal with random weights, each exported once."""
-
-    folder: Path
-    made: dict[ModelSpec, Bundle] = dataclasses.field(default_factory=dict)
-
-    def bundle(self, spec: ModelSpec) -> Bundle:
-        if spec not in self.made:
-            weights = Provenance(source="random", format="initialisation", seed=0)
-            path = self.folder / str(len(self.made))
-            model = build_model(spec, seed=0)
-            self.made[spec] = to_bundle(model, path, weights=weights, precisions=("fp32",), max_batch=2)
-        return self.made[spec]
+def model_of(spec: ModelSpec, folder: Path) -> Bundle:
+    """Return a bundle of PreLocal with random weights, exported into `folder` once."""
+    path = folder / hashlib.sha256(repr(spec).encode()).hexdigest()[:16]
+    if path.exists():
+        return Bundle.open(path)
+    weights = Provenance(source="random", format="initialisation", seed=0)
+    return to_bundle(build_model(spec, seed=0), path, weights=weights, precisions=("fp32",), max_batch=2)
 
 
 def check(path: Path, unit: Unit | None, bundle: Bundle, outcome: Outcome) -> None:
@@ -255,11 +251,12 @@ def check(path: Path, unit: Unit | None, bundle: Bundle, outcome: Outcome) -> No
     if holds_windows(path):
         outcome.live = "cannot judge: these windows are cut already."
         return
+    chunks = CHUNKS if outcome.seconds * spec.sfreq < LONG else ("32", "random")
     names = None if path.suffix.lower() != ".xdf" else spec.ch_names
     config = StreamConfig(hop=N_TIMES / spec.sfreq, check_unit="refused by default" not in outcome.offline)
     try:
-        with load(bundle, n_threads=1) as predict:
-            result = check_streaming(predict, path, config, unit=unit, ch_names=names)
+        with load(bundle, n_threads=1, check_unit=config.check_unit) as predict:
+            result = check_streaming(predict, path, config, unit=unit, ch_names=names, chunks=chunks)
     except SjepaError as error:
         outcome.live = f"cannot judge: {error.problem}"
         return
@@ -267,13 +264,13 @@ def check(path: Path, unit: Unit | None, bundle: Bundle, outcome: Outcome) -> No
     outcome.live = "passes" if result.passed else f"FAULT: {same}, {result.max_error:.1e} from PyTorch in float64"
 
 
-def tried(name: str, kind: str, path: Path, unit: Unit | None, models: Models) -> Outcome:
+def tried(name: str, kind: str, path: Path, unit: Unit | None, bundles: Path) -> Outcome:
     """Return what came out for one recording."""
     outcome = Outcome(name=name, format=kind)
     try:
         spec = compare(path, unit, outcome)
         if spec is not None and outcome.n_windows:
-            check(path, unit, models.bundle(spec), outcome)
+            check(path, unit, model_of(spec, bundles), outcome)
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         fault = f"FAULT: {type(error).__name__}: {' '.join(str(error).split())[:200]} ({Path(where.filename).name})"
@@ -344,6 +341,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="where the repositories of recordings.tsv are")
     parser.add_argument("--only", default="", help="text that the names of the recordings hold")
+    parser.add_argument("--bundles", type=Path, help="folder that keeps the exported models for the next run")
     parser.add_argument("--out", type=Path, required=True, help="path without suffix; .json and .md are written")
     args = parser.parse_args()
     machine = describe_machine()
@@ -351,10 +349,10 @@ def main() -> None:
     warnings.simplefilter("ignore")
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:
-        models = Models(Path(folder))
+        bundles = args.bundles or Path(folder)
         for name, kind, path, unit in [*of_tests(), *listed(args.folder)]:
             if args.only in name:
-                outcomes.append(tried(name, kind, path, unit, models))
+                outcomes.append(tried(name, kind, path, unit, bundles))
                 sys.stderr.write(f"{name}: {outcomes[-1].offline}; {outcomes[-1].live}\n")
     result = {"machine": machine, "recordings": [dataclasses.asdict(outcome) for outcome in outcomes]}
     write_result(args.out, result, table(outcomes))

@@ -1,7 +1,9 @@
 """The index of benchmark results is what the results say, and scripts read the results that are there."""
 
+import csv
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +80,18 @@ def test_a_result_that_does_not_say_where_it_is_from_is_refused(script, tmp_path
     write(tmp_path, name, **content)
     with pytest.raises(SystemExit, match="is not named NAME_HARDWARE_DATE|does not say from which commit"):
         script.index(tmp_path)
+
+
+def test_every_listed_recording_says_where_it_comes_from():
+    with (FOLDER / "recordings.tsv").open(newline="") as table:
+        rows = list(csv.DictReader(table, delimiter="\t"))
+    assert len(rows) >= 40
+    assert len({row["name"] for row in rows}) == len(rows)
+    for row in rows:
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+", row["repository"])
+        assert re.fullmatch("[0-9a-f]{40}", row["commit"])
+        assert re.fullmatch("[0-9a-f]{64}", row["sha256"])
+        assert row["licence"]
 
 
 def test_a_readme_without_marks_is_refused(script):
