@@ -42,11 +42,15 @@ from sjepa_deploy.export.to_bundle import to_bundle
 from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.runtime.live.check import CHUNKS, check_streaming
 from sjepa_deploy.runtime.live.config import StreamConfig
+from sjepa_deploy.runtime.machine import versions
 from sjepa_deploy.runtime.predictor import load
 from sjepa_deploy.spec import ModelSpec, Preprocessing, Unit
 
 N_TIMES = 200
 """Samples of a window."""
+
+READERS = ("mne", "pyxdf", "mffpy", "pymatreader", "antio")
+"""Packages that recordings are read with, by hand and by the toolkit."""
 
 LONG = 20_000
 """Samples of a recording that is not sent one by one, but in random chunks and in those of 32: every send costs Python's time."""
@@ -345,6 +349,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="path without suffix; .json and .md are written")
     args = parser.parse_args()
     machine = describe_machine()
+    machine["versions"] |= {name: version or "not installed" for name, version in versions(READERS).items()}
     mne.set_log_level("ERROR")
     warnings.simplefilter("ignore")
     outcomes = []
