@@ -1,13 +1,11 @@
 """Generates streams with losses, jitter, packets, clock steps and samples that come again, and judges every window of them.
 
 The first channel of a stream counts its samples, and nothing filters it: what stands in a window is the truth about its holes.
-``python tests/lossy.py N`` judges N streams and prints a summary as JSON.
+``benchmarks/losses.py`` judges thousands of them.
 """
 
 import collections
 import dataclasses
-import json
-import sys
 
 import numpy as np
 
@@ -121,19 +119,3 @@ def judge(spec, stream, rng):
     counts["again"], counts["found again"] = stream.n_again, counters.samples_repeated
     counts["gaps"], counts["resets"] = counters.gaps, counters.clock_resets
     return counts
-
-
-def main(n):
-    """Judge n streams of random kinds."""
-    import bundles
-
-    total = collections.defaultdict(collections.Counter)
-    for seed in range(n):
-        rng = np.random.default_rng(seed)
-        stream = lossy(rng)
-        total[stream.kind].update(judge(bundles.small_spec(), stream, rng))
-    json.dump({kind: dict(counts) for kind, counts in sorted(total.items())}, sys.stdout, indent=1)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

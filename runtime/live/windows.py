@@ -123,7 +123,7 @@ class WindowStream:
         self._rate_noted = False
         self._last_row: Samples | None = None
         self._arrival = Arrival(info.name, info.sfreq, report)
-        self._recent: deque[tuple[Samples, Stamps]] = deque()
+        self._recent: deque[tuple[Samples, Stamps, float]] = deque()
         self._n_recent, self._most_recent = 0, round(REMEMBERED_S * info.sfreq)
         self._doubtful = False
         self._stamp = 0.0
@@ -207,18 +207,26 @@ class WindowStream:
         yield from self._take(samples[start:], stamps[start:])
         self._arrival.take(chunk)
         self._last_row, self._stamp = samples[-1], stamps[-1]
-        self._recent.append((samples, chunk.stamps))
+        self._recent.append((samples, chunk.stamps, stamps[-1]))
         self._n_recent += n
         while self._n_recent - len(self._recent[0][1]) >= self._most_recent:
             self._n_recent -= len(self._recent.popleft()[1])
 
     def _was_here(self, chunk: Chunk, i: int) -> bool:
         """Whether a sample of the same stamp and values came already: a block may be sent again."""
-        stamp, period = chunk.stamps[i], 1 / self._info.sfreq
-        for samples, stamps in (((chunk.samples[:i], chunk.stamps[:i])), *reversed(self._recent)):
-            if len(stamps) and stamps[-1] < stamp - 1.0:
+        stamp, sample, within = float(chunk.stamps[i]), chunk.samples[i], 0.5 / self._info.sfreq
+        if i:
+            for k in np.flatnonzero(np.abs(chunk.stamps[:i] - stamp) < within):
+                if _same(sample, chunk.samples[k]):
+                    return True
+        for samples, stamps, newest in reversed(self._recent):
+            if newest < stamp - 1.0:
                 return False
-            if any(_same(chunk.samples[i], samples[k]) for k in np.flatnonzero(np.abs(stamps - stamp) < 0.5 * period)):
+            if len(stamps) == 1:
+                if abs(newest - stamp) < within and _same(sample, samples[0]):
+                    return True
+                continue
+            if any(_same(sample, samples[k]) for k in np.flatnonzero(np.abs(stamps - stamp) < within)):
                 return True
         return False
 
