@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import sjepa_deploy
-from sjepa_deploy.errors import InputError, MissingDependencyError, SjepaError
+from sjepa_deploy.errors import InputError, MissingDependencyError, SjepaError, TrainingStoppedError
 from sjepa_deploy.export.to_bundle import ExportParityError
 from sjepa_deploy.export.to_tensorrt import EngineParityError
 
@@ -32,6 +32,8 @@ def made(kind: type[SjepaError]) -> SjepaError:
         return kind((result,))
     if issubclass(kind, EngineParityError):
         return kind(result, "in memory")
+    if issubclass(kind, TrainingStoppedError):
+        return kind("The run was stopped.", "Start it again.", exit_code=143)
     return kind("The window is of another model.", "Use that one.")
 
 
