@@ -23,14 +23,16 @@ from sjepa_deploy.spec import RunPrecision
 FloatArray = NDArray[np.float32]
 
 Wait = Literal["spin", "flag", "block"]
-"""How a call waits for the GPU. "spin" asks the driver in a loop; "flag" looks at a word in host memory that the GPU writes last,
-which takes neither the driver's lock nor a system call; "block" sleeps until the GPU interrupts, which costs some 10 us and no
-processor time."""
+"""Ways in which a call waits for the GPU.
+
+"spin" asks the driver in a loop. "flag" looks at a word in host memory that the GPU writes last: this takes neither the driver's
+lock nor a system call. "block" sleeps until the GPU interrupts: this costs some 10 us and no processor time.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackendOptions:
-    """What a user may ask of a backend.
+    """Holds the options that a user may set for a backend.
 
     Attributes
     ----------
@@ -66,9 +68,10 @@ class BackendOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Where the time of a call goes, in microseconds: medians of calls that were split, apart from those of the percentiles.
+    """Says where the time of a call goes, in microseconds.
 
-    GPU backends are split with CUDA events on their stream. With mapped memory there are no copies: h2d and d2h are None.
+    The values are medians of calls that were split, apart from the calls of the percentiles. GPU backends are split with CUDA
+    events on their stream. With mapped memory there are no copies: h2d and d2h are None.
 
     Attributes
     ----------
@@ -175,7 +178,7 @@ class Backend(ABC):
 
 
 class RollingBackend(Backend):
-    """A backend that keeps the newest window of a stream, so that a call passes its newest samples alone.
+    """Keeps the newest window of a stream, so that a call passes only the new samples.
 
     Attributes
     ----------
@@ -208,7 +211,7 @@ class RollingBackend(Backend):
 
     @abstractmethod
     def restart(self) -> None:
-        """Forget the window: the next `roll` must be a whole window."""
+        """Forget the window: after `restart()` or an error, the next `roll` must be a whole window."""
 
 
 class ClosedBackend(RollingBackend):
@@ -242,7 +245,7 @@ class ClosedBackend(RollingBackend):
 class Turn:
     """Lets one thread at a time into a backend, and none once the backend is closed.
 
-    Each call stands between `begin` and `end`.
+    A turn is the use of the backend by one thread: each call stands between `begin` and `end`.
 
     Parameters
     ----------
@@ -272,11 +275,11 @@ class Turn:
 
     @property
     def closed(self) -> bool:
-        """Whether nobody gets in any more."""
+        """Return whether the backend is closed: no thread gets in any more."""
         return self._why is not two_threads
 
     def close(self) -> None:
-        """Let nobody in any more.
+        """Close the backend: no thread gets in any more.
 
         Raises
         ------
@@ -323,7 +326,7 @@ def _forked() -> BackendError:
 
 @dataclass(frozen=True, kw_only=True)
 class BackendEntry:
-    """A row of the table of backends: where the backend's class is and what it needs.
+    """Describes one backend of the table: where its class is and what the class needs.
 
     Attributes
     ----------
@@ -433,7 +436,7 @@ SERVER_SCHEMES = ("triton", "triton-shm")
 
 
 def is_server(name: str) -> bool:
-    """Whether `name` is the address of a server."""
+    """Return whether `name` is the address of a server."""
     return name.partition(":")[0] in SERVER_SCHEMES
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 SPIN_S = 5e-4
-"""How long before a due time the clock spins instead of sleeping: Linux wakes a sleeper 50 to 200 us late."""
+"""Seconds before a due time in which the clock spins instead of sleeping: Linux wakes a sleeper 50 to 200 us late."""
 
 N_REMEMBERED = 200
 """Calls whose longest is taken for how long the next one may take: one stall is forgotten after so many."""
@@ -48,13 +48,13 @@ class Clock:
 class KeepWarm:
     """Makes dummy calls in idle gaps, as long as the calls end before the gap does.
 
-    Whether one ends in time is judged by the longest of the last `N_REMEMBERED` calls, dummies and those told to `saw`. One
-    thread: dummies run where `beat` or `wait_until` is called.
+    A dummy call is called a beat. The longest of the last `N_REMEMBERED` calls, dummies and those told to `saw`, tells whether a
+    beat ends in time. There is no second thread: dummies run where `beat` or `wait_until` is called.
 
     Parameters
     ----------
     call : callable
-        One call of the backend on a window that is thrown away. It is made three times at once.
+        One call of the backend on a window that is thrown away. `KeepWarm` makes the call three times at once.
     period : float
         Seconds between the end of one call, real or dummy, and the next dummy.
     clock : Clock or None
@@ -65,7 +65,7 @@ class KeepWarm:
     n_beats : int
         Dummy calls so far, without the first three.
     busy_s : float
-        Seconds spent in them.
+        Seconds spent in those dummy calls.
 
     Raises
     ------
@@ -84,16 +84,16 @@ class KeepWarm:
 
     @property
     def longest_s(self) -> float:
-        """How long a call is taken to last."""
+        """Return the seconds that a call is expected to last."""
         return max(self._lengths)
 
     def saw(self, started: float, ended: float) -> None:
-        """Take note of a real call: it kept the backend warm, and says how long a call takes."""
+        """Take note of a real call: the call kept the backend warm, and its length says how long a call takes."""
         self._lengths.append(ended - started)
         self._next = ended + self.period
 
     def beat(self, until: float) -> bool:
-        """Make one dummy call if it ends before `until`, an instant of the clock. Returns whether it was made."""
+        """Make one dummy call if the call ends before `until`, an instant of the clock. Returns whether the call was made."""
         if self._clock.now() + self.longest_s >= until:
             return False
         self.busy_s += self._run()

@@ -1,4 +1,4 @@
-"""Reads what the machine is and what it is doing: versions, processor, GPU, clocks, temperatures, load."""
+"""Reads the hardware, software and present load of the machine: versions, processor, GPU, clocks, temperatures, load."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STAT = Path("/proc/stat")
 
 @dataclass(frozen=True, kw_only=True)
 class MachineState:
-    """Clocks, temperatures and load of the machine before or after a cell; None where the system does not tell.
+    """Holds clocks, temperatures and load of the machine before or after a cell; None where the system does not tell.
 
     Attributes
     ----------
@@ -47,12 +47,12 @@ class MachineState:
 
 
 NOT_READ = MachineState()
-"""Of a machine whose state was not looked at."""
+"""State of a machine that was not looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Hardware and software.
+    """Describes hardware and software.
 
     Attributes
     ----------
@@ -116,7 +116,7 @@ def n_cores() -> int:
 
 
 def gpu(ordinal: int = 0) -> dict[str, str]:
-    """Return what a GPU is, or why it is none to use."""
+    """Return the description of a GPU, or the reason why it cannot be used."""
     try:
         device = Device(ordinal)
         found = device.gpu
@@ -214,7 +214,7 @@ def _float(value: int | None) -> float | None:
 
 
 def machine_state(nvml: Nvml | None) -> MachineState:
-    """Return what the machine is like now."""
+    """Return clocks, temperatures and load of the machine now."""
     found = nvml.state() if nvml is not None else MachineState()
     return MachineState(
         cpu_mhz=_cpu_mhz(),
@@ -237,7 +237,7 @@ def _cpu_mhz() -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class CpuTimes:
-    """Processor seconds since some start, over all cores.
+    """Holds processor seconds since some start, over all cores.
 
     Attributes
     ----------
@@ -256,7 +256,7 @@ class CpuTimes:
 
     @classmethod
     def now(cls) -> CpuTimes:
-        """Return those of now."""
+        """Return the processor seconds of now."""
         times = os.times()
         own = times.user + times.system + times.children_user + times.children_system
         if not STAT.is_file():

@@ -1,4 +1,4 @@
-"""Runs what one would use in place of this toolkit: PyTorch eager, compiled and as a CUDA graph, and braindecode's module.
+"""Runs the alternatives to this toolkit: PyTorch eager, compiled and as a CUDA graph, and braindecode's module.
 
 These baselines are backends to be measured beside the toolkit's own. They run the checkpoint in the bundle with PyTorch's
 defaults, the fast path of its transformer included. Importing this module never imports PyTorch.
@@ -52,10 +52,10 @@ REFERENCE_BACKEND = "torch"
 """The float64 reference: slow by design, and measured only where it is asked for."""
 
 TORCH_DTYPES: dict[RunPrecision, str] = {"fp32": "float32", "tf32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""What PyTorch calls the type that a precision computes in."""
+"""PyTorch's name of the type that each precision computes in."""
 
 COMPILATIONS = 8
-"""How often a function may be compiled, `recompile_limit` of PyTorch: for other batch sizes, say."""
+"""Number of times that a function may be compiled, for instance for other batch sizes: `recompile_limit` of PyTorch."""
 
 
 class TorchEager(Backend):
@@ -93,11 +93,11 @@ class TorchEager(Backend):
         return load_model(read_checkpoint(bundle.checkpoint), bundle.spec)
 
     def _prepare(self) -> Callable[[Tensor], Tensor]:
-        """Return what turns windows on the device into outputs in float32."""
+        """Return the function that turns windows on the device into outputs in float32."""
         return lambda eeg: self._model(eeg.to(self._dtype)).float()
 
     def activate(self) -> None:
-        """Set what PyTorch keeps for the whole process: threads, and whether TensorFloat-32 is allowed."""
+        """Set PyTorch's options of the whole process: threads, and whether TensorFloat-32 is allowed."""
         import torch
 
         if torch.get_num_threads() != self._n_threads:
@@ -132,7 +132,7 @@ class TorchEager(Backend):
 
 
 class TorchCompile(TorchEager):
-    """Calls what ``torch.compile`` makes of the module at the first call of a batch size, which needs a C++ compiler."""
+    """Calls the module compiled by ``torch.compile`` at the first call of a batch size, which needs a C++ compiler."""
 
     name = "torch-compile"
     engine = "cached"
@@ -187,7 +187,7 @@ class TorchEagerCuda(TorchEager):
 
 
 class TorchCompileCuda(TorchCompile):
-    """Calls what ``torch.compile(mode="reduce-overhead")`` makes of the module on the GPU: it captures CUDA graphs by itself."""
+    """Calls the module compiled by ``torch.compile(mode="reduce-overhead")`` on the GPU, which captures CUDA graphs by itself."""
 
     name = "torch-compile-cuda"
     device = "cuda"

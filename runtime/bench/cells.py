@@ -30,7 +30,7 @@ Samples = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A figure with its 95 % confidence interval.
+    """Holds a figure and its 95 % confidence interval.
 
     Attributes
     ----------
@@ -47,7 +47,7 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Percentile:
-    """One percentile of the pooled samples of a cell.
+    """Holds one percentile of the pooled samples of a cell.
 
     Attributes
     ----------
@@ -66,7 +66,7 @@ class Percentile:
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """The distribution of the latencies of a cell, in microseconds.
+    """Describes the distribution of the latencies of a cell, in microseconds.
 
     Attributes
     ----------
@@ -142,7 +142,7 @@ class OpenLoop:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One phase of a cold start.
+    """Describes one phase of a cold start.
 
     Attributes
     ----------
@@ -181,7 +181,7 @@ class ColdStart:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """Memory and energy that a backend takes.
+    """Holds the memory and energy that a backend takes.
 
     Attributes
     ----------
@@ -231,7 +231,7 @@ class CellKey:
 
     @property
     def what(self) -> str:
-        """The scenario with its parameters: "paced 100/s keep-warm"."""
+        """Return the scenario with its parameters: "paced 100/s keep-warm"."""
         words: list[str] = [self.scenario]
         if self.n_streams is not None:
             words.append(f"{self.n_streams} x")
@@ -245,13 +245,13 @@ class CellKey:
 
     @property
     def label(self) -> str:
-        """A name for people: "paced 100/s keep-warm: contextual ort-cpu fp32"."""
+        """Return a readable name: "paced 100/s keep-warm: contextual ort-cpu fp32"."""
         return f"{self.what}: {self.bundle} {self.backend} {self.precision}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One measurement.
+    """Holds one measurement.
 
     Attributes
     ----------
@@ -297,7 +297,7 @@ class Cell:
 
     @property
     def struck_out(self) -> bool:
-        """Whether the outputs are wrong."""
+        """Return whether the outputs are wrong."""
         return self.parity is False
 
 

@@ -31,7 +31,7 @@ _CHILD = "import time; t = time.perf_counter(); from sjepa_deploy.runtime.bench.
 
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """Times of one cold start, in seconds.
+    """Holds the times of one cold start, in seconds.
 
     Attributes
     ----------
@@ -93,7 +93,7 @@ def measure(
 
 
 def child(began: float) -> None:
-    """Do what `measure` asks for in this process, and print when each step was done."""
+    """Open the backend of `measure` in this process, call it, and print the time at which each step was done."""
     from sjepa_deploy.bundle import Bundle
     from sjepa_deploy.runtime.bench.baselines import ALL_BACKENDS, import_braindecode
     from sjepa_deploy.runtime.bench.contenders import example_windows

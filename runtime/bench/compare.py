@@ -185,7 +185,7 @@ def _differences(old: BenchReport, new: BenchReport) -> tuple[str, ...]:
 
 
 def _only_in(one: BenchReport, other: BenchReport) -> tuple[str, ...]:
-    """Return what only one report has. The numbers of streams are chosen by a search: that those differ is no news."""
+    """Return the cells that only one report has. The numbers of streams are chosen by a search: that those differ is no news."""
     return tuple(c.key.label for c in one.cells if c.key.n_streams is None and other.cell(c.key) is None)
 
 

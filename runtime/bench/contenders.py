@@ -54,7 +54,7 @@ def without_offsets(reference: Reference, spec: ModelSpec) -> Reference | None:
 
 
 class NothingBackend(Backend):
-    """Does nothing: the latencies of this backend are what measuring costs."""
+    """Does nothing: the latencies of this backend are the cost of measuring."""
 
     name = HARNESS
     precision: RunPrecision = "fp32"
@@ -100,7 +100,7 @@ class Contender:
 
     @property
     def label(self) -> str:
-        """A name for people."""
+        """Return a readable name."""
         return f"{self.bundle} on {self.backend.name} {self.backend.precision}"
 
     def judge(self, bundle: Bundle) -> None:
@@ -140,7 +140,7 @@ class Contender:
 
 
 def bundle_facts(bundles: tuple[Bundle, ...]) -> tuple[BundleFacts, ...]:
-    """Return what a report says of each bundle; labels are the names of the folders, told apart by a number if need be."""
+    """Return the facts that a report states of each bundle. Labels are the folders' names, with a number where two are equal."""
     facts: list[BundleFacts] = []
     for bundle in bundles:
         name = bundle.path.resolve().name
@@ -170,7 +170,7 @@ def open_contenders(
     in_place: bool = False,
     late: Callable[[], bool] = lambda: False,
 ) -> Iterator[Contender | LeftOut]:
-    """Open and judge every combination, one a turn; what cannot be measured here comes as `LeftOut`.
+    """Open and judge every combination, one after the other; a combination that cannot be measured here comes as `LeftOut`.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Computes how old the EEG behind a decision is: what the model, the filters, the hop and the machine add to its age.
+"""Computes the age of the EEG behind a decision: the parts that the model, the filters, the hop and the machine add.
 
 An age is an upper bound: the whole hop, and the 99th percentiles of what is measured. Its parts stand in the order of the
 signal, from the middle of the EEG that the newest token is made of to the decision.
@@ -73,7 +73,7 @@ def decision_ages(report: BenchReport, specs: Mapping[str, ModelSpec]) -> tuple[
 
 
 def _inference(report: BenchReport, choice: Recommendation) -> tuple[AgePart, float] | None:
-    """Return what inference adds and the hop that it was measured at; None where nothing has enough samples for a p99."""
+    """Return the part of inference and the hop at which it was measured; None where nothing has enough samples for a p99."""
     own = (choice.bundle, choice.backend, choice.precision)
     candidates = []
     for cell in report.cells:
@@ -153,7 +153,7 @@ def low_latency(age: DecisionAge, spec: ModelSpec) -> DecisionAge | None:
 
 
 def filter_delays(spec: ModelSpec, sfreq: float) -> tuple[AgePart, ...]:
-    """Return what the live filters add, and where the rate is reduced the decimator: their group delays at `DELAY_AT_HZ`.
+    """Return the group delays at `DELAY_AT_HZ` of the live filters and, where the rate is reduced, of the decimator.
 
     Parameters
     ----------

@@ -66,7 +66,7 @@ _STYLE: Any = {
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """One figure of a report.
+    """Holds one figure of a report.
 
     Attributes
     ----------

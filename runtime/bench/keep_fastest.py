@@ -1,4 +1,4 @@
-"""Keeps in a bundle which backend a benchmark found to be the fastest at each batch size."""
+"""Keeps in a bundle the backend that a benchmark found to be the fastest at each batch size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MEDIAN = 50.0
 
 
 def choose(cells: Sequence[Cell]) -> tuple[Choice, ...]:
-    """Return which backend is the fastest at each batch size, of those whose outputs are right.
+    """Return the fastest backend at each batch size, of those whose outputs are right.
 
     Where several cannot be told from the fastest, as their intervals overlap, the one comes first that may run most sizes.
 
@@ -144,7 +144,7 @@ def _record(
 
 
 def _write(record: FastestRecord, bundle: Bundle, report: BenchReport) -> None:
-    """Write `record` in place of what was kept before for such a machine."""
+    """Write `record` in place of the record that was kept before for such a machine."""
     e = report.environment
     machine = "|".join((e.processor, str(e.cores), e.gpu or "", e.gpu_driver or ""))
     file = record_folder(bundle) / f"{record.precision}-{bytes_hash(machine.encode())[:16]}.json"

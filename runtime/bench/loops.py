@@ -115,27 +115,27 @@ class Served:
 
     @property
     def latency(self) -> Array:
-        """Seconds from due to done, of each window."""
+        """Return the seconds from due to done, of each window."""
         return self.finish - self.due
 
     @property
     def service(self) -> Array:
-        """Seconds of the call that served each window, without the wait."""
+        """Return the seconds of the call that served each window, without the wait."""
         return self.finish - self.start
 
     @property
     def busy(self) -> float:
-        """Seconds in calls."""
+        """Return the seconds spent in calls."""
         return float((self.service / self.batch).sum())
 
     @property
     def gave_up(self) -> bool:
-        """Whether windows were left over."""
+        """Return whether windows were left over."""
         return len(self.due) < self.n_due
 
     @property
     def lags(self) -> bool:
-        """Whether the last quarter of the windows waited for more than a period: then streams have several waiting."""
+        """Return whether the last quarter of the windows waited for more than a period: then streams have several waiting."""
         tail = slice(3 * len(self.due) // 4, None)
         return float(np.median((self.start - self.due)[tail])) > self.period
 

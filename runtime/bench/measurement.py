@@ -58,7 +58,7 @@ class Measurement:
 
     @property
     def finished(self) -> bool:
-        """Whether no more blocks are of use."""
+        """Return whether no more blocks are of use."""
         return self.n_run >= self.n_blocks
 
     def block(self) -> None:
@@ -75,7 +75,7 @@ class Measurement:
         self.after = machine_state(self.bench.nvml)
 
     def warm_up(self) -> bool:
-        """Get ready once. Returns whether latencies stand still."""
+        """Warm the backend up once, before the first block. Returns whether latencies stand still."""
         return True
 
     def run(self) -> None:

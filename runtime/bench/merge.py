@@ -1,4 +1,4 @@
-"""Merges reports: what needs another Python (TensorRT 8.6, PyTorch) is measured in a run of its own."""
+"""Merges reports: backends that need another Python (TensorRT 8.6, PyTorch) are measured in a run of their own."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def merge(runs: Sequence[tuple[BenchReport, Samples]]) -> tuple[BenchReport, Sam
 
 
 def renamed(report: BenchReport, names: Mapping[str, str]) -> BenchReport:
-    """Return `report` with other names of backends: one that was opened with options of its own is another one.
+    """Return `report` with other names of backends: a backend that was opened with options of its own counts as another backend.
 
     Its recommendations and ages of decisions are left out.
     """
@@ -88,7 +88,7 @@ def _hardware(report: BenchReport) -> tuple[str, int, str | None]:
 
 
 def _environment(reports: list[BenchReport]) -> Environment:
-    """Return that of the first, with the versions of all Pythons."""
+    """Return the environment of the first report, with the versions of all Pythons."""
     each = [report.environment for report in reports]
     names = dict.fromkeys(name for environment in each for name in environment.versions)
     return replace(
@@ -142,7 +142,7 @@ def together(reasons: Sequence[tuple[int, Disturbance]]) -> tuple[Disturbance, .
 
 
 def _left_out(reports: list[BenchReport]) -> tuple[LeftOut, ...]:
-    """Return what no run could measure."""
+    """Return the combinations that no run could measure."""
     measured = {cell.key.backend for report in reports for cell in report.cells}
     found: dict[LeftOut, None] = {}
     for report in reports:

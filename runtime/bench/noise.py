@@ -15,7 +15,7 @@ from sjepa_deploy.runtime.keep_warm import Clock
 CANARY_LOOPS, CANARY_REPEATS = 5_000, 5
 
 CANARY_LEAD_IN_S = 0.01
-"""Work before it that is not timed, as before a block: a core that slept is slow for some milliseconds, which no block meets."""
+"""Seconds of work before the canary that are not timed: a core that slept is slow for some milliseconds, which no block meets."""
 
 MAX_CANARY_SPREAD = 0.05
 MAX_OTHERS_CPU = 0.1
@@ -23,12 +23,15 @@ MAX_STOLEN_CPU = 0.02
 """A machine on which the canary's medians spread by more, or on which others take more cores than this, is called noisy."""
 
 MAX_STOLEN_FROM_CELL = 0.05
-"""And one whose hypervisor took more cores than this during a cell. Some throttle a guest that keeps all its cores busy, in
-stalls of many milliseconds: cells with several threads suffer, and the average over the run hides it."""
+"""A machine whose hypervisor took more cores than this during a cell is called noisy too.
+
+Some hypervisors throttle a guest that keeps all its cores busy, in stalls of many milliseconds. Cells with several threads
+suffer, and the average over the run hides the stalls.
+"""
 
 
 class Canary:
-    """Times a fixed piece of work before every block, which tells how fast the machine is just then."""
+    """Times a fixed piece of work, the canary, before every block: the time tells how fast the machine is at that moment."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -50,7 +53,7 @@ class Canary:
 
 
 def judge(canary_us: Sequence[float], others: float | None, stolen: float | None, cells: Sequence[Cell]) -> Noise:
-    """Return what disturbed a run.
+    """Return the disturbances of a run.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Writes a benchmark report for people: as Markdown, and as one HTML file that needs nothing else."""
+"""Writes a benchmark report as Markdown, and as one HTML file that needs no other file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEMPLATE = "report.html"
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A part of a report.
+    """Describes a part of a report.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class Section:
 
     @property
     def has_rows(self) -> bool:
-        """Whether a table has something to show."""
+        """Return whether a table has something to show."""
         return any(table.rows for table in self.tables)
 
     def plots(self) -> list[list[Plot]]:
@@ -231,7 +231,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
 
 
 def warnings(report: BenchReport) -> tuple[str, ...]:
-    """Return what a reader must know before believing a figure."""
+    """Return warnings that a reader must know before believing a figure."""
     found = [f"Partial: {why_partial(report)}"] if report.partial else []
     if report.noise is not None and report.noise.noisy:
         found.append(f"The machine was not quiet: {why_noisy(report.noise)}")
@@ -259,7 +259,7 @@ def _judged(judgement: Judgement) -> str:
 
 
 def comparison_warnings(comparison: Comparison) -> tuple[str, ...]:
-    """Return what a reader must know before believing a change."""
+    """Return warnings that a reader must know before believing a change."""
     found = [f"Changes within {100 * comparison.smallest_claim:.2g} % are not claimed."]
     if (machine := comparison.machine) is not None:
         interval = "" if machine.low is None or machine.high is None else f" ({machine.low:+.1%} to {machine.high:+.1%})"

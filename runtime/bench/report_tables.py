@@ -28,12 +28,12 @@ from sjepa_deploy.runtime.machine import MachineState
 
 @dataclass(frozen=True, kw_only=True)
 class _Field:
-    """A column together with what it shows of a cell."""
+    """Joins a column with the function that gives its entry for a cell."""
 
     column: Column
     entry: Callable[[Cell], Entry]
     needed: bool = True
-    """Whether the column is there even if no cell has a figure for it."""
+    """A needed column stays even if no cell has a figure for the column."""
 
 
 # ---- tables of cells ------------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def _texts(*texts: str) -> tuple[Entry, ...]:
 
 
 def bundle_table(report: BenchReport) -> Table:
-    """Return what was measured."""
+    """Return the table of the bundles that were measured."""
     rows = tuple(
         Row(
             entries=(
@@ -212,7 +212,7 @@ def bundle_table(report: BenchReport) -> Table:
 
 
 def parity_table(report: BenchReport) -> Table:
-    """Return how every backend compares with the float64 reference."""
+    """Return the table that compares every backend with the float64 reference."""
     rows = []
     for judgement in sorted(report.parity, key=lambda j: (not j.passed, j.bundle, j.result.max_error)):
         r, without = judgement.result, judgement.without_offsets
@@ -236,7 +236,7 @@ def parity_table(report: BenchReport) -> Table:
 
 
 def capacity_table(report: BenchReport) -> Table:
-    """Return how many streams each backend holds, the most first."""
+    """Return the table of the streams that each backend holds, the most first."""
     rows = tuple(
         Row(
             entries=(
@@ -254,7 +254,7 @@ def capacity_table(report: BenchReport) -> Table:
 
 
 def cold_start_table(report: BenchReport) -> Table:
-    """Return the phases from nothing to decoding, the quickest start first."""
+    """Return the table of the phases from a new process to decoding, the quickest start first."""
     started = [(cell, cell.cold_start) for cell in report.cells if cell.cold_start is not None]
     names = tuple(dict.fromkeys(phase.name for _, cold in started for phase in cold.phases))
     rows = []
@@ -276,7 +276,7 @@ def cold_start_table(report: BenchReport) -> Table:
 
 
 def split_table(report: BenchReport) -> Table:
-    """Return where the time of a call goes."""
+    """Return the table that splits the time of a call into its parts."""
     rows = []
     for cell in report.cells:
         if (s := cell.split) is None:
@@ -295,7 +295,7 @@ def split_table(report: BenchReport) -> Table:
 
 
 def resource_table(report: BenchReport) -> Table:
-    """Return memory, energy, clocks and temperatures."""
+    """Return the table of memory, energy, clocks and temperatures."""
 
     def moved(cell: Cell, read: Callable[[MachineState], float | None]) -> Entry:
         before, after = read(cell.before), read(cell.after)
@@ -339,7 +339,7 @@ def age_table(report: BenchReport) -> Table:
 
 
 def age_sources(report: BenchReport) -> Table:
-    """Return where each part of the ages of decisions comes from."""
+    """Return the source of each part of the ages of decisions."""
     found: dict[tuple[str, str], list[str]] = {}
     for age in report.decision_age:
         for part in age.parts:
@@ -352,7 +352,7 @@ def age_sources(report: BenchReport) -> Table:
 
 
 def environment_table(report: BenchReport) -> Table:
-    """Return hardware and software."""
+    """Return the table of hardware and software."""
     e = report.environment
     facts = {
         "processor": f"{e.processor}, {e.cores} cores",
@@ -383,13 +383,13 @@ def _cores(value: float | None) -> str | None:
 
 
 def left_out_table(report: BenchReport) -> Table:
-    """Return what was not measured."""
+    """Return the table of what was not measured."""
     rows = tuple(Row(entries=_texts(left.label, left.reason)) for left in report.left_out)
     return Table(caption="Not measured", columns=_columns("what", "why"), rows=rows)
 
 
 def change_table(comparison: Comparison) -> Table:
-    """Return what changed from one report to another, the worst first."""
+    """Return the table of changes from one report to another, the worst first."""
 
     def relative(value: Estimate | None) -> Entry:
         if value is None:

@@ -11,12 +11,12 @@ from sjepa_deploy.runtime.machine import Environment
 from sjepa_deploy.spec import RunPrecision, Variant
 
 SCHEMA_VERSION = 2
-"""Of the file of a report. Version 1 had sentences in place of kinds and values."""
+"""Schema version of the file of a report. Version 1 had sentences in place of kinds and values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """Parity of one backend, judged in the same run on the same machine.
+    """Holds the parity of one backend, judged in the same run on the same machine.
 
     Attributes
     ----------
@@ -35,12 +35,12 @@ class Judgement:
 
     @property
     def passed(self) -> bool:
-        """Whether the outputs are right, on windows with electrode offsets or at least on those without."""
+        """Return whether the outputs are right, on windows with electrode offsets or at least on those without."""
         return self.result.passed or (self.without_offsets is not None and self.without_offsets.passed)
 
     @property
     def caution(self) -> str | None:
-        """A sentence about a backend that passed only on windows without electrode offsets; None for others."""
+        """Return a sentence about a backend that passed only on windows without electrode offsets; None for others."""
         if self.result.passed or not self.passed:
             return None
         where = "on windows with electrode offsets of millivolts"
@@ -52,7 +52,7 @@ class Judgement:
 
 @dataclass(frozen=True, kw_only=True)
 class AgePart:
-    """One part of the age of a decision.
+    """Holds one part of the age of a decision.
 
     Attributes
     ----------
@@ -88,13 +88,13 @@ class DecisionAge:
 
     @property
     def total_s(self) -> float:
-        """The sum of the parts."""
+        """Return the sum of the parts."""
         return sum(part.seconds for part in self.parts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recommendation:
-    """The backend to use for a bundle on this machine.
+    """Names the backend to use for a bundle on this machine.
 
     Attributes
     ----------
@@ -135,7 +135,7 @@ class LeftOut:
 
     @property
     def label(self) -> str:
-        """All that was left out for this reason, for people."""
+        """Return a readable name of all that was left out for this reason."""
         return ", ".join(self.what)
 
 
@@ -144,7 +144,7 @@ EndingKind = Literal["interrupted", "time limit", "opened late", "parts lost", "
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """Why a run ended before everything was measured. `sjepa_deploy.runtime.bench.words` makes the sentence.
+    """Says why a run ended before everything was measured. `sjepa_deploy.runtime.bench.words` makes the sentence.
 
     Attributes
     ----------
@@ -172,7 +172,7 @@ class Ending:
 
 @dataclass(frozen=True, kw_only=True)
 class BundleFacts:
-    """A bundle that was measured.
+    """Describes a bundle that was measured.
 
     Attributes
     ----------
@@ -204,7 +204,7 @@ DisturbanceKind = Literal["work varied", "work drifted", "others busy", "cores s
 
 @dataclass(frozen=True, kw_only=True)
 class Disturbance:
-    """What disturbed a machine while it was measured. `sjepa_deploy.runtime.bench.words` makes the sentence.
+    """Names what disturbed a machine while the machine was measured. `sjepa_deploy.runtime.bench.words` makes the sentence.
 
     Attributes
     ----------
@@ -270,7 +270,7 @@ class Noise:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
-    """One run of ``sjepa-bench``.
+    """Holds one run of ``sjepa-bench``.
 
     Attributes
     ----------
@@ -330,7 +330,7 @@ class BenchReport:
 
     @property
     def interrupted(self) -> bool:
-        """Whether somebody ended the run, rather than its time limit."""
+        """Return whether somebody ended the run, rather than its time limit."""
         return any(ending.kind == "interrupted" for ending in self.partial)
 
     def cell(self, key: CellKey) -> Cell | None:

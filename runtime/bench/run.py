@@ -124,7 +124,7 @@ class BenchConfig:
 
 
 class Progress(Protocol):
-    """Is told of every step of a run."""
+    """Receives every step of a run."""
 
     def __call__(self, text: str, done: int, total: int) -> None:
         """Show `text` and how far the run is."""
@@ -153,11 +153,11 @@ class Run:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the run began."""
+        """Return the seconds since the run began."""
         return self.clock.now() - self.began
 
     def out_of(self, share: float) -> bool:
-        """Whether this share of the time limit has passed."""
+        """Return whether this share of the time limit has passed."""
         limit = self.config.time_limit
         return limit is not None and self.elapsed > share * limit
 
@@ -267,7 +267,7 @@ class Run:
     # ---- the report --------------------------------------------------------------------------------------------------------
 
     def report(self) -> tuple[BenchReport, Samples]:
-        """Return what was found so far, and the raw samples."""
+        """Return the report of the measurements so far, and the raw samples."""
         cells: list[Cell] = []
         samples: Samples = {}
         capacity: list[Capacity] = []

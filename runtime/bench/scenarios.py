@@ -172,7 +172,7 @@ class Streams(Measurement):
 
     @property
     def finished(self) -> bool:
-        """Whether the number is known well enough, or there were enough probes."""
+        """Return whether the number is known well enough, or there were enough probes."""
         known = self.n_refused is not None and self.n_refused <= max(self.n_held + 1, ENOUGH * self.n_held)
         return known or super().finished
 
@@ -216,7 +216,7 @@ class Streams(Measurement):
 
     @property
     def capacity(self) -> Capacity:
-        """What the search found."""
+        """Return the result of the search."""
         backend = self.contender.backend
         return Capacity(
             bundle=self.contender.bundle,

@@ -1,4 +1,4 @@
-"""Describes tables, which are written as Markdown or as HTML, and writes numbers for people."""
+"""Describes tables, which are written as Markdown or as HTML, and writes numbers in readable form."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sjepa_deploy.runtime.bench.cells import Estimate, Percentile
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """Holds what stands in one place of a table.
+    """Holds the content of one place of a table.
 
     Attributes
     ----------
@@ -35,7 +35,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """The head of a column: its name, whether it holds numbers, and what it means."""
+    """Describes a column: its name, its meaning, and whether the column holds numbers."""
 
     name: str
     numeric: bool = False
@@ -44,7 +44,10 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row. Where the outputs behind it are wrong, it is `struck` out: it stands last, and no figure of it is to be used."""
+    """Holds one row of a table.
+
+    A row is `struck` out where the outputs behind the row are wrong: the row stands last, and none of its figures is to be used.
+    """
 
     entries: tuple[Entry, ...]
     struck: bool = False
@@ -52,7 +55,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows under heads.
+    """Holds rows under the heads of columns.
 
     Attributes
     ----------
@@ -79,7 +82,7 @@ NOTHING = Entry(text="", absent=True)
 
 
 def without_empty_columns(table: Table) -> Table:
-    """Return `table` without the columns that say nothing."""
+    """Return `table` without its empty columns."""
     kept = [i for i in range(len(table.columns)) if any(row.entries[i].text for row in table.rows)]
     rows = tuple(Row(entries=tuple(row.entries[i] for i in kept), struck=row.struck) for row in table.rows)
     return Table(caption=table.caption, columns=tuple(table.columns[i] for i in kept), rows=rows)

@@ -1,4 +1,4 @@
-"""Makes the sentences of a report from its kinds and values, where they are printed."""
+"""Makes the sentences of a report from kinds and values, where the sentences are printed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from sjepa_deploy.runtime.bench.tables import number
 
 
 def why_partial(report: BenchReport) -> str:
-    """Return why `report` is partial, in a sentence for each reason."""
+    """Return a sentence for each reason why `report` is partial."""
     return " ".join(map(_ending, report.partial))
 
 
 def why_noisy(noise: Noise) -> str:
-    """Return what disturbed the machine, in a sentence for each disturbance."""
+    """Return a sentence for each disturbance of the machine."""
     return " ".join(map(_disturbance, noise.reasons))
 
 

@@ -27,7 +27,7 @@ MOST_FAST = 20.0
 
 
 class Arrival:
-    """Brings stamps on the clock of their arrival, if they are on another one.
+    """Converts stamps to the clock of their arrival, if the stamps are on another clock.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Decides about windows: the calls of the backend for one stream, and what happens to those that are late or fail."""
+"""Calls the backend for the windows of one stream, and handles windows that are late or fail."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class BackendCalls:
         self._called = time.perf_counter()
 
     def decide(self, window: Window, received: float) -> Decision | None:
-        """Return the decision of a window that is the newest one of the stream; None if it gets none.
+        """Return the decision of the newest window of the stream; None if the window gets no decision.
 
         Parameters
         ----------
@@ -189,7 +189,7 @@ class BackendCalls:
 
 
 def _why_whole_windows(predict: Predictor, config: StreamConfig) -> StreamError | None:
-    """Return what keeps the backend from being given new samples alone."""
+    """Return the reason why the backend must be given whole windows, not only new samples; None without a reason."""
     if predict.rolling is None:
         return StreamError(
             f"The backend {predict.backend.name} keeps no window of a stream.", "Use the backend cuda, or leave roll out."

@@ -1,4 +1,4 @@
-"""Checks the live path: its decisions on a recording, however it is cut into chunks, beside those of PyTorch offline."""
+"""Checks the live path: compares its decisions on a recording, cut into chunks of many sizes, with those of PyTorch offline."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CHUNKS = ("1", "7", "32", "1000", "random")
 
 @dataclass(frozen=True, kw_only=True)
 class StreamingParity:
-    """How the live path compares with an offline one on the same recording.
+    """Says how the live path compares with an offline one on the same recording.
 
     Attributes
     ----------

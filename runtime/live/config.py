@@ -1,4 +1,4 @@
-"""Configures how a stream is decoded."""
+"""Defines the configuration of a live decoder."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class StreamConfig:
 
     @property
     def share(self) -> float:
-        """Largest share of the model's channels that is interpolated."""
+        """Return the largest share of the model's channels that is interpolated."""
         return self.interpolate_share if self.interpolate else 0.0
 
     def deadline_s(self, spec: ModelSpec) -> float:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(kw_only=True)
 class Counters:
-    """What happened to every sample and every window. ``windows = decisions + held + skipped_late + skipped_gap + failed``.
+    """Counts what happened to every sample and every window.
+
+    ``windows = decisions + held + skipped_late + skipped_gap + failed``.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Defines a decision: what the model says of one window, and when."""
+"""Defines a decision: the output of the model for one window, and its times."""
 
 from __future__ import annotations
 
@@ -47,22 +47,22 @@ class Decision:
 
     @property
     def age(self) -> float:
-        """Seconds from the newest sample to the decision."""
+        """Return the seconds from the newest sample to the decision."""
         return self.decided - self.time
 
     @property
     def latency(self) -> float:
-        """Seconds from the arrival of the newest sample to the decision."""
+        """Return the seconds from the arrival of the newest sample to the decision."""
         return self.decided - self.received
 
     @property
     def missed(self) -> bool:
-        """Whether the decision came after its deadline, or repeats another."""
+        """Return whether the decision came after its deadline, or repeats another."""
         return self.held or self.decided > self.due
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """What to know before relying on the decision: "late", "held", "bridged", "doubtful", "bad channels"."""
+        """Return what to know before relying on the decision: "late", "held", "bridged", "doubtful", "bad channels"."""
         said = (
             ("late", self.decided > self.due),
             ("held", self.held),

@@ -1,4 +1,4 @@
-"""Decodes a live stream: every window gets a decision with a known age, or is counted."""
+"""Decodes a live stream: every window gets a decision with a known age, or is counted as skipped or failed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sjepa_deploy.runtime.predictor import Predictor, load
 from sjepa_deploy.spec import RunPrecision, Unit
 
 POLL_S = 0.1
-"""Longest wait for samples, after which signals and the watchdog are looked at."""
+"""Longest wait for samples in seconds, after which the decoder looks at signals and at the watchdog."""
 
 
 class Decoder:

@@ -32,7 +32,7 @@ ANSWER_S = 4.0
 """Seconds in which a stream that is there answers: without multicast, liblsl asks its known peers every 0.75 s and waits."""
 
 FORMATS = ("of no type", "float32", "double64", "text", "int32", "int16", "int8", "int64")
-"""What LSL's `channel_format` numbers."""
+"""Names of the sample types that LSL's `channel_format` numbers."""
 
 
 def require_pylsl() -> Any:
@@ -164,7 +164,7 @@ def read_info(
 
 
 def changes(before: StreamInfo, now: StreamInfo) -> list[str]:
-    """Return in words what a stream that came back differs in. A note is no difference."""
+    """Return in words how a stream that came back differs from before. A note is no difference."""
     said = []
     if now.ch_names != before.ch_names:
         said.append(f"with the channels {listed(now.ch_names)} in place of {listed(before.ch_names)}")
@@ -242,7 +242,7 @@ class LslSource:
         return info
 
     def read(self, timeout: float) -> Chunk | None:
-        """Return what has come; None if nothing came, or the stream is being looked for."""
+        """Return the samples that came; None if none came, or while the stream is being looked for."""
         if self._inlet is None:
             self._reconnect(timeout)
             return None

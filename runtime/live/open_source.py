@@ -20,7 +20,7 @@ from sjepa_deploy.spec import ModelSpec, Unit
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """What a user says about a source beside its address.
+    """Holds what a user says about a source beside its address.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class SourceOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceEntry:
-    """Where a kind of source is found and what it needs.
+    """Says where a kind of source is found and what it needs.
 
     Attributes
     ----------

@@ -46,7 +46,7 @@ _FIELDS = ("index", "due", "received", "decided", "infer_s", "held", "bridged", 
 
 @dataclass(frozen=True, kw_only=True)
 class RunDescription:
-    """What was decoded, with what, how.
+    """Says what was decoded, with which model and backend, and how.
 
     Attributes
     ----------
@@ -147,7 +147,7 @@ class Recorder:
             self._incidents.append(incident)
 
     def _takes(self, what: str, n: int = 1) -> bool:
-        """Whether there is room for more, or count it."""
+        """Return whether there is room for more, or count it."""
         while self._patient and not self._failed and self._is_behind():
             self._hurry.set()
             time.sleep(0.001)
@@ -270,7 +270,7 @@ class Recorder:
 
 
 def describe_run(decoder: Decoder) -> RunDescription:
-    """Return what `decoder` decodes, with what, how."""
+    """Return the description of the run of `decoder`."""
     bundle, backend = decoder.predict.bundle, decoder.predict.backend
     return RunDescription(
         stream=decoder.source.info,
@@ -338,7 +338,7 @@ def _xdf_text(stream: int, stamp: float, text: str) -> bytes:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Record:
-    """A recorded run.
+    """Holds a recorded run.
 
     Attributes
     ----------
@@ -463,7 +463,7 @@ class RecordSource:
         return chunk
 
     def clock(self) -> float:
-        """Return when the last chunk was received."""
+        """Return the time at which the last chunk was received."""
         return self._now
 
     def close(self) -> None:

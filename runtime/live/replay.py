@@ -13,7 +13,7 @@ from sjepa_deploy.runtime.predictor import Predictor
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """How a record compares with its own samples decoded again.
+    """Says how a record compares with its own samples decoded again.
 
     Attributes
     ----------
@@ -42,7 +42,7 @@ class Replay:
 
     @property
     def passed(self) -> bool:
-        """Whether all decisions came again with the same bits."""
+        """Return whether all decisions came again with the same bits."""
         return not (self.differ or self.missing)
 
 

@@ -1,4 +1,4 @@
-"""Says when the windows of a stream are due."""
+"""Counts samples and says when the windows of a stream are due."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Schedule:
 
     @property
     def whole(self) -> bool:
-        """Whether a window that ends with the newest sample lacks none."""
+        """Return whether a window that ends with the newest sample lacks none."""
         return self._unbroken >= self._n_times
 
     def advance(self, n: int) -> bool:

@@ -23,7 +23,7 @@ Stamps = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Samples as they were received.
+    """Holds samples as they were received.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Incident:
-    """Something that happened to a stream, for the record and for people.
+    """Describes something that happened to a stream, for the record and for people.
 
     Attributes
     ----------
@@ -70,7 +70,7 @@ class Incident:
 
 
 class Source(Protocol):
-    """A stream of samples. One thread reads it; any thread may append to `incidents`.
+    """Gives the samples of one stream. One thread reads it; any thread may append to `incidents`.
 
     Attributes
     ----------
@@ -91,7 +91,7 @@ class Source(Protocol):
 
     @property
     def ended(self) -> bool:
-        """Whether no sample will come any more."""
+        """Return whether no sample will come any more."""
         ...
 
     def read(self, timeout: float) -> Chunk | None:
@@ -160,7 +160,7 @@ class ReplaySource:
 
     @property
     def ended(self) -> bool:
-        """Whether all samples were handed out."""
+        """Return whether all samples were handed out."""
         return self._n_samples is not None and self._next >= self._n_samples
 
     def read(self, timeout: float) -> Chunk | None:

@@ -8,9 +8,12 @@ from collections import deque
 from sjepa_deploy.errors import StreamError
 
 CONSECUTIVE, REPEATED, BACK, EARLY, RESET, DOUBTFUL = 0, -1, -2, -3, -4, -5
-"""What `Timeline` says of a sample before which none is missing: it follows the last one; it has the last one's stamp; it is
-older than the last one, about which `Timeline.go_back` is to be asked; it is to be left out; the clock of the stamps was set
-back; it follows the last one, unless samples are missing, which the next ones will show."""
+"""Verdicts of `Timeline` on a sample before which no sample is missing.
+
+CONSECUTIVE: the sample follows the last one. REPEATED: the sample has the last one's stamp. BACK: the sample is older than the
+last one; ask `Timeline.go_back`. EARLY: leave the sample out. RESET: the clock of the stamps was set back. DOUBTFUL: the sample
+follows the last one, unless samples are missing, which the next samples will show.
+"""
 
 LARGEST_RATE_ERROR = 0.05
 """Beyond this ratio a stream is not at its nominal rate: a crystal is 0.01 % off, a bad one 0.5 %."""
@@ -46,10 +49,10 @@ class Timeline:
     """Follows the stamps of a stream sample by sample, so that its verdicts do not depend on chunks.
 
     There are two kinds of stamps. Of **regular** ones, which a device counted, every step is a whole number of periods, and a
-    step of k + 1 periods is a loss of k samples, at once. All other stamps are **irregular**: their jitter is mostly a delay: the
-    earliest stamps of every fifth of a second lie on a line, which is followed. A sample that is later than this line by
-    `max_jitter` means a loss at once. A smaller delay means a loss when all stamps of `CONFIRM_S` are late. What a loss does to
-    the stamps goes neither into the line nor into the measures of jitter.
+    step of k + 1 periods is a loss of k samples, at once. All other stamps are **irregular**. Their jitter is mostly a delay, so
+    the earliest stamps of every fifth of a second lie on a line, and `Timeline` follows this line. A sample that is later
+    than this line by `max_jitter` means a loss at once. A smaller delay means a loss when all stamps of `CONFIRM_S` are late.
+    What a loss does to the stamps goes neither into the line nor into the measures of jitter.
 
     Parameters
     ----------
@@ -148,7 +151,7 @@ class Timeline:
 
     @property
     def sfreq(self) -> float | None:
-        """The rate that the stamps show, in Hz; None before ten seconds, without loss if the stamps are irregular."""
+        """Return the rate that the stamps show, in Hz; None before ten seconds, without loss if the stamps are irregular."""
         if self.regular and self._n_known * self._nominal > 10.0:
             return 1 / self._period
         if self._n * self._nominal < 10.0 or self._last <= self._first:
@@ -157,7 +160,7 @@ class Timeline:
 
     @property
     def rate_error(self) -> float:
-        """The ratio by which `sfreq` may be off, because of the jitter of its first and last stamp."""
+        """Return the ratio by which `sfreq` may be off, because of the jitter of its first and last stamp."""
         return 0.0 if self.regular else 2 * self._reach / max(self._last - self._first, self._nominal)
 
     def _accept(self, stamp: float) -> None:

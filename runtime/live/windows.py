@@ -40,7 +40,7 @@ REMEMBERED_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A whole window; its samples are in `WindowStream.eeg`.
+    """Describes a whole window, whose samples are in `WindowStream.eeg`.
 
     Attributes
     ----------
@@ -130,17 +130,17 @@ class WindowStream:
 
     @property
     def due_at(self) -> float:
-        """When the newest sample of the next window is to be expected, on the source's clock."""
+        """Return the time at which the newest sample of the next window is expected, on the source's clock."""
         return self._stamp + self._arrival.offset + self._schedule.due_in / self._spec.sfreq
 
     @property
     def codes(self) -> NDArray[np.int8]:
-        """The `ChannelState` of each channel of `ch_names`, shape (len(ch_names),)."""
+        """Return the `ChannelState` of each channel of `ch_names`, shape (len(ch_names),)."""
         return self._conditioner.codes
 
     @property
     def interpolated(self) -> tuple[str, ...]:
-        """Channels of the model that are made from others now."""
+        """Return the channels of the model that are made from others now."""
         return self._conditioner.interpolated
 
     def eeg(self) -> NDArray[np.float32]:
@@ -213,7 +213,7 @@ class WindowStream:
             self._n_recent -= len(self._recent.popleft()[1])
 
     def _was_here(self, chunk: Chunk, i: int) -> bool:
-        """Whether a sample of the same stamp and values came already: a block may be sent again."""
+        """Return whether a sample of the same stamp and values came already: a block may be sent again."""
         stamp, sample, within = float(chunk.stamps[i]), chunk.samples[i], 0.5 / self._info.sfreq
         if i:
             for k in np.flatnonzero(np.abs(chunk.stamps[:i] - stamp) < within):

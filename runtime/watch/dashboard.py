@@ -139,18 +139,18 @@ class Dashboard:
 
     @property
     def port(self) -> int:
-        """Port that is listened on."""
+        """Return the port that the server listens on."""
         return int(self._listener.getsockname()[1])
 
     @property
     def url(self) -> str:
-        """Address of the page, without the token."""
+        """Return the address of the page, without the token."""
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self.port}/"
 
     @property
     def server_pid(self) -> int | None:
-        """Number of the server's process, while there is one."""
+        """Return the number of the server's process, while there is one."""
         return self._server.pid if self._server is not None else None
 
     def __enter__(self) -> Dashboard:
@@ -223,7 +223,7 @@ class Dashboard:
 
 
 def describe(facts: StreamFacts) -> dict[str, Any]:
-    """Return what the page must know once, as JSON types."""
+    """Return the facts that the page needs once, as JSON types."""
     places = None if facts.positions is None else _plain(scalp_map(facts.positions), 4)
     described = dataclasses.asdict(facts) | {"places": places, "edges": TIME_EDGES}
     del described["positions"]

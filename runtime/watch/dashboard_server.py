@@ -113,12 +113,12 @@ class Feed:
 
     @property
     def silence(self) -> float:
-        """Seconds since the last state."""
+        """Return the seconds since the last state."""
         return time.monotonic() - self._taken_at
 
     @property
     def streams(self) -> int:
-        """Number of pages that are open."""
+        """Return the number of pages that are open."""
         return len(self._pages)
 
     def _wake(self) -> None:
@@ -156,7 +156,7 @@ def server_sent_event(name: str, data: object) -> bytes:
 
 
 class Connection(H11Protocol):
-    """A connection of uvicorn's that must send a request in time, and that makes way for others until a request is let in.
+    """Limits a connection of uvicorn: it must send a request in time, and makes way for others until a request is let in.
 
     uvicorn itself waits for the first request for ever, and counts all connections alike.
     """
@@ -251,7 +251,7 @@ class Guard:
         await (answer or self._app)(scope, receive, guarded_send)
 
     def _answer(self, scope: Scope) -> Response | None:
-        """Return what to answer in place of the application, if anything."""
+        """Return the answer in place of the application's, if there is one."""
         headers = Headers(scope=scope)
         if not self._is_own_name(headers.get("host", "")):
             return PlainTextResponse("This name is not that of this machine: use its address.\n", 421)

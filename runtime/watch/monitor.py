@@ -1,4 +1,4 @@
-"""Keeps what a live decoder does for those who watch it: the decoder writes in microseconds, and readers never hold it up."""
+"""Keeps the newest state of a live decoder for viewers: the decoder writes in microseconds, and readers never delay it."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ SAMPLES_FOR_P99 = 100
 """A 99th percentile of fewer values than this would be their largest, and is not given."""
 
 SKIPS = {"skipped_late": "late", "skipped_gap": "gap", "held": "held", "failed": "backend failed"}
-"""Why a window has no decision of its own: the counter, and the reason in words."""
+"""Reasons why a window has no decision of its own: the counter, and the reason in words."""
 
 Measure = Literal["age", "latency"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamFacts:
-    """What does not change while a stream is decoded.
+    """Holds the facts that do not change while a stream is decoded.
 
     Attributes
     ----------
@@ -86,7 +86,9 @@ class StreamFacts:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Decisions:
-    """The newest decisions by column, oldest first. Times are seconds of the decoder's clock; see `Decision` for their meaning.
+    """Holds the newest decisions by column, oldest first.
+
+    Times are seconds of the decoder's clock; see `Decision` for their meaning.
 
     Attributes
     ----------
@@ -109,12 +111,12 @@ class Decisions:
 
     @property
     def latency(self) -> NDArray[np.float64]:
-        """Seconds from the arrival of each window's newest sample to the decision."""
+        """Return the seconds from the arrival of each window's newest sample to the decision."""
         return self.decided - self.received
 
     @property
     def age(self) -> NDArray[np.float64]:
-        """Seconds from the stamp of each window's newest sample to the decision. The deadline counts in them."""
+        """Return the seconds from the stamp of each window's newest sample to the decision. The deadline counts in them."""
         return self.decided - self.time
 
     def __len__(self) -> int:
@@ -123,7 +125,7 @@ class Decisions:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Times:
-    """How long all decisions since the start took.
+    """Says how long all decisions since the start took.
 
     Attributes
     ----------
@@ -140,7 +142,7 @@ class Times:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ChannelQuality:
-    """The quality of each channel.
+    """Holds the quality of each channel.
 
     Attributes
     ----------
@@ -159,7 +161,7 @@ class ChannelQuality:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Snapshot:
-    """Everything that a monitor knows at one moment.
+    """Holds everything that a monitor knows at one moment.
 
     Attributes
     ----------
@@ -201,12 +203,12 @@ class Snapshot:
 
     @property
     def skips(self) -> dict[str, int]:
-        """Windows without a decision of their own, by reason."""
+        """Return the number of windows without a decision of their own, by reason."""
         return {reason: getattr(self.counters, name) for name, reason in SKIPS.items()}
 
     @property
     def n_skipped(self) -> int:
-        """Windows without a decision of their own."""
+        """Return the number of windows without a decision of their own."""
         return sum(self.skips.values())
 
     def percentile(self, of: Measure, q: float) -> float:
@@ -236,7 +238,7 @@ class _Durations:
 
 
 class Monitor:
-    """Takes what a decoder's loop does, and hands it to viewers.
+    """Takes the decisions and states of a decoder's loop, and hands them to viewers.
 
     One thread writes: each call takes a few microseconds, allocates nothing that stays, and waits for nobody. Any thread reads:
     `snapshot` copies, and copies again if the loop wrote meanwhile (a seqlock: an odd version means a write is under way).
@@ -305,7 +307,7 @@ class Monitor:
             self._version += 1
 
     def received(self, newest: float) -> None:
-        """Take when the newest sample arrived, in seconds of the clock, after its chunk was decoded."""
+        """Take the time at which the newest sample arrived, in seconds of the clock, after its chunk was decoded."""
         self._version += 1
         try:
             if self._state in ("waiting", "silent", "reconnecting"):
@@ -316,7 +318,7 @@ class Monitor:
             self._version += 1
 
     def set_quality(self, state: ArrayLike, rms: ArrayLike, repaired: ArrayLike = False) -> None:
-        """Take how the channels are: see `ChannelQuality`."""
+        """Take the quality of the channels: see `ChannelQuality`."""
         self._version += 1
         try:
             self._quality_state[:] = state
@@ -326,7 +328,7 @@ class Monitor:
             self._version += 1
 
     def set_state(self, state: StreamState) -> None:
-        """Take what the stream is doing where neither samples nor decisions say it: "silent", "reconnecting", "stopped"."""
+        """Take the state of the stream where neither samples nor decisions tell it: "silent", "reconnecting", "stopped"."""
         self._state = state
 
     def happened(self, incident: Incident) -> None:
@@ -342,7 +344,7 @@ class Monitor:
             self._version += 1
 
     def snapshot(self) -> Snapshot:
-        """Return everything as it is now. Takes some 50 us, and never keeps the loop waiting."""
+        """Return a snapshot of everything that the monitor knows now. Takes some 50 us, and never keeps the loop waiting."""
         memory = resident_memory()
         while True:
             version = self._version

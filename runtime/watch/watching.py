@@ -1,4 +1,4 @@
-"""Keeps a monitor up to date with what a decoder does."""
+"""Keeps a monitor up to date with a decoder."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Reads, fits and filters EEG: recordings, montages, filters and interpolation, offline and live side by side."""
+"""Reads, fits and filters EEG: recordings, montages, filters and interpolation. Offline and live code stand side by side."""

@@ -172,7 +172,7 @@ def _sinc_taps(phases: FloatArray, half: int) -> FloatArray:
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmicDelay:
-    """By how much the filters delay a rhythm, in seconds.
+    """Says by how many seconds the filters delay a rhythm.
 
     Attributes
     ----------
@@ -201,7 +201,7 @@ def algorithmic_delay(sos: FloatArray, sfreq_in: float, ratio: Fraction) -> Algo
 
 
 class Preprocessor:
-    """Filter, rate, channels and reference of one stream for one model.
+    """Preprocesses one stream for one model: filter, rate, channels and reference.
 
     In this order: causal band-pass and low-pass, reduction of the rate, channels by a matrix (which interpolates), average
     reference. Every step gives the same bits for any chunks.

@@ -22,7 +22,7 @@ from sjepa_deploy.errors import StreamError, listed
 from sjepa_deploy.spec import ModelSpec
 
 BadChannels = Literal["flag", "repair", "stop"]
-"""What happens to channels that turn bad: they are named; also interpolated while they are bad; or they end the stream."""
+"""Says what happens to channels that turn bad: they are named; also interpolated while they are bad; or they end the stream."""
 
 FloatArray = NDArray[np.float64]
 
@@ -104,7 +104,7 @@ class Conditioner:
         self._started, self._plausible = False, not check_unit
 
     def pick(self, samples: NDArray[Any]) -> FloatArray:
-        """Return the channels that are used in the model's unit.
+        """Return the channels that are used, in the model's unit.
 
         Parameters
         ----------

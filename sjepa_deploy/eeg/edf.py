@@ -1,4 +1,4 @@
-"""Reads what MNE does not tell of EDF and BDF files: rates and units of single channels, and what their annotations say."""
+"""Reads EDF and BDF headers and annotations where MNE says too little: rates and units of single channels, times of records."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EVENTS = re.compile(rb"([+-]\d+(?:\.\d*)?)(?:\x15(\d+(?:\.\d*)?))?\x14((?:[^\x1
 
 @dataclass(frozen=True, kw_only=True)
 class EdfHeader:
-    """The header of an EDF or BDF file (Kemp and Olivan 2003, Clin. Neurophysiol. 114, 1755-1761).
+    """Holds the header of an EDF or BDF file (Kemp and Olivan 2003, Clin. Neurophysiol. 114, 1755-1761).
 
     Attributes
     ----------
@@ -49,7 +49,7 @@ class EdfHeader:
 
     @property
     def signals(self) -> tuple[int, ...]:
-        """Which of `labels` are signals, and not annotations."""
+        """Return the `labels` of signals, without those of annotations."""
         return tuple(i for i, label in enumerate(self.labels) if label not in _ANNOTATIONS)
 
     def sfreq(self, signal: int) -> float:
@@ -89,7 +89,7 @@ def read_edf_header(path: Path) -> EdfHeader:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EdfTimes:
-    """What the annotations of an EDF+ or BDF+ file say.
+    """Holds the times and events that the annotations of an EDF+ or BDF+ file state.
 
     Attributes
     ----------
@@ -104,7 +104,7 @@ class EdfTimes:
 
 
 def read_times(path: Path, header: EdfHeader) -> EdfTimes:
-    """Read when the records of an EDF+ or BDF+ file began, which the first annotation of each says, and its events.
+    """Read the start times of the records of an EDF+ or BDF+ file (the first annotation of each record), and the events.
 
     `mne.read_annotations` searches the samples too, in which annotations are found by chance.
 

@@ -1,4 +1,4 @@
-"""Reads windows that others have cut: MNE Epochs, and arrays of windows."""
+"""Reads windows that were cut before: MNE Epochs, and arrays of windows."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     import mne
 
 EPOCHS = ("-epo.fif", "_epo.fif", "-epo.fif.gz", "_epo.fif.gz")
-"""How files of MNE's Epochs end."""
+"""Files of MNE's Epochs have names that end in these."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CutWindows:
-    """Windows as a model expects them.
+    """Holds windows as a model expects them.
 
     Attributes
     ----------

@@ -12,7 +12,7 @@ from sjepa_deploy.spec import Unit
 
 @dataclass(frozen=True, kw_only=True)
 class StreamInfo:
-    """What a source says of its stream.
+    """Holds what a source says of its stream.
 
     Attributes
     ----------

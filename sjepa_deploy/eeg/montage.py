@@ -1,4 +1,4 @@
-"""Where the electrodes are: montages by name or from files. The two shipped ones need no MNE."""
+"""Reads montages, the positions of electrodes, by name or from files. The two shipped ones need no MNE."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _HEADER = "name\tx\ty\tz"
 
 @dataclass(frozen=True, kw_only=True)
 class Montage:
-    """Named electrodes and where they are.
+    """Holds the names and positions of electrodes.
 
     Attributes
     ----------
@@ -121,7 +121,7 @@ def fit_sphere(positions: ArrayLike) -> tuple[NDArray[np.float64], float]:
 
 
 def scalp_map(positions: ArrayLike) -> NDArray[np.float64]:
-    """Return where electrodes stand on a flat head seen from above, nose up: the azimuthal equidistant map of topographies.
+    """Return electrode positions on a flat head seen from above, nose up: the azimuthal equidistant map of topographies.
 
     Parameters
     ----------

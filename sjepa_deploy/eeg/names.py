@@ -21,7 +21,7 @@ _OTHER_KINDS = re.compile(
 
 
 def canonical(name: str) -> str:
-    """Return how channels are compared: in lower case, without prefix or reference, old names as new ones.
+    """Return the form in which names are compared: in lower case, without prefix or reference, old names as new ones.
 
     "EEG T3-REF", "POL T7", "T7-LE", "t7.." and "T3" all become "t7". A pair of electrodes, as "Fp1-F7", stays a pair.
     """
@@ -36,7 +36,7 @@ def says_other_than_eeg(name: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """Where the channels that were looked for are.
+    """Holds the places of the channels that were looked for.
 
     Attributes
     ----------

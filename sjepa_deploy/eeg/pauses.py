@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import mne
 
 PAUSE = "BAD boundary"
-"""What a pause is called among the annotations of a recording, as MNE calls it where it joins recordings."""
+"""A pause has this description among the annotations of a recording; MNE uses the same one where it joins recordings."""
 
 _SKIPPED = ("bad_acq_skip", "bad_disconnection")
 _CUTS = ("bad boundary", "edge boundary", "boundary", "new segment", "amplifier disconnected")
@@ -23,7 +23,7 @@ _CUTS = ("bad boundary", "edge boundary", "boundary", "new segment", "amplifier 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A stretch without a pause.
+    """Describes a stretch of a recording without a pause.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """What reading a recording has shown, kept with it in ``raw.info["temp"]``.
+    """Holds what reading a recording has shown; ``raw.info["temp"]`` keeps the object.
 
     Attributes
     ----------
@@ -91,7 +91,7 @@ def segments_of(raw: mne.io.BaseRaw) -> tuple[Segment, ...]:
 
 
 def time_of(seconds: NDArray[np.float64], segments: Sequence[Segment], sfreq: float) -> NDArray[np.float64]:
-    """Return the recording's own time of what lies `seconds` of samples after its first one, as annotations do."""
+    """Return the recording's own time of the point `seconds` of samples after the first sample, as annotations do."""
     starts = np.array([segment.start for segment in segments]) / sfreq
     which = np.maximum(number_of_segment(seconds, segments, sfreq), 0)
     own: NDArray[np.float64] = seconds + (np.array([segment.onset for segment in segments]) - starts)[which]
@@ -99,12 +99,12 @@ def time_of(seconds: NDArray[np.float64], segments: Sequence[Segment], sfreq: fl
 
 
 def number_of_segment(seconds: NDArray[np.float64], segments: Sequence[Segment], sfreq: float) -> NDArray[np.intp]:
-    """Return in which segment, or in the pause after which one, lies what is `seconds` of samples after the first one."""
+    """Return the number of the segment that holds the point `seconds` of samples after the first one, or precedes its pause."""
     return np.searchsorted(np.array([segment.start for segment in segments]) / sfreq, seconds + 1e-9, side="right") - 1
 
 
 def sample_time(own: NDArray[np.float64], segments: Sequence[Segment], sfreq: float) -> NDArray[np.float64]:
-    """Return the reverse of `time_of`. Of what lies in a pause, the place is the end of the segment before it."""
+    """Return the reverse of `time_of`. A time within a pause gives the end of the segment before the pause."""
     onset, start, stop = (np.array([getattr(segment, name) for segment in segments]) for name in ("onset", "start", "stop"))
     which = np.maximum(np.searchsorted(onset, own + 1e-9, side="right") - 1, 0)
     seconds: NDArray[np.float64] = np.minimum(start[which] / sfreq + own - onset[which], stop[which] / sfreq)

@@ -1,4 +1,4 @@
-"""Compares where a recording's electrodes are with where a model's are, and makes the channels that it lacks."""
+"""Compares the electrode positions of a recording and a model, and makes the channels that the recording lacks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _CAPS = ("biosemi128", "biosemi160", "biosemi256")
 
 
 def places_of(raw: mne.io.BaseRaw) -> tuple[dict[str, Position], str]:
-    """Return where the good EEG channels of a recording are, and how that is known.
+    """Return the positions of the good EEG channels of a recording, and how these positions are known.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Judges which channels of a stream carry no EEG just now."""
+"""Judges whether the channels of a stream carry EEG at present."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 class ChannelState(enum.IntEnum):
-    """What is wrong with a channel, if anything."""
+    """Names what is wrong with a channel, if anything."""
 
     OK = 0
     FLAT = 1
@@ -41,7 +41,7 @@ REASONS = {
     ChannelState.NOISY: "disconnected, or very noisy",
     ChannelState.NAN: "not finite",
 }
-"""What a channel may be, in words."""
+"""Names each state of a channel in words."""
 
 Codes = NDArray[np.int8]
 
@@ -79,7 +79,7 @@ class ChannelQuality:
 
     @property
     def room(self) -> int:
-        """Samples that the block still takes."""
+        """Return how many samples the block still takes."""
         return len(self._block) - self._filled
 
     def take(self, samples: NDArray[np.float64]) -> bool:

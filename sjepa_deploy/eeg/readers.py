@@ -77,7 +77,7 @@ def heard(notes: list[str]) -> Iterator[None]:
 
 
 def read_with_mne(path: Path, unit: Unit | None, notes: list[str]) -> mne.io.BaseRaw:
-    """Read the EEG channels of what is not EDF or BDF."""
+    """Read the EEG channels of a file that is neither EDF nor BDF."""
     raw = _read_raw(path, notes)
     if unit is not None:
         stated = _volts_stated(raw, path)
@@ -226,7 +226,10 @@ def _read_raw(path: Path, notes: list[str], **options: Any) -> mne.io.BaseRaw:
 
 
 _PACKAGES = {"MFF": "mffpy", "MATLAB 7.3": "pymatreader", "ANT": "antio"}
-"""What MNE imports to read a format. Without it, MNE's errors speak of a damaged file or of every reader that it has tried."""
+"""Names the package that MNE imports to read each format.
+
+Without the package, MNE's errors speak of a damaged file or of every reader that MNE has tried.
+"""
 
 
 def _kind(path: Path) -> str:
@@ -264,7 +267,7 @@ def _only_eeg(raw: mne.io.BaseRaw, path: Path) -> mne.io.BaseRaw:
 
 
 def _check_length(raw: mne.io.BaseRaw, promised: int, path: Path) -> None:
-    """Refuse what is shorter than its header announces: MNE reads it short."""
+    """Refuse a file that is shorter than its header announces: MNE would read the short file without an error."""
     if promised > raw.n_times:
         raise RecordingError(
             f"{path.name} is truncated: it holds {raw.n_times} of {promised} samples.", "Copy it again from its source."
@@ -272,7 +275,7 @@ def _check_length(raw: mne.io.BaseRaw, promised: int, path: Path) -> None:
 
 
 def _volts_stated(raw: mne.io.BaseRaw, path: Path) -> Callable[[str], float]:
-    """Return what one is in volts in the file for each channel, as MNE read it."""
+    """Return how many volts a value of 1 in the file is for each channel, as MNE read the file."""
     suffix = path.suffix.lower()
     if suffix == ".set":
         return lambda name: 1e-6  # EEGLAB's files are in microvolts, and do not say so

@@ -1,4 +1,4 @@
-"""Recordings of EEG: reads them from files, fits them to what a model expects, and cuts them into windows."""
+"""Reads recordings of EEG, fits them to what a model expects, and cuts them into windows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PLAUSIBLE_RMS = (1e-7, 1e-2)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FittedRecording:
-    """A recording as a model expects it.
+    """Holds a recording as a model expects it.
 
     Attributes
     ----------
@@ -400,7 +400,7 @@ def _band(spec: ModelSpec) -> str:
 
 
 def _filter_seconds(sfreq: float, spec: ModelSpec) -> float:
-    """Return how long the band-pass is; a shorter recording would be its edges alone."""
+    """Return the length of the band-pass in seconds; a shorter recording would hold only the filter's edges."""
     low, high = spec.preprocessing.l_freq, spec.preprocessing.h_freq
     if low is None and high is None:
         return 0.0
@@ -417,7 +417,7 @@ def _band_passed(volts: NDArray[np.float64], sfreq: float, spec: ModelSpec) -> N
 
 
 def _told_of(spec: ModelSpec, sfreq: float) -> list[str]:
-    """Return what filtering and resampling do, for people."""
+    """Return sentences that say what filtering and resampling do."""
     told_of = []
     if spec.preprocessing.l_freq is not None or spec.preprocessing.h_freq is not None:
         told_of.append(f"band-passed {_band(spec)}, zero-phase FIR")

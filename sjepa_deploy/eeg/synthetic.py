@@ -1,4 +1,4 @@
-"""Realistic EEG without a recording: 1/f noise that is shared between channels, an alpha rhythm, and what goes wrong."""
+"""Makes realistic EEG without a recording: 1/f noise that channels share, an alpha rhythm, and faults."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OFFSET_UV = 20_000.0
 """Electrode offset of an unfiltered DC-coupled amplifier in microvolts."""
 
 RAIL_UV = 400_000.0
-"""Where such an amplifier saturates, in microvolts."""
+"""Amplitude in microvolts at which such an amplifier saturates."""
 
 
 def eeg_windows(n_windows: int, n_chans: int, n_times: int, sfreq: float, rng: np.random.Generator) -> NDArray[np.float32]:
@@ -74,7 +74,7 @@ SOURCE_WIDTH, EVOKED_WIDTH = 0.5, 0.9
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlantedEEG:
-    """Synthetic EEG in which what there is to find is known.
+    """Holds synthetic EEG whose planted effects are known.
 
     Attributes
     ----------

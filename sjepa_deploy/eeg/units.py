@@ -22,7 +22,7 @@ def unit_named(text: str) -> Unit | None:
 
 
 def check_unit(unit: str, error: type[SjepaError] = RecordingError, where: str = "") -> None:
-    """Refuse what is not one of the units.
+    """Refuse a unit that is not known.
 
     Raises
     ------

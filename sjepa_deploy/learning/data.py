@@ -1,4 +1,4 @@
-"""Holds labelled windows of EEG, and splits them into what is trained, validated and tested on.
+"""Holds labelled windows of EEG, and splits them into training, validation and test parts.
 
 Windows are in microvolts and in memory. What was done to a recording is a `Preprocessing`, which goes into the checkpoint so
 that export and live decoding do the same. `sjepa_deploy.learning.loading` gets windows out of files.
@@ -25,7 +25,7 @@ Task = Literal["regression", "classification"]
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a window is labelled with.
+    """Says how a window is labelled.
 
     Attributes
     ----------
@@ -66,7 +66,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Synthetic:
-    """How much synthetic EEG there is (`sjepa_deploy.eeg.synthetic.planted_eeg`)."""
+    """Says how much synthetic EEG to make (`sjepa_deploy.eeg.synthetic.planted_eeg`)."""
 
     n_subjects: int = 10
     n_windows: int = 64
@@ -82,7 +82,7 @@ class Synthetic:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where windows come from, what they look like, and how they are split.
+    """Says where windows come from, what shape they have, and how they are split.
 
     Attributes
     ----------
@@ -159,18 +159,18 @@ class DataConfig:
 
     @property
     def renamed(self) -> dict[str, str]:
-        """New names by old ones."""
+        """Return new channel names by old ones."""
         return parse_rename(self.rename, DataError)
 
     @property
     def prepared(self) -> Preprocessing:
-        """What recordings go through."""
+        """Return the preprocessing that recordings go through."""
         return self.preprocessing or Preprocessing.default(self.sfreq)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Windows:
-    """Windows of EEG and all that is known of them.
+    """Holds windows of EEG and all that is known of them.
 
     Attributes
     ----------
@@ -208,7 +208,7 @@ class Windows:
 
     @property
     def model_fields(self) -> dict[str, Any]:
-        """The fields of `ModelSpec` that the data settle."""
+        """Return the fields of `ModelSpec` that the data settle."""
         return {
             "n_chans": self.eeg.shape[1],
             "n_times": self.eeg.shape[2],
@@ -221,7 +221,7 @@ class Windows:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Split:
-    """Indices of the windows of each part, and how they were divided."""
+    """Holds the indices of the windows of each part, and how the windows were divided."""
 
     train: NDArray[np.intp]
     val: NDArray[np.intp]

@@ -91,7 +91,7 @@ class FinetuneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneResult:
-    """Holds what fine-tuning gave.
+    """Holds the result of fine-tuning.
 
     Attributes
     ----------
@@ -153,7 +153,7 @@ class FinetuneModule(lightning.LightningModule):
 
     @property
     def frozen(self) -> bool:
-        """Whether only the new layers learn in the present epoch."""
+        """Return whether only the new layers learn in the present epoch."""
         return self.config.freeze_encoder or self.current_epoch < self.config.warmup_epochs
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -200,7 +200,7 @@ class FinetuneModule(lightning.LightningModule):
         return self.model.eval()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say what the model is: a checkpoint of this training exports as the model that it writes at its end does."""
+        """Store the model's description: a checkpoint of this training exports like the model written at the end."""
         checkpoint["hyper_parameters"] = {SPEC_KEY: encode(self.model.spec)}
 
 

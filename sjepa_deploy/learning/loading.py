@@ -1,4 +1,4 @@
-"""Windows out of recordings, BIDS folders, MNE Epochs, ``.npz`` files, or synthetic ones."""
+"""Loads windows from recordings, BIDS folders, MNE Epochs and ``.npz`` files, or makes synthetic windows."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def _marked_bad(raw: mne.io.BaseRaw, onset: NDArray[np.float64], length: float) 
 
 
 def _fitting_spec(info: mne.Info, config: DataConfig, first: Windows | None) -> ModelSpec:
-    """Return what recordings are fitted to. Its channels are the first recording's, the montage's, or those of `info`.
+    """Return the spec that recordings are fitted to. Its channels are the first recording's, the montage's, or those of `info`.
 
     Of `info`, those that are marked bad and those whose names say that they are no EEG ("EOG1") are left out.
     """

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 COMPILE: dict[str, Any] = {"dynamic": False, "mode": "reduce-overhead"}
-"""How a step is compiled: the arguments of `torch.compile`.
+"""Arguments of `torch.compile` for a training step.
 
 The kernels of these small networks end before the host has launched the next ones: CUDA graphs, which the mode brings, double the
 speed of the compiled step (benchmarks/results/training_speed_H100_2026-11-25.md). On a CPU the mode changes nothing.
@@ -140,7 +140,7 @@ class Fitted:
 
 
 class WindowDataset(Dataset[Batch]):
-    """Windows and targets by batches of indices: one gather a batch, no loop over its windows."""
+    """Returns windows and targets for a batch of indices: one gather a batch, no loop over the windows."""
 
     def __init__(self, windows: Windows, indices: NDArray[Any]) -> None:
         self.indices = torch.from_numpy(indices)
@@ -183,15 +183,15 @@ class WindowLoaders(lightning.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled, whole batches only."""
+        """Return the training windows, shuffled, in whole batches only."""
         return self._loader(self.split.train, train=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """In order."""
+        """Return the validation windows in order."""
         return self._loader(self.split.val)
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """All of the test windows, in order, on every process."""
+        """Return all test windows, in order, on every process."""
         return self._loader(self.split.test, whole=True)
 
 
@@ -211,7 +211,7 @@ class SeedEpochs(callbacks.Callback):
 
 
 class StopWhenNothingImproves(callbacks.EarlyStopping):
-    """Early stopping that a resumed run remembers: one that was stopped does not go on."""
+    """Stops a run early, and remembers the stop in a resumed run: a run that was stopped does not go on."""
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Stop a run that had been stopped before."""

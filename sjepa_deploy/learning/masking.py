@@ -50,12 +50,12 @@ class Masking:
 
     @property
     def contexts(self) -> int:
-        """Contexts per example."""
+        """Return the number of contexts per example."""
         return self.n_contexts or (1 if self.mode == "block" else 8)
 
     @property
     def targets(self) -> int:
-        """Targets per context."""
+        """Return the number of targets per context."""
         return self.n_targets or (1 if self.mode == "block" else 2)
 
 

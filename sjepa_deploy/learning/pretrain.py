@@ -81,7 +81,7 @@ class PretrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainResult:
-    """Holds what pretraining gave.
+    """Holds the result of pretraining.
 
     Attributes
     ----------
@@ -113,7 +113,7 @@ class PretrainResult:
 
 
 class JEPA(nn.Module):
-    """Context encoder, predictor and teacher around one base model.
+    """Joins context encoder, predictor and teacher around one base model.
 
     Parameters
     ----------
@@ -237,7 +237,7 @@ def _per_token(padding: Tensor | None, n_tokens: int) -> Tensor | None:
 
 
 class PretrainModule(lightning.LightningModule):
-    """`JEPA` as Lightning's loop wants it."""
+    """Trains a `JEPA` in Lightning's loop."""
 
     spread: Tensor
     val_l1: Tensor
@@ -258,7 +258,7 @@ class PretrainModule(lightning.LightningModule):
         compile_if_wanted(self.jepa, config.engine)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say what the base model is."""
+        """Store the description of the base model."""
         checkpoint["hyper_parameters"] = {SPEC_KEY: encode(self.jepa.base.spec)}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -276,7 +276,7 @@ class PretrainModule(lightning.LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let the teacher follow."""
+        """Move the teacher towards the context encoder."""
         c = self.config
         progress = min(1.0, self.global_step / c.ema_steps)
         self.jepa.follow(c.ema_start + (c.ema_end - c.ema_start) * progress)

@@ -85,7 +85,7 @@ ENCODER_ARGUMENTS = {
     "transformer__num_decoder_layers": "n_decoder_layers",
     "transformer__nhead": "n_heads",
 }
-"""Their names of the fields of `EncoderSpec`."""
+"""Braindecode's names of the fields of `EncoderSpec`."""
 
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "feature_encoder__mode": (None, "default"),

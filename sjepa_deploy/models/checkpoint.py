@@ -41,10 +41,10 @@ TRAINING_KEY = "sjepa_deploy_training"
 """Key of config.json that holds where the weights come from."""
 
 TARGET = ("target_mean", "target_std")
-"""What fine-tuning keeps beside a regression model, whose last layer gives standardised targets while it learns."""
+"""Fine-tuning keeps these keys beside a regression model, whose last layer gives standardised targets while it learns."""
 
 PRETRAINING = ("jepa.teacher", "spread", "val_l1", "val_l1_mean")
-"""What pretraining keeps beside the base model: the teacher, and figures of the last epoch."""
+"""Pretraining keeps these keys beside the base model: the teacher, and figures of the last epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Settles the sizes of a checkpoint's encoder: what the shapes of weights tell, what a configuration tells, what is assumed.
+"""Settles the sizes of a checkpoint's encoder from the shapes of weights, from a configuration, or by assumption.
 
 Shapes tell the layers and their sizes. They do not tell the strides of the convolutions, the attention heads, the scale of
 the time encoding, the activation, nor whether the position table is used with ``max_norm``: weights of another model load
@@ -28,7 +28,7 @@ FLAGS = {
     "sfreq_features": "--sfreq-features",
     "max_norm": "--max-norm",
 }
-"""What no shape tells and a user may."""
+"""Sizes that no shape tells; a user may state them."""
 
 
 @dataclass(frozen=True, kw_only=True)

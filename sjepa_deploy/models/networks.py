@@ -20,7 +20,7 @@ from sjepa_deploy.spec import EncoderSpec, ModelSpec, Position
 
 
 class FeatureEncoder(nn.Sequential):
-    """Convolutions over time that see every channel alone: (B, C, T) to (B, C * N, E)."""
+    """Convolves every channel alone over time: (B, C, T) to (B, C * N, E)."""
 
     def __init__(self, encoder: EncoderSpec) -> None:
         dims = [1, *(dim for dim, _, _ in encoder.conv_layers)]
@@ -40,7 +40,7 @@ class FeatureEncoder(nn.Sequential):
 
 
 class ChannelEmbedding(nn.Embedding):
-    """One learned vector a channel, initialised with the cosine encoding of its coordinates."""
+    """Holds one learned vector a channel, initialised with the cosine encoding of its coordinates."""
 
     def __init__(self, positions: tuple[Position, ...], dim: int) -> None:
         self.positions = positions
@@ -53,7 +53,7 @@ class ChannelEmbedding(nn.Embedding):
 
 
 class PositionEncoder(nn.Module):
-    """Position encoding of the tokens: spatial part learned, temporal part fixed."""
+    """Encodes the positions of the tokens: the spatial part is learned, the temporal part fixed."""
 
     encoding_time: Tensor
 
@@ -96,7 +96,7 @@ def encode_time(n_tokens: int, dim: int, max_n_tokens: int) -> Tensor:
 
 
 class SpatialHead(nn.Module):
-    """Spatial filters over the channels of the tokens, then one linear layer: (B, C * N, E) to (B, O)."""
+    """Applies spatial filters over the channels of the tokens, then one linear layer: (B, C * N, E) to (B, O)."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def head_size(spec: ModelSpec) -> int:
 
 
 class SpatialConv(nn.Sequential):
-    """Spatial filters on the signals: (B, C, T) to (B, V, T)."""
+    """Applies spatial filters to the signals: (B, C, T) to (B, V, T)."""
 
     def __init__(self, spec: ModelSpec) -> None:
         conv = nn.Conv2d(1, spec.n_spat_filters, (spec.n_chans, 1))
@@ -165,7 +165,7 @@ class SignalJEPAWithTransformer(SignalJEPAModule):
 
 
 class SignalJEPA(SignalJEPAWithTransformer):
-    """The base model: (B, C, T) to features (B, C * N, E)."""
+    """Computes the base model: (B, C, T) to features (B, C * N, E)."""
 
     def forward(self, eeg: Tensor) -> Tensor:
         """Return the contextual features, shape (B, C * N, E)."""
@@ -173,7 +173,7 @@ class SignalJEPA(SignalJEPAWithTransformer):
 
 
 class SignalJEPA_Contextual(SignalJEPAWithTransformer):
-    """Whole encoder, then spatial filters and a linear layer: (B, C, T) to (B, O)."""
+    """Applies the whole encoder, then spatial filters and a linear layer: (B, C, T) to (B, O)."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)
@@ -181,7 +181,7 @@ class SignalJEPA_Contextual(SignalJEPAWithTransformer):
 
     @property
     def spatial_filter(self) -> nn.Conv3d:
-        """The spatial filters, weight of shape (V, 1, C, 1, 1)."""
+        """Return the spatial filters, weight of shape (V, 1, C, 1, 1)."""
         return self.final_layer.spat_conv
 
     def forward(self, eeg: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class SignalJEPA_Contextual(SignalJEPAWithTransformer):
 
 
 class SignalJEPA_PostLocal(SignalJEPAModule):
-    """Feature encoder, then spatial filters and a linear layer: (B, C, T) to (B, O)."""
+    """Applies the feature encoder, then spatial filters and a linear layer: (B, C, T) to (B, O)."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)
@@ -198,7 +198,7 @@ class SignalJEPA_PostLocal(SignalJEPAModule):
 
     @property
     def spatial_filter(self) -> nn.Conv3d:
-        """The spatial filters, weight of shape (V, 1, C, 1, 1)."""
+        """Return the spatial filters, weight of shape (V, 1, C, 1, 1)."""
         return self.final_layer.spat_conv
 
     def forward(self, eeg: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class SignalJEPA_PostLocal(SignalJEPAModule):
 
 
 class SignalJEPA_PreLocal(SignalJEPAModule):
-    """Spatial filters on the signals, then feature encoder and a linear layer: (B, C, T) to (B, O)."""
+    """Applies spatial filters to the signals, then the feature encoder and a linear layer: (B, C, T) to (B, O)."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)

@@ -1,4 +1,4 @@
-"""Moves weights of a pretrained base model into a variant, and reports what became of each.
+"""Moves weights of a pretrained base model into a variant, and reports what became of each weight.
 
 ==================== ============================ ========== ==========
 part                 PreLocal                     PostLocal  Contextual
@@ -91,7 +91,7 @@ class TransferReport:
 def transfer(
     base: Checkpoint, spec: ModelSpec, *, seed: int = 0, encoder_to_prelocal: bool = False, accept_sfreq: bool = False
 ) -> tuple[SignalJEPAModule, TransferReport]:
-    """Build the model of `spec` with what it takes from a base model.
+    """Build the model of `spec` with the weights that it takes from a base model.
 
     Parameters
     ----------
@@ -183,7 +183,7 @@ def base_encoder(base: Checkpoint, asked: EncoderSpec | None = None) -> tuple[En
 
 
 def _compare_inputs(base: Checkpoint, spec: ModelSpec, accept_sfreq: bool) -> tuple[str, ...]:
-    """Refuse what the weights cannot mean, and return what else differs."""
+    """Refuse inputs that the weights were not trained for, and return the other differences."""
     known: dict[str, Any] = base.known
     notes = []
     if known.get("unit", spec.unit) != spec.unit:

@@ -29,12 +29,12 @@ PARTS = ("feature_encoder", "pos_encoder", "transformer", "spatial_conv", "final
 """The modules of a SignalJEPA model."""
 
 WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
-"""What torch.compile, FSDP, activation checkpointing and DDP add to the keys of a part that they wrap."""
+"""Prefixes that torch.compile, FSDP, activation checkpointing and DDP add to the keys of a part that they wrap."""
 
 STATE_DICTS = ("state_dict", "model_state_dict", "model")
 
 DAMAGED = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, AssertionError, struct.error)
-"""What ``torch.load`` raises on files that are cut, altered or something else altogether."""
+"""Errors that ``torch.load`` raises on files that are cut, altered or of another kind."""
 
 
 @dataclass(frozen=True, kw_only=True)

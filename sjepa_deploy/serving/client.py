@@ -146,7 +146,7 @@ class Client(Backend):
 
     @property
     def spec(self) -> ModelSpec:
-        """The model's contract."""
+        """Return the model's contract."""
         return self.manifest.spec
 
     def run(self, eeg: FloatArray) -> FloatArray:

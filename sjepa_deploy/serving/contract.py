@@ -1,4 +1,4 @@
-"""Defines what a served model says of itself, so that a client checks the montage before it sends a window."""
+"""Defines the description that a served model gives of itself: a client checks the montage before it sends a window."""
 
 from __future__ import annotations
 
@@ -79,5 +79,5 @@ class Contract:
 
 
 def contract_id(spec: ModelSpec, unit: Unit) -> str:
-    """Return what identifies the meaning of a window and of its output: a hash of the spec and of the unit that is sent."""
+    """Return the identity of the meaning of a window and of its output: a hash of the spec and of the unit that is sent."""
     return bytes_hash(canonical_json([spec, unit]).encode())[:32]

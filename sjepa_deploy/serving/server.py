@@ -25,7 +25,7 @@ from typing import Any
 from sjepa_deploy.errors import MissingDependencyError, ServingError
 
 INSTALL = "pip install --no-deps nvidia-pytriton==0.7.0"
-"""Installs Triton where there is none: --no-deps, since only its server is used, and its Python half asks for NumPy 1."""
+"""Command that installs Triton: --no-deps, since only the server is used, and its Python half asks for NumPy 1."""
 
 START_TIMEOUT = 120.0
 
@@ -81,7 +81,7 @@ def find_server(program: Path | None = None) -> Installation:
 
 
 class Server:
-    """Runs a Triton server on this machine for one model repository; a context manager.
+    """Runs a Triton server on this machine for one model repository, as a context manager.
 
     The server listens on `host` alone and ends with the process that started it. Models are loaded as they are at the start;
     `load` takes a new version over without losing a request.
@@ -136,7 +136,7 @@ class Server:
 
     @property
     def endpoints(self) -> dict[str, str]:
-        """Addresses on which the server listens."""
+        """Return the addresses on which the server listens."""
         return {
             "grpc": f"{self.host}:{self.grpc_port}",
             "http": f"http://{self.host}:{self.http_port}",

@@ -62,7 +62,7 @@ class Region:
 
 
 class SharedWindows:
-    """The regions of one client, made when a batch size is first met.
+    """Keeps the regions of one client, each made when its batch size is first met.
 
     After a request without an answer the server may still write into its region. Such a region is never used again: an output
     that arrives late must not be taken for that of a later window. The server keeps it until `REST_S` later.
