@@ -26,8 +26,11 @@ from sjepa_deploy.spec import ModelSpec, RunPrecision
 NonFinite = Literal["refuse", "pass"]
 
 SMALLEST_RMS_V = 1e-7
-"""Root mean square below which a window is no EEG in the unit of the spec: amplifiers alone make 0.3 uV, and volts taken for
-microvolts give values a million times too small (20 mV electrode offsets in volts are 0.02)."""
+"""Root mean square below which a window is no EEG in the unit of the spec.
+
+Amplifiers alone make 0.3 uV, and volts taken for microvolts give values a million times too small (20 mV electrode offsets
+in volts are 0.02).
+"""
 
 LARGEST_RMS_V = 1.0
 """Root mean square that no amplifier exceeds."""
@@ -279,7 +282,7 @@ def load(
     bundle : Bundle, Path or str
         A bundle, or the folder of one, which is verified on opening.
     backend : str
-        Name of a backend, see `sjepa_deploy.runtime.backend.BACKENDS`. It loads or this fails: nothing falls back.
+        Name of a backend, see `sjepa_deploy.runtime.backend.BACKENDS`. This backend loads or the call fails: nothing falls back.
     precision : {"fp32", "tf32", "fp16", "bf16"} or None
         What to compute in; None takes the bundle's first graph.
     n_threads : int or None

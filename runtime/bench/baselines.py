@@ -1,7 +1,7 @@
 """Runs the alternatives to this toolkit: PyTorch eager, compiled and as a CUDA graph, and braindecode's module.
 
-These baselines are backends to be measured beside the toolkit's own. They run the checkpoint in the bundle with PyTorch's
-defaults, the fast path of its transformer included. Importing this module never imports PyTorch.
+These baselines are backends to be measured beside the toolkit's own. The baselines run the checkpoint in the bundle with
+PyTorch's defaults, the fast path of its transformer included. Importing this module never imports PyTorch.
 """
 
 from __future__ import annotations

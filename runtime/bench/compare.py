@@ -17,9 +17,11 @@ from sjepa_deploy.runtime.bench.words import why_noisy, why_partial
 from sjepa_deploy.spec import RUN_PRECISIONS
 
 SMALLEST_CLAIM = 0.05
-"""Two runs of the same thing on one machine differ by up to this in what blocks of one run cannot show: where memory came to lie,
-when the threads started, the speed of the cores (benchmarks/results/bench_checks_2-core-cpu_2026-11-25). Changes are claimed only
-if their whole interval lies beyond it."""
+"""Relative change by which two runs of the same thing on one machine differ at most.
+
+The blocks of one run cannot show the reasons: where memory came to lie, when the threads started, the speed of the cores
+(benchmarks/results/bench_checks_2-core-cpu_2026-11-25). A change is claimed only if its whole interval lies beyond this value.
+"""
 
 Verdict = Literal["slower", "faster", "no change shown", "not held any more", "held now", "wrong now", "too few blocks"]
 
@@ -39,7 +41,7 @@ class Change:
     change : Estimate or None
         Relative change of the median, 0.1 for 10 % slower, with its interval.
     change_p99 : Estimate or None
-        The same for p99, where both have one. It takes no part in the verdict.
+        The same for p99, where both have a p99. The p99 takes no part in the verdict.
     """
 
     key: CellKey
@@ -202,9 +204,9 @@ def regressions(comparison: Comparison, above: float) -> tuple[Change, ...]:
 def recommend(report: BenchReport) -> tuple[Recommendation, ...]:
     """Return the backend to use for each bundle: the fastest of those that are right.
 
-    They are compared at the highest paced rate that one of them holds, or else back to back, by their p99 (by their median, where
-    one of them has too few samples for a p99). Among those whose intervals overlap the fastest one's, float32 comes first, and
-    backends of this toolkit before others.
+    The backends are compared at the highest paced rate that one of them holds, or else back to back. The comparison is by their
+    p99, or by their median where one of them has too few samples for a p99. Among the backends whose intervals overlap the
+    fastest one's, float32 comes first, and backends of this toolkit before others.
     """
     found = []
     for fact in report.bundles:

@@ -43,8 +43,8 @@ def with_decision_ages(report: BenchReport, specs: Mapping[str, ModelSpec]) -> B
 def decision_ages(report: BenchReport, specs: Mapping[str, ModelSpec]) -> tuple[DecisionAge, ...]:
     """Return the ages of decisions of the recommended backends, with the windows of their bundles and the shortest ones.
 
-    Inference takes the p99 of the slowest rate at which the backend was paced, back to back where it was not; the hop is the
-    time between two windows at that rate.
+    Inference takes the p99 of the slowest rate at which the backend was paced, or the p99 back to back where the backend was not
+    paced. The hop is the time between two windows at that rate.
 
     Parameters
     ----------

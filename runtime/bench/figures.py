@@ -129,8 +129,8 @@ _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 def page_svg(svg: bytes, title: str, description: str) -> str:
     """Return matplotlib's `svg` as an element of an HTML page.
 
-    Colours become those of the page, text takes its font, coordinates keep one digit, identifiers that nothing refers to go
-    and the others become unique, and `title` and `description` are what screen readers say.
+    Colours become those of the page, text takes the page's font, and coordinates keep one digit. Identifiers that nothing refers
+    to go, and the other identifiers become unique. Screen readers say `title` and `description`.
     """
     root = ElementTree.fromstring(svg)
     text = svg.decode()

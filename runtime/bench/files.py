@@ -34,7 +34,7 @@ from sjepa_deploy.serialize import DecodeError, decode
 def write_report(report: BenchReport, samples: Samples, path: Path) -> BenchReport:
     """Write `report` to `path`, a ``.json``, and its samples beside it. Returns it with the name of their file.
 
-    What is there is replaced whole or not at all.
+    Files that are there are replaced whole or not at all.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def load_report(path: Path) -> BenchReport:
 
 
 def _from_version_1(data: dict[str, Any]) -> dict[str, Any]:
-    """Return a report of schema version 1 in today's form. What is not of its version's form is left for `decode` to refuse.
+    """Return a report of schema version 1 in today's form. `decode` refuses what is not of its version's form.
 
     Its sentences stay as they are; lists that it wrote as text, "1.2 and 1.3", become lists.
     """

@@ -44,10 +44,10 @@ MAX_BACKLOG_WINDOWS = 20
 
 
 def warm_up(call: Call, windows: Sequence[FloatArray], clock: Clock, seconds: float = 3.0) -> bool:
-    """Call until latencies neither fall nor rise, for at most `seconds`. Returns whether that was reached.
+    """Call until latencies neither fall nor rise, for at most `seconds`. Returns whether latencies became stable.
 
-    Stable means: over the last ten groups of calls, the medians of groups show no trend (Mann-Kendall), and those of the five
-    newer groups are within 5 % of those of the five older ones.
+    Latencies are stable if two conditions hold over the last ten groups of calls. The medians of the groups show no trend
+    (Mann-Kendall). The medians of the five newer groups are within 5 % of those of the five older groups.
     """
     feed = itertools.cycle(windows)
     end = clock.now() + seconds

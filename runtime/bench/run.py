@@ -305,7 +305,7 @@ class Run:
         return judge(self.canary.us, now.others_since(self.cpu_before), now.stolen_since(self.cpu_before), cells)
 
     def close(self) -> None:
-        """Release every backend. What cannot be released is reported: it loses no figures."""
+        """Release every backend. A backend that cannot be released is reported: the run loses no figures."""
         self.left_out += filter(None, map(close_contender, self.contenders))
 
 

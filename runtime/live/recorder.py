@@ -355,7 +355,7 @@ class Record:
     n_held : int
         Windows answered by the last decision.
     n_cut_off : int
-        Decisions at the end whose samples a kill kept from the file. They are not among `decisions`.
+        Decisions at the end whose samples a kill kept from the file. These are not among `decisions`.
     incidents : list of Incident
         What happened.
     """

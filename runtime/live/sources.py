@@ -70,7 +70,7 @@ class Incident:
 
 
 class Source(Protocol):
-    """Gives the samples of one stream. One thread reads it; any thread may append to `incidents`.
+    """Gives the samples of one stream. One thread reads the source; any thread may append to `incidents`.
 
     Attributes
     ----------

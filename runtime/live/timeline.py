@@ -22,8 +22,10 @@ CONFIRM_S = 0.2
 """Seconds that a small delay must last before it is a loss, at least twice `max_jitter`: a held-up sender has caught up then."""
 
 REGULAR = 0.05
-"""Share of a period that a step of regular stamps may be off a whole number of periods: stamps that a device counts are off by
-their rounding, those that software takes on arrival by far more."""
+"""Share of a period that a step of regular stamps may be off a whole number of periods.
+
+Stamps that a device counts are off by their rounding; stamps that software takes on arrival are off by far more.
+"""
 
 REGULAR_S = 0.5
 """Seconds of regular steps after which stamps count as regular."""

@@ -50,10 +50,10 @@ N_REPEATED = 256
 """Decisions that every state repeats, so that a client may miss some states."""
 
 MAX_STREAMS = 16
-"""Pages at a time. One more takes the place of the one that has been open the longest."""
+"""Pages at a time. One more page takes the place of the page that has been open the longest."""
 
 MAX_STRANGERS = 32
-"""Connections at a time that have sent no request which was let in. One more takes the place of another one."""
+"""Connections at a time that have sent no request which was let in. One more connection takes the place of another."""
 
 MAX_CONNECTIONS = 128
 """Connections at a time."""

@@ -30,7 +30,7 @@ come; the source is lost; the end."""
 
 _RENARD = (1.0, 1.25, 1.6, 2.0, 2.5, 3.15, 4.0, 5.0, 6.3, 8.0)  # ISO 3's R10: equal steps on a log axis, in round numbers
 TIME_EDGES: tuple[float, ...] = (*(round(step * 10.0**decade, 9) for decade in range(-5, 1) for step in _RENARD), 10.0)
-"""Upper edges of the bins of ages and latencies in seconds, 10 us to 10 s, ten a decade. One more bin holds what is later."""
+"""Upper edges of the bins of ages and latencies in seconds, 10 us to 10 s, ten a decade. One more bin holds later values."""
 
 SAMPLES_FOR_P99 = 100
 """A 99th percentile of fewer values than this would be their largest, and is not given."""

@@ -112,8 +112,8 @@ class CausalFilter:
 class RateReducer:
     """Reduces the rate: takes every n-th sample or, where the ratio is no integer, interpolates by a windowed sinc.
 
-    Output sample k comes out with input sample k / ratio, rounded down. It is the signal at that point; where it is interpolated,
-    `HALF_TAPS` input samples before that point.
+    Output sample k comes out with input sample k / ratio, rounded down. The sample is the signal at that point; where it is
+    interpolated, `HALF_TAPS` input samples before that point.
 
     Parameters
     ----------

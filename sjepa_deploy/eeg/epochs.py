@@ -90,7 +90,7 @@ def epochs_at(
 
 
 def read_windows(path: Path, spec: ModelSpec, *, unit: Unit | None = None, tmin: float | None = None) -> CutWindows:
-    """Read windows for a model. They were filtered before they were cut: nothing is filtered here.
+    """Read windows for a model. The windows were filtered before they were cut: nothing is filtered here.
 
     Parameters
     ----------

@@ -135,7 +135,7 @@ def match_channels(
     columns : ndarray of int
         Which columns of the stream are used.
     ch_names : tuple of str
-        Their names. One that is written in another way than in the model has the model's.
+        Their names. A name that is written in another way than in the model becomes the model's.
     missing : tuple of str
         Channels of the model that are not among them.
 

@@ -65,8 +65,8 @@ def segments_of(raw: mne.io.BaseRaw) -> tuple[Segment, ...]:
 
     A pause is a cut (MNE's "BAD boundary" and "EDGE boundary", EEGLAB's "boundary", BrainVision's "New Segment", ANT's "Amplifier
     disconnected"), or a stretch of samples that were not recorded (MNE's "BAD_ACQ_SKIP", and "BAD_disconnection" of ANT's files).
-    The recording's time is that of its samples, in which the events of these files are given too; where a file tells how long a
-    pause lasted (EDF+D), time goes on after it.
+    The recording's time is that of its samples; the events of these files are given in this time too. Where a file tells how long
+    a pause lasted (EDF+D), time goes on after the pause.
     """
     sfreq, n_times = raw.info["sfreq"], raw.n_times
     cuts: set[int] = set()

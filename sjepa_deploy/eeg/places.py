@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 OTHER_ELECTRODES_DEG = 10.0
 """Median difference from which on electrodes of the same names are others: see `difference_of_places`.
 
-Of the same electrodes it is at most 5 degrees (MNE's templates beside each other and beside three recordings), of the names that
-BioSemi's caps of 128 and 160 electrodes share 17, and of those that EGI's nets of 128 and 256 share 25 degrees or more.
+Of the same electrodes the difference is at most 5 degrees (MNE's templates beside each other and beside three recordings). Of
+the names that BioSemi's caps of 128 and 160 electrodes share, the difference is 17 degrees or more; of the names that EGI's nets
+of 128 and 256 share, the difference is 25 degrees or more.
 """
 
 HEAD_RADIUS = 0.09
@@ -37,9 +38,10 @@ def places_of(raw: mne.io.BaseRaw) -> tuple[dict[str, Position], str]:
     Returns
     -------
     places : dict of str to (float, float, float)
-        In metres, of those that have a place: as the recording says; or where it says nothing, by their names in the 10-05 system
-        or in the net or cap that has these names. A system counts if at least half of the channels are named in it, a net or
-        cap if the recording has nearly all of its names too: a letter and a number mean other electrodes in each.
+        In metres, of the channels that have a place. The recording states the places; where the recording states none, the names
+        give them, in the 10-05 system or in the net or cap that has these names. A system counts if at least half of the channels
+        are named in the system. A net or cap counts if the recording has nearly all of its names too: a letter and a number mean
+        other electrodes in each net or cap.
     source : str
         "" if the recording says it, else the name of the montage.
     """

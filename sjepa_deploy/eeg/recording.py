@@ -126,7 +126,8 @@ def read_recording(
     sfreq : float or None
         Sampling rate in Hz. Needed for .npy; elsewhere it must be the file's own.
     unit : {"uV", "mV", "V"} or None
-        Unit of the samples. Needed for .npy and for files that state none. What a file states gives way to it, with a note.
+        Unit of the samples. Needed for .npy and for files that state none. A unit that the file states gives way to it, with a
+        note.
     ch_names : sequence of str or None
         Names of the channels of .npy files and of XDF streams without labels. Other files carry names, and ignore these.
     row_names : sequence of str or None
@@ -185,13 +186,13 @@ def fit_recording(raw: mne.io.BaseRaw, spec: ModelSpec, *, interpolate: float = 
     Parameters
     ----------
     raw : mne.io.BaseRaw
-        The recording in volts, as `read_recording` returns it. It is left as it is.
+        The recording in volts, as `read_recording` returns it. The recording is left as it is.
     spec : ModelSpec
         The model.
     interpolate : float
         Largest share of the model's channels, 0 to 1, that is made by spherical splines (Perrin et al. 1989) from all good EEG
         channels. The recording's positions and the model's are each taken about the centre of their best sphere, since montages
-        come in frames whose origins lie centimetres apart; the tilt of these frames (up to 6 degrees between MNE's templates and
+        come in frames whose origins lie centimetres apart. The tilt of these frames (up to 6 degrees between MNE's templates and
         its head frame) remains. A recording without positions takes those of the 10-05 system, or of its net, by name.
     check_unit : bool
         Whether amplitudes that no EEG has are refused.

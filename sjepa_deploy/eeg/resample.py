@@ -53,10 +53,10 @@ def resampled_n_times(n_times: int, sfreq_in: float, sfreq_out: float) -> int:
 def resample(data: NDArray[np.float64], sfreq_in: float, sfreq_out: float) -> NDArray[np.float64]:
     """Return a signal at the times k / `sfreq_out`, k = 0, 1, ...
 
-    Each sample is a sum of the samples around it, weighted by a sinc in a Kaiser window that is centred on its very time. So no
-    sample depends on the length of the signal, nor on what lies further away than the window (0.64 s at 100 Hz); rates need
-    not have a ratio of integers. The sinc cuts off between `PASS` and all of the lower Nyquist frequency. Its weights sum to
-    one: offsets pass as they are. Ends are continued by point reflection, as MNE does.
+    Each sample is a sum of the samples around it, weighted by a sinc in a Kaiser window that is centred on the sample's very
+    time. So no sample depends on the length of the signal, nor on samples further away than the window (0.64 s at 100 Hz). The
+    rates need not have a ratio of integers. The sinc cuts off between `PASS` and all of the lower Nyquist frequency. The weights
+    sum to one: offsets pass as they are. Ends are continued by point reflection, as MNE does.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
 """Holds labelled windows of EEG, and splits them into training, validation and test parts.
 
-Windows are in microvolts and in memory. What was done to a recording is a `Preprocessing`, which goes into the checkpoint so
+Windows are in microvolts and in memory. The steps done to a recording are a `Preprocessing`, which goes into the checkpoint so
 that export and live decoding do the same. `sjepa_deploy.learning.loading` gets windows out of files.
 """
 

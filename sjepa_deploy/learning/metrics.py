@@ -54,7 +54,7 @@ def balanced_accuracy(targets: Array, probabilities: Array) -> float:
 def auc(targets: Array, probabilities: Array) -> float:
     """Return the area under the ROC curve, for more than two classes the mean of one against the rest.
 
-    It is the probability that a window of the class ranks above one of another; ties count one half.
+    The area is the probability that a window of the class ranks above one of another; ties count one half.
     """
     classes = [1] if probabilities.shape[1] == 2 else [c for c in range(probabilities.shape[1]) if (targets == c).any()]
     areas = []

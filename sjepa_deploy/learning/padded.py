@@ -21,7 +21,7 @@ ALIGNMENT = 8
 def encoder_layer(layer: nn.TransformerEncoderLayer, tokens: Tensor, padding: Tensor) -> Tensor:
     """Return ``layer(tokens, src_key_padding_mask=padding)`` for tokens (B, L, E) and padding (B, L), bool.
 
-    What stands at padded places is arbitrary, but finite.
+    The values at padded places are arbitrary, but finite.
     """
     assert not layer.norm_first
     tokens = layer.norm1(tokens + layer.dropout1(attend(layer.self_attn, tokens, tokens, padding)))

@@ -1,7 +1,8 @@
 """Pretrains the base model as a JEPA on unlabelled EEG (Guetschel, Moreau, Tangermann 2024).
 
-A context encoder sees the visible channels, a predictor guesses from it the embeddings of the hidden ones, which a slowly
-following copy of the encoder (the teacher) made from all channels. The local encoder and the positions are shared.
+A context encoder sees the visible channels, and a predictor guesses the embeddings of the hidden channels from its output. The
+teacher, a slowly following copy of the encoder, made these embeddings from all channels. The local encoder and the positions are
+shared.
 
 The paper leaves learning rate and EMA open; the defaults are those of its author's later code: AdamW 1e-3, weight decay 0.01,
 EMA from 0.999 to 0.9999, linear over 75,000 steps.

@@ -142,7 +142,7 @@ def told_by_braindecode(config: dict[str, Any], variant: Variant, place: str) ->
     Parameters
     ----------
     config : dict of str to object
-        The arguments. One that is missing tells nothing.
+        The arguments. A missing argument tells nothing.
     variant : {"prelocal", "postlocal", "contextual", "base"}
         The model.
     place : str

@@ -1,8 +1,8 @@
 """Settles the sizes of a checkpoint's encoder from the shapes of weights, from a configuration, or by assumption.
 
-Shapes tell the layers and their sizes. They do not tell the strides of the convolutions, the attention heads, the scale of
-the time encoding, the activation, nor whether the position table is used with ``max_norm``: weights of another model load
-without an error then, and give other predictions. Where nothing tells, the value of the published models is assumed and named.
+Shapes tell the layers and their sizes. The shapes do not tell the strides of the convolutions, the attention heads, the scale of
+the time encoding, the activation, nor whether the position table is used with ``max_norm``. Weights of another model therefore
+load without an error, and give other predictions. Where nothing tells, the value of the published models is assumed and named.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def plan_batching(
 ) -> Batching:
     """Return the batching with which a request that is accepted is answered within `deadline`.
 
-    A request may find a run going on, and then takes part in the next one: two runs must fit. It waits for others only as
-    long as that pays: `LARGEST_WAIT` of the deadline times the share of computing that a full batch saves.
+    A request may find a run going on, and then takes part in the next one: two runs must fit. The request waits for others only
+    as long as that pays: `LARGEST_WAIT` of the deadline times the share of computing that a full batch saves.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
 """Runs bundles inside Triton's Python backend. The ``model.py`` of a repository imports its classes from here.
 
-Tensors cross to and from Triton by DLPack and not as NumPy arrays: the backend of a server is compiled against one major version
+Tensors cross to and from Triton by DLPack and not as NumPy arrays. The backend of a server is compiled against one major version
 of NumPy (that in nvidia-pytriton 0.7 against 1), and gives empty outputs with the other.
 """
 
@@ -116,7 +116,7 @@ class TritonPythonModel:
 class WindowPreparation(TritonPythonModel):
     """Makes the windows that the graph takes from windows in the contract's unit and any reference: an ensemble's first step.
 
-    It checks them too, since Triton's own backends take NaN and volts without a word.
+    The step checks the windows too, since Triton's own backends take NaN and volts without a word.
     """
 
     def _open(self, options: BackendOptions) -> None:

@@ -199,7 +199,7 @@ class Server:
         Raises
         ------
         ServingError
-            If it does not load. What was loaded before stays.
+            If it does not load. The version that was loaded before stays.
         """
         self._control(name, "load")
 
