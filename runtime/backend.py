@@ -86,7 +86,7 @@ class Split:
     host_us : float
         The call less what the GPU took.
     overhead_us : float
-        What the events add to a call.
+        Time that the events add to a call.
     how : str
         In which mode the call was split, e.g. "stream, copies" where the measured calls replay a graph.
     """
@@ -114,11 +114,11 @@ class Backend(ABC):
     name : str
         Name in the table of backends.
     precision : {"fp32", "tf32", "fp16", "bf16"}
-        What the backend computes in.
+        Precision in which the backend computes.
     engine : {"cached", "built"} or None
         Whether opening the backend reads an engine that was built before, or builds one. None: it has no engine.
     build_seconds : float or None
-        How long the cached engine took to build.
+        Seconds that the cached engine took to build.
     """
 
     name: str
@@ -170,7 +170,7 @@ class Backend(ABC):
         """Set what the backend needs for the whole process, e.g. a library's number of threads, before a series of calls."""
 
     def split(self, eeg: FloatArray, n: int) -> Split | None:
-        """Return where the time of `n` calls on `eeg` goes, or None if the backend cannot tell."""
+        """Return the split of the time of `n` calls on `eeg`, or None if the backend cannot tell."""
         return None
 
     def close(self) -> None:  # noqa: B027 as above
@@ -220,7 +220,7 @@ class ClosedBackend(RollingBackend):
     Parameters
     ----------
     closed : Backend
-        What was closed.
+        Backend that was closed.
     """
 
     def __init__(self, closed: Backend) -> None:
@@ -252,7 +252,7 @@ class Turn:
     forks : bool
         Whether a forked child may go on to call the backend.
     keeps : object
-        What a forked child must never free, because that would wait for threads that it does not have.
+        Object that a forked child must never free, because that would wait for threads that it does not have.
     """
 
     def __init__(self, *, forks: bool = True, keeps: object = None) -> None:
@@ -333,13 +333,13 @@ class BackendEntry:
     target : str
         "module:Class", imported when the backend is asked for.
     package : str
-        What must be importable.
+        Package that must be importable.
     extra : str
         Extra of sjepa-deploy that installs it.
     probe : str
         "module:function" that raises what keeps the backend from running on this machine, whatever the bundle.
     depends_on : tuple of str
-        What its speed depends on: names of packages, "processor", "cores", "gpu", "driver".
+        Facts that the backend's speed depends on: names of packages, "processor", "cores", "gpu", "driver".
         `sjepa_deploy.runtime.backends.fastest` compares them.
     persistent : bool
         Whether it knows `BackendOptions.persistent`.
@@ -452,11 +452,11 @@ def open_backend(
     Parameters
     ----------
     bundle : Bundle
-        What to run.
+        Bundle to run.
     name : str
         Name in the table of backends, or the address of a server.
     precision : {"fp32", "tf32", "fp16", "bf16"}
-        What to compute in.
+        Precision to compute in.
     options : BackendOptions or None
         Threads, GPU, memory and waiting. None: the defaults.
     among : dict of str to BackendEntry

@@ -44,9 +44,9 @@ class Predictor:
     Parameters
     ----------
     bundle : Bundle
-        What to run.
+        Bundle to run.
     backend : Backend
-        What runs it.
+        Backend that runs the bundle.
     non_finite : {"refuse", "pass"}
         Windows with NaN or infinite samples are refused, or passed on: their outputs are NaN, as with PyTorch.
     check_unit : bool
@@ -133,7 +133,7 @@ class Predictor:
             Samples that follow those of the last `roll`, in the unit of the spec. A whole window, n = n_times, need not follow
             anything.
         out : array of float32, shape (1, n_outputs), or None
-            Where to write the prediction. None: a new array.
+            Array that receives the prediction. None: a new array.
 
         Returns
         -------
@@ -284,7 +284,7 @@ def load(
     backend : str
         Name of a backend, see `sjepa_deploy.runtime.backend.BACKENDS`. This backend loads or the call fails: nothing falls back.
     precision : {"fp32", "tf32", "fp16", "bf16"} or None
-        What to compute in; None takes the bundle's first graph.
+        Precision to compute in; None takes the bundle's first graph.
     n_threads : int or None
         CPU threads of one call: short for ``options=BackendOptions(n_threads=n_threads)``.
     options : BackendOptions or None

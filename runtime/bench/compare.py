@@ -65,7 +65,7 @@ class Comparison:
     machine : Estimate or None
         Relative change of the canary: what the machine itself became slower by.
     differs : tuple of str
-        What differs between the environments and bundles of the two.
+        Differences between the environments and bundles of the two reports.
     changes : tuple of Change
         Of the cells that are in both.
     only_before, only_after : tuple of str
@@ -96,7 +96,7 @@ def compare(
     before, after : tuple of BenchReport and dict of arrays
         The reports with their samples.
     names : tuple of str
-        What to call them.
+        Names of the reports.
     """
     (old, old_samples), (new, new_samples) = before, after
     machine = None

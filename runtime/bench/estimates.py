@@ -49,7 +49,7 @@ def bootstrap(values: Array, blocks: Blocks, percents: Sequence[float], rng: np.
     values : array, shape (n,)
         Samples.
     blocks : array of int, shape (n,)
-        Which block each sample was taken in.
+        Number of the block in which each sample was taken.
     percents : sequence of float
         Which percentiles.
     rng : numpy.random.Generator
@@ -118,7 +118,7 @@ def latency(values: Array, blocks: Blocks, *, stable: bool = True, jitter_us: fl
     values : array, shape (n,)
         Latencies in microseconds.
     blocks : array of int, shape (n,)
-        Which block each was taken in, rising with time.
+        Number of the block in which each sample was taken, rising with time.
     stable : bool
         Whether the warm-up ended well.
     jitter_us : float or None

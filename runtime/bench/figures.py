@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 4.3
-"""Inches. At 72 points an inch a figure is 310 units wide, and its text of 9 points is 10 pixels high on a phone."""
+"""Width of a figure in inches.
+
+At 72 points an inch a figure is 310 units wide, and its text of 9 points is 10 pixels high on a phone.
+"""
 
 N_SERIES = 8
 """Colours that can be told apart."""
@@ -73,7 +76,7 @@ class Plot:
     svg : str
         An ``<svg>`` element for a page that defines the colours.
     title, description : str
-        What it shows, for those who do not see it too.
+        Description of the plot, also for readers who do not see the plot.
     """
 
     svg: str

@@ -167,7 +167,7 @@ def open_loop(
     period : float
         Seconds from one window of a stream to its next.
     keep_warm : KeepWarm or None
-        What fills idle gaps.
+        Policy that fills idle gaps.
     """
     now = clock.now
     wait = clock.wait_until if keep_warm is None else keep_warm.wait_until

@@ -35,7 +35,7 @@ class Section:
     name, title : str
         Where links lead to, and the heading.
     lead : str
-        What to know before reading the figures.
+        Text to read before the figures.
     tables : tuple of Table
         Those without rows are left out. A section without rows and plots is left out as well.
     draw : tuple of tuple of callables

@@ -59,9 +59,9 @@ class AgePart:
     name : str
         "model", "filters", "window", "hop", "transport", "inference", ...
     seconds : float
-        How much it adds.
+        Seconds that the part adds.
     source : str
-        Where the figure comes from, e.g. "measured: p99, paced 10/s" or "group delay at 10 Hz".
+        Source of the figure, e.g. "measured: p99, paced 10/s" or "group delay at 10 Hz".
     """
 
     name: str
@@ -187,7 +187,7 @@ class BundleFacts:
     digest : str
         sha256 of its manifest, which holds the hash of every file.
     weights : str
-        Where the weights come from, or "random".
+        Source of the weights, or "random".
     """
 
     label: str
@@ -279,9 +279,9 @@ class BenchReport:
     created : str
         When the run began, ISO 8601, UTC.
     seconds : float
-        How long it took.
+        Seconds that the run took.
     command : str
-        What repeats it.
+        Command that repeats the run.
     seed : int
         Of the order of blocks, the windows and the phases of streams.
     partial : tuple of Ending
@@ -295,7 +295,7 @@ class BenchReport:
     cells : tuple of Cell
         In a fixed order; the first one is the backend that does nothing.
     loop_us : float or None
-        What a turn of the measuring loop costs beyond the call that it times.
+        Cost of one pass of the measuring loop beyond the timed call.
     parity : tuple of Judgement
         Whether the backends are right.
     capacity : tuple of Capacity
@@ -305,7 +305,7 @@ class BenchReport:
     recommendations : tuple of Recommendation
         One for each bundle.
     left_out : tuple of LeftOut
-        What could not be measured here.
+        Combinations that could not be measured here.
     samples_file : str or None
         Name of the ``.npz`` beside this file.
     """

@@ -324,11 +324,11 @@ def run_bench(
     Parameters
     ----------
     bundles : tuple of Bundle
-        What to run.
+        Bundles to run.
     config : BenchConfig
-        What to measure.
+        Configuration of the run.
     command : str
-        What repeats the run, for the report.
+        Command that repeats the run, for the report.
     progress : callable
         Told of every step.
     clock : Clock or None

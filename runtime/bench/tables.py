@@ -22,7 +22,7 @@ class Entry:
     small : str
         Less important text beside it, such as a confidence interval.
     sort : float or None
-        What to order by in place of the text.
+        Value to order by in place of the text.
     absent : bool
         Whether the text says why there is no figure.
     """
@@ -60,7 +60,7 @@ class Table:
     Attributes
     ----------
     caption : str
-        What the rows have in common.
+        Text that holds for all rows.
     columns : tuple of Column
         Heads.
     rows : tuple of Row

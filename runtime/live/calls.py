@@ -38,11 +38,11 @@ class BackendCalls:
     windows : WindowStream
         Where the samples of a window are.
     config : StreamConfig
-        What to do with late windows, whether to give new samples alone, how to keep the backend awake.
+        The configuration: it says what to do with late windows, whether to give new samples alone, how to keep the backend awake.
     clock : callable
         The time now in seconds of the source's clock.
     counters : Counters
-        Where to count.
+        Counters of the stream's windows.
     report : callable
         Called with the kind and the text of every incident.
 

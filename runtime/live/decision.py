@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decision:
-    """A decision says what the model made of one window.
+    """A decision holds the output of the model for one window.
 
     Attributes
     ----------

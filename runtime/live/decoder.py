@@ -41,14 +41,14 @@ class Decoder:
     source : Source
         The stream.
     config : StreamConfig
-        How to decode it.
+        The configuration of the decoder.
     monotonic : callable
         Clock of the watchdog in seconds.
 
     Attributes
     ----------
     counters : Counters
-        What happened to every sample and every window.
+        Counts of what happened to every sample and every window.
 
     Raises
     ------
@@ -116,7 +116,7 @@ class Decoder:
         source : str
             "lsl:NAME", "lsl:type=EEG", "file:RECORDING" or "synthetic", see `sjepa_deploy.runtime.live.open_source`.
         config : StreamConfig or None
-            How to decode.
+            The configuration of the decoder.
         backend, precision, options
             See `sjepa_deploy.load`.
         unit, ch_names, rename, sfreq, speed

@@ -59,9 +59,9 @@ class SourceEntry:
         "module:function", imported when such a source is asked for. The function takes what follows the colon of the address,
         the `ModelSpec` that will decode the source, and `SourceOptions`; it returns a `Source`.
     address : str
-        How an address looks, for messages.
+        Form of an address, for messages.
     package, extra : str
-        What must be importable, and the extra of sjepa-deploy that installs it.
+        Package that must be importable, and the extra of sjepa-deploy that installs the package.
     takes : tuple of str
         The fields of `SourceOptions` that the function reads. Others are refused.
     """
@@ -110,7 +110,7 @@ def open_source(address: str, spec: ModelSpec, options: SourceOptions | None = N
     spec : ModelSpec
         The model that will decode it.
     options : SourceOptions or None
-        What the source does not say itself.
+        Facts that the source does not say itself.
 
     Raises
     ------

@@ -81,7 +81,7 @@ class Recorder:
     path : Path
         File to make; it must not exist.
     run : RunDescription
-        What is written at its head.
+        Description that stands at the head of the record.
     n_outputs : int
         Values of a prediction.
     on_failure : callable
@@ -345,7 +345,7 @@ class Record:
     path : Path
         The file.
     run : RunDescription
-        What was decoded, with what, how.
+        Description of the run.
     chunks : list of Chunk
         Samples as they were received.
     decisions : dict of int to ndarray of float32

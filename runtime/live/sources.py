@@ -75,9 +75,9 @@ class Source(Protocol):
     Attributes
     ----------
     info : StreamInfo
-        What the stream holds.
+        Channels, rate and unit of the stream.
     incidents : deque of Incident
-        What happened to the connection. The decoder takes them out.
+        Incidents of the connection. The decoder takes them out.
     n_flushed : int
         Samples that were dropped so far, as they had been sent before the first `read`.
     live : bool
@@ -95,7 +95,7 @@ class Source(Protocol):
         ...
 
     def read(self, timeout: float) -> Chunk | None:
-        """Return what has arrived, at least one sample, waiting for it up to `timeout` seconds; None if nothing came."""
+        """Return the samples that have arrived, at least one, waiting for it up to `timeout` seconds; None if nothing came."""
         ...
 
     def clock(self) -> float:
@@ -116,11 +116,11 @@ class ReplaySource:
     Parameters
     ----------
     info : StreamInfo
-        What the samples are.
+        Channels, rate and unit of the samples.
     samples : ndarray, shape (n_samples, n_chans), or callable
         The samples, or a function of (start, stop) that returns them.
     n_samples : int or None
-        How many there are, if `samples` is a function; None for no end.
+        Number of samples, if `samples` is a function; None for no end.
     speed : float
         Seconds of the stream in one second.
     chunk : int or callable
@@ -219,7 +219,7 @@ def synthetic_source(
     speed, chunk
         See `ReplaySource`.
     n_samples : int or None
-        How many samples there are; None for no end.
+        Number of samples; None for no end.
     """
     rate = sfreq or spec.sfreq
     rng = np.random.default_rng(0)

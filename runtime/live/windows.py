@@ -78,7 +78,7 @@ class WindowStream:
     config : StreamConfig
         Its hop, bridge, largest jitter, interpolation and policy for bad channels.
     counters : Counters
-        Where to count.
+        Counters of the stream.
     report : callable
         Called with the kind and the text of every incident.
 

@@ -103,13 +103,13 @@ class Dashboard:
     Parameters
     ----------
     monitor : Monitor
-        What to show.
+        Monitor to show.
     host : str
         Address to listen on. Whoever reaches it may read, unless there is a token.
     port : int
         Port to listen on; 0 takes a free one.
     token : str or None
-        What a reader must know. Needed unless `host` is a loopback address.
+        Token that a reader must know. Needed unless `host` is a loopback address.
 
     Raises
     ------

@@ -213,7 +213,7 @@ class Guard:
     app : callable
         The application.
     token : str or None
-        What a client must know, sent as ``Authorization: Bearer``, or once as ``?token=``, which leaves a cookie.
+        Token that a client must know, sent as ``Authorization: Bearer``, or once as ``?token=``, which leaves a cookie.
     port : int
         Port of the server. Cookies are not told apart by ports, so it is part of the cookie's name.
     policy : str

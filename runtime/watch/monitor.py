@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 
 StreamState = Literal["waiting", "filling", "decoding", "no decisions", "silent", "reconnecting", "stopped"]
 STREAM_STATES: tuple[StreamState, ...] = get_args(StreamState)
-"""In this order: no source yet; the window is not whole yet; decisions come; samples come and decisions are overdue; no samples
-come; the source is lost; the end."""
+"""States of a decoder, in the order of `StreamState`.
+
+No source yet; the window is not whole yet; decisions come; samples come and decisions are overdue; no samples come; the source is
+lost; the end.
+"""
 
 _RENARD = (1.0, 1.25, 1.6, 2.0, 2.5, 3.15, 4.0, 5.0, 6.3, 8.0)  # ISO 3's R10: equal steps on a log axis, in round numbers
 TIME_EDGES: tuple[float, ...] = (*(round(step * 10.0**decade, 9) for decade in range(-5, 1) for step in _RENARD), 10.0)
@@ -166,7 +169,7 @@ class Snapshot:
     Attributes
     ----------
     facts : StreamFacts
-        What does not change.
+        Facts that do not change.
     state : str
         A `StreamState`.
     now, started, newest_sample : float
@@ -180,9 +183,9 @@ class Snapshot:
     age, latency : Times
         Ages and latencies of the decisions since the monitor began.
     quality : ChannelQuality
-        How the channels are.
+        Quality of the channels.
     incidents : tuple of Incident
-        What happened last, oldest first.
+        Newest incidents, oldest first.
     memory : int
         Resident memory of the process in bytes; 0 where the system does not say.
     """
@@ -246,7 +249,7 @@ class Monitor:
     Parameters
     ----------
     facts : StreamFacts
-        What does not change.
+        Facts that do not change.
     counters : Counters
         The decoder's own. Every write copies them.
     n_recent : int

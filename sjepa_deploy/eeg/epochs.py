@@ -37,7 +37,7 @@ class CutWindows:
     times : ndarray of float64, shape (n_windows,)
         The last sample of each in seconds after the first window's event, or where no event is known, number of the window.
     steps : tuple of str
-        What was done to them, for people to read.
+        Sentences that say what was done to the windows.
     """
 
     eeg: NDArray[np.float32]

@@ -35,7 +35,7 @@ def on_sphere(positions: Sequence[Position]) -> Matrix:
 
 
 def spline_weights(sources: Matrix, targets: Matrix) -> Matrix:
-    """Return how each target is made of the sources, shape (n_targets, n_sources).
+    """Return the weights that make each target of the sources, shape (n_targets, n_sources).
 
     Spherical splines (Perrin et al. 1989, Electroencephalogr. Clin. Neurophysiol. 72, 184-187) with MNE's stiffness and number
     of Legendre terms, not regularised.
@@ -133,7 +133,7 @@ def match_channels(
     Returns
     -------
     columns : ndarray of int
-        Which columns of the stream are used.
+        Columns of the stream that are used.
     ch_names : tuple of str
         Their names. A name that is written in another way than in the model becomes the model's.
     missing : tuple of str

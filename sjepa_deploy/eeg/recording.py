@@ -45,7 +45,7 @@ class FittedRecording:
     n_found : int
         Channels of the model that the recording has; the others are interpolated.
     steps : tuple of str
-        What was done to the recording, in order, for people to read.
+        Sentences that say what was done to the recording, in order.
     """
 
     data: NDArray[np.float32]
@@ -99,7 +99,7 @@ class FittedRecording:
         return starts, whole
 
     def times(self, samples: NDArray[np.intp]) -> NDArray[np.float64]:
-        """Return when samples of `data` were taken, in seconds of the recording's own time."""
+        """Return the times at which samples of `data` were taken, in seconds of the recording's own time."""
         which = np.searchsorted([segment.start for segment in self.segments], samples, side="right") - 1
         start = np.array([segment.start for segment in self.segments])[which]
         onset = np.array([segment.onset for segment in self.segments])[which]

@@ -46,7 +46,7 @@ def check_rate(sfreq: float, sfreq_of_model: float, what: str = "recording") -> 
 
 
 def resampled_n_times(n_times: int, sfreq_in: float, sfreq_out: float) -> int:
-    """Return how many samples at `sfreq_out`, the first at time 0, lie between the first and the last of `n_times` samples."""
+    """Return the number of samples at `sfreq_out`, the first at time 0, between the first and the last of `n_times` samples."""
     return math.floor((n_times - 1) * (sfreq_out / sfreq_in) * (1 + 1e-12) + 1e-9) + 1 if n_times else 0
 
 

@@ -181,13 +181,13 @@ class Windows:
     class_names : tuple of str or None
         Names of the classes.
     subject, session, recording : ndarray of str, shape (n_windows,)
-        Where each window comes from.
+        Origin of each window.
     onset : ndarray, shape (n_windows,)
         Start of each window in its recording in seconds; NaN where it is not known.
     ch_names, positions, sfreq, preprocessing
         As in `ModelSpec`.
     steps : tuple of str
-        What was done to the recordings, for people to read.
+        Sentences that say what was done to the recordings.
     """
 
     eeg: NDArray[np.float32]
@@ -311,7 +311,7 @@ def _fold_of_blocks(windows: Windows, n_folds: int) -> NDArray[np.intp]:
 
 
 def _close_to(windows: Windows, others: NDArray[np.bool_], distance: float) -> NDArray[np.bool_]:
-    """Return which windows start less than `distance` seconds from one of `others` in the same recording."""
+    """Return a mask of the windows that start less than `distance` seconds from one of `others` in the same recording."""
     close = np.zeros(len(windows), dtype=np.bool_)
     for name in np.unique(windows.recording):
         here = windows.recording == name

@@ -217,7 +217,7 @@ def _events(raw: mne.io.BaseRaw, table: Path | None, target: Target) -> Sequence
 
 
 def _marked_bad(raw: mne.io.BaseRaw, onset: NDArray[np.float64], length: float) -> NDArray[np.bool_]:
-    """Return which windows overlap annotations that MNE rejects by: "BAD..." and "EDGE...", whatever their case."""
+    """Return a mask of the windows that overlap annotations that MNE rejects by: "BAD..." and "EDGE...", whatever their case."""
     marks = raw.annotations
     rejected = np.array([name.casefold().startswith(("bad", "edge")) for name in marks.description], dtype=np.bool_)
     begin = time_of(marks.onset[rejected] - raw.first_time, segments_of(raw), raw.info["sfreq"])

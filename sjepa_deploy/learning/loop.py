@@ -81,7 +81,7 @@ class Engine:
     precision : {"32-true", "bf16-mixed", "16-mixed"}
         Lightning's names.
     accelerator : {"auto", "cpu", "gpu"}
-        Where to train.
+        Kind of device to train on.
     devices, num_nodes : int
         Devices of a host, and hosts; with more than one, start one process a device with torchrun.
     num_workers : int
@@ -261,11 +261,11 @@ def fit(
     Parameters
     ----------
     module : LightningModule
-        What to train.
+        Module to train.
     loaders : WindowLoaders
         What from.
     folder : Path
-        Where checkpoints (``last.ckpt``, ``best.ckpt``) and logs (CSV, and TensorBoard where it is installed) go.
+        Folder of checkpoints (``last.ckpt``, ``best.ckpt``) and logs (CSV, and TensorBoard where it is installed).
     config : dataclass
         The whole configuration of the run.
     resume : bool
@@ -338,7 +338,7 @@ def fit(
 
 
 def predict(module: lightning.LightningModule, loaders: WindowLoaders, trainer: lightning.Trainer) -> Tensor:
-    """Return what `module` predicts for the test windows, on the CPU."""
+    """Return the predictions of `module` for the test windows, on the CPU."""
     with _quiet():
         outputs = trainer.predict(module, datamodule=loaders)
     assert outputs is not None

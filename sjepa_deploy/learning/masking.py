@@ -77,7 +77,7 @@ class Masks(NamedTuple):
 
 
 def within_radius(positions: tuple[Position, ...], radius: float) -> Tensor:
-    """Return which channels lie within `radius` head radii of each other, shape (C, C), the channel itself included.
+    """Return a mask of the channels that lie within `radius` head radii of each other, shape (C, C), the channel itself included.
 
     The head's radius is that of the sphere that fits the electrodes best: with it, blocks of radius 0.4/0.6/0.8 hold the
     3.8/7.1/12.2 of 62 and 6.3/14.1/23.4 of 129 HydroCel channels that the paper's masks hide.
@@ -93,7 +93,7 @@ class MaskSampler(nn.Module):
     Parameters
     ----------
     masking : Masking
-        How channels are hidden.
+        Configuration of the masks.
     positions : tuple of (float, float, float)
         Positions of the channels in metres.
 

@@ -47,7 +47,7 @@ class PretrainConfig:
     data : DataConfig
         Unlabelled windows.
     masking : Masking
-        What is hidden.
+        Configuration of the masks.
     encoder : EncoderSpec
         Sizes of the model.
     target_layers : int

@@ -137,7 +137,7 @@ def _decode(config: dict[str, Any], place: str) -> _Config:
 
 
 def told_by_braindecode(config: dict[str, Any], variant: Variant, place: str) -> Told:
-    """Return what braindecode's arguments tell.
+    """Return the facts that braindecode's arguments tell.
 
     Parameters
     ----------
@@ -146,7 +146,7 @@ def told_by_braindecode(config: dict[str, Any], variant: Variant, place: str) ->
     variant : {"prelocal", "postlocal", "contextual", "base"}
         The model.
     place : str
-        Where the arguments stand, for messages.
+        Place of the arguments, for messages.
 
     Raises
     ------

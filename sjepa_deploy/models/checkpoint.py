@@ -208,7 +208,7 @@ def write_checkpoint(model: SignalJEPAModule, folder: Path | str, *, training: o
         Where. Each file is moved to its place whole. The configuration is removed first and written last: a killed process
         never leaves one beside the weights of another model.
     training : dataclass, mapping or None
-        Where the weights come from (data, transfer, scores), kept in ``config.json`` under `TRAINING_KEY`.
+        Origin of the weights (data, transfer, scores), kept in ``config.json`` under `TRAINING_KEY`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -313,7 +313,7 @@ def _check_shapes(weights: dict[str, Tensor], n_dims: dict[str, int], file: Path
 
 
 def _told_by(config: dict[str, Any], variant: Variant, place: str) -> Told:
-    """Return what a configuration tells: our spec if it is there, else braindecode's arguments."""
+    """Return the facts that a configuration tells: our spec if it is there, else braindecode's arguments."""
     if SPEC_KEY not in config:
         return told_by_braindecode(config, variant, place)
     try:
@@ -326,7 +326,7 @@ def _told_by(config: dict[str, Any], variant: Variant, place: str) -> Told:
 
 
 def _told_by_trainer(settings: dict[str, Any], variant: Variant, place: str) -> Told:
-    """Return what the hyper-parameters of a trainer tell, ours or another's."""
+    """Return the facts that the hyper-parameters of a trainer tell, ours or another's."""
     return _told_by(settings if SPEC_KEY in settings else arguments_in(settings, place), variant, place)
 
 

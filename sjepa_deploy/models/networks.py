@@ -233,7 +233,7 @@ def build_model(spec: ModelSpec, *, seed: int | None = None) -> SignalJEPAModule
     Parameters
     ----------
     spec : ModelSpec
-        What to build.
+        Spec of the model to build.
     seed : int or None
         Seed of the initialisation; None draws from torch's global generator.
 

@@ -65,7 +65,7 @@ class Found:
     weights : dict of str to Tensor
         State dict, without the prefix of a trainer and without the marks of wrappers.
     prefix : str
-        What stood before its keys.
+        Text that stood before the model's keys.
     beside : dict of str to Tensor
         What is neither of this model nor of another one, nor a counter.
     notes : tuple of str
