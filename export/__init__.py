@@ -1,1 +1,1 @@
-"""What turns models into files that other machines run."""
+"""Turns models into files that other machines run."""

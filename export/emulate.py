@@ -1,4 +1,4 @@
-"""bfloat16 graphs on a CPU that has no kernels for them."""
+"""Emulates bfloat16 graphs on a CPU, which has no kernels for bfloat16."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from onnx import TensorProto, helper
 
 
 def emulate_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a graph that computes what `model` does, with every bfloat16 operation in float32 and its result rounded.
+    """Return a graph equal to `model` that computes every bfloat16 operation in float32 and rounds its result.
 
-    That is what hardware does: products of bfloat16 values accumulate in float32. Values stay bfloat16 between operations.
+    Hardware does the same: products of bfloat16 values accumulate in float32. Values stay bfloat16 between operations.
     """
     model = onnx.shape_inference.infer_shapes(model)
     values = [*model.graph.value_info, *model.graph.input, *model.graph.output]

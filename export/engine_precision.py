@@ -1,4 +1,4 @@
-"""What an engine computes in, and why that is believed: the layers that it shows, and how its plan holds the weights."""
+"""Finds the precision that an engine computes in, from the layers that the engine shows and the weights in its plan."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ TYPE_WORDS: dict[str, re.Pattern[str]] = {
     "tf32": re.compile(r"tf32", re.IGNORECASE),
     "fp32": re.compile(r"\b(float|fp32|float32)\b|fp32|f32f32|sgemm|ffma", re.IGNORECASE),
 }
-"""How formats, types and kernel names say which type they compute in, over all versions."""
+"""Words in formats, types and kernel names that name the type of a computation, over all versions."""
 
 WeightSamples = tuple[NDArray[np.float16], ...]
-"""Parts of float16 matrices: each a run of a row and a run of a column, one of which a plan holds side by side."""
+"""Samples of float16 matrices. A sample is a run of a row and a run of a column: a plan holds one of the two side by side."""
 
 N_SAMPLES, RUN = 64, 4
-"""How many parts of the weights are looked for, and how many values a run has: few enough to lie within a kernel's tile."""
+"""Number of samples of the weights, and number of values of a run, small enough to lie within a kernel's tile."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredWeights:
-    """In which type a plan holds the float16 weights of the graph.
+    """Counts the types in which a plan holds the float16 weights of the graph.
 
     Attributes
     ----------
     n : int
         Samples of weights that were looked for.
     as_half, as_single : int
-        How many of them the plan holds in float16, and in float32.
+        Samples that the plan holds in float16, and in float32.
     """
 
     n: int
@@ -50,7 +50,7 @@ class StoredWeights:
 def weight_samples(onnx: bytes) -> WeightSamples:
     """Return samples of the float16 matrices of a graph, spread over all of them.
 
-    They are read from the file: the weakly typed networks of TensorRT 8.6 showed no float16 constant.
+    The samples come from the file: the weakly typed networks of TensorRT 8.6 showed no float16 constant.
     """
     samples = []
     for matrix in half_tensors(onnx):
@@ -70,7 +70,7 @@ def stored_weights(plan: bytes, samples: WeightSamples) -> StoredWeights:
 
 
 def summarise_layers(inspected: str) -> LayerSummary:
-    """Return what a proof of precision needs from an engine inspector's JSON.
+    """Return the facts of an engine inspector's JSON that a proof of precision needs.
 
     Raises
     ------
@@ -95,7 +95,7 @@ def summarise_layers(inspected: str) -> LayerSummary:
 
 
 def judge_types(layers: LayerSummary, precision: RunPrecision, stored: StoredWeights) -> tuple[RunPrecision, str]:
-    """Return what an engine computes in, and the evidence.
+    """Return the precision that an engine computes in, and the evidence.
 
     Regions that TensorRT fuses hide their inner types from the inspector, but not how their weights are stored.
 
@@ -106,7 +106,7 @@ def judge_types(layers: LayerSummary, precision: RunPrecision, stored: StoredWei
     precision : {"fp32", "tf32", "fp16", "bf16"}
         What was asked for.
     stored : StoredWeights
-        How the plan holds the graph's float16 weights.
+        Types in which the plan holds the graph's float16 weights.
 
     Raises
     ------

@@ -14,7 +14,7 @@ DIMS, DATA_TYPE, RAW_DATA = 1, 2, 9
 """Fields of onnx.TensorProto."""
 
 FLOAT16 = 10
-"""Of onnx.TensorProto.DataType."""
+"""Value of float16 in onnx.TensorProto.DataType."""
 
 
 def half_tensors(onnx: bytes) -> Iterator[NDArray[np.float16]]:

@@ -1,4 +1,4 @@
-"""Exact rewrites: a fine-tuned model becomes the same function in fewer and cheaper operations.
+"""Rewrites a fine-tuned model exactly: the same function in fewer and cheaper operations.
 
 Each rewrite changes a copy of a model in place, replaces whole submodules and leaves the model's ``forward`` alone; none
 changes its result beyond rounding (tests/test_rewrite.py compares each with the untouched model in float64). `rewrite` applies
@@ -30,7 +30,7 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.flo
 
 
 class Product(nn.Module):
-    """Rows times a matrix, plus a bias: (..., K) to (..., M) in the dtype of the weight."""
+    """Multiplies rows with a matrix and adds a bias: (..., K) to (..., M) in the dtype of the weight."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Take `weight`, shape (M, K), and `bias`, shape (M,)."""
@@ -56,7 +56,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 class RowFeatureEncoder(nn.Module):
-    """The feature encoder with its strided convolutions as matrix products on rows of time steps.
+    """Computes the feature encoder with its strided convolutions as matrix products on rows of time steps.
 
     A convolution whose stride equals its kernel reads every time step once: with the steps as rows of `dim` values, `kernel`
     neighbouring rows are one longer row, without any copy. Only the time steps that reach a token are computed after the
@@ -87,7 +87,7 @@ class RowFeatureEncoder(nn.Module):
 
 
 def needed_steps(kernels: list[int], n_tokens: int) -> tuple[int, ...]:
-    """Return how many time steps each layer needs so that `n_tokens` come out, the first layer's first."""
+    """Return the number of time steps of each layer that `n_tokens` output tokens need, first layer first."""
     steps = [n_tokens]
     for kernel in reversed(kernels):
         steps.append(steps[-1] * kernel)
@@ -107,7 +107,7 @@ def convolutions_as_products(model: SignalJEPAModule) -> None:
 
 
 class OffsetFree(nn.Module):
-    """A module on the signals without their offset: each channel minus its first sample."""
+    """Runs a module on signals without their offset: each channel minus its first sample."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def remove_offset(model: SignalJEPAModule) -> None:
 
 
 class SpatialProduct(nn.Module):
-    """Spatial filters as one matrix product: (B, C, T) to (B, V, T)."""
+    """Applies spatial filters as one matrix product: (B, C, T) to (B, V, T)."""
 
     def __init__(self, weight: Tensor) -> None:
         """Take the filters, shape (V, C)."""
@@ -156,7 +156,7 @@ def spatial_conv_as_product(model: SignalJEPAModule) -> None:
 
 
 class ConstantPositions(nn.Module):
-    """The position encoding of a model whose channels and length are settled, shape (C * N, E)."""
+    """Holds the position encoding of a model with fixed channels and length, shape (C * N, E)."""
 
     def __init__(self, encoding: Tensor) -> None:
         super().__init__()
@@ -181,11 +181,11 @@ def drop_decoder(model: SignalJEPAModule) -> None:
 
 
 class EncoderLayer(nn.Module):
-    """A post-norm encoder layer on rows of tokens, shape (B * L, E), with L tokens a window.
+    """Computes a post-norm encoder layer on rows of tokens, shape (B * L, E), with L tokens a window.
 
-    Queries, keys and values come from one product. The scale 1/sqrt(head size) is in the query weights; the key bias shifts all
-    scores of a query alike, so softmax removes it; the value bias passes through the attention, whose weights add up to one,
-    into the output bias.
+    Queries, keys and values come from one product. The query weights contain the scale 1/sqrt(head size). The key bias shifts
+    all scores of a query alike, so softmax removes this bias. The weights of the attention add up to one, so the value bias
+    moves into the output bias.
     """
 
     def __init__(self, layer: nn.TransformerEncoderLayer, n_tokens: int) -> None:
@@ -215,7 +215,7 @@ class EncoderLayer(nn.Module):
 
 
 class RowEncoder(nn.Module):
-    """The transformer's encoder on rows of tokens: (B, L, E) to (B, L, E)."""
+    """Runs the transformer's encoder on rows of tokens: (B, L, E) to (B, L, E)."""
 
     def __init__(self, encoder: nn.TransformerEncoder, n_tokens: int) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ class RowEncoder(nn.Module):
 
 
 def fuse_attention(model: SignalJEPAModule) -> None:
-    """Put every encoder layer into the form of `EncoderLayer`."""
+    """Replace every encoder layer by an `EncoderLayer`."""
     if isinstance(model, SignalJEPAWithTransformer):
         n_tokens = model.spec.n_chans * model.spec.n_tokens_per_channel
         model.transformer.encoder = RowEncoder(model.transformer.encoder, n_tokens)
@@ -243,7 +243,7 @@ def fuse_attention(model: SignalJEPAModule) -> None:
 
 
 class LinearHead(nn.Module):
-    """One linear map of all tokens: (B, L, E) to (B, O)."""
+    """Maps all tokens linearly to the outputs: (B, L, E) to (B, O)."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         """Take `weight`, shape (O, L, E), and `bias`, shape (O,)."""
@@ -257,7 +257,7 @@ class LinearHead(nn.Module):
 
 
 def fold_head(model: SignalJEPAModule) -> None:
-    """Make one linear map of the spatial filters and the linear layer after them."""
+    """Merge the spatial filters and the linear layer after them into one linear map."""
     head = model.final_layer if hasattr(model, "final_layer") else None
     if isinstance(head, SpatialHead):
         filters = head.spat_conv.weight.flatten(1)  # (V, C)
@@ -271,7 +271,7 @@ def fold_head(model: SignalJEPAModule) -> None:
 def fold_last_norm(model: SignalJEPAModule) -> None:
     """Fold the scale and shift of the transformer's last normalisation into the head.
 
-    Requires `fold_head`. The base model has no head and keeps them.
+    `fold_head` must come first. The base model has no head and keeps scale and shift.
     """
     head = getattr(model, "final_layer", None)
     if isinstance(model, SignalJEPAWithTransformer) and isinstance(head, LinearHead):
@@ -294,7 +294,7 @@ REWRITES = (
     convolutions_as_products,
     remove_offset,
 )
-"""All rewrites in the order that they need."""
+"""All rewrites, in the order in which they must be applied."""
 
 
 def rewrite(model: SignalJEPAModule) -> SignalJEPAModule:

@@ -1,4 +1,4 @@
-"""From a PyTorch model to a verified bundle. Every export ends in parity."""
+"""Exports a PyTorch model into a verified bundle. Every export ends with a parity check."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ from sjepa_deploy.runtime.backends.reference import run_reference
 from sjepa_deploy.spec import ModelSpec, Precision
 
 MAX_PARITY_WINDOWS = 64
-"""How many of the windows that a user gives for parity are kept, evenly spaced."""
+"""Most windows of a user's EEG that a parity check keeps, evenly spaced."""
 
 
 class ExportParityError(ParityError):
-    """An export whose graphs differ from the PyTorch model; nothing was written.
+    """Reports that the graphs of an export differ from the PyTorch model. The export wrote nothing.
 
     Attributes
     ----------
     results : tuple of ParityResult
-        What was measured.
+        Measured parity of the graphs.
     """
 
     def __init__(self, results: tuple[ParityResult, ...]) -> None:
@@ -101,7 +101,7 @@ def to_bundle(
     force : bool
         Whether to replace a bundle at `path`.
     progress : callable
-        Told what is being done.
+        Receives a text on each step.
 
     Raises
     ------
@@ -223,7 +223,7 @@ def real_eeg(windows: NDArray[Any], spec: ModelSpec) -> FloatArray:
 
 
 def judge_graph(bundle: Bundle, graph: Graph, reference: Reference) -> ParityResult:
-    """Judge one graph on ONNX Runtime; one in bf16 with its operations emulated, which the CPU has no kernels for."""
+    """Judge one graph on ONNX Runtime. The operations of a bf16 graph are emulated, as the CPU has no kernels for bf16."""
     sizes = batch_sizes(graph.max_batch, graph.static_batch)
     if graph.precision != "bf16":
         backend = OrtCpuBackend(bundle, graph.precision, BackendOptions(n_threads=0))

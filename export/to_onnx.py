@@ -1,4 +1,4 @@
-"""From a rewritten model to a small typed ONNX graph."""
+"""Exports a rewritten model as a small typed ONNX graph."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sjepa_deploy.models.networks import SignalJEPAModule, reference_mode
 from sjepa_deploy.spec import Precision
 
 DEFAULT_OPSET = 17
-"""LayerNormalization came with 17, and every supported TensorRT reads it (8.6 reads no 20)."""
+"""Opset 17 brought LayerNormalization, and every supported TensorRT reads opset 17 (8.6 reads no 20)."""
 
 TORCH_OPSET = 18
 """The lowest opset that torch's exporter writes; graphs of 17 are converted from it."""
@@ -110,7 +110,7 @@ def _copy_in_precision(model: SignalJEPAModule, precision: Precision) -> SignalJ
 
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Keep torch's notes on missing torchvision and its own deprecations from our users, who can do nothing about them."""
+    """Hide torch's notes on missing torchvision and its own deprecations: our users can do nothing about them."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -144,7 +144,7 @@ def constant_reshapes(model: ir.Model) -> None:
 
 
 def drop_debris(model: ir.Model) -> None:
-    """Remove what no output needs, and the exporter's notes on where each node came from."""
+    """Remove nodes that no output needs, and the exporter's notes on the origin of each node."""
     for run_pass in (
         common_passes.RemoveUnusedNodesPass(),
         common_passes.DeduplicateInitializersPass(),

@@ -1,4 +1,4 @@
-"""From a bundle's typed graph to an engine on this machine, judged before and after it was read back from the disk."""
+"""Builds an engine from a bundle's typed graph on this machine. Parity judges the engine before and after a disk round trip."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Progress = Callable[[str], None]
 
 
 class EngineParityError(ParityError):
-    """An engine whose outputs differ from the PyTorch model; it was deleted.
+    """Reports that the outputs of an engine differ from the PyTorch model. The engine was deleted.
 
     Attributes
     ----------
     result : ParityResult
-        What was measured.
+        Measured parity of the engine.
     """
 
     def __init__(self, result: ParityResult, when: str) -> None:
@@ -48,7 +48,7 @@ def engine_batch_sizes(settings: BuildSettings) -> tuple[int, ...]:
 
 
 def why_no_engines(flavour: str = "tensorrt") -> str | None:
-    """Return why no engine can be built here, or None if engines can be."""
+    """Return the reason why no engine can be built here, or None if engines can be built."""
     try:
         TensorRT(flavour)
         Device().close()
@@ -68,14 +68,14 @@ def build_engine(
     time_limit: float | None = None,
     progress: Progress = lambda _: None,
 ) -> EngineRecord:
-    """Build, judge and keep one engine, or return the one that is there.
+    """Build, judge and keep one engine, or return the record of an existing engine.
 
     Parameters
     ----------
     bundle : Bundle
         An opened bundle; the engine is written into its folder ``engines``.
     precision : {"fp32", "tf32", "fp16", "bf16"}
-        What to compute in.
+        Precision of the engine.
     flavour : {"tensorrt", "tensorrt-rtx"}
         Which TensorRT.
     settings : BuildSettings or None
@@ -87,7 +87,7 @@ def build_engine(
     time_limit : float or None
         Seconds after which the build is given up.
     progress : callable
-        Told what is being done.
+        Receives a text on each step.
 
     Returns
     -------
@@ -99,7 +99,7 @@ def build_engine(
     EngineError
         If the engine cannot be built here, or an fp32 engine may use TensorFloat-32.
     EngineParityError
-        If its outputs differ from the PyTorch model's. It is deleted.
+        If the engine's outputs differ from the PyTorch model's. The engine is then deleted.
     """
     graph = bundle.graph(precision)
     settings = settings or default_settings(bundle, precision)
@@ -175,7 +175,7 @@ def default_settings(bundle: Bundle, precision: RunPrecision) -> BuildSettings:
 
 
 class _Judge:
-    """Runs a plan on the reference and raises if it differs."""
+    """Runs a plan on the reference windows, and raises an error if the outputs differ."""
 
     def __init__(
         self,
@@ -210,7 +210,7 @@ class _Judge:
 
 
 class _Steps:
-    """Turns the builder's steps into progress, and stops it when time is up."""
+    """Reports the builder's steps as progress, and stops the builder when time is up."""
 
     def __init__(self, progress: Progress, started: float, time_limit: float | None) -> None:
         self._progress, self._started, self._limit = progress, started, time_limit

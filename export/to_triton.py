@@ -39,18 +39,18 @@ _NATIVE = {"onnxruntime": ("onnxruntime_onnx", "model.onnx"), "tensorrt": ("tens
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """A ServedModel says what was added to a repository.
+    """Says what was added to a repository.
 
     Attributes
     ----------
     repository : Path
         The repository.
     name, version : str
-        What clients ask for.
+        Name and version that clients ask for.
     steps : tuple of str
         Further models, of which an ensemble is made.
     batching : Batching
-        How it queues and batches.
+        Queueing and batching of the model.
     instances : int
         How many of it run at once on one server.
     """
@@ -237,7 +237,7 @@ def _plan(
 
 @dataclass(frozen=True, kw_only=True)
 class _Config:
-    """Makes the ``ModelConfig`` of each model from what they share."""
+    """Makes the ``ModelConfig`` of each model from the settings that all models share."""
 
     schema: Any
     spec: ModelSpec

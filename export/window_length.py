@@ -1,4 +1,4 @@
-"""Measures what changes when weights that were trained on windows of one length run on windows of another.
+"""Measures how outputs change when weights trained on windows of one length run on windows of another length.
 
 Two lengths with the same number of time tokens take the same weights. The tokens are made of the same samples counted from the
 window's start; the rest, the tail, acts through the statistics of the group normalisation only. The window without a tail gives
@@ -18,7 +18,7 @@ from sjepa_deploy.runtime.backend import FloatArray
 from sjepa_deploy.runtime.backends.reference import run_reference
 
 MAX_WINDOWS = 128
-"""How many windows are compared, evenly spaced."""
+"""Most windows that are compared, evenly spaced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class WindowLengthChange:
     n_windows : int
         Windows that were compared.
     eeg : str
-        What they were cut from.
+        Source of the windows.
     spread : float
         Standard deviation of the trained length's outputs over windows, averaged (root mean square) over outputs.
     same_tokens : Agreement
@@ -95,7 +95,7 @@ def compare_window_lengths(model: SignalJEPAModule, trained: int, eeg: FloatArra
     eeg : array of float32, shape (n, n_chans, max(trained, exported))
         Stretches of EEG that hold a window of either length; `MAX_WINDOWS` of them are taken.
     what : str
-        What these were cut from.
+        Source of the stretches.
     """
     spec = model.spec
     before = spec.replace(n_times=trained)

@@ -1,4 +1,4 @@
-"""Reads and writes bundles: a bundle is one folder with typed ONNX graphs, the checkpoint, a parity reference and a manifest."""
+"""Reads and writes bundles. A bundle is one folder with typed ONNX graphs, the checkpoint, a parity reference and a manifest."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ CHECKPOINT_FOLDER = "checkpoint"
 CHECKPOINT_FILES = (f"{CHECKPOINT_FOLDER}/config.json", f"{CHECKPOINT_FOLDER}/model.safetensors")
 ENGINE_FOLDER = "engines"
 MAX_BATCH = 65_536
-"""Largest batch of a graph: 6.8 GB of default windows."""
+"""Largest batch of any graph. So many default windows take 6.8 GB."""
 MAX_OPENINGS = 5
-"""How often a bundle is opened anew because it was replaced meanwhile."""
+"""Most attempts to open a bundle that is replaced during the opening."""
 ONNX_CONTRACT_KEY = "sjepa_deploy"
 """Key of an ONNX file's metadata that holds `graph_contract`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """One ONNX file of a bundle.
+    """Describes one ONNX file of a bundle.
 
     Attributes
     ----------
@@ -43,14 +43,14 @@ class Graph:
     precision : {"fp32", "fp16", "bf16"}
         Type of the matrix products; input and output are float32.
     opset, n_nodes : int
-        ONNX opset, and nodes without constants.
+        ONNX opset, and number of nodes that are not constants.
     max_batch : int
         Largest batch.
     static_batch : int or None
         The only batch size, where the graph has one.
     weights_sha256 : str or None
-        Hash of the checkpoint's weights file, which the graph was made from. It stands in the graph's metadata too, so that a
-        graph of the same model with other weights is found. None in bundles of releases before it.
+        Hash of the checkpoint's weights file that the graph was made from. The graph's metadata holds this hash too, so that a
+        graph of the same model with other weights is found. None in bundles of older releases.
     """
 
     file: str
@@ -64,7 +64,7 @@ class Graph:
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where the weights came from.
+    """Says where the weights came from.
 
     Attributes
     ----------
@@ -77,7 +77,7 @@ class Provenance:
     seed : int or None
         Seed of random weights.
     notes : tuple of str
-        What was assumed or changed on reading.
+        Assumptions and changes at reading.
     """
 
     source: str
@@ -94,7 +94,7 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a bundle says of itself.
+    """Describes the contents of a bundle.
 
     Attributes
     ----------
@@ -111,7 +111,7 @@ class Manifest:
     tools : dict of str to str
         Versions of the software that wrote the bundle.
     parity : tuple of ParityResult
-        What the export measured.
+        Parity that the export measured.
     files : dict of str to str
         sha256 of every other file.
     digest : str
@@ -135,14 +135,14 @@ class Manifest:
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A bundle whose files were verified when it was opened.
+    """Holds an open bundle. Its files were verified at opening.
 
     Attributes
     ----------
     path : Path
         The folder.
     manifest : Manifest
-        What it says of itself.
+        Description of the contents.
     """
 
     path: Path
@@ -153,7 +153,7 @@ class Bundle:
     def open(cls, path: Path | str) -> Bundle:
         """Open a bundle and verify its manifest and the hash of every file.
 
-        A bundle that is replaced meanwhile is opened as it then is.
+        If another bundle takes the place during the opening, the new bundle is opened.
 
         Raises
         ------
@@ -173,7 +173,7 @@ class Bundle:
 
     @property
     def current(self) -> bool:
-        """Whether the folder still holds the bundle that was opened, and not one that took its place."""
+        """Whether the folder still holds the opened bundle, and no other bundle took its place."""
         return self._stamp is None or self._stamp == _stamp_of(self.path)
 
     @classmethod
@@ -250,12 +250,12 @@ class Bundle:
 
 
 def replaced(path: Path) -> BundleError:
-    """Return the error of a bundle that another one took the place of while it was opened."""
+    """Return the error for a bundle that was replaced by another bundle during its opening."""
     return BundleError(f"The bundle {path} was replaced while it was opened.", "Open it again.")
 
 
 def _stamp_of(path: Path) -> tuple[int, ...] | None:
-    """Return what tells the manifest at `path` from every other one that is put there, or None if there is none."""
+    """Return numbers that tell the manifest at `path` from every later manifest there, or None if there is no manifest."""
     try:
         found = (path / MANIFEST_FILE).stat()
     except OSError:
@@ -266,13 +266,13 @@ def _stamp_of(path: Path) -> tuple[int, ...] | None:
 def graph_contract(
     spec: ModelSpec, *, precision: Precision, max_batch: int, static_batch: int | None, weights: str | None = None
 ) -> str:
-    """Return the contract that an ONNX file carries in its metadata, as canonical JSON. See `Graph` for the values."""
+    """Return the contract in an ONNX file's metadata, as canonical JSON. See `Graph` for the values."""
     contract = {"spec": encode(spec), "precision": precision, "max_batch": max_batch, "static_batch": static_batch}
     return canonical_json(contract if weights is None else contract | {"weights": weights})
 
 
 def _check_graph(file: Path, graph: Graph, manifest: Manifest) -> None:
-    """Compare what an ONNX file says of itself with the manifest."""
+    """Compare the metadata of an ONNX file with the manifest."""
     onnx = file.read_bytes()
     try:
         stored = metadata_of(onnx).get(ONNX_CONTRACT_KEY, "")
@@ -333,7 +333,7 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def _inside(path: Path, name: str) -> Path:
-    """Return the file `name` of the bundle, refusing names that leave the folder."""
+    """Return the path of the file `name` in the bundle. Refuse names that leave the folder."""
     pure = PurePosixPath(name)
     file = path.joinpath(*pure.parts)
     leaves = pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or not pure.parts
@@ -355,7 +355,7 @@ def check_writable(path: Path, *, force: bool = False) -> None:
     Raises
     ------
     ExportError
-        If `path` exists and `force` is not set, it is no bundle, or it holds files that are not the bundle's.
+        If `path` exists and `force` is not set, `path` is no bundle, or `path` holds files that are not the bundle's.
     """
     with _as_export_errors(path):
         if path.name in ("", "..") or path.is_mount():
@@ -378,10 +378,10 @@ def check_writable(path: Path, *, force: bool = False) -> None:
 
 @contextlib.contextmanager
 def new_bundle(path: Path, *, force: bool = False) -> Iterator[Path]:
-    """Give a temporary folder beside `path`, and move it to `path` when the block ends well.
+    """Give a temporary folder beside `path`, and move the folder to `path` when the block ends without an error.
 
-    The manifest must be written last: without it the folder does not open. An error, or a killed process, leaves `path` as it
-    was.
+    The manifest must be written last: a folder without a manifest does not open. An error or a killed process leaves `path`
+    unchanged.
 
     Raises
     ------
@@ -403,7 +403,7 @@ def new_bundle(path: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Hash every file in `folder` and write the manifest. Returns it as written."""
+    """Hash every file in `folder`, write the manifest, and return the written manifest."""
     files = {
         file.relative_to(folder).as_posix(): file_hash(file)
         for file in sorted(folder.rglob("*"))
@@ -424,7 +424,7 @@ def _looks_like_a_bundle(path: Path) -> bool:
 
 
 def _not_of_the_bundle(path: Path) -> list[str]:
-    """Return the files at `path` that its manifest does not name, engines apart."""
+    """Return the files at `path` that its manifest does not name, except engines."""
     named = load_json((path / MANIFEST_FILE).read_bytes()).get("files")
     known = {MANIFEST_FILE, *(named if isinstance(named, dict) else ())}
     files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
@@ -442,7 +442,7 @@ def _as_export_errors(path: Path) -> Iterator[None]:
 
 
 def _replace(folder: Path, path: Path) -> None:
-    """Move `folder` to `path`, where no moment is without a bundle if the system can exchange two folders.
+    """Move `folder` to `path`. If the system can exchange two folders, `path` holds a bundle at every moment.
 
     A folder that is not empty is not overwritten: of two exports to one place, the second one fails here.
     """

@@ -1,4 +1,4 @@
-"""What can go wrong: one small hierarchy, whose messages say what to do next."""
+"""Defines the errors of the library. Each message says what is wrong and how to mend it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 REPOSITORY = "https://github.com/sjepa-deploy/sjepa-deploy"
-"""Where the source is."""
+"""Address of the source code."""
 
 
 class SjepaError(Exception):
@@ -37,39 +37,39 @@ class SjepaError(Exception):
 
 
 def _rebuilt(kind: type[SjepaError], args: tuple[Any, ...], state: dict[str, Any]) -> SjepaError:
-    """Return a pickled error as it was, whatever its class asks for when one is made."""
+    """Return a pickled error unchanged, without a call of the constructor of its class."""
     error = kind.__new__(kind, *args)
     vars(error).update(state)
     return error
 
 
 class SpecError(SjepaError, ValueError):
-    """A model specification that describes no model."""
+    """Reports a model specification that describes no model."""
 
 
 class MontageError(SjepaError, ValueError):
-    """Channel names or positions that are unknown, missing or contradictory."""
+    """Reports channel names or positions that are unknown, missing or contradictory."""
 
 
 class CheckpointError(SjepaError, ValueError):
-    """A checkpoint that cannot be read, or is not of the model asked for."""
+    """Reports a checkpoint that cannot be read, or that belongs to another model."""
 
 
 class DataError(SjepaError, ValueError):
-    """Training data, targets or a split that cannot be learned from."""
+    """Reports training data, targets or a split that a model cannot learn from."""
 
 
 class TrainingError(SjepaError):
-    """A training run that cannot start, or cannot go on."""
+    """Reports a training run that cannot start or cannot go on."""
 
 
 class TrainingStoppedError(TrainingError):
-    """A training run that was stopped from outside, and goes on from its last whole epoch.
+    """Reports a training run that was stopped from outside. The run can go on from its last whole epoch.
 
     Parameters
     ----------
     problem, mend : str
-        See `SjepaError`. A command adds the line that goes on to `mend`.
+        See `SjepaError`. A command adds to `mend` the line that continues the run.
     exit_code : int
         Exit status of the command: 128 and the number of the signal, as shells count, or 2.
     """
@@ -80,69 +80,69 @@ class TrainingStoppedError(TrainingError):
 
 
 class ExportError(SjepaError):
-    """An export that could not be written, or whose graph is not what it must be."""
+    """Reports an export that cannot be written, or a graph that does not pass the checks."""
 
 
 class BundleError(SjepaError):
-    """A bundle that is missing, incomplete, altered, or of another schema."""
+    """Reports a bundle that is missing, incomplete, altered, or of another schema."""
 
 
 class BackendError(SjepaError):
-    """A backend that is unknown, cannot load here, or cannot run this bundle."""
+    """Reports a backend that is unknown, cannot load here, or cannot run this bundle."""
 
 
 class EngineError(BackendError):
-    """An engine that is missing, made for something else, corrupt, or could not be built."""
+    """Reports an engine that is missing, was made for something else, is corrupt, or could not be built."""
 
 
 class ServingError(BackendError):
-    """A server that cannot be started or reached, or does not serve what was asked for."""
+    """Reports a server that cannot be started or reached, or that does not serve the requested model."""
 
 
 class RefusedError(ServingError):
-    """A request that was refused or never left: nothing was computed, and it may be sent again."""
+    """Reports a request that was refused or never left. Nothing was computed, and the request may be sent again."""
 
 
 class UnansweredError(ServingError):
-    """A request whose answer did not come, and that the server may have executed."""
+    """Reports a request without an answer. The server may have executed the request."""
 
 
 class InputError(SjepaError, ValueError):
-    """EEG windows that break the model's input contract."""
+    """Reports EEG windows that break the model's input contract."""
 
 
 class RecordingError(SjepaError, ValueError):
-    """A recording that cannot be read or does not fit the model."""
+    """Reports a recording that cannot be read or does not fit the model."""
 
 
 class TooShortError(RecordingError):
-    """A recording that is shorter than the zero-phase filter of the preprocessing."""
+    """Reports a recording that is shorter than the zero-phase filter of the preprocessing."""
 
 
 class StreamError(SjepaError):
-    """A live stream that cannot be found, breaks the model's contract, or was lost for good."""
+    """Reports a live stream that cannot be found, breaks the model's contract, or was lost for good."""
 
 
 class DashboardError(SjepaError):
-    """A dashboard that cannot be served as asked."""
+    """Reports a dashboard that cannot be served with the given options."""
 
 
 class BenchmarkError(SjepaError):
-    """A benchmark that cannot be run, or a report of one that cannot be read or written."""
+    """Reports a benchmark that cannot run, or a benchmark report that cannot be read or written."""
 
 
 class OutputError(SjepaError):
-    """A file or folder that a command may not replace, or cannot write."""
+    """Reports a file or folder that a command may not replace or cannot write."""
 
 
 class RegressionError(BenchmarkError):
-    """A benchmark that found a backend slower than before."""
+    """Reports that a benchmark found a backend slower than before."""
 
     exit_code = 1
 
 
 class MissingDependencyError(SjepaError, ImportError):
-    """A package that this function needs is not installed."""
+    """Reports that a package that this function needs is not installed."""
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(
@@ -154,13 +154,13 @@ class MissingDependencyError(SjepaError, ImportError):
 
 
 class ParityError(SjepaError):
-    """A backend whose outputs differ from the reference by more than the tolerance."""
+    """Reports a backend whose outputs differ from the reference by more than the tolerance."""
 
     exit_code = 1
 
 
 def install_line(extra: str) -> str:
-    """Return the command that installs what an extra brings, wherever sjepa-deploy itself was installed from.
+    """Return the command that installs the packages of an extra, for every way to install sjepa-deploy itself.
 
     The command names the packages, as the metadata of the installed sjepa-deploy lists them: the name ``sjepa-deploy`` is on no
     package index, and an editable installation stays as it is. Where sjepa-deploy runs without being installed, the command
@@ -174,7 +174,7 @@ def install_line(extra: str) -> str:
 
 
 def _packages(extra: str) -> list[str]:
-    """Return what an extra asks for, with the extras of sjepa-deploy that it includes resolved."""
+    """Return the requirements of an extra. Other extras of sjepa-deploy inside it are resolved."""
     packages: list[str] = []
     for requirement in importlib.metadata.requires("sjepa-deploy") or ():
         package, _, marker = (part.strip() for part in requirement.partition(";"))
@@ -185,7 +185,7 @@ def _packages(extra: str) -> list[str]:
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:
-    """Return `names` as text for a message: at most `most` of them, and how many more there are."""
+    """Return `names` as text for a message: at most `most` names, and the number of the other names."""
     names = list(names)
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest

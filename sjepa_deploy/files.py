@@ -1,4 +1,4 @@
-"""Reads, writes, hashes and locks files, and says where caches lie."""
+"""Reads, writes, hashes and locks files, and names the folders of caches."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def bytes_hash(content: bytes) -> str:
 
 
 def canonical_json(value: object) -> str:
-    """Return `value` as JSON text that is the same for equal values."""
+    """Return `value` as JSON text. Equal values give the same text."""
     return json.dumps(encode(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def seal(data: dict[str, Any]) -> str:
     """Return the digest of a JSON object: the sha256 of its canonical text with an empty ``digest``.
 
-    It is taken of what stands in a file. A digest of the dataclass that was read would change with every field that a later
+    The digest covers the content of the file. A digest of the decoded dataclass would change with every field that a later
     release adds.
     """
     return bytes_hash(canonical_json(data | {"digest": ""}).encode())
 
 
 def load_json(text: bytes) -> Any:
-    """Parse JSON. NaN and Infinity, which Python adds to JSON, raise a ValueError."""
+    """Parse JSON, and raise a ValueError for NaN and Infinity, which Python adds to JSON."""
 
     def refuse(word: str) -> Any:
         raise ValueError(f"{word} is no JSON number")
@@ -66,12 +66,12 @@ def json_file(value: object) -> bytes:
 
 @contextlib.contextmanager
 def file_lock(file: Path, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold an exclusive lock on `file`. The lock of a process that dies is free again.
+    """Hold an exclusive lock on `file`. When a process dies, its lock is free again.
 
     Parameters
     ----------
     file : Path
-        A file that serves nothing else. It is made, and so is its folder.
+        A file that serves as lock only. A missing file is made, and so is its folder.
     waiting : callable
         Called once if another process holds the lock.
 
@@ -91,7 +91,7 @@ def file_lock(file: Path, *, waiting: Callable[[], None] = lambda: None) -> Iter
 
 
 def now() -> str:
-    """Return the time as a record states it."""
+    """Return the current time in the format of our records."""
     return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
 
 
@@ -103,7 +103,7 @@ def cache_folder(name: str) -> Path:
 
 @contextlib.contextmanager
 def written_beside(file: Path) -> Iterator[Path]:
-    """Give a path beside `file` to write to, with the same suffix. What still lies there when the block ends is removed."""
+    """Give a path beside `file` to write to, with the same suffix. A file left at this path is removed at the end."""
     path = file.with_name(f".partial-{os.getpid()}-{secrets.token_hex(4)}-{file.name}")
     try:
         yield path
@@ -113,7 +113,7 @@ def written_beside(file: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
-    """Give a path to write to, and replace `file` by it when the block ends well: a killed process leaves `file` as it was."""
+    """Give a path to write to, and replace `file` when the block ends without an error. A killed process changes nothing."""
     with written_beside(file) as path:
         yield path
         on_disk(path)
@@ -121,19 +121,19 @@ def written_whole(file: Path) -> Iterator[Path]:
 
 
 def write_atomically(file: Path, content: bytes) -> None:
-    """Write a file in an existing folder, which is replaced whole or not at all."""
+    """Write a file in an existing folder. The file is replaced as a whole or not at all."""
     with written_whole(file) as path:
         path.write_bytes(content)
 
 
 def on_disk(file: Path) -> None:
-    """Return once the content of `file` would survive a loss of power."""
+    """Wait until the content of `file` would survive a loss of power."""
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchange two paths in one step, so that there is always something at both. Returns False where the system cannot.
+    """Exchange two paths in one step, so that both always exist. Return False if the system cannot exchange paths.
 
     See `RENAME_EXCHANGE` in renameat2(2).
     """

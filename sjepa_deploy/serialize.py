@@ -1,8 +1,8 @@
-"""Frozen dataclasses to JSON and back, and the JSON Schema that describes them.
+"""Converts frozen dataclasses to JSON and back, and derives the JSON Schema that describes them.
 
-The dataclasses are the only description of what is stored: `encode` and `decode` move values, `json_schema` derives the
-schema that is shipped in ``sjepa_deploy/assets``. `decode` is strict: an unknown key, a missing key or a value of the wrong
-type is an error that names its place.
+The dataclasses are the only description of stored data. `encode` and `decode` convert values. `json_schema` derives the schema
+that is shipped in ``sjepa_deploy/assets``. `decode` is strict: an unknown key, a missing key or a value of the wrong type is an
+error, and the error names the place.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _JSON_TYPES: dict[type, str] = {str: "string", int: "integer", float: "number", 
 
 
 class DecodeError(ValueError):
-    """A value that does not fit the dataclass it is decoded to."""
+    """Reports that a value does not fit the dataclass that it is decoded to."""
 
 
 def encode(value: Any) -> Any:

@@ -18,7 +18,7 @@ RunPrecision = Literal["fp32", "tf32", "fp16", "bf16"]
 VARIANTS: tuple[Variant, ...] = ("prelocal", "postlocal", "contextual", "base")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 RUN_PRECISIONS: tuple[RunPrecision, ...] = ("fp32", "tf32", "fp16", "bf16")
-"""What a backend may compute in: the type of the graph, with float32 under two names. "fp32" never uses TensorFloat-32."""
+"""Precisions of a backend: the types of the graphs, with float32 under two names. "fp32" never uses TensorFloat-32."""
 
 UNITS_IN_VOLTS: dict[Unit, float] = {"uV": 1e-6, "mV": 1e-3, "V": 1.0}
 
@@ -46,7 +46,7 @@ class EncoderSpec:
     n_layers, n_decoder_layers, n_heads : int
         Encoder layers, decoder layers (the predictor of pretraining) and attention heads of the transformer.
     drop_prob : float
-        Dropout of the feature encoder. The transformer's is 0.1 as in `torch.nn.Transformer`.
+        Dropout of the feature encoder. The transformer's dropout is 0.1 as in `torch.nn.Transformer`.
     """
 
     conv_layers: tuple[tuple[int, int, int], ...] = ((8, 32, 8), (16, 2, 2), (32, 2, 2), (64, 2, 2), (64, 2, 2))
@@ -96,7 +96,7 @@ class EncoderSpec:
         return int(600 * self.sfreq_features)
 
     def span(self, n_tokens: int) -> int:
-        """Return how many samples `n_tokens` successive time tokens are made of."""
+        """Return the number of samples that make `n_tokens` successive time tokens."""
         n_times = n_tokens
         for _, kernel, stride in reversed(self.conv_layers):
             n_times = (n_times - 1) * stride + kernel
@@ -151,23 +151,23 @@ class ModelSpec:
     Attributes
     ----------
     variant : {"prelocal", "postlocal", "contextual", "base"}
-        The fine-tuned architecture, or the base model whose output are features.
+        The fine-tuned architecture, or the base model, which outputs features.
     n_chans, n_times : int
         Shape of one input window.
     sfreq : float
         Sampling rate of the input in Hz.
     unit : {"uV", "mV", "V"}
-        Unit of the input. Volts in place of microvolts change the outputs without any error, so it is part of the spec.
+        Unit of the input. The spec holds the unit because volts in place of microvolts change the outputs without any error.
     n_outputs, n_spat_filters : int
         Outputs, and spatial filters ("virtual channels"). The base model has neither and ignores both.
     ch_names : tuple of str or None
-        Names of the channels in the order of the input. None where a channel count is all that is known.
+        Names of the channels in the order of the input. None if only the number of channels is known.
     positions : tuple of (float, float, float) or None
         Positions of these channels in metres in the head frame (MNE's). "contextual" and "base" need them.
     class_names : tuple of str or None
         Names of the outputs of a classifier.
     preprocessing : Preprocessing
-        What recordings go through first.
+        Preprocessing of recordings.
     encoder : EncoderSpec
         Sizes of the encoder.
     """
@@ -237,12 +237,12 @@ class ModelSpec:
 
     @property
     def shortest_n_times(self) -> int:
-        """Length of the shortest window with the same time tokens: the samples that they are made of, from the first one."""
+        """Length of the shortest window with the same time tokens: all samples that the tokens are made of."""
         return self.encoder.span(self.n_tokens_per_channel)
 
     @property
     def tail(self) -> float:
-        """Seconds at the end of a window that enter no token: a decision is older than its newest sample by as much.
+        """Seconds at the end of a window that enter no token. A decision is this much older than the window's newest sample.
 
         These samples act through the statistics of the group normalisation only.
         """

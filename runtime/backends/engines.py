@@ -34,16 +34,16 @@ from sjepa_deploy.spec import RunPrecision
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What an engine is built for and runs on.
+    """Describes the machine that an engine is built for and runs on.
 
     Attributes
     ----------
     flavour : str
         "tensorrt" or "tensorrt-rtx".
     version : str
-        Its version.
+        Version of this TensorRT.
     gpu, compute_capability, driver : str
-        Name of the GPU, e.g. "9.0", and the version of its driver.
+        Name of the GPU, its compute capability, e.g. "9.0", and the version of its driver.
     """
 
     flavour: str
@@ -55,21 +55,21 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildSettings:
-    """What a user may ask of a build.
+    """Holds the options of a build.
 
     Attributes
     ----------
     min_batch, opt_batch, max_batch : int
-        The profile: allowed batches, and the one that kernels are chosen for.
+        The profile: smallest and largest batch, and the batch that kernels are chosen for.
     optimization_level : int
-        0 to 5: how long the builder searches.
+        Search effort of the builder, 0 to 5.
     workspace_mib : int or None
-        Scratch memory that kernels may use in MiB; None for what the GPU has.
+        Scratch memory that kernels may use, in MiB. None for all memory of the GPU.
     refittable, version_compatible : bool
         Whether weights can be replaced, and whether later versions of TensorRT may load the engine.
     held_types : {"all", "float32", "none"}
-        For TensorRT 8.6 alone, whose builder chooses types: which layers of an fp16 graph are asked to compute in the graph's
-        type: all, those that it keeps in float32, or none.
+        Layers of an fp16 graph that are asked to compute in the graph's type: all, the float32 layers, or none. Only TensorRT 8.6
+        needs this option, as its builder chooses types.
     """
 
     min_batch: int = 1
@@ -93,20 +93,20 @@ class BuildSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineIdentity:
-    """Everything that an engine depends on.
+    """Names everything that an engine depends on.
 
     Attributes
     ----------
     onnx_sha256 : str
         Hash of the graph's bytes, weights included.
     precision : {"fp32", "tf32", "fp16", "bf16"}
-        What was asked for.
+        Requested precision.
     settings : BuildSettings
         Profile and options of the build.
     flags : tuple of str
         Flags of the builder and of the network, as TensorRT names them.
     machine : Machine
-        What it was built on.
+        Machine of the build.
     """
 
     onnx_sha256: str
@@ -123,7 +123,7 @@ class EngineIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSummary:
-    """What the engine inspector says of an engine's layers.
+    """Counts the layers and types that the engine inspector shows.
 
     Attributes
     ----------
@@ -142,26 +142,26 @@ class LayerSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRecord:
-    """One engine of a bundle.
+    """Describes one engine of a bundle.
 
     Attributes
     ----------
     identity : EngineIdentity
-        What it depends on.
+        Everything that the engine depends on.
     computes_in : {"fp32", "tf32", "fp16", "bf16"}
-        What it was found to compute in. An engine asked for in fp16 without a half-typed layer is an fp32 engine.
+        Precision that the engine was found to have. An engine asked for in fp16 without a half-typed layer is an fp32 engine.
     evidence : str
-        Why `computes_in` is believed.
+        Reason to believe `computes_in`.
     layers : LayerSummary
         From the engine inspector.
     parity : tuple of ParityResult
-        Before and after the plan was read back from the disk.
+        Parity before and after the plan was read back from the disk.
     plan_sha256, plan_bytes
         Hash and size of the plan.
     build_seconds : float
         How long the build took.
     created : str
-        When, ISO 8601, UTC.
+        Time of the build, ISO 8601, UTC.
     """
 
     identity: EngineIdentity
@@ -189,25 +189,25 @@ def differences(theirs: EngineIdentity, ours: EngineIdentity) -> tuple[str, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStore:
-    """The engines of one bundle.
+    """Keeps the engines of one bundle.
 
     Attributes
     ----------
     bundle : Bundle
-        Whose engines they are. It was verified when it was opened; deserialising an engine runs native code.
+        The bundle. Its files were verified at opening, which matters because deserialising an engine runs native code.
     """
 
     bundle: Bundle
 
     @property
     def folder(self) -> Path:
-        """Where the engines lie."""
+        """Folder of the engines."""
         return self.bundle.path / ENGINE_FOLDER
 
     def identity(
         self, precision: RunPrecision, machine: Machine, settings: BuildSettings, flags: tuple[str, ...]
     ) -> EngineIdentity:
-        """Return what an engine of this bundle's graph would be."""
+        """Return the identity that an engine of this bundle's graph would have."""
         sha256 = self.bundle.manifest.files[self.bundle.graph(precision).file]
         return EngineIdentity(onnx_sha256=sha256, precision=precision, settings=settings, flags=flags, machine=machine)
 
@@ -228,12 +228,12 @@ class EngineStore:
         return self._read(file) if file.is_file() else None
 
     def choose(self, precision: RunPrecision, machine: Machine) -> EngineRecord:
-        """Return the newest engine for `precision` that was built from this bundle's graph on such a machine.
+        """Return the newest engine for `precision` that was built from this bundle's graph on a machine equal to `machine`.
 
         Raises
         ------
         EngineError
-            If there is none. The message names what differs, and the command that builds one.
+            If there is no such engine. The message names the differences, and the command that builds an engine.
         """
         mend = f"Build one here with: sjepa-build {self.bundle.path} --precision {precision}{_flavour_flag(machine)}"
         records = [r for r in self.records() if r.identity.precision == precision]
@@ -278,9 +278,9 @@ class EngineStore:
         return plan
 
     def add(self, record: EngineRecord, plan: bytes, judge: Callable[[bytes], EngineRecord]) -> EngineRecord:
-        """Write an engine: the plan, which `judge` reads back and completes the record of, then the record.
+        """Write the plan, let `judge` read the plan back and complete the record, then write the record.
 
-        If `judge` raises, or one of them cannot be written, nothing of it stays, and an engine that was there before does.
+        If `judge` raises or a file cannot be written, no new file stays, and an earlier engine stays as it was.
 
         Raises
         ------
@@ -307,7 +307,7 @@ class EngineStore:
 
     @contextlib.contextmanager
     def lock(self, identity: EngineIdentity, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Hold the only right to build `identity`; `waiting` is called once if another process has it.
+        """Hold the only right to build `identity`. Call `waiting` once if another process holds this right.
 
         Raises
         ------
@@ -342,7 +342,7 @@ class EngineStore:
 
 
 def timing_cache_file(machine: Machine) -> Path:
-    """Return where timings of kernels on `machine` are kept between builds."""
+    """Return the file that keeps timings of kernels on `machine` between builds."""
     name = "-".join((machine.flavour, machine.version, machine.gpu, machine.compute_capability))
     return cache_folder("timing") / ("".join(c if c.isalnum() or c in ".-" else "_" for c in name) + ".cache")
 

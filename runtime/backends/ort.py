@@ -1,4 +1,4 @@
-"""Runs graphs with ONNX Runtime, on the CPU and on NVIDIA GPUs."""
+"""Runs the ONNX graphs of bundles with ONNX Runtime, on the CPU and on NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from sjepa_deploy.spec import RunPrecision
 logger = logging.getLogger(__name__)
 
 MAX_GRAPHS = 64
-"""CUDA graphs that a session may hold: ONNX Runtime never frees one. Batches and addresses beyond it run without."""
+"""Most CUDA graphs of a session: ONNX Runtime never frees a graph. Further batches and addresses run without a graph."""
 
 ALLOCATION_FAILED = re.compile("allocation failed|ALLOC_FAILED|out of memory|bad_alloc|allocate memory", re.IGNORECASE)
-"""How CUDA, cuBLAS, cuDNN and ONNX Runtime say that memory is short."""
+"""Matches the messages of CUDA, cuBLAS, cuDNN and ONNX Runtime that say that memory is short."""
 
 
 def _skip_destructors() -> None:
-    """Let a forked child end without the destructors of C++: ONNX Runtime's wait for its threads, which no child has."""
+    """End a forked child without C++ destructors: ONNX Runtime's destructors wait for threads that no child has."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "on_exit"):  # of glibc; Python's own clean-up is done by then
         libc.on_exit(libc._exit, None)
@@ -43,12 +43,12 @@ os.register_at_fork(after_in_child=_skip_destructors)
 
 
 def open_session(bundle: Bundle, precision: RunPrecision, settings: Any, provider: str, options: dict[str, str]) -> Any:
-    """Open the graph of `precision` on one provider, and refuse what ONNX Runtime would silently run elsewhere.
+    """Open the graph of `precision` on one provider, and refuse a graph that ONNX Runtime would silently run elsewhere.
 
     Raises
     ------
     BackendError
-        If the provider does not load, or takes not all nodes.
+        If the provider does not load, or does not take all nodes.
     """
     graph = bundle.graph(precision)
     try:
@@ -75,8 +75,8 @@ def open_session(bundle: Bundle, precision: RunPrecision, settings: Any, provide
 class OrtCpuBackend(Backend):
     """Runs the graph with ONNX Runtime on the CPU.
 
-    Input and output buffers are made once, for the largest batch met so far, and bound, so that a call of a batch size that was
-    met before allocates nothing. One thread at a time.
+    Input and output buffers are made once for the largest batch so far, and bound to the session. A call of a known batch size
+    allocates nothing. Only one thread may call at a time.
 
     Raises
     ------
@@ -217,7 +217,7 @@ class OrtCudaBackend(GpuBackend["_Lane"]):
         return binding
 
     def _run_options(self) -> Any:
-        """Return run options with a graph of their own, or with none when there are too many."""
+        """Return run options with a CUDA graph of their own, or without a graph if the session holds too many."""
         options = ort.RunOptions()
         if self._options.cuda_graph:
             self._n_graphs += 1
@@ -230,7 +230,7 @@ class OrtCudaBackend(GpuBackend["_Lane"]):
 
 
 class _Lane:
-    """One batch size: buffers, and a binding of the session to them."""
+    """Holds the buffers of one batch size, and the session's binding to these buffers."""
 
     def __init__(self, backend: OrtCudaBackend, batch: int) -> None:
         self._backend, self._batch, self._stream, spec = backend, batch, backend._stream, backend._spec
@@ -272,7 +272,7 @@ class _Lane:
         self._stream.synchronize()
 
     def steps(self) -> tuple[dict[str, Step], str]:
-        """Return what a call enqueues, step by step, and in which mode."""
+        """Return the steps that a call enqueues, and their mode."""
         if not self._copies:
             return {"compute": self._compute}, "as measured, in mapped memory"
         return {"h2d": self._upload, "compute": self._compute, "d2h": self._download}, "as measured, with copies"
@@ -321,7 +321,7 @@ class OrtTensorRTBackend(OrtCudaBackend):
 
 
 def probe_cuda() -> None:
-    """Raise what keeps ONNX Runtime from the GPU here."""
+    """Raise an error if ONNX Runtime cannot use the GPU here."""
     _probe_provider("CUDAExecutionProvider")
     if getattr(ort, "preload_dlls", None) is not None:
         said = io.StringIO()  # it prints what it does not find
@@ -334,7 +334,7 @@ def probe_cuda() -> None:
 
 
 def probe_tensorrt() -> None:
-    """Raise what keeps ONNX Runtime from TensorRT here."""
+    """Raise an error if ONNX Runtime cannot use TensorRT here."""
     _probe_provider("TensorrtExecutionProvider")
     provider = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_tensorrt.so"
     linked = sorted(

@@ -1,4 +1,4 @@
-"""Runs the PyTorch model itself in float64: slow, and the reference of all parity."""
+"""Runs the PyTorch model itself in float64. This backend is slow, and every parity check compares with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One face for TensorRT 8.6, 10, 11 and TensorRT-RTX: every difference between their versions stands in this file.
+"""Gives TensorRT 8.6, 10, 11 and TensorRT-RTX one interface. This file holds every difference between the versions.
 
 =====================  ======================  =======================  ====================  ======================
                        8.6                     10                       11                    RTX 1
@@ -34,12 +34,12 @@ MODULES = {"tensorrt": ("tensorrt", "gpu"), "tensorrt-rtx": ("tensorrt_rtx", "rt
 """Python module and extra of each flavour."""
 
 Step = Callable[[str, float], bool]
-"""Told the phase of a build and how much of it is done; returns whether to go on."""
+"""Takes the phase of a build and the finished share of the phase. Returns whether the build goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """What a build gave.
+    """Holds the result of a build.
 
     Attributes
     ----------
@@ -55,7 +55,7 @@ class Built:
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """One input or output of an engine."""
+    """Describes one input or output of an engine."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -63,21 +63,21 @@ class Tensor:
 
 
 class TensorRT:
-    """One installed TensorRT.
+    """Builds and runs engines with one installed TensorRT.
 
     Parameters
     ----------
     flavour : {"tensorrt", "tensorrt-rtx"}
-        Which one.
+        Kind of TensorRT.
     module : module or None
-        Stands in for the installed one.
+        Python module to use in place of the installed module.
 
     Raises
     ------
     MissingDependencyError
-        If it is not installed.
+        If TensorRT is not installed.
     BackendError
-        If it does not load; the message has the reason.
+        If TensorRT does not load. The message gives the reason.
     """
 
     def __init__(self, flavour: str, module: Any = None) -> None:
@@ -92,7 +92,7 @@ class TensorRT:
 
     @property
     def precisions(self) -> tuple[RunPrecision, ...]:
-        """What engines can be built in."""
+        """Precisions of the engines that this version can build."""
         return ("fp32", "tf32", "fp16", "bf16") if self.strongly_typed else ("fp32", "tf32", "fp16")
 
     # ---- building ----------------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ class TensorRT:
         onnx : bytes
             The typed graph.
         precision : {"fp32", "tf32", "fp16", "bf16"}
-            What to compute in; the graph is of that type.
+            Precision of the engine. The graph is of that type.
         settings : BuildSettings
             Profile and options.
         timings : bytes
@@ -131,7 +131,7 @@ class TensorRT:
         Raises
         ------
         EngineError
-            If this version cannot build it. The message ends with TensorRT's own.
+            If this version cannot build the engine. The message ends with TensorRT's own message.
         """
         if precision not in self.precisions:
             raise EngineError(f"TensorRT {self.version} has no {precision}.", f"Use {', '.join(self.precisions)}.")
@@ -155,7 +155,7 @@ class TensorRT:
         return Built(plan=bytes(plan), timings=timings)
 
     def configure(self, config: Any, network: Any, precision: RunPrecision, settings: BuildSettings) -> None:
-        """Tell the builder what `settings` ask for."""
+        """Pass `settings` to the builder."""
         trt, flags = self.module, self.flags(precision, settings)
         config.clear_flag(trt.BuilderFlag.TF32)  # on by default
         for flag in flags[1:]:
@@ -207,7 +207,7 @@ class TensorRT:
     # ---- running -----------------------------------------------------------------------------------------------------------
 
     def deserialize(self, plan: bytes) -> Any:
-        """Return the engine of a plan. This runs native code from the plan: only for verified files.
+        """Return the engine of a plan. This call runs native code from the plan: verify the file first.
 
         Raises
         ------
@@ -250,7 +250,7 @@ class TensorRT:
         return int(engine.device_memory_size if size is None else size)
 
     def create_context(self, engine: Any, address: int, size: int, stream: int) -> Any:
-        """Return an execution context that uses our device memory for its activations. `stream` is where it will run.
+        """Return an execution context for `stream` that uses our device memory for its activations.
 
         Raises
         ------
@@ -282,13 +282,13 @@ class TensorRT:
         return context
 
     def inspect(self, engine: Any) -> str:
-        """Return what the engine inspector says of every layer, as JSON."""
+        """Return the engine inspector's description of every layer, as JSON."""
         text: str = engine.create_engine_inspector().get_engine_information(self.module.LayerInformationFormat.JSON)
         return text
 
     @property
     def last_error(self) -> str:
-        """What TensorRT complained of last."""
+        """Last error message of TensorRT."""
         return str(self._log.errors[-1]) if self._log.errors else "no reason given"
 
 
@@ -312,7 +312,7 @@ _LOGS: dict[int, Any] = {}
 
 
 def _log_of(trt: Any) -> Any:
-    """Return the logger of a TensorRT module: it wants one for the whole process."""
+    """Return the logger of a TensorRT module. TensorRT wants one logger for the whole process."""
     if id(trt) not in _LOGS:
 
         class Log(trt.ILogger):  # type: ignore[misc]
@@ -356,8 +356,8 @@ UNTYPED_LAYERS = frozenset({"CONSTANT", "SHAPE", "SHUFFLE", "CAST", "IDENTITY", 
 def graph_types(trt: Any, network: Any) -> list[Any]:
     """Return the type that the graph gives to the outputs of each layer.
 
-    A weakly typed network does not tell: there every tensor that no cast or constant made is float32 by default. A layer's type
-    is that of its first input. The parser of 8.6 writes a cast as an identity whose output type is set.
+    A weakly typed network does not tell these types: every tensor that no cast or constant made is float32 by default. So a
+    layer has the type of its first input. The parser of 8.6 writes a cast as an identity whose output type is set.
     """
     types = {network.get_input(0).name: network.get_input(0).dtype}
     found = []

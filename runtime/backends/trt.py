@@ -1,4 +1,4 @@
-"""Runs engines of TensorRT and TensorRT-RTX, without torch and without an allocation per call."""
+"""Runs engines of TensorRT and TensorRT-RTX without torch. A call allocates nothing."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from sjepa_deploy.runtime.gpu.timing import Step
 from sjepa_deploy.spec import ModelSpec, RunPrecision
 
 MAX_GPU_ADDRESSES = 16
-"""Arrays on the GPU whose graphs are kept; a producer that cycles through more of them is served without graphs."""
+"""Most arrays on the GPU whose CUDA graphs are kept. A producer that cycles through more arrays runs without graphs."""
 
 RTX_CAPABILITIES = frozenset({"7.5", "8.0", "8.6", "8.7", "8.9", "12.0", "12.1"})
-"""GPUs that TensorRT-RTX makes engines for: not 9.0 (H100, H200) nor 10.x."""
+"""Compute capabilities that TensorRT-RTX makes engines for. 9.0 (H100, H200) and 10.x are not among them."""
 
 
 def machine_of(api: TensorRT, gpu: Gpu) -> Machine:
-    """Return what engines of `api` on `gpu` depend on."""
+    """Return the machine that engines of `api` on `gpu` depend on."""
     return Machine(
         flavour=api.flavour,
         version=api.version,
@@ -37,16 +37,16 @@ def machine_of(api: TensorRT, gpu: Gpu) -> Machine:
 
 
 class EngineRunner(GpuBackend["_Lane"]):
-    """Runs one engine on one GPU, with a context and a graph for each batch size.
+    """Runs one engine on one GPU, with a context and a CUDA graph for each batch size.
 
     Parameters
     ----------
     api : TensorRT
-        What deserialises the plan.
+        TensorRT that deserialises the plan.
     device : Device
-        Where it runs.
+        GPU that runs the engine.
     plan : bytes
-        The engine. It is native code, and must come from a verified file.
+        The engine. A plan is native code, and must come from a verified file.
     spec : ModelSpec
         Names and shapes that the engine must have.
     options : BackendOptions
@@ -55,7 +55,7 @@ class EngineRunner(GpuBackend["_Lane"]):
     Raises
     ------
     EngineError
-        If the engine is refused, or its inputs and outputs are not the model's.
+        If TensorRT refuses the engine, or its inputs and outputs are not the model's.
     """
 
     def __init__(self, api: TensorRT, device: Device, plan: bytes, spec: ModelSpec, options: BackendOptions) -> None:
@@ -96,7 +96,7 @@ class CaptureError(BackendError):
 
 
 class _Launch:
-    """Starts one call: by a function that enqueues, or by its graph once the graph is captured."""
+    """Starts one call: first by a function that enqueues the call, then by the captured graph."""
 
     def __init__(self, stream: Stream, enqueue: Callable[[], None]) -> None:
         self._stream, self._enqueue = stream, enqueue
@@ -117,9 +117,9 @@ class _Launch:
 
 
 class _Lane:
-    """One batch size: pinned input and output, a context of its own, and what starts a call.
+    """Runs one batch size with pinned input and output and a context of its own.
 
-    A context of its own, because a captured graph is only good for the shapes that its context had.
+    Each batch size has its own context, because a captured graph is only valid for the shapes of its context.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class _Lane:
         self._stream.unfinished = False
 
     def run_from(self, address: int) -> None:
-        """Run on windows in device memory. A second call with an address makes a graph of it: the memory must stay as large."""
+        """Run on windows in device memory. The second call with an address captures a graph: keep that memory as large."""
         launch = self._from_gpu.get((self._batch, address))
         if launch is None:
             launch = self._from_gpu[self._batch, address] = _Launch(self._stream, self.enqueue_from(address))
@@ -212,7 +212,7 @@ class _Lane:
         self._stream.finish()
 
     def steps(self) -> tuple[dict[str, Step], str]:
-        """Return what a call enqueues, step by step, and in which mode."""
+        """Return the steps that a call enqueues, and their mode."""
         if not self._copies:
             return {"compute": lambda: check(self.launch())}, "as measured, in mapped memory"
         source, target = self._copies
@@ -289,13 +289,13 @@ class TensorRTRTXBackend(TensorRTBackend):
 
 
 def probe() -> None:
-    """Raise what keeps TensorRT from running here."""
+    """Raise an error if TensorRT cannot run here."""
     TensorRT("tensorrt")
     Device().close()
 
 
 def probe_rtx() -> None:
-    """Raise what keeps TensorRT-RTX from running here."""
+    """Raise an error if TensorRT-RTX cannot run here."""
     TensorRT("tensorrt-rtx")
     device = Device()
     capability = device.gpu.compute_capability

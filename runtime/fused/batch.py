@@ -1,6 +1,6 @@
-"""Many windows at a time: copied in chunks, each of which is computed while the next one is on its way.
+"""Runs many windows at a time in chunks: the GPU computes one chunk while the next chunk is copied.
 
-A chunk has a stream of its own in turn, so that its windows begin as soon as they are there and a multiprocessor is free.
+Chunks take the streams one after the other. A chunk's windows start as soon as they have arrived and a multiprocessor is free.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from sjepa_deploy.runtime.gpu.timing import Step
 from sjepa_deploy.spec import ModelSpec
 
 MOST_CHUNKS, LEAST_WINDOWS = 32, 16
-"""Of a call, and of a chunk: a copy of fewer windows takes longer to begin than to do."""
+"""Most chunks of a call, and fewest windows of a chunk: starting a smaller copy takes longer than the copy."""
 
 WORKERS = 8
-"""Streams that chunks are computed on in turn."""
+"""Number of streams that compute chunks. The chunks take the streams one after the other."""
 
 
 class BatchKernel:
-    """The program for many windows, loaded, with the streams that all batch sizes share.
+    """Holds the loaded program for many windows, and the streams that all batch sizes share.
 
     Parameters
     ----------
     device, stream : Device, Stream
-        Where calls run, and what they are waited for on.
+        GPU of the calls, and the stream on which the host waits for a call.
     program : BatchProgram
         What is launched.
     architecture : int
@@ -58,7 +58,7 @@ class BatchKernel:
             self.close: Callable[[], None] = opened.pop_all().close
 
     def launch(self, stream: Stream, batch: int, source: int, target: int) -> None:
-        """Enqueue `batch` windows at the device address `source`, whose outputs go to `target`."""
+        """Enqueue a launch on `batch` windows at the device address `source`. The outputs go to `target`."""
         arguments = _Arguments(source, target, self._weights, batch)
         params = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))  # a launch copies them
         shape = (-(-batch // self.program.windows), 1, 1, self.program.threads, 1, 1, self.module.shared_bytes, stream.stream)
@@ -75,17 +75,17 @@ class _Arguments(ctypes.Structure):
 
 
 def chunks_of(batch: int, at_once: int) -> list[tuple[int, int]]:
-    """Return where each chunk of `batch` windows begins and ends on a GPU that computes `at_once` windows at once.
+    """Return the start and end of each chunk of `batch` windows, for a GPU that computes `at_once` windows at once.
 
-    A chunk is a quarter of these at most, so that computing begins early, but no chunk is so small that starting its copy costs
-    more than the copy.
+    A chunk holds at most a quarter of `at_once`, so that the GPU starts early. No chunk is so small that starting its copy takes
+    longer than the copy.
     """
     size = max(LEAST_WINDOWS, min(-(-at_once // 4), -(-batch // 4)), -(-batch // MOST_CHUNKS))
     return [(first, min(first + size, batch)) for first in range(0, batch, size)]
 
 
 class BatchLane:
-    """One batch size on the kernels of many windows.
+    """Runs the calls of one batch size on the kernels of many windows.
 
     Parameters
     ----------
@@ -168,10 +168,10 @@ class BatchLane:
         stream.unfinished = False
 
     def leave(self) -> None:
-        """Do nothing: no kernel stays."""
+        """Do nothing: these kernels never stay on the GPU."""
 
     def steps(self) -> tuple[dict[str, Step], str] | None:
-        """Return the steps of a call, one after the other: in a call copies and kernels overlap."""
+        """Return the steps of a call, one after the other. In a real call, copies and kernels overlap."""
         stream, window = self._kernel.stream, self._device.address
         steps: dict[str, Step] = {
             "h2d": lambda: stream.upload(window, self._host),

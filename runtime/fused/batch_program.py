@@ -1,6 +1,6 @@
-"""The program for many windows of one model at a time: its sizes as macros, its source, its weights.
+"""Makes the program that runs many windows of one model at a time: sizes as macros, source and weights.
 
-The kernels are `contextual_batch.cu` and `local_batch.cu`. Which numbers a lane of a warp holds is in `tensor.cuh`.
+The kernels are `contextual_batch.cu` and `local_batch.cu`. `tensor.cuh` says which numbers a lane of a warp holds.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from sjepa_deploy.spec import ModelSpec, RunPrecision
 
 THREADS = 256
 UNITS = 128
-"""Hidden units whose weights are in shared memory at a time."""
+"""Shared memory holds the weights of so many hidden units at a time."""
 
 SCALE = 1024.0
-"""What weights are multiplied with where a number is the sum of two halves, so that the lower one is no subnormal."""
+"""Factor of the weights where a number is the sum of two halves. It keeps the lower half from being subnormal."""
 
 LARGEST_HALF = 65504.0
 TRUNK_BYTES = 100 * 1024
-"""Shared memory of a block without a transformer: two fit a multiprocessor."""
+"""Shared memory in bytes of a block without a transformer. Two such blocks fit a multiprocessor."""
 
 MOST_OUTPUTS = 4
-"""Outputs of which each thread of PreLocal's and PostLocal's kernel keeps its share in registers."""
+"""Each thread of PreLocal's and PostLocal's kernel keeps its share of at most so many outputs in registers."""
 
 MOST_TILES = 17
-"""Tiles of 16 tokens of a window whose keys and values fit the registers of a warp."""
+"""A warp's registers hold the keys and values of at most so many tiles of 16 tokens of a window."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchProgram:
-    """What is compiled, uploaded and launched.
+    """Holds everything that is compiled, uploaded and launched for batches of one model.
 
     Attributes
     ----------
@@ -61,7 +61,7 @@ class BatchProgram:
 
 
 def refuse_batches(spec: ModelSpec) -> None:
-    """Raise what keeps the kernels of many windows from computing a model.
+    """Raise an error if the kernels of many windows cannot compute a model.
 
     Raises
     ------
@@ -102,7 +102,7 @@ def make_batch_program(spec: ModelSpec, weights: Weights, precision: RunPrecisio
     weights : dict of str to array
         Its checkpoint.
     precision : {"fp32", "tf32", "fp16", "bf16"}
-        Of all products but those of the first convolution.
+        Type of all products except the products of the first convolution.
     profile : bool
         Whether each block writes down when it came where.
 
@@ -175,7 +175,7 @@ def make_batch_program(spec: ModelSpec, weights: Weights, precision: RunPrecisio
 
 
 def _pack(spec: ModelSpec, weights: Weights, *, split: bool, bfloat: bool) -> tuple[Packed, Packed | None]:
-    """Return all weights as the kernel reads them, and those of the first transformer layer, for its offsets."""
+    """Return all weights in the order of the kernel, and the first transformer layer, for the offsets in a layer."""
 
     def operands(weight: Array) -> NDArray[np.uint16]:
         return _operands(weight, split=split, bfloat=bfloat)
@@ -256,10 +256,11 @@ def _in_pairs_of_outputs(operands: NDArray[np.uint16]) -> NDArray[np.uint16]:
 
 
 def _refuse_range(spec: ModelSpec, weights: Weights, scale: float) -> None:
-    """Raise if a weight or a sum may be beyond the halves, whatever the window is.
+    """Raise an error if, for any window, a weight or a sum may leave the range of float16.
 
-    Lengths are carried along: a normalisation of n values gives at most the largest scale times sqrt(n), plus the length of the
-    shift; a convolution whose stride is its kernel at most its largest singular value times that of its input; GELU shortens.
+    The function carries an upper bound of a vector's length from layer to layer. A normalisation of n values gives at most the
+    largest scale times sqrt(n), plus the length of the shift. A convolution whose stride equals its kernel gives at most its
+    largest singular value times the length of its input. GELU makes no vector longer.
     """
     largest = 0.0
 

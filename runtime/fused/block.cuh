@@ -1,4 +1,4 @@
-// What every kernel stands on: sizes, who a thread is, sums over a warp.
+// Gives every kernel its sizes, the numbers of a thread, and sums over a warp.
 //
 // Sizes are macros that runtime/fused/program.py and batch_program.py define for each model. A block has THREADS threads. Names that
 // end in 4 move 16 bytes.
@@ -8,7 +8,7 @@ constexpr int CONV_KERNEL[] = {CONV_KERNELS};  // its taps
 constexpr int STEPS[] = {CONV_STEPS};          // its time steps that reach a token
 constexpr float EPS = 1e-5f;                   // of PyTorch's normalisations
 
-// Where a block's time goes: cycle counts at numbered places, for benchmarks/gpu_fused.py alone.
+// Records cycle counts at numbered places of a block, for benchmarks/gpu_fused.py alone.
 #if PROFILE
 #define MARK(i) \
   if (threadIdx.x == 0) a.profile[blockIdx.x * MARKS + (i)] = now()

@@ -1,7 +1,8 @@
-"""Which kernels run a batch: those of one window, or those of many. Settled by measuring at the first call of a size, and kept.
+"""Chooses the kernels for a batch: the kernels of one window, or the kernels of many windows.
 
-A record lies beside the bundle's engines, as ``engines/cuda/PRECISION-KEY.json``. Its key is a hash of the kernels, the weights,
-the GPU and the driver, so that a record of anything else is never met. The bundle's own signed files never change.
+The first call of a batch size measures both kinds, and a record keeps the result. The record lies beside the bundle's engines,
+as ``engines/cuda/PRECISION-KEY.json``. KEY is a hash of the kernels, the weights, the GPU and the driver, so that a record of
+anything else is never read. The bundle's own signed files never change.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from sjepa_deploy.spec import RunPrecision
 logger = logging.getLogger(__name__)
 
 Kernels = Literal["window", "batch"]
-"""Kernels of the backend "cuda": "window" spread one window over the whole GPU, one after the other; "batch" give each window a
-multiprocessor."""
+"""Two kinds of kernels of the backend "cuda". "window" spreads each window over the whole GPU, one window after the other.
+"batch" gives each window a multiprocessor."""
 
 FOLDER = "engines/cuda"
 LEAST_SECONDS, LEAST_CALLS, MOST_CALLS = 0.02, 3, 50
-"""Of measuring one kind of kernels at one size."""
+"""Measuring one kind of kernels at one size takes at least so many seconds and calls, and at most so many calls."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelChoice:
-    """What was measured at one batch size.
+    """Holds the measurement at one batch size.
 
     Attributes
     ----------
@@ -52,7 +53,7 @@ class KernelChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRecord:
-    """Which kernels are the faster ones at each size that was measured, for one bundle in one precision on one machine.
+    """Lists the faster kernels at each measured size, for one bundle in one precision on one machine.
 
     Attributes
     ----------
@@ -77,7 +78,7 @@ class KernelRecord:
 
 
 def key_of(*parts: bytes | str) -> str:
-    """Return a hash of all that the speed depends on."""
+    """Return a hash of everything that the speed depends on."""
     digest = hashlib.sha256()
     for part in parts:
         content = part.encode() if isinstance(part, str) else part
@@ -86,12 +87,12 @@ def key_of(*parts: bytes | str) -> str:
 
 
 def size_for(batch: int, max_batch: int) -> int:
-    """Return at which size the choice for `batch` is measured: the next power of two, or the largest batch."""
+    """Return the size at which the choice for `batch` is measured: the next power of two, or the largest batch."""
     return min(1 << (batch - 1).bit_length(), max_batch)
 
 
 def records_of(bundle: Path) -> list[KernelRecord]:
-    """Return all records in the folder of a bundle that can be read."""
+    """Return all readable records in the folder of a bundle."""
     return [record for file in sorted((bundle / FOLDER).glob("*.json")) if (record := _read(file)) is not None]
 
 
@@ -106,16 +107,16 @@ def _read(file: Path) -> KernelRecord | None:
 
 
 class Choices:
-    """The choices of one backend.
+    """Keeps the choices of one backend.
 
     Parameters
     ----------
     bundle : Path
         Folder of the bundle.
     empty : KernelRecord
-        Whose record it is, without choices.
+        Record of this backend, without choices.
     key : str
-        Of `key_of`.
+        Key of the record, from `key_of`.
     """
 
     def __init__(self, bundle: Path, empty: KernelRecord, key: str) -> None:
@@ -125,12 +126,12 @@ class Choices:
         self._at: dict[int, KernelChoice] = {choice.batch: choice for choice in found.choices} if found else {}
 
     def at(self, size: int) -> Kernels | None:
-        """Return which kernels were faster at `size`, or None if that was not measured."""
+        """Return the faster kernels at `size`, or None if `size` was not measured."""
         choice = self._at.get(size)
         return choice.kernels if choice else None
 
     def settle(self, size: int, calls: dict[Kernels, Callable[[], object]]) -> Kernels:
-        """Measure `calls` of `size` windows, keep which is faster, and return it."""
+        """Measure `calls` of `size` windows, keep the faster kind of kernels, and return that kind."""
         medians: dict[str, float] = {kernels: _median_us(call) for kernels, call in calls.items()}
         faster = min(calls, key=lambda kernels: medians[kernels])
         self._at[size] = KernelChoice(batch=size, kernels=faster, medians_us=medians)

@@ -1,4 +1,5 @@
-// Contextual, and the base model, in one launch: every block stays for all layers, and waits only for the tokens that it needs.
+// Computes Contextual, and the base model, in one launch. Every block stays for all layers, and waits only for the tokens that it
+// needs.
 //
 // Four phases, each a loop over its items:
 //   encode     a channel: feature encoder, position encoding, query, key and value of its tokens
@@ -7,9 +8,9 @@
 //   combine    a token: the slices' shares in their order, second normalisation, and the next layer's query, key and value;
 //              after the last layer the last normalisation and the head
 // Keys and values stand behind counters in device memory that only grow: `number of the call * items`. What attend and feed hand on is
-// marked instead: each number has the layer's mark beside it, and its readers look until they see it. A buffer is free to be written
-// again when its marks differ, as nothing of a layer begins before all keys and values of that layer exist. The grid must be
-// resident as a whole (a cooperative launch). A wait that outlasts a second gives up, and the host is told.
+// marked instead: each number has the layer's mark beside it, and its readers read again until they see the mark. A buffer may be
+// written again when its marks differ, as nothing of a layer begins before all keys and values of that layer exist. The grid must
+// be resident as a whole (a cooperative launch). A wait that outlasts a second gives up, and the host is told.
 typedef unsigned long long Marked;  // a float, and a mark above it
 
 struct Arguments {

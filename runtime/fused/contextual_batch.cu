@@ -1,4 +1,5 @@
-// Contextual, and the base model, of many windows: a block takes WINDOWS windows through all layers, and no block waits for another.
+// Computes Contextual, and the base model, for many windows. A block takes WINDOWS windows through all layers, and no block waits
+// for another.
 //
 // `contextual.cu` spreads one window over the whole GPU, and most of its time is waiting; here as many windows as there are
 // multiprocessors are under way at once. A block keeps the rows of its tokens (the residual stream, float32) in shared memory.
@@ -9,7 +10,7 @@
 //              Two warps add their halves, and each normalises 8 of each 16 rows.
 // 129 tokens are 9 tiles of 16 rows for 4 pairs of warps. The ninth would cost as much as four, so it is SPARE: each warp takes it for
 // an eighth of the hidden units.
-// What a row is added up from depends on its place in the window alone, so that neither the batch nor the GPU changes a bit.
+// The sums of a row depend on the row's place in the window alone, so that neither the batch nor the GPU changes a bit.
 struct Arguments {
   const float* input;    // (batch, N_CHANS, N_TIMES)
   float* output;         // (batch, N_OUTPUTS), or (batch, LENGTH, EMB) for the base model

@@ -1,5 +1,5 @@
-// What the kernels need of the GPU beyond CUDA C++. Everything that is not plain C++ stands here, so that tests/gpu_on_cpu.h can
-// stand in for this file and run the kernels on a CPU.
+// Wraps the GPU instructions that the kernels need beyond CUDA C++. Everything that is not plain C++ stands here, so that
+// tests/gpu_on_cpu.h can replace this file and run the kernels on a CPU.
 #define DEVICE static __device__ __forceinline__
 #define SHARED_MEMORY extern __shared__ __align__(16) unsigned char shared_memory[]
 #ifndef RESIDENT

@@ -1,4 +1,5 @@
-// What the kernels of one window share: sums, products, the feature encoder of one block, and how a launch ends.
+// Holds the code that the kernels of one window share: sums, products, the feature encoder of one block, and the end of a launch.
+//
 // Into how many parts the sums of `outputs` products over k terms are split, so that every thread has work.
 constexpr int split_of(int outputs, int k) {
   int split = 1;

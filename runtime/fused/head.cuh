@@ -1,4 +1,4 @@
-// How the threads of a block that has a whole window give its outputs.
+// Adds the shares of a block's threads to the outputs of a whole window.
 constexpr int HEAD_AT_ONCE = N_OUTPUTS < 4 ? N_OUTPUTS : 4;
 
 struct HeadSums {

@@ -1,7 +1,11 @@
-"""One batch size of the fused backend, or number of new samples: pinned input and output, scratch memory, how a call runs.
+"""Runs the calls of one size of the fused backend in a lane.
 
-A call is a launch, mostly from a CUDA graph, or a number written for a kernel that stays on the GPU. It ends when the host sees
-the call's number beside every output, or, of many outputs, in one word that the kernel writes after them.
+A lane serves one batch size, or one number of new samples of a stream. It owns pinned input and output, scratch memory and a
+captured graph, so that a call allocates nothing.
+
+A call starts with a launch, mostly from a CUDA graph, or with a number that the host writes for a kernel that stays on the GPU.
+The call ends when the host sees the call's number beside every output. With many outputs the kernel writes the number once, in
+one word after the outputs.
 """
 
 from __future__ import annotations
@@ -26,20 +30,20 @@ from sjepa_deploy.spec import ModelSpec
 logger = logging.getLogger(__name__)
 
 POLLS = 20_000
-"""Looks at a word in host memory between two questions to the driver whether the GPU failed."""
+"""The host reads a word in host memory this often before it asks the driver whether the GPU failed."""
 
 MOST_MARKED = 8
-"""Outputs of a call that carry its number; of more, looking at each takes longer than one word behind a fence."""
+"""At most so many outputs carry the call's number: reading more of them takes longer than one word behind a fence."""
 
 LEAVE = 1 << 32
-"""Above the number of a call: the kernel that stays is to end."""
+"""This bit, above the number of a call, tells the kernel that stays to end."""
 
 STRONGLY_ORDERED = ("x86_64", "AMD64")
-"""Processors whose stores become visible in their order, without which Python cannot hand a window to a running kernel."""
+"""These processors make stores visible in order. Python can hand a window to a running kernel on no other processor."""
 
 
 def refuse_persistent(options: BackendOptions) -> None:
-    """Raise what speaks against a kernel that stays.
+    """Raise an error if the options or the processor do not allow a kernel that stays.
 
     Raises
     ------
@@ -58,7 +62,7 @@ def refuse_persistent(options: BackendOptions) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Launcher:
-    """What all batch sizes launch, or all numbers of new samples.
+    """Holds the loaded program that all lanes of a backend launch.
 
     Attributes
     ----------
@@ -93,7 +97,7 @@ class Launcher:
 
 
 class Lane:
-    """One batch size, or one number of new samples.
+    """Runs the calls of one batch size, or of one number of new samples.
 
     Parameters
     ----------
@@ -106,14 +110,14 @@ class Lane:
     batch : int
         Windows of a call.
     fresh : int
-        Of a program that rolls: new samples of a call. 0 for whole windows.
+        New samples of a call, for a program that rolls. 0 for whole windows.
 
     Attributes
     ----------
     input, output : array of float32
         Windows, or new samples, and predictions.
     persistent : bool
-        Whether calls are answered by a kernel that stays: those of one window, if the options say so.
+        Whether a kernel that stays answers the calls. Only calls of one window can have such a kernel.
     grid : int
         Blocks of a launch.
     buffers : dict of str to DeviceBuffer
@@ -163,7 +167,7 @@ class Lane:
         self._upload = keep(closing(DeviceBuffer(device, self._in.nbytes))) if options.memory == "copy" else None
 
     def _prepare(self, launcher: Launcher, options: BackendOptions, batch: int) -> None:
-        """Lay out what a launch takes."""
+        """Lay out the arguments of a launch."""
         program = launcher.program
         self._arguments = program.arguments()(
             input=self._upload.address if self._upload else self._in.address,
@@ -185,7 +189,7 @@ class Lane:
         self._finish = self._watch if options.wait != "block" else self._block
 
     def _begin(self, options: BackendOptions, fresh: int) -> None:
-        """Make the first call, which loads the code, and choose how later ones start. Of a stream it takes no sample."""
+        """Make the first call, which loads the code and takes no sample of a stream. Then choose how later calls start."""
         self.run()
         if fresh:
             self._arguments.fresh = fresh
@@ -228,7 +232,7 @@ class Lane:
         self._unfinished = False
 
     def steps(self) -> None:
-        """Return nothing: a call is one kernel, which says itself when it ends."""
+        """Return None: a call is one kernel and has no steps to measure apart."""
 
     def leave(self) -> None:
         """End the kernel that stays, if there is one."""
@@ -238,7 +242,7 @@ class Lane:
             self._staying = False
 
     def _settle(self) -> None:
-        """Let a call come to its end that was interrupted, and see whether it was answered."""
+        """Wait for the end of an interrupted call, and read whether the GPU answered the call."""
         if self._unfinished:
             self.leave()
             self._stream.synchronize()
@@ -265,7 +269,7 @@ class Lane:
         return (0,)
 
     def _stay(self) -> None:
-        """Launch the kernel that answers calls from the one that is asked for."""
+        """Launch the kernel that stays. The kernel answers the call that is asked for and all later calls."""
         self._residency += 1
         arguments = self._arguments
         arguments.request, arguments.last = self._request_address, (self._request[0] - 1) & 0xFFFFFFFF
@@ -289,7 +293,7 @@ class Lane:
         self._take()
 
     def _look_after(self, words: memoryview, word: int, number: int) -> None:
-        """Ask the driver whether the kernel is still there: after an error it writes nothing."""
+        """Ask the driver whether the kernel still runs: after an error the kernel writes nothing."""
         (error,) = self._cu.cuStreamQuery(self._stream.stream)
         if error == self._cu.CUresult.CUDA_ERROR_NOT_READY:
             return

@@ -1,5 +1,5 @@
-// PreLocal and PostLocal of many windows: a block takes a window through the encoder and the head, which is one linear map of all
-// tokens, and no block waits for another. PreLocal's signals are its channels through the spatial filters.
+// Computes PreLocal and PostLocal for many windows. A block takes a window through the encoder and the head, which is one linear
+// map of all tokens, and no block waits for another. PreLocal's signals are its channels through the spatial filters.
 struct Arguments {
   const float* input;    // (batch, N_CHANS, N_TIMES)
   float* output;         // (batch, N_OUTPUTS)

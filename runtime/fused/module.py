@@ -1,4 +1,4 @@
-"""One compiled program on the GPU."""
+"""Compiles a program and loads it on the GPU."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sjepa_deploy.runtime.gpu.cuda import Device, HostBuffer, check
 
 
 class Module:
-    """One compiled program on the GPU.
+    """Holds one compiled program on the GPU.
 
     Attributes
     ----------
     shared_bytes : int
         Shared memory of a block.
     blocks_at_once : int
-        Blocks that the whole GPU holds; none if they need more shared memory than it gives.
+        Blocks that the whole GPU holds at once. 0 if a block needs more shared memory than the GPU gives.
     """
 
     def __init__(self, device: Device, name: str, source: str, threads: int, architecture: int) -> None:
@@ -56,5 +56,5 @@ class Module:
             return int(answer.array.view(np.uint32)[0])
 
     def close(self) -> None:
-        """Unload it."""
+        """Unload the program."""
         check(self._cu.cuModuleUnload(self._module))

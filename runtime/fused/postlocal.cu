@@ -1,5 +1,5 @@
-// PostLocal in one launch: a block takes one channel of one window through the encoder and the head, which is one linear map of
-// all tokens. The block that is the last of its window adds the channels' shares in their order.
+// Computes PostLocal in one launch. A block takes one channel of one window through the encoder and the head, which is one linear
+// map of all tokens. The block that is the last of its window adds the channels' shares in their order.
 struct Arguments {
   const float* input;    // (batch, N_CHANS, N_TIMES)
   float* output;         // (batch, N_OUTPUTS)

@@ -1,7 +1,8 @@
-// PreLocal in one launch: CLUSTER_BLOCKS blocks a window, each with a share of the channels.
+// Computes PreLocal in one launch. Each window has CLUSTER_BLOCKS blocks, and each block has a share of the channels.
 //
 // Every block sums the spatial filters over its channels. With clusters (CLUSTER > 1), block v then takes virtual channel v through
-// the encoder, reading the other blocks' sums from their shared memory. Without, the block that arrives last takes them all.
+// the encoder, and reads the other blocks' sums from their shared memory. Without clusters, the block that arrives last
+// takes them all.
 struct Arguments {
   const float* input;    // (batch, N_CHANS, N_TIMES)
   float* output;         // (batch, N_OUTPUTS)

@@ -1,4 +1,4 @@
-"""The program of one model for the fused kernels: its sizes as macros, its source, its weights, its buffers."""
+"""Makes the program of one model for the fused kernels: sizes as macros, source, weights and buffers."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ LINE = 32
 """Float32 numbers in a line of memory: new samples of two channels share none (`apart` in runtime/fused/encoder.cuh)."""
 
 IDLE_MS = 2000
-"""Silence of the host after which a kernel that stays ends by itself."""
+"""A kernel that stays ends by itself after so many milliseconds without a call."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How work is spread over a GPU.
+    """Says how work is spread over a GPU.
 
     Attributes
     ----------
@@ -62,7 +62,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """What is compiled, uploaded and launched.
+    """Holds everything that is compiled, uploaded and launched for one model.
 
     Attributes
     ----------
@@ -89,7 +89,7 @@ class Program:
     least_blocks : int
         How many blocks must be resident at once.
     rolls : bool
-        Whether the input are the newest samples of a stream's window, whose others the kernel has kept.
+        Whether the input holds only the newest samples of a stream's window. The kernel has kept the other samples.
     """
 
     name: str
@@ -108,7 +108,7 @@ class Program:
     def rolling(self) -> Program:
         """Return the program of the same model that takes the newest samples of a stream.
 
-        A program of its own: as a branch in the other it would take registers from every call.
+        A branch in the usual program would take registers from every call, so rolling has a program of its own.
         """
         return dataclasses.replace(self, source=f"#define ROLLS 1\n#define LINE {LINE}\n{self.source}", rolls=True)
 
@@ -129,14 +129,14 @@ class Program:
 
 
 THREADS = {"prelocal": 1024, "postlocal": 512, "contextual": 512, "base": 512}
-"""Of a block: the fastest of those that were measured (benchmarks/results/gpu_fused_*)."""
+"""Threads of a block: the fastest measured numbers (benchmarks/results/gpu_fused_*)."""
 
 SMALL_WINDOW = 2**15
-"""Samples of all channels that 4 blocks take faster than 8, as fewer exchange their sums, and that fit their shared memory."""
+"""4 blocks are faster than 8 up to so many samples of all channels: fewer blocks exchange sums, and shared memory suffices."""
 
 
 def best_layout(spec: ModelSpec, precision: RunPrecision, n_multiprocessors: int, architecture: int) -> Layout:
-    """Return how a model is best spread over a GPU of a compute capability (times 10)."""
+    """Return the fastest layout of a model on a GPU of compute capability `architecture` (times 10)."""
     recent = architecture >= CLUSTER_CAPABILITY
     threads = THREADS[spec.variant]
     if spec.needs_positions and (precision == "fp16" or not recent):
@@ -146,7 +146,7 @@ def best_layout(spec: ModelSpec, precision: RunPrecision, n_multiprocessors: int
 
 
 def refuse_spec(spec: ModelSpec, precision: RunPrecision) -> None:
-    """Raise what keeps the kernels from computing a model.
+    """Raise an error if the kernels cannot compute a model.
 
     Raises
     ------

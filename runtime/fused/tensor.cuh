@@ -1,4 +1,4 @@
-// Products of 16 rows with weights on the matrix units, in 16-bit numbers, as the kernels of many windows need them.
+// Multiplies 16 rows with weights on the matrix units, in 16-bit numbers, for the kernels of many windows.
 //
 // In float32 (PIECES == 2) a number is the sum of two halves, and a product the sum of three: that of the two lower pieces is below
 // float32's rounding. Halves reach down to 6e-8 only, so weights are packed SCALE times as large as they are; LayerNorm keeps the

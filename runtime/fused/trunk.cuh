@@ -1,6 +1,6 @@
-// The feature encoder of many channels at a time: the first convolution and its normalisation in float32, as nothing bounds the
-// samples; the products behind it on the matrix units.
-// SIGNALS are the channels of a window, or PreLocal's virtual ones.
+// Computes the feature encoder of many channels at a time. The first convolution and its normalisation are in float32, as nothing
+// bounds the samples. The products after them run on the matrix units.
+// SIGNALS are the channels of a window, or PreLocal's virtual channels.
 constexpr int STEP_DIMS = CONV_DIM[0];
 constexpr int TAPS = CONV_KERNEL[0];
 constexpr int SIGNAL = (N_TIMES + 3) / 4 * 4;  // floats of a channel

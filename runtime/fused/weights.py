@@ -1,6 +1,6 @@
-"""The weights of the fused kernels: read from a bundle's checkpoint with NumPy alone, rewritten exactly, packed for the GPU.
+"""Reads the weights of a bundle's checkpoint with NumPy alone, rewrites them exactly, and packs them for the fused kernels.
 
-The rewrites are those of `sjepa_deploy.export.rewrite`, in float64, rounded once to float32.
+The rewrites are the same as in `sjepa_deploy.export.rewrite`, in float64, rounded once to float32.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def read_safetensors(path: Path) -> Weights:
 
 
 class Packed:
-    """Arrays one behind the other in one buffer, each at a multiple of 16 bytes.
+    """Packs arrays one after the other into one buffer, each at a multiple of 16 bytes.
 
     Attributes
     ----------
     offsets, sizes : dict of str to int
-        Where each array begins and how long it is, in units of 4 bytes.
+        Start and length of each array, in units of 4 bytes.
     size : int
         Length, in units of 4 bytes.
     """
@@ -64,7 +64,7 @@ class Packed:
         self._parts: list[NDArray[np.float32]] = []
 
     def add(self, name: str, *arrays: NDArray[Any]) -> None:
-        """Append `arrays` as float32, numbers of 16 bits as they are, under `name`."""
+        """Append `arrays` under `name` as float32. Numbers of 16 bits stay as they are."""
         flat = np.concatenate([self._words(array) for array in arrays])
         flat = np.pad(flat, (0, -len(flat) % 4))
         self.offsets[name], self.sizes[name] = self.size, len(flat)
@@ -83,7 +83,7 @@ class Packed:
 
 
 def pack(spec: ModelSpec, weights: Weights, *, half: bool, slices: int) -> tuple[Packed, Packed | None]:
-    """Return all weights of a model as its kernel reads them, and those of the first transformer layer, for its offsets.
+    """Return all weights of a model in the order of its kernel, and the first transformer layer, for the offsets in a layer.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ def pack(spec: ModelSpec, weights: Weights, *, half: bool, slices: int) -> tuple
     half : bool
         Whether the feed-forward weights are float16.
     slices : int
-        Into how many parts the feed-forward units are cut.
+        Number of parts of the feed-forward units.
     """
     packed = Packed()
     packed.add("ENCODER", *encoder_weights(spec.encoder, weights))
@@ -170,9 +170,9 @@ def _layer(weights: Weights, prefix: str, n_heads: int, half: bool, slices: int)
 def _tiles(weight: Array, half: bool) -> NDArray[np.floating]:
     """Return `weight` (M, K) in the order in which the lanes of a warp hold tiles of it.
 
-    Tiles are 16 rows by 8 float32 or 16 halves, those of the same rows one behind the other. In one, lane 4 g + t holds rows g
-    and g + 8, and in float32 columns t and t + 4, in float16 the pairs 2 t and 2 t + 8: fragment A of mma.m16n8k8 and
-    mma.m16n8k16 in the manual of PTX.
+    A tile has 16 rows and 8 float32 or 16 float16 columns. Tiles of the same rows follow each other. In a tile, lane 4 g + t
+    holds rows g and g + 8. The lane holds columns t and t + 4 in float32, and the pairs at 2 t and 2 t + 8 in float16. This is
+    fragment A of mma.m16n8k8 and mma.m16n8k16 in the manual of PTX.
     """
     pair = 2 if half else 1
     tiles = weight.reshape(len(weight) // 16, 2, 8, -1, 2, 4, pair)  # (row tile, g high, g, column tile, t high, t, pair)

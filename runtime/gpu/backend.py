@@ -1,4 +1,4 @@
-"""The skeleton of a backend on a GPU: one thread at a time, buffers that are made once, windows on the GPU read in place."""
+"""Gives every GPU backend its skeleton: one thread at a time, buffers made once, windows on the GPU read in place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sjepa_deploy.spec import ModelSpec
 
 
 class GpuTurn(Turn):
-    """Lets one thread at a time call a backend on a GPU, with the GPU's context as its current one, and no forked child.
+    """Lets one thread at a time call a backend on a GPU, sets the GPU's context in that thread, and refuses forked children.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ class GpuTurn(Turn):
 
 
 class Lane(Protocol):
-    """What calls of one batch size need, made once: pinned input and output, and what starts a call.
+    """Runs the calls of one batch size. A lane makes pinned input and output once, and starts each call.
 
     Attributes
     ----------
@@ -53,13 +53,13 @@ class Lane(Protocol):
     output: FloatArray
 
     def run(self) -> None:
-        """Run on what is in `input`, until `output` is there."""
+        """Run on the content of `input`, and return when `output` is complete."""
 
     def run_from(self, address: int) -> None:
-        """Run on windows at the device address `address`, until `output` is there."""
+        """Run on windows at the device address `address`, and return when `output` is complete."""
 
     def steps(self) -> tuple[dict[str, Step], str] | None:
-        """Return the steps of a call and in which mode they run, see `split_calls`. None: a call cannot be split."""
+        """Return the steps of a call and their mode (see `split_calls`), or None if a call cannot be split."""
 
     def close(self) -> None:
         """Free the buffers."""
@@ -69,19 +69,19 @@ L = TypeVar("L", bound=Lane)
 
 
 class GpuBackend(Backend, Generic[L]):
-    """A backend on a GPU. A subclass opens a `Lane` for a batch size that is new (`_open`).
+    """Runs a model on a GPU. A subclass opens a `Lane` for each new batch size (`_open`).
 
-    A call at a batch size that was met before allocates nothing. A second thread that calls at the same time gets an error: load
-    the bundle once in each thread.
+    A call at a known batch size allocates nothing. A second thread that calls at the same time gets an error: load the bundle
+    once in each thread.
 
     Parameters
     ----------
     device, stream : Device, Stream
-        Where calls run.
+        GPU and stream of the calls.
     spec : ModelSpec
         The model.
     closing : ExitStack
-        Closed last by `close`.
+        Resources that `close` closes last.
     keeps : object
         What a forked child must never free.
     """
@@ -96,7 +96,7 @@ class GpuBackend(Backend, Generic[L]):
         """Return a new lane for `batch` windows."""
 
     def _lane(self, batch: int) -> L:
-        """Return the lane for `batch` windows, once an interrupted call has ended, which could end the next one early."""
+        """Return the lane for `batch` windows. First wait for an interrupted call, which could end the next call early."""
         if self._stream.unfinished:
             self._stream.settle()
         lane = self._lanes.get(batch)
@@ -134,7 +134,7 @@ class GpuBackend(Backend, Generic[L]):
             self._turn.end()
 
     def input_buffer(self, batch: int) -> FloatArray:
-        """Return the pinned buffer that `run` reads, shape (batch, n_chans, n_times): fill it in place and pass it to `run`."""
+        """Return the pinned buffer that `run` reads, shape (batch, n_chans, n_times). Fill the buffer and pass it to `run`."""
         self._turn.begin()
         try:
             return self._lane(batch).input
@@ -142,14 +142,14 @@ class GpuBackend(Backend, Generic[L]):
             self._turn.end()
 
     def warmup(self, batches: tuple[int, ...] = (1,), n_runs: int = 10) -> None:
-        """Make a lane for each of `batches`, and run it so that the GPU's clock rises."""
+        """Make a lane for each of `batches`, and run the lane so that the GPU's clock rises."""
         for batch in batches:
             buffer = self.input_buffer(batch)
             for _ in range(n_runs):
                 self.run(buffer)
 
     def split(self, eeg: FloatArray, n: int) -> Split | None:
-        """Return where the time of `n` calls on `eeg` goes."""
+        """Return the time of each step of a call, measured over `n` calls on `eeg`."""
         self._turn.begin()
         try:
             lane = self._lane(len(eeg))
@@ -175,4 +175,4 @@ class GpuBackend(Backend, Generic[L]):
         self._closing.close()
 
     def _release(self) -> None:
-        """Release what a subclass holds beside its lanes, before them."""
+        """Release, before the lanes, what a subclass holds beside them."""

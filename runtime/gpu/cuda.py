@@ -1,7 +1,7 @@
-"""The little of CUDA that decoding needs: one GPU, pinned memory that it sees, a stream, captured graphs, and two ways to wait.
+"""Wraps the part of CUDA that decoding needs: one GPU, pinned memory, a stream, captured graphs, and two ways to wait.
 
-All through the driver API of `cuda.bindings`, which every call of ours checks. `cuda.core` is used where it saves us work: it
-reads arrays of other libraries on the GPU (DLPack, the CUDA array interface).
+All calls go through the driver API of `cuda.bindings`, and every call is checked. `cuda.core` only reads arrays of other
+libraries on the GPU (DLPack, the CUDA array interface).
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ def _name(cu: Any, error: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One GPU.
+    """Describes one GPU.
 
     Attributes
     ----------
     name, compute_capability : str
-        As the driver says, e.g. "NVIDIA H100 80GB HBM3", "9.0".
+        Name and compute capability from the driver, e.g. "NVIDIA H100 80GB HBM3", "9.0".
     driver : str
         Version of the driver, e.g. "580.159.04".
     cuda : str
@@ -101,16 +101,16 @@ class _Current(threading.local):
 
 
 current = _Current()
-"""The `device` whose context is the calling thread's. A new thread has none, even with the identifier of one that ended."""
+"""Holds the `device` of the calling thread's context. A new thread has no device, even if it reuses an old identifier."""
 
 
 class Device:
-    """The primary context of a GPU, shared with PyTorch and every other user of the runtime API in this process.
+    """Holds the primary context of a GPU. PyTorch and other users of the runtime API in this process share this context.
 
     Parameters
     ----------
     ordinal : int
-        Which GPU.
+        Number of the GPU.
 
     Raises
     ------
@@ -130,7 +130,7 @@ class Device:
 
     @property
     def gpu(self) -> Gpu:
-        """What it is."""
+        """Description of this GPU."""
         cu = self.cu
         major, minor = self.attribute("COMPUTE_CAPABILITY_MAJOR"), self.attribute("COMPUTE_CAPABILITY_MINOR")
         cuda = check(cu.cuDriverGetVersion())
@@ -146,7 +146,7 @@ class Device:
 
     @property
     def bus_id(self) -> str:
-        """Its PCI bus, e.g. "0000:4B:00.0"."""
+        """PCI bus of this GPU, e.g. "0000:4B:00.0"."""
         text: bytes = check(self.cu.cuDeviceGetPCIBusId(32, self._device))
         return text.split(b"\0")[0].decode()
 
@@ -156,7 +156,7 @@ class Device:
         return int(check(self.cu.cuDeviceGetAttribute(key, self._device)))
 
     def make_current(self) -> None:
-        """Make this GPU's context that of the calling thread."""
+        """Make this GPU's context the current context of the calling thread."""
         check(self.cu.cuCtxSetCurrent(self._context))
         current.device = self
 
@@ -175,7 +175,7 @@ class Device:
 
 
 def driver_version() -> str | None:
-    """Return the version of the NVIDIA driver as nvidia-smi prints it, or None where it cannot be read."""
+    """Return the version of the NVIDIA driver as nvidia-smi prints it, or None if the version cannot be read."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
         text = ctypes.create_string_buffer(96)
@@ -188,14 +188,14 @@ def driver_version() -> str | None:
 
 
 class HostBuffer:
-    """Pinned host memory that the GPU reads and writes in place.
+    """Holds pinned host memory that the GPU reads and writes in place.
 
     Attributes
     ----------
     array : array of float32
-        The memory as the host sees it.
+        The memory as an array for the host.
     address : int
-        The memory as the GPU sees it.
+        Address of the memory for the GPU.
     """
 
     def __init__(self, device: Device, shape: tuple[int, ...]) -> None:
@@ -214,12 +214,12 @@ class HostBuffer:
 
 
 class DeviceBuffer:
-    """Device memory.
+    """Holds device memory.
 
     Attributes
     ----------
     address, nbytes : int
-        Where it is, and its size.
+        Address and size of the memory.
     """
 
     def __init__(self, device: Device, nbytes: int) -> None:
@@ -234,7 +234,7 @@ class DeviceBuffer:
 
 
 class Stream:
-    """A stream of its own, with one way to wait for it.
+    """Holds a CUDA stream and one way to wait for the stream.
 
     Parameters
     ----------
@@ -246,8 +246,8 @@ class Stream:
     Attributes
     ----------
     unfinished : bool
-        Whether a call was launched whose end was not seen. Who launches sets it, and clears it after waiting: it stays set after
-        an interrupt.
+        Whether a call was launched and its end was not seen. The caller sets `unfinished` at the launch and clears it after
+        waiting, so that it stays set after an interrupt.
     """
 
     def __init__(self, device: Device, wait: Wait = "spin") -> None:
@@ -266,7 +266,7 @@ class Stream:
         self.wait: Callable[[], None] = {"spin": self._spin, "flag": self._watch, "block": self._block}[wait]
 
     def finish(self) -> None:
-        """Enqueue what the chosen way of waiting needs after the work. It belongs into a captured graph too."""
+        """Enqueue what the chosen way of waiting needs after the work. A captured graph needs this step too."""
         if self.mode == "flag":
             cu = self._cu
             default = cu.CUstreamWriteValue_flags.CU_STREAM_WRITE_VALUE_DEFAULT
@@ -296,17 +296,17 @@ class Stream:
         check(self._cu.cuEventSynchronize(self._event))
 
     def synchronize(self) -> None:
-        """Wait whatever the mode, after work that `finish` did not end."""
+        """Wait in any mode, also for work without `finish` at its end."""
         check(self._cu.cuStreamSynchronize(self.stream))
         self._flag[0] = 0  # of a launch that nothing else waited for
 
     def settle(self) -> None:
-        """Wait for a call that was interrupted."""
+        """Wait for the end of an interrupted call."""
         self.synchronize()
         self.unfinished = False
 
     def capture(self, enqueue: Callable[[], None]) -> Graph:
-        """Return the graph of what `enqueue` puts into this stream; nothing runs."""
+        """Return the graph of what `enqueue` puts into this stream. Nothing runs during the capture."""
         cu = self._cu
         check(cu.cuStreamBeginCapture(self.stream, cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
         try:
@@ -335,12 +335,12 @@ def _event_flags(cu: Any) -> int:
 
 
 class Graph:
-    """A captured graph, ready to launch.
+    """Holds a captured graph, ready to launch.
 
     Attributes
     ----------
     launch : callable
-        Launches it and returns the driver's result; `check` it.
+        Launches the graph and returns the driver's result, which the caller must `check`.
     """
 
     def __init__(self, cu: Any, graph: Any, stream: Any) -> None:
@@ -356,12 +356,12 @@ class Graph:
 
 
 def address_on_gpu(array: Any, stream: Stream, window: tuple[int, int]) -> tuple[int, int]:
-    """Return batch and device address of windows on the GPU; work of their owner is waited for on `stream`.
+    """Return the batch size and device address of windows on the GPU. `stream` then waits for the work of their owner.
 
     Raises
     ------
     InputError
-        If they are not C-contiguous float32 of shape (batch, n_chans, n_times).
+        If the windows are not C-contiguous float32 of shape (batch, n_chans, n_times).
     """
     from cuda.core.utils import StridedMemoryView
 

@@ -1,7 +1,7 @@
 """Compiles CUDA C++ to machine code at first use, with NVRTC, and keeps the code in a cache.
 
-The cache is ours and not that of `cuda.core.Program` 1.2, which stores machine code without a hash and hands out a damaged file
-as code, and which does not pass ``--diag-suppress``.
+The cache of `cuda.core.Program` 1.2 does not serve: it stores machine code without a hash, hands out a damaged file as code, and
+does not pass ``--diag-suppress``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sjepa_deploy.files import bytes_hash, cache_folder, write_atomically
 logger = logging.getLogger(__name__)
 
 OPTIONS = ("--std=c++17", "--device-as-default-execution-space", "--diag-suppress=177")
-"""Of every compilation. 177: no kernel uses all of the functions that they share."""
+"""Options of every compilation. Warning 177 is off because no kernel uses all of the shared functions."""
 
 
 def nvrtc() -> Any:
@@ -54,9 +54,9 @@ def architectures() -> tuple[int, ...]:
 
 
 def compiled(source: str, architecture: int) -> bytes:
-    """Return the machine code of `source` for a compute capability (times 10), from the cache if it is there.
+    """Return the machine code of `source` for a compute capability (times 10), from the cache if the code is there.
 
-    The name in the cache is a hash of the source, the options and NVRTC's version.
+    The name of a file in the cache is a hash of the source, the options and NVRTC's version.
 
     Raises
     ------

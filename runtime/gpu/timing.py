@@ -1,4 +1,4 @@
-"""Where the time of a call on a GPU goes, measured with CUDA events between its steps."""
+"""Measures the time of each step of a call on a GPU, with CUDA events between the steps."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ Step = Callable[[], object]
 
 
 def split_calls(device: Device, stream: Stream, fill: Step, steps: dict[str, Step], n: int, how: str) -> Split:
-    """Run a call `n` times with events between its steps, and `n` times without them, in turn.
+    """Run a call `n` times with events between its steps, and `n` times without events, alternating.
 
     Parameters
     ----------
     device, stream : Device, Stream
-        Where it runs.
+        GPU and stream of the call.
     fill : callable
-        Puts the windows where the first step finds them.
+        Puts the windows where the first step reads them.
     steps : dict of str to callable
-        What enqueues "h2d", "compute" and "d2h", in order; a call without copies has "compute" alone.
+        Functions that enqueue "h2d", "compute" and "d2h", in order. A call without copies has "compute" alone.
     n : int
         Calls.
     how : str
-        In which mode, for people.
+        Mode of the calls, as text for people.
     """
     cu = device.cu
     flags = int(cu.CUevent_flags.CU_EVENT_DEFAULT)
