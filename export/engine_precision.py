@@ -75,7 +75,7 @@ def summarise_layers(inspected: str) -> LayerSummary:
     Raises
     ------
     EngineError
-        If it holds layer names only.
+        If the JSON holds layer names only.
     """
     layers = json.loads(inspected, strict=False)["Layers"]  # 8.6 writes raw control characters
     if any(not isinstance(layer, dict) for layer in layers):
@@ -102,9 +102,9 @@ def judge_types(layers: LayerSummary, precision: RunPrecision, stored: StoredWei
     Parameters
     ----------
     layers : LayerSummary
-        What the inspector found.
+        Layers and types that the inspector found.
     precision : {"fp32", "tf32", "fp16", "bf16"}
-        What was asked for.
+        Requested precision.
     stored : StoredWeights
         Types in which the plan holds the graph's float16 weights.
 

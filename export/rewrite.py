@@ -1,11 +1,11 @@
 """Rewrites a fine-tuned model exactly: the same function in fewer and cheaper operations.
 
-Each rewrite changes a copy of a model in place, replaces whole submodules and leaves the model's ``forward`` alone; none
-changes its result beyond rounding (tests/test_rewrite.py compares each with the untouched model in float64). `rewrite` applies
-them all in order.
+Each rewrite changes a copy of a model in place, replaces whole submodules and leaves the model's ``forward`` alone. No rewrite
+changes the model's result beyond rounding (tests/test_rewrite.py compares each with the untouched model in float64). `rewrite`
+applies all rewrites in order.
 
-After that every matrix product is a `Product` or an `Attention`, which compute in the dtype of their weights and leave
-everything between them in float32. `set_precision` makes a typed model of another precision by casting those weights.
+Every matrix product of a rewritten model is a `Product` or an `Attention`. These modules compute in the dtype of their weights
+and leave everything between them in float32. `set_precision` makes a typed model of another precision: it casts those weights.
 """
 
 from __future__ import annotations
@@ -121,9 +121,9 @@ class OffsetFree(nn.Module):
 def remove_offset(model: SignalJEPAModule) -> None:
     """Subtract each channel's first sample from the input.
 
-    The first normalisation removes any constant, so this changes nothing but rounding: with electrode offsets of 20 mV under a
-    signal of 10 uV, float32 products lose four digits without it. The first sample is one that every token sees; a mean over
-    the window could let a NaN in that no convolution reads.
+    The first normalisation removes any constant, so the subtraction changes rounding alone. Without the subtraction, float32
+    products lose four digits to electrode offsets of 20 mV under a signal of 10 uV. Every token sees the first sample. A mean
+    over the window could let in a NaN that no convolution reads.
     """
     if isinstance(model, SignalJEPA_PreLocal):
         model.spatial_conv = OffsetFree(model.spatial_conv)  # type: ignore[assignment]
@@ -309,8 +309,8 @@ def rewrite(model: SignalJEPAModule) -> SignalJEPAModule:
 def set_precision(model: SignalJEPAModule, precision: Precision) -> None:
     """Cast the weights of every product of a rewritten model to `precision`.
 
-    What stays in float32, because parity asks for it: the spatial filters of PreLocal and the first convolution (they see raw
-    amplitudes, which overflow float16), the normalisations, softmax, the residual stream, and the head.
+    Some parts stay in float32, because parity needs float32 there: the spatial filters of PreLocal and the first convolution
+    (they see raw amplitudes, which overflow float16), the normalisations, softmax, the residual stream, and the head.
     """
     for module in model.modules():
         if isinstance(module, Product):

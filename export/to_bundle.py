@@ -85,13 +85,13 @@ def to_bundle(
     Parameters
     ----------
     model : SignalJEPAModule
-        What to export.
+        The model.
     path : Path
         Folder of the bundle.
     weights : Provenance
-        Where the weights came from.
+        Origin of the weights.
     precisions : tuple of {"fp32", "fp16", "bf16"}
-        Graphs to write, the one to run by default first.
+        Graphs to write. The first graph runs by default.
     opset, max_batch, static_batch
         See `sjepa_deploy.export.to_onnx.to_onnx`.
     parity_windows : array of float32, shape (n, n_chans, n_times), or None
@@ -170,7 +170,7 @@ def make_reference(model: SignalJEPAModule, windows: FloatArray | None = None, *
     Parameters
     ----------
     model : SignalJEPAModule
-        The model, which is left as it is.
+        The model. It stays unchanged.
     windows : array of float32, shape (n, n_chans, n_times), or None
         Real windows in the unit of the spec; at most `MAX_PARITY_WINDOWS` are kept.
     seed : int
@@ -202,9 +202,9 @@ def real_eeg(windows: NDArray[Any], spec: ModelSpec) -> FloatArray:
     Raises
     ------
     InputError
-        If they are no real numbers, have another shape, or hold NaN or infinity.
+        If the windows are no real numbers, have another shape, or hold NaN or infinity.
     RecordingError
-        If their amplitude is none of EEG in the unit of the spec.
+        If the amplitude of the windows is not that of EEG in the unit of the spec.
     """
     shape = f"(n, {spec.n_chans}, {spec.n_times})"
     if windows.dtype.kind not in "fiu":

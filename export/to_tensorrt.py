@@ -77,13 +77,13 @@ def build_engine(
     precision : {"fp32", "tf32", "fp16", "bf16"}
         Precision of the engine.
     flavour : {"tensorrt", "tensorrt-rtx"}
-        Which TensorRT.
+        Kind of TensorRT.
     settings : BuildSettings or None
         Profile and options; None for the batches of the graph.
     ordinal : int
-        Which GPU.
+        Number of the GPU.
     rebuild : bool
-        Whether to build again what is there.
+        Whether to build an existing engine again.
     time_limit : float or None
         Seconds after which the build is given up.
     progress : callable
@@ -92,7 +92,7 @@ def build_engine(
     Returns
     -------
     EngineRecord
-        What was built. `EngineRecord.computes_in` may be fp32 where fp16 was asked for.
+        Record of the engine. `EngineRecord.computes_in` may be fp32 although fp16 was asked for.
 
     Raises
     ------

@@ -48,11 +48,11 @@ class ServedModel:
     name, version : str
         Name and version that clients ask for.
     steps : tuple of str
-        Further models, of which an ensemble is made.
+        Further models that an ensemble consists of.
     batching : Batching
         Queueing and batching of the model.
     instances : int
-        How many of it run at once on one server.
+        Number of instances that run at once on one server.
     """
 
     repository: Path
@@ -92,18 +92,18 @@ def to_triton(
     backend : str
         Backend of ours that the Python model uses.
     precision : {"fp32", "fp16", "bf16"} or None
-        Which graph; None takes the bundle's first.
+        Precision of the graph. None takes the bundle's first graph.
     deadline : float
         Seconds from the arrival of a request to its answer, from which batches, delays and limits of the queue follow.
     batched : bool
         Whether requests may share a run.
     instances : int or None
-        How many models run at once; None for one on each core, or one on each GPU.
+        Number of models that run at once. None for one on each core, or one on each GPU.
     gpu : bool
         Whether the instances belong to GPUs ("tensorrt" always does).
     from_unit : {"uV", "mV", "V"} or None
-        Makes an ensemble whose first step takes windows in this unit and any reference, brings them to the model's, and checks
-        them: Triton's own backends check neither NaN nor units.
+        Makes an ensemble. Its first step takes windows in this unit and any reference, brings the windows to the model's unit and
+        reference, and checks the windows: Triton's own backends check neither NaN nor units.
 
     Raises
     ------
@@ -175,7 +175,7 @@ def read_config(file: Path) -> Any:
     Raises
     ------
     ExportError
-        If it does not follow the schema.
+        If the file does not follow the schema.
     """
     text_format = importlib.import_module("google.protobuf.text_format")
     config = _schema().ModelConfig()
@@ -216,7 +216,7 @@ def _plan(
     instances: int,
     batched: bool,
 ) -> Batching:
-    """Plan the batching from what this machine measures; an engine's time is not known here, and nothing of it is assumed."""
+    """Plan the batching from measurements on this machine. The time of an engine is not known here, and is not assumed."""
     if engine is not None:
         most = engine.identity.settings.max_batch
         wait = LARGEST_WAIT * deadline

@@ -1,8 +1,8 @@
 """Measures how outputs change when weights trained on windows of one length run on windows of another length.
 
-Two lengths with the same number of time tokens take the same weights. The tokens are made of the same samples counted from the
-window's start; the rest, the tail, acts through the statistics of the group normalisation only. The window without a tail gives
-its decision that much earlier: the low-latency contract (docs/latency.md).
+Two lengths with the same number of time tokens take the same weights. The tokens are made of the same samples, counted from the
+window's start. The other samples, the tail, act through the statistics of the group normalisation only. A window without a tail
+gives its decision earlier by the length of the tail: the low-latency contract (docs/latency.md).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Agreement:
     correlation : float
         Pearson correlation over windows, averaged over the outputs that vary.
     decision_flips : int or None
-        Windows whose largest output is another one. None for a single output.
+        Windows whose largest output changes to another output. None for a single output.
     """
 
     change: float
@@ -89,7 +89,7 @@ def compare_window_lengths(model: SignalJEPAModule, trained: int, eeg: FloatArra
     Parameters
     ----------
     model : SignalJEPAModule
-        With the spec of the exported length.
+        The model, with the spec of the exported length.
     trained : int
         Samples of the windows that the weights were trained on, with as many tokens.
     eeg : array of float32, shape (n, n_chans, max(trained, exported))

@@ -444,7 +444,7 @@ def _as_export_errors(path: Path) -> Iterator[None]:
 def _replace(folder: Path, path: Path) -> None:
     """Move `folder` to `path`. If the system can exchange two folders, `path` holds a bundle at every moment.
 
-    A folder that is not empty is not overwritten: of two exports to one place, the second one fails here.
+    A folder that is not empty is not overwritten: if two exports write to one place, the second export fails here.
     """
     if not _looks_like_a_bundle(path):
         folder.rename(path)

@@ -50,7 +50,7 @@ class EngineRunner(GpuBackend["_Lane"]):
     spec : ModelSpec
         Names and shapes that the engine must have.
     options : BackendOptions
-        Memory, graph, wait.
+        The runner reads `memory`, `cuda_graph` and `wait`.
 
     Raises
     ------
@@ -240,7 +240,7 @@ def check_tensors(api: TensorRT, engine: Any, spec: ModelSpec) -> None:
     Raises
     ------
     EngineError
-        If they differ.
+        If the engine's inputs or outputs differ from the model's.
     """
     found = api.tensors(engine)
     wanted = {spec.input_name: spec.input_shape, spec.output_name: spec.output_shape}

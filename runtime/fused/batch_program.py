@@ -41,15 +41,15 @@ class BatchProgram:
     Attributes
     ----------
     name : str
-        Of the kernel.
+        Name of the kernel.
     source : str
         CUDA C++.
     weights : array of float32
-        One buffer.
+        All weights in one buffer.
     threads, windows : int
-        Of a block.
+        Threads and windows of a block.
     marks : int
-        Times that a block writes down, if it does (benchmarks/gpu_batches.py).
+        Number of times that a block records when it is profiled (benchmarks/gpu_batches.py).
     """
 
     name: str
@@ -66,7 +66,7 @@ def refuse_batches(spec: ModelSpec) -> None:
     Raises
     ------
     BackendError
-        With the reason.
+        If these kernels cannot compute the model. The message gives the reason.
     """
     encoder = spec.encoder
     (first, _, _), *rest = encoder.conv_layers
@@ -100,16 +100,16 @@ def make_batch_program(spec: ModelSpec, weights: Weights, precision: RunPrecisio
     spec : ModelSpec
         The model.
     weights : dict of str to array
-        Its checkpoint.
+        Checkpoint of the model.
     precision : {"fp32", "tf32", "fp16", "bf16"}
         Type of all products except the products of the first convolution.
     profile : bool
-        Whether each block writes down when it came where.
+        Whether each block records the times of its phases.
 
     Raises
     ------
     BackendError
-        If the kernel cannot compute it.
+        If the kernel cannot compute the model.
     """
     refuse_batches(spec)
     split = precision in ("fp32", "tf32")

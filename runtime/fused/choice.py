@@ -41,9 +41,9 @@ class KernelChoice:
     batch : int
         Windows of a call.
     kernels : {"window", "batch"}
-        The faster ones.
+        The faster kind.
     medians_us : dict of str to float
-        Medians of a call in microseconds.
+        Median time of a call in microseconds, for each kind of kernels.
     """
 
     batch: int
@@ -58,13 +58,13 @@ class KernelRecord:
     Attributes
     ----------
     precision : {"fp32", "tf32", "fp16", "bf16"}
-        What both compute in.
+        Precision of both kinds.
     gpu, driver : str
-        Where.
+        Name of the GPU, and version of its driver.
     choices : tuple of KernelChoice
         In rising order of batch sizes.
     created : str
-        When it was last written, ISO 8601, UTC.
+        Time of the last change, ISO 8601, UTC.
     """
 
     precision: RunPrecision

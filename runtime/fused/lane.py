@@ -48,7 +48,7 @@ def refuse_persistent(options: BackendOptions) -> None:
     Raises
     ------
     BackendError
-        With the reason.
+        If a kernel that stays cannot be used. The message gives the reason.
     """
     if not options.persistent:
         return
@@ -67,21 +67,21 @@ class Launcher:
     Attributes
     ----------
     device, stream : Device, Stream
-        Where.
+        GPU and stream of the launches.
     program : Program
-        What.
+        The program.
     function : CUfunction
         The program's kernel, loaded.
     threads, shared_bytes : int
-        Of a block.
+        Threads and shared memory of a block.
     blocks_at_once : int
-        That the GPU holds.
+        Blocks that the GPU holds at once.
     weights : DeviceBuffer
-        The program's.
+        Weights of the program.
     max_batch : int
         Windows that the program's counters are for.
     history : DeviceBuffer or None
-        The newest window of a stream, of a program that rolls.
+        Newest window of a stream. None if the program does not roll.
     """
 
     device: Device
@@ -102,11 +102,11 @@ class Lane:
     Parameters
     ----------
     launcher : Launcher
-        What is launched.
+        The loaded program.
     spec : ModelSpec
         The model.
     options : BackendOptions
-        Memory, graph, wait, persistent.
+        The lane reads `memory`, `cuda_graph`, `wait` and `persistent`.
     batch : int
         Windows of a call.
     fresh : int

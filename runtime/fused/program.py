@@ -38,9 +38,9 @@ class Layout:
     Attributes
     ----------
     n_multiprocessors : int
-        Of the GPU.
+        Multiprocessors of the GPU.
     threads : int
-        Of a block.
+        Threads of a block.
     blocks : int
         PreLocal: blocks that share the channels of a window.
     cluster : bool
@@ -48,7 +48,7 @@ class Layout:
     encoder_in_shared, qkv_in_shared : bool
         Whether these weights are fetched into shared memory before they are needed.
     profile : bool
-        Whether each block writes down when it came where (benchmarks/gpu_fused.py).
+        Whether each block records the times of its phases (benchmarks/gpu_fused.py).
     """
 
     n_multiprocessors: int
@@ -67,15 +67,15 @@ class Program:
     Attributes
     ----------
     name : str
-        Of the kernel.
+        Name of the kernel.
     source : str
         CUDA C++: sizes as macros, runtime/fused/device.cuh, runtime/fused/encoder.cuh, the kernel.
     weights : array of float32
-        One buffer.
+        All weights in one buffer.
     buffers : tuple of (str, int)
-        Scratch buffers of the kernel, in the order of its arguments, each with its float32 numbers for one window.
+        Scratch buffers in the order of the kernel's arguments: name, and number of float32 values for one window.
     n_ready : int
-        Counters that the kernel waits at, for one window.
+        Counters for one window that the kernel waits for.
     marks : bool
         Whether the kernel can write the call's number beside its outputs.
     cooperative : bool
@@ -151,7 +151,7 @@ def refuse_spec(spec: ModelSpec, precision: RunPrecision) -> None:
     Raises
     ------
     BackendError
-        With the reason.
+        If the kernels cannot compute the model. The message gives the reason.
     """
     encoder = spec.encoder
     if precision not in (("fp32", "tf32", "fp16") if spec.needs_positions else ("fp32",)):
@@ -177,7 +177,7 @@ def make_program(spec: ModelSpec, weights: Weights, precision: RunPrecision, max
     Raises
     ------
     BackendError
-        If the kernels cannot compute it.
+        If the kernels cannot compute the model.
     """
     refuse_spec(spec, precision)
     encoder = spec.encoder

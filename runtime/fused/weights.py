@@ -90,7 +90,7 @@ def pack(spec: ModelSpec, weights: Weights, *, half: bool, slices: int) -> tuple
     spec : ModelSpec
         The model.
     weights : dict of str to array
-        Its checkpoint.
+        Checkpoint of the model.
     half : bool
         Whether the feed-forward weights are float16.
     slices : int
@@ -145,7 +145,7 @@ def position_encoding(spec: ModelSpec, weights: Weights) -> Array:
 
 
 def _layer(weights: Weights, prefix: str, n_heads: int, half: bool, slices: int) -> Packed:
-    """Pack one encoder layer; see `sjepa_deploy.export.rewrite.EncoderLayer` for what goes where."""
+    """Pack one encoder layer, rewritten as `sjepa_deploy.export.rewrite.EncoderLayer` describes."""
     w = {name.removeprefix(prefix): array for name, array in weights.items() if name.startswith(prefix)}
     query, key, value = np.split(w["self_attn.in_proj_weight"], 3)
     query_bias, _, value_bias = np.split(w["self_attn.in_proj_bias"], 3)
