@@ -497,7 +497,7 @@ def refuses(sjepa, tmp_path):
         ("--variant prelocal --channels 8 --opset 16", "Opset 16 is not supported. Use one of 17 to 21; 17 runs everywhere"),
         ("--variant prelocal --channels 8 --engine fp64", "'fp64' is not one of 'auto', 'none', 'fp32', 'tf32'"),
         ("--variant prelocal --channels Cz,,Pz", "'Cz,,Pz' has an empty name. Separate names by one comma"),
-        ("--variant prelocal --max-batch 0", "'--max-batch': 0 is not in the range x>=1. See sjepa-export --help"),
+        ("--variant prelocal --max-batch 0", "'--max-batch': 0 is not in the range 1<=x<=65536. See sjepa-export --help"),
         ("--variant prelocal --checkpoint nowhere", "There is no checkpoint at nowhere. Check the path"),
         ("--variant all --checkpoint nowhere", "A checkpoint holds one variant. Leave --variant all out"),
         ("--variant prelocal --parity-data nowhere.npy", "nowhere.npy is missing or no array .* Give a .npy of windows"),

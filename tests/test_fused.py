@@ -28,7 +28,7 @@ from sjepa_deploy.runtime.fused.program import Layout, best_layout, make_program
 from sjepa_deploy.runtime.fused.weights import _tiles, pack, read_safetensors
 from sjepa_deploy.runtime.gpu import backend as gpu_backend
 from sjepa_deploy.runtime.gpu import cuda, nvrtc
-from sjepa_deploy.runtime.live import decoder as stream
+from sjepa_deploy.runtime.live import calls
 from sjepa_deploy.runtime.live.check import causal_preprocessing
 from sjepa_deploy.runtime.predictor import Predictor
 from sjepa_deploy.spec import EncoderSpec
@@ -702,7 +702,7 @@ def test_a_decoder_sends_new_samples_alone_and_decides_the_same(gpu, make_model,
     bundle, _, model = make_model(SPECS["postlocal"])
     bundle.graph = lambda precision: SimpleNamespace(max_batch=4, static_batch=None)
     samples = eeg(240)
-    monkeypatch.setattr(stream, "N_WARM_UP", 1)
+    monkeypatch.setattr(calls, "N_WARM_UP", 1)
     backend = backend_for(gpu, bundle, threads=128)
     predict = Predictor(bundle, backend, check_unit=False)
     sizes = []
@@ -736,7 +736,7 @@ def test_a_decoder_sends_new_samples_alone_and_decides_the_same(gpu, make_model,
 def test_what_the_kernels_cannot_compute_is_refused(spec, precision, match):
     bundle = SimpleNamespace(spec=spec)
     with pytest.raises(BackendError, match=match):
-        fused.FusedBackend(bundle, precision, BackendOptions())
+        fused.FusedBackend(bundle, precision, BackendOptions(kernels="window"))
 
 
 def test_a_window_too_long_for_shared_memory_is_refused(gpu, make_model):

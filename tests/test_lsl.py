@@ -38,6 +38,8 @@ SessionID=test-{uuid.uuid4().hex}
 [log]
 level=-3
 """
+pytestmark = pytest.mark.alone  # streams are looked for on the network, for a few seconds
+
 SENDER = Path(__file__).with_name("lsl_sender.py")
 
 
@@ -289,7 +291,6 @@ def test_paused_source_goes_on(predict, name):
         assert decoder.counters.gaps >= 1
 
 
-@pytest.mark.alone
 def test_consumer_that_stalls_for_five_seconds(predict, name):
     """What is late by then is left out and counted, and the age is what it was before."""
     with Amplifier(name, predict.spec.ch_names), Decoder(predict, LslSource(name)) as decoder:

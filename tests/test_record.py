@@ -373,7 +373,7 @@ def test_giving_up_ends_with_the_summary(predict, monkeypatch, capsys):
 def test_a_closed_terminal_ends_the_run_whole_unless_it_is_ignored(predict, tmp_path, ignored):
     """SIGHUP, with which nohup and a session manager deal differently."""
     path, out = tmp_path / "run.xdf", tmp_path / "out.jsonl"
-    code = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); {CODE}" if ignored else CODE
+    code = f"import signal; signal.signal(signal.SIGHUP, signal.{'SIG_IGN' if ignored else 'SIG_DFL'}); {CODE}"
     command = [sys.executable, "-c", code, predict.bundle.path, "--source", "synthetic", "--record", path, "--out", out, "--json"]
     with subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 90
@@ -395,7 +395,8 @@ def test_a_closed_terminal_ends_the_run_whole_unless_it_is_ignored(predict, tmp_
 def test_a_terminal_that_is_gone_costs_neither_record_nor_lines(predict, tmp_path):
     """Nobody is left to read a summary, and drawing fails: one line on stderr, and a status that is not 0."""
     path, out = tmp_path / "run.xdf", tmp_path / "out.jsonl"
-    command = [sys.executable, "-c", CODE, predict.bundle.path, "--source", "synthetic", "--record", path, "--out", out]
+    code = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); {CODE}"  # whatever the tests were started with
+    command = [sys.executable, "-c", code, predict.bundle.path, "--source", "synthetic", "--record", path, "--out", out]
     ours, theirs = pty.openpty()
     with subprocess.Popen(
         [str(part) for part in command], stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, text=True, start_new_session=True
