@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from sjepa_deploy.eeg.epochs import holds_windows, read_windows
 from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.eeg.recording import fit_recording, read_recording
 from sjepa_deploy.errors import RecordingError
+from sjepa_deploy.files import written_whole
 from sjepa_deploy.runtime.backend import FloatArray
 from sjepa_deploy.spec import ModelSpec
 
@@ -130,14 +130,8 @@ def _whole_file(path: Path) -> Iterator[IO[str]]:
         with path.open("w", newline="") as stream:
             yield stream
         return
-    path = path.resolve()
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("w", newline="") as stream:
-            yield stream
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_whole(path.resolve()) as partial, partial.open("w", newline="") as stream:
+        yield stream
 
 
 def _write(stream: IO[str], times: np.ndarray[tuple[int], np.dtype[np.float64]], outputs: FloatArray, spec: ModelSpec) -> None:
