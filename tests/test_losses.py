@@ -13,13 +13,13 @@ from streams import ScriptedSource, decode, decode_samples, eeg, info_of
 import sjepa_deploy
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.recording import windows
+from sjepa_deploy.eeg.timeline import BACK, REPEATED, Timeline
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.live.check import causal_preprocessing
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.sources import Chunk, ReplaySource
-from sjepa_deploy.runtime.live.timeline import BACK, REPEATED, Timeline
 from sjepa_deploy.runtime.live.windows import WindowStream
 
 

@@ -12,14 +12,7 @@ from numpy.typing import NDArray
 
 from sjepa_deploy.eeg.conditioning import Conditioner
 from sjepa_deploy.eeg.info import StreamInfo
-from sjepa_deploy.errors import StreamError
-from sjepa_deploy.runtime.live.arrival import Arrival
-from sjepa_deploy.runtime.live.config import StreamConfig
-from sjepa_deploy.runtime.live.counters import Counters
-from sjepa_deploy.runtime.live.ring import Ring
-from sjepa_deploy.runtime.live.schedule import Schedule
-from sjepa_deploy.runtime.live.sources import Chunk, Samples, Stamps
-from sjepa_deploy.runtime.live.timeline import (
+from sjepa_deploy.eeg.timeline import (
     BACK,
     CONSECUTIVE,
     DOUBTFUL,
@@ -29,6 +22,13 @@ from sjepa_deploy.runtime.live.timeline import (
     RESET,
     Timeline,
 )
+from sjepa_deploy.errors import StreamError
+from sjepa_deploy.runtime.live.arrival import Arrival
+from sjepa_deploy.runtime.live.config import StreamConfig
+from sjepa_deploy.runtime.live.counters import Counters
+from sjepa_deploy.runtime.live.ring import Ring
+from sjepa_deploy.runtime.live.schedule import Schedule
+from sjepa_deploy.runtime.live.sources import Chunk, Samples, Stamps
 from sjepa_deploy.spec import ModelSpec
 
 NOTED_RATE_ERROR = 0.001
