@@ -9,13 +9,14 @@ from collections.abc import Callable
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, EngineError, MissingDependencyError, ParityError
-from sjepa_deploy.export.engine_precision import judge_types, stored_weights, summarise_layers, weight_samples
 from sjepa_deploy.files import bytes_hash, now
 from sjepa_deploy.parity import ParityResult, Reference, check_parity
 from sjepa_deploy.runtime.backend import BackendOptions
+from sjepa_deploy.runtime.backends.engine_precision import judge_types, stored_weights, summarise_layers, weight_samples
+from sjepa_deploy.runtime.backends.engine_runner import CaptureError, EngineRunner
 from sjepa_deploy.runtime.backends.engines import BuildSettings, EngineRecord, EngineStore, read_timing_cache, write_timing_cache
 from sjepa_deploy.runtime.backends.tensorrt_api import TensorRT
-from sjepa_deploy.runtime.backends.trt import CaptureError, EngineRunner, machine_of
+from sjepa_deploy.runtime.backends.trt import machine_of
 from sjepa_deploy.runtime.gpu.cuda import Device
 from sjepa_deploy.spec import RunPrecision
 

@@ -15,10 +15,16 @@ from engine_bundles import small_bundle
 from fake_gpu import FakeDriver, Faults, fake_tensorrt
 
 from sjepa_deploy.errors import EngineError, MissingDependencyError
-from sjepa_deploy.export.engine_precision import StoredWeights, judge_types, stored_weights, summarise_layers, weight_samples
-from sjepa_deploy.export.onnx_weights import half_tensors
 from sjepa_deploy.runtime.backends import tensorrt_api
+from sjepa_deploy.runtime.backends.engine_precision import (
+    StoredWeights,
+    judge_types,
+    stored_weights,
+    summarise_layers,
+    weight_samples,
+)
 from sjepa_deploy.runtime.backends.engines import BuildSettings, LayerSummary
+from sjepa_deploy.runtime.backends.onnx_weights import half_tensors
 from sjepa_deploy.runtime.backends.tensorrt_api import TensorRT, graph_types, hold_types
 from sjepa_deploy.spec import VARIANTS, graph_precision
 

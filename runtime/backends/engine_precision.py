@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.errors import EngineError
-from sjepa_deploy.export.onnx_weights import half_tensors
 from sjepa_deploy.runtime.backends.engines import LayerSummary
+from sjepa_deploy.runtime.backends.onnx_weights import half_tensors
 from sjepa_deploy.spec import RunPrecision
 
 TYPE_WORDS: dict[str, re.Pattern[str]] = {
