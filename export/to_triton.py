@@ -101,7 +101,7 @@ def to_triton(
         Number of models that run at once. None for one on each core, or one on each GPU.
     gpu : bool
         Whether the instances belong to GPUs ("tensorrt" always does).
-    from_unit : {"uV", "mV", "V"} or None
+    from_unit : {"nV", "uV", "mV", "V"} or None
         Makes an ensemble. Its first step takes windows in this unit and any reference, brings the windows to the model's unit and
         reference, and checks the windows: Triton's own backends check neither NaN nor units.
 

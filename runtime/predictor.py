@@ -9,6 +9,7 @@ from typing import Literal, NoReturn
 import numpy as np
 
 from sjepa_deploy.bundle import MAX_OPENINGS, Bundle
+from sjepa_deploy.eeg.quality import ROUNDING_V
 from sjepa_deploy.eeg.units import volts_in
 from sjepa_deploy.errors import BackendError, InputError, SjepaError
 from sjepa_deploy.runtime.backend import (
@@ -242,7 +243,7 @@ class Predictor:
         )
 
     def _judge(self, row: FloatArray) -> None:
-        """Raise for a window whose energy is out of bounds, unless that is allowed or it is all zeros."""
+        """Raise for a window whose energy is out of bounds, unless that is allowed or the window is flat."""
         if not np.isfinite(row).all():
             if self._non_finite == "pass":
                 return
@@ -252,7 +253,7 @@ class Predictor:
                 'Repair the channel, or load the bundle with non_finite="pass".',
             )
         rms = float(np.sqrt(np.mean(np.square(row, dtype=np.float64))))
-        if rms == 0 or not self._check_unit:
+        if rms * volts_in(self.spec.unit) < ROUNDING_V or not self._check_unit:  # flat, whatever the unit
             return
         unit = self.spec.unit
         raise InputError(

@@ -10,7 +10,7 @@ from typing import Literal
 from sjepa_deploy.errors import SpecError
 
 Variant = Literal["prelocal", "postlocal", "contextual", "base"]
-Unit = Literal["uV", "mV", "V"]
+Unit = Literal["nV", "uV", "mV", "V"]
 Reference = Literal["average", "none"]
 Precision = Literal["fp32", "fp16", "bf16"]
 RunPrecision = Literal["fp32", "tf32", "fp16", "bf16"]
@@ -20,7 +20,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 RUN_PRECISIONS: tuple[RunPrecision, ...] = ("fp32", "tf32", "fp16", "bf16")
 """Precisions of a backend: the types of the graphs, with float32 under two names. "fp32" never uses TensorFloat-32."""
 
-UNITS_IN_VOLTS: dict[Unit, float] = {"uV": 1e-6, "mV": 1e-3, "V": 1.0}
+UNITS_IN_VOLTS: dict[Unit, float] = {"nV": 1e-9, "uV": 1e-6, "mV": 1e-3, "V": 1.0}
 
 
 Position = tuple[float, float, float]
@@ -156,7 +156,7 @@ class ModelSpec:
         Shape of one input window.
     sfreq : float
         Sampling rate of the input in Hz.
-    unit : {"uV", "mV", "V"}
+    unit : {"nV", "uV", "mV", "V"}
         Unit of the input. The spec holds the unit because volts in place of microvolts change the outputs without any error.
     n_outputs, n_spat_filters : int
         Outputs, and spatial filters ("virtual channels"). The base model has neither and ignores both.

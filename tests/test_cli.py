@@ -336,6 +336,25 @@ def test_an_array_with_rate_and_unit_is_decoded(sjepa, make_bundle, tmp_path):
     assert_equal_tables(out, (starts + 199) / 100, outputs)
 
 
+def test_a_recording_that_begins_flat_is_decoded_and_told(sjepa, bundle, tmp_path):
+    """Its first windows hold what filter and reference round a constant to: the guard of units took it for another unit."""
+    names = list(MONTAGE.ch_names)
+    volts = np.random.default_rng(0).normal(0, 2e-5, (8, 4096))
+    volts[:, :1280] = 3e-3
+    np.save(tmp_path / "a.npy", volts)
+    status, out, err = sjepa("run", bundle, tmp_path / "a.npy", "--sfreq", 128, "--unit", "V")
+    assert status == 0, err
+    assert "is flat in" in err
+    raw = mne.io.RawArray(volts, mne.create_info(names, 128.0, "eeg"), verbose="error")
+    assert_equal_tables(out, *by_hand(raw, small_spec(), build_model(small_spec(), seed=0).double().eval(), 200))
+    np.save(tmp_path / "b.npy", np.full((8, 4096), 3e-3))
+    status, _, err = sjepa("run", bundle, tmp_path / "b.npy", "--sfreq", 128, "--unit", "V")
+    assert (status, "channel is flat" in err, "another unit" in err) == (2, True, False)
+    np.save(tmp_path / "c.npy", np.random.default_rng(0).normal(0, 2e-5, (3, 8, 200)) * [[[1]], [[1e-6]], [[1e-6]]])
+    status, _, err = sjepa("run", bundle, tmp_path / "c.npy", "--unit", "V")
+    assert (status, "2 of its 3 windows, the first of them number 1" in err) == (2, True)
+
+
 def test_the_table_is_headed_by_the_classes(sjepa, make_bundle, array):
     bundle = make_bundle("prelocal", class_names=("left", "right", "rest"))
     status, out, _ = sjepa("run", bundle.path, *array)

@@ -1,5 +1,7 @@
 """Which channels are which: names, electrodes, units and rates as real files state them."""
 
+import dataclasses
+
 import mne
 import numpy as np
 import pytest
@@ -235,6 +237,25 @@ def test_the_unit_guard_says_where_and_can_be_switched_off():
     with pytest.raises(RecordingError, match=r"18 of its 30 seconds, the first of them number 12.*no EEG.*--no-check-unit"):
         fit_recording(raw, spec)
     np.testing.assert_allclose(fit_recording(raw, spec, check_unit=False).data, data * 1e6, rtol=1e-6)
+
+
+def test_a_flat_recording_is_called_flat_and_no_other_unit():
+    names = ["Fz", "Cz", "Pz", "Oz"]
+    raw = mne.io.RawArray(np.full((4, 3000), 3e-3), mne.create_info(names, 100.0, "eeg"), verbose="error")
+    for spec in (spec_of(names), dataclasses.replace(spec_of(names), preprocessing=Preprocessing())):
+        with pytest.raises(RecordingError, match="median channel is flat") as caught:
+            fit_recording(raw, spec)
+        assert "unit" not in str(caught.value)
+
+
+def test_flat_seconds_are_told():
+    names = ["Fz", "Cz", "Pz", "Oz"]
+    data = eeg(4, 3050) * 1e-6
+    data[:3, 700:1000] = -2e-3
+    data[:, :200] = 0.0
+    data[1, 2000:2500] = 0.0  # a channel alone is judged live, window by window
+    raw = mne.io.RawArray(data, mne.create_info(names, 100.0, "eeg"), verbose="error")
+    assert "is flat in 5 of its 30 seconds, the first of them number 0" in fit_recording(raw, spec_of(names)).steps
 
 
 def test_text_files_of_openbci_are_refused_in_a_sentence(tmp_path):

@@ -82,6 +82,7 @@ def test_no_more_than_the_share_is_interpolated_live():
         ([*NAMES, "ACC_X", "Battery"], ["uV"] * 4 + ["g", "percent"], "uV"),
         (NAMES, ["0"] * 4, "V"),
         (NAMES, ["-6"] * 4, "uV"),
+        (NAMES, ["nanovolts"] * 4, "nV"),
         (NAMES, ["uVolts"] * 4, "uV"),
         (NAMES, ["MicroVolts"] * 4, "uV"),
         (NAMES, ["\u00b5V"] * 4, "uV"),
@@ -105,7 +106,7 @@ def test_a_unit_that_is_given_stands_above_the_streams_and_is_told():
     assert (info.unit, info.other_units) == ("uV", ())
     assert info.notes == ("taken as uV, by `--unit`, and not as mV, unknown, as the stream states",)
     assert read_info(described(NAMES, ["uV"] * 4), unit="uV").notes == ()
-    with pytest.raises(StreamError, match="states units that are not one of uV, mV and V: ADC.*--unit uV"):
+    with pytest.raises(StreamError, match="states units that are not one of nV, uV, mV and V: ADC.*--unit uV"):
         read_info(described(NAMES, ["ADC"] * 4))
     with pytest.raises(StreamError, match="does not state the unit of its channels.*--unit uV"):
         read_info(described(NAMES, [None] * 4))

@@ -357,7 +357,7 @@ def test_unit_and_names_must_be_known(predict, name):
         source = LslSource(name, unit="mV")
         assert source.info.unit == "mV"
         source.close()
-    with Amplifier(f"{name}b", labels, unit="apples"), pytest.raises(StreamError, match="not one of uV, mV and V: apples"):
+    with Amplifier(f"{name}b", labels, unit="apples"), pytest.raises(StreamError, match="not one of nV, uV, mV and V: apples"):
         LslSource(f"{name}b")
     with Amplifier(f"{name}c", labels):
         source = LslSource(f"{name}c", unit="V")

@@ -174,6 +174,12 @@ def test_one_window_in_the_wrong_unit_among_good_ones(predict):
         predict(windows)
 
 
+def test_the_rounding_of_a_flat_window_is_no_other_unit(predict):
+    """What a zero-phase filter and the average reference leave of a constant recording."""
+    rounding = np.random.default_rng(0).normal(0, 2e-12, (1, 8, 200)).astype(np.float32)
+    np.testing.assert_allclose(predict(rounding), predict(np.zeros_like(rounding)), rtol=0, atol=1e-6)
+
+
 def test_volts_are_right_for_a_model_in_volts(make_bundle):
     with sjepa_deploy.load(make_bundle("prelocal", unit="V")) as predict:
         predict(eeg(2) * np.float32(1e-6))

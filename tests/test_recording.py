@@ -123,7 +123,10 @@ def test_xdf_labels_units_and_types_come_from_the_description(tmp_path):
     np.testing.assert_allclose(raw.get_data(), samples.T[:2].astype(float) * 1e-6)
 
 
-@pytest.mark.parametrize(("unit_written", "unit"), [("µV", 1e-6), ("uV", 1e-6), ("millivolts", 1e-3), ("V", 1.0)])
+@pytest.mark.parametrize(
+    ("unit_written", "unit"),
+    [("µV", 1e-6), ("uV", 1e-6), ("millivolts", 1e-3), ("V", 1.0), ("nV", 1e-9), ("NanoVolts", 1e-9), ("-9", 1e-9)],
+)
 def test_xdf_units_are_understood(tmp_path, unit_written, unit):
     samples = described_xdf(tmp_path / "a.xdf", units=(unit_written, unit_written, "bpm"))
     np.testing.assert_allclose(read_recording(tmp_path / "a.xdf").get_data(), samples.T[:2].astype(float) * unit)
@@ -132,7 +135,7 @@ def test_xdf_units_are_understood(tmp_path, unit_written, unit):
 @pytest.mark.parametrize(
     ("stream", "unit", "message"),
     [
-        ({"units": ("ADC", "ADC", "bpm")}, None, "states its unit as ADC, which is none of uV, mV and V.*`--unit`"),
+        ({"units": ("ADC", "ADC", "bpm")}, None, "states its unit as ADC, which is none of nV, uV, mV and V.*`--unit`"),
         ({"units": ("", "", "bpm")}, None, "does not state its unit.*`--unit`"),
         ({"gap": 1.5}, None, "has gaps.* 0.004 to 1.5 s apart, nominally 0.004 s"),
         ({"rate": 125.0}, None, "not at its rate.* 0.008 to 0.008 s apart, nominally 0.004 s"),
@@ -174,7 +177,7 @@ def test_xdf_without_an_eeg_type_takes_the_only_regular_numeric_stream(tmp_path)
     assert read_recording(tmp_path / "a.xdf").ch_names == ["Fz", "Cz"]
 
 
-@pytest.mark.parametrize(("unit", "factor"), [("uV", 1e-6), ("mV", 1e-3), ("V", 1.0)])
+@pytest.mark.parametrize(("unit", "factor"), [("nV", 1e-9), ("uV", 1e-6), ("mV", 1e-3), ("V", 1.0)])
 def test_npy_becomes_volts(tmp_path, unit, factor):
     np.save(tmp_path / "a.npy", np.arange(20, dtype=np.int16).reshape(2, 10))
     raw = read_recording(tmp_path / "a.npy", sfreq=50.0, unit=unit, ch_names=["Cz", "Pz"])
@@ -189,7 +192,7 @@ def test_npy_becomes_volts(tmp_path, unit, factor):
         (np.zeros((2, 9)), {"unit": None}, "Give --unit"),
         (np.zeros((2, 9)), {"sfreq": None}, "Give --sfreq"),
         (np.zeros((2, 9)), {"sfreq": -1.0}, "positive `--sfreq`"),
-        (np.zeros((2, 9)), {"unit": "nV"}, "'nV' is not a unit.*uV, mV, V"),
+        (np.zeros((2, 9)), {"unit": "kV"}, "'kV' is not a unit.*nV, uV, mV, V"),
         (np.zeros((2, 9)), {"ch_names": None}, "2 rows of samples, and there are no channel names"),
         (np.zeros((9, 2)), {}, "9 rows of samples, and there are 2 different channel names"),
         (np.zeros((2, 9)), {"ch_names": ["Cz", "Cz"]}, "1 different channel names"),
@@ -536,7 +539,7 @@ def test_the_result_is_in_the_models_unit(unit, factor):
     np.testing.assert_allclose(fitted.data, volts * factor, rtol=1e-6)
 
 
-@pytest.mark.parametrize("rms", [10.0, 1e-11, 0.0])
+@pytest.mark.parametrize("rms", [10.0, 1e-11])
 def test_samples_in_another_unit_are_noticed(rms):
     raw = make_raw(noise(3, 400, rms), ["Cz", "Pz", "Oz"])
     with pytest.raises(RecordingError, match=r"another unit's.*`--unit`"):

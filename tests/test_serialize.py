@@ -70,7 +70,7 @@ def specs(draw):
         n_chans=n_chans,
         n_times=draw(st.integers(100, 600)),
         sfreq=draw(st.floats(81, 1000)),
-        unit=draw(st.sampled_from(["uV", "mV", "V"])),
+        unit=draw(st.sampled_from(["nV", "uV", "mV", "V"])),
         n_outputs=n_outputs,
         n_spat_filters=draw(positive),
         ch_names=draw(st.none() | names),

@@ -123,7 +123,7 @@ def test_bands_with_open_sides(band):
     ("fields", "message"),
     [
         ({"variant": "transformer"}, "'transformer' is not a variant. Use one of prelocal, postlocal, contextual, base."),
-        ({"unit": "nV"}, "'nV' is not a unit. Use one of uV, mV, V."),
+        ({"unit": "kV"}, "'kV' is not a unit. Use one of nV, uV, mV, V."),
         ({"n_chans": 0}, "n_chans is 0. Use 1 or more."),
         ({"n_outputs": 0}, "n_outputs is 0. Use 1 or more."),
         ({"n_spat_filters": -4}, "n_spat_filters is -4. Use 1 or more."),

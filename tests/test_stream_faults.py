@@ -295,13 +295,18 @@ def test_unknown_bad_channel_and_channels_twice_are_refused(predict):
 
 @pytest.mark.parametrize(("wrong", "factor"), [("volts called microvolts", 1e-6), ("microvolts called volts", 1e6)])
 def test_wrong_unit_is_refused(predict, wrong, factor):
-    with pytest.raises(StreamError, match=r"which is no EEG\. State the unit"):
+    with pytest.raises(StreamError, match=r" 0.5 s after the start .* which is no EEG\. State the unit"):
         decode_samples(predict, SAMPLES * factor, STAMPS)
+    late = SAMPLES * factor
+    late[:370] = late[0]  # flat at first, which says nothing of the unit
+    with pytest.raises(StreamError, match=r" 4 s after the start .* which is no EEG\. State the unit"):
+        decode_samples(predict, late, STAMPS)
 
 
-def test_unit_of_the_stream_is_converted(predict, clean):
-    info = info_of(predict.spec, unit="V")
-    _, decisions, _ = decode_samples(predict, SAMPLES * 1e-6, STAMPS, info=info)
+@pytest.mark.parametrize(("unit", "factor"), [("V", 1e-6), ("nV", 1e3)])
+def test_unit_of_the_stream_is_converted(predict, clean, unit, factor):
+    info = info_of(predict.spec, unit=unit)
+    _, decisions, _ = decode_samples(predict, SAMPLES * factor, STAMPS, info=info)
     np.testing.assert_allclose([d.prediction for d in decisions], [d.prediction for d in clean], rtol=1e-4, atol=1e-5)
 
 

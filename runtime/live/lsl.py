@@ -113,7 +113,7 @@ def read_info(
     ----------
     info : pylsl.StreamInfo
         From an inlet, with the description of the channels.
-    unit : {"uV", "mV", "V"} or None
+    unit : {"nV", "uV", "mV", "V"} or None
         Unit of a stream that does not state it, or states a wrong one.
     ch_names : sequence of str or None
         Names of the channels of a stream that does not name them.
@@ -151,11 +151,11 @@ def read_info(
     if unit is None and not known:
         words = sorted(set(filter(None, units)))
         why = (
-            f"states units that are not one of uV, mV and V: {listed(words)}"
+            f"states units that are not one of nV, uV, mV and V: {listed(words)}"
             if words
             else "does not state the unit of its channels"
         )
-        raise StreamError(f"Stream {name} {why}.", "State the unit with `--unit uV`, mV or V.")
+        raise StreamError(f"Stream {name} {why}.", "State the unit with `--unit uV`, nV, mV or V.")
     its_own: Unit = max(known, key=known.count) if unit is None else unit
     other = () if unit else tuple(label for label, one in zip(names, stated, strict=True) if one != its_own)
     against = sorted({text for text, one in zip(units, stated, strict=True) if text and one != unit})

@@ -24,7 +24,7 @@ class SourceOptions:
 
     Attributes
     ----------
-    unit : {"uV", "mV", "V"} or None
+    unit : {"nV", "uV", "mV", "V"} or None
         Unit of a stream or recording that does not state it.
     ch_names : sequence of str or None
         Channels, in order, of a stream or recording that does not name them.

@@ -60,7 +60,7 @@ class StreamFacts:
         Where they are, in metres in the head frame (MNE's). None where the bundle does not say.
     sfreq : float
         Sampling rate of the model in Hz.
-    unit : {"uV", "mV", "V"}
+    unit : {"nV", "uV", "mV", "V"}
         Unit of `ChannelQuality.rms`.
     hop, deadline : float
         Seconds from one window to the next, and the age at which a decision misses its deadline.

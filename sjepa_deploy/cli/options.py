@@ -228,7 +228,7 @@ class SignalFacts:
 
     Attributes
     ----------
-    unit : {"uV", "mV", "V"} or None
+    unit : {"nV", "uV", "mV", "V"} or None
         Unit of the samples.
     ch_names : tuple of str or None
         Names of the channels in order.

@@ -17,7 +17,7 @@ from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, options, print_json
 from sjepa_deploy.eeg.epochs import holds_windows, read_windows
 from sjepa_deploy.eeg.names import parse_rename
-from sjepa_deploy.eeg.recording import fit_recording, read_recording
+from sjepa_deploy.eeg.recording import UNIT_MEND, check_amplitude, fit_recording, read_recording
 from sjepa_deploy.errors import RecordingError
 from sjepa_deploy.files import written_whole
 from sjepa_deploy.runtime.backend import FloatArray
@@ -67,6 +67,8 @@ def run(
         if hop is not None:
             raise click.UsageError(f"{recording.name} holds windows, which are decoded as they are. Leave out --hop.")
         cut = read_windows(recording, spec, unit=facts.unit)
+        if check_unit:
+            check_amplitude(cut.eeg, spec.sfreq, UNIT_MEND, unit=spec.unit)
         pieces, times, steps = [cut.eeg], cut.times, cut.steps
         told = [*steps]
     else:
@@ -82,7 +84,7 @@ def run(
         pieces, steps = fitted.windows(spec.n_times, step), fitted.steps
         times = fitted.times(fitted.window_starts(spec.n_times, step) + spec.n_times - 1)
         told = [f"has {fitted.n_found} of the model's {spec.n_chans} channels", *steps]
-    with choice.load(opened, check_unit=check_unit) as predict:
+    with choice.load(opened, check_unit=False) as predict:  # the recording was judged as a whole
         for note in told:
             screen.print(f"recording: {escape(note)}", soft_wrap=True)
         with screen.status("decoding"):

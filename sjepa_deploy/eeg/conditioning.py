@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sjepa_deploy.eeg.causal import Preprocessor
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.interpolation import LEAST_GOOD, match_channels, mixing_matrix
-from sjepa_deploy.eeg.quality import REASONS, ChannelQuality, ChannelState
+from sjepa_deploy.eeg.quality import REASONS, ROUNDING_V, ChannelQuality, ChannelState
 from sjepa_deploy.eeg.recording import PLAUSIBLE_RMS
 from sjepa_deploy.eeg.units import conversion, volts_in
 from sjepa_deploy.errors import StreamError, listed
@@ -102,6 +102,7 @@ class Conditioner:
         self._any_bad = False
         self._any_bad_until = -(2**62)
         self._started, self._plausible = False, not check_unit
+        self._n_taken = 0
 
     def pick(self, samples: NDArray[Any]) -> FloatArray:
         """Return the channels that are used, in the model's unit.
@@ -138,6 +139,7 @@ class Conditioner:
         if self._any_bad:
             self._bad_until[self.codes != ChannelState.OK] = self._any_bad_until = self._n_made
         self._piece, self._newest = piece, piece[-1]
+        self._n_taken += len(piece)
         return made, rows, len(piece)
 
     def judge(self) -> bool:
@@ -216,11 +218,11 @@ class Conditioner:
 
     def _check_unit(self) -> None:
         """Refuse amplitudes that no EEG has in the stream's unit: volts taken for microvolts change outputs without any error."""
-        alive = self._quality.spread[(self._quality.spread > 0) & ~self._non_finite]
+        alive = self._quality.spread[(self._quality.spread > ROUNDING_V) & ~self._non_finite]
         self._plausible = len(alive) > 0
         if self._plausible and not PLAUSIBLE_RMS[0] <= float(np.median(alive)) <= PLAUSIBLE_RMS[1]:
             raise StreamError(
-                f"The median channel of {self._info.name} has an RMS of {np.median(alive) * 1e6:.3g} uV when taken as "
-                f"{self._info.unit}, which is no EEG.",
+                f"The median channel of {self._info.name} has an RMS of {np.median(alive) * 1e6:.3g} uV "
+                f"{self._n_taken / self._info.sfreq:.3g} s after the start when taken as {self._info.unit}, which is no EEG.",
                 "State the unit that the samples are really in with `--unit`, or take them as they are with `--no-check-unit`.",
             )

@@ -98,7 +98,7 @@ def read_windows(path: Path, spec: ModelSpec, *, unit: Unit | None = None, tmin:
         See `holds_windows`. An array has the shape (n_windows, n_chans, n_times) and the rate and channels of the model.
     spec : ModelSpec
         The model.
-    unit : {"uV", "mV", "V"} or None
+    unit : {"nV", "uV", "mV", "V"} or None
         Unit of an array.
     tmin : float or None
         Start of the windows in seconds after their event; None is where the epochs begin.

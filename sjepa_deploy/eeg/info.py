@@ -22,7 +22,7 @@ class StreamInfo:
         Channels in the order of the samples.
     sfreq : float
         Nominal rate in Hz.
-    unit : {"uV", "mV", "V"}
+    unit : {"nV", "uV", "mV", "V"}
         Unit of the samples.
     other_units : tuple of str
         Channels that are in another unit than this, or in none: they cannot be decoded.

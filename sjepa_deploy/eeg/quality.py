@@ -22,6 +22,9 @@ class ChannelState(enum.IntEnum):
 FLAT_V = 1e-7
 """Peak to peak in volts below which half a second of a channel is flat: EEG has 10 uV, an amplifier's own noise 0.3 uV."""
 
+ROUNDING_V = 1e-16
+"""Standard deviation in volts below which a channel is constant but for rounding: EEG in volts taken for nanovolts has 1e-15."""
+
 RAIL_V = 0.1
 """A flat channel beyond this is saturated: electrode offsets are up to 50 mV."""
 
@@ -44,6 +47,18 @@ REASONS = {
 """Names each state of a channel in words."""
 
 Codes = NDArray[np.int8]
+
+
+def flat_seconds(volts: NDArray[np.float64], sfreq: float) -> NDArray[np.bool_]:
+    """Return for each whole second of a recording, shape (n_chans, n_samples), whether half of its channels or more are flat."""
+    n = max(2, round(sfreq))
+    starts = np.arange(0, volts.shape[1] - n + 1, n)
+    whole = volts[:, : len(starts) * n]
+    if not len(starts):
+        return np.zeros(0, np.bool_)
+    range_of = np.maximum.reduceat(whole, starts, axis=1) - np.minimum.reduceat(whole, starts, axis=1)
+    flat: NDArray[np.bool_] = np.median(range_of, axis=0) < FLAT_V
+    return flat
 
 
 class ChannelQuality:

@@ -172,7 +172,7 @@ def read_xdf(path: Path, unit: Unit | None, ch_names: Sequence[str] | None, note
         notes.append(f"taken as {unit}, by `--unit`, and not as {listed(stated)}, as stream {name} states")
     if not any(units):
         stated = sorted({word for word in words if word})
-        why = f"states its unit as {listed(stated)}, which is none of uV, mV and V" if stated else "does not state its unit"
+        why = f"states its unit as {listed(stated)}, which is none of nV, uV, mV and V" if stated else "does not state its unit"
         raise RecordingError(f"Stream {name} of {path.name} {why}.", "Give it with `--unit`.")
     if not all(labels):
         if ch_names is None:
@@ -304,7 +304,7 @@ def _mend_units(raw: mne.io.BaseRaw, path: Path, dimensions: Sequence[str], unit
         if any(unit_named(word) != unit for word in stated):
             notes.append(f"taken as {unit}, by `--unit`, and not as {listed(stated)}, as {path.name} states")
         return
-    volts = [1e-9 if word.casefold() == "nv" else volts_in(known) if (known := unit_named(word)) else None for word in dimensions]
+    volts = [volts_in(known) if (known := unit_named(word)) else None for word in dimensions]
     unknown = [i for i, is_eeg in enumerate(eeg) if is_eeg and volts[i] is None]
     if len(unknown) == sum(eeg) > 0:
         words = sorted({dimensions[i] for i in unknown} - {""})

@@ -15,6 +15,7 @@ from sjepa_deploy.eeg.montage import require_mne
 from sjepa_deploy.eeg.names import find_channels, renamed
 from sjepa_deploy.eeg.pauses import Segment, Told, segments_of, told
 from sjepa_deploy.eeg.places import check_places, interpolated
+from sjepa_deploy.eeg.quality import ROUNDING_V, flat_seconds
 from sjepa_deploy.eeg.readers import read_edf, read_npy, read_with_mne, read_xdf, reading
 from sjepa_deploy.eeg.reference import average_reference
 from sjepa_deploy.eeg.resample import check_rate, resample
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
 
 PLAUSIBLE_RMS = (1e-7, 1e-2)
 """Volts between which the RMS of EEG lies, from far below an amplifier's noise to far above a large artefact."""
+
+UNIT_MEND = (
+    "State the unit they are stored in with `--unit` (volts passed as microvolts?), or take them as they are with "
+    "`--no-check-unit`."
+)
+"""Says what to do about amplitudes that no EEG has."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,7 +132,7 @@ def read_recording(
         stream without pauses of over a second, taken at its nominal rate; or .npy with an array of shape (n_chans, n_samples).
     sfreq : float or None
         Sampling rate in Hz. Needed for .npy; elsewhere it must be the file's own.
-    unit : {"uV", "mV", "V"} or None
+    unit : {"nV", "uV", "mV", "V"} or None
         Unit of the samples. Needed for .npy and for files that state none. A unit that the file states gives way to it, with a
         note.
     ch_names : sequence of str or None
@@ -227,12 +234,10 @@ def fit_recording(raw: mne.io.BaseRaw, spec: ModelSpec, *, interpolate: float = 
         volts = average_reference(volts, axis=0)
         steps.append(f"re-referenced to the average of {spec.n_chans} channels")
     if check_unit:
-        check_amplitude(
-            volts,
-            spec.sfreq,
-            "State the unit they are stored in with `--unit` (volts passed as microvolts?), or take them as they are with "
-            "`--no-check-unit`.",
-        )
+        check_amplitude(volts, spec.sfreq, UNIT_MEND)
+    flat = flat_seconds(volts, spec.sfreq)
+    if flat.any():
+        steps.append(f"is flat in {flat.sum()} of its {len(flat)} seconds, the first of them number {flat.argmax()}")
     data = np.ascontiguousarray(volts / volts_in(spec.unit), dtype=np.float32)
     steps.append(f"scaled to {spec.unit}")
     return FittedRecording(data=data, sfreq=spec.sfreq, segments=tuple(fitted), n_found=n_found, steps=tuple(steps))
@@ -247,7 +252,7 @@ def check_amplitude(samples: NDArray[np.floating[Any]], sfreq: float, mend: str,
         A recording, or windows.
     sfreq : float
         Rate in Hz, to tell where.
-    unit : {"uV", "mV", "V"}
+    unit : {"nV", "uV", "mV", "V"}
         Their unit.
     mend : str
         What to do about it.
@@ -255,7 +260,7 @@ def check_amplitude(samples: NDArray[np.floating[Any]], sfreq: float, mend: str,
     Raises
     ------
     RecordingError
-        If the median over channels and windows of the RMS about the mean lies outside `PLAUSIBLE_RMS`.
+        If the median over channels and windows of the RMS about the mean lies outside `PLAUSIBLE_RMS`, or is none.
     """
     rms = float(np.median(samples.std(axis=-1))) * volts_in(unit)
     if not math.isfinite(rms) or PLAUSIBLE_RMS[0] <= rms <= PLAUSIBLE_RMS[1]:
@@ -266,6 +271,8 @@ def check_amplitude(samples: NDArray[np.floating[Any]], sfreq: float, mend: str,
     out = np.flatnonzero((each < PLAUSIBLE_RMS[0]) | (each > PLAUSIBLE_RMS[1]))
     what = "seconds" if samples.ndim == 2 else "windows"
     where = f" ({len(out)} of its {len(each)} {what}, the first of them number {out[0]})" if 0 < len(out) < len(each) else ""
+    if rms < ROUNDING_V:
+        raise RecordingError(f"The median channel is flat{where}.", "Choose channels, or a recording, that carry EEG.")
     raise RecordingError(
         f"The median channel has an RMS of {rms * 1e6:.3g} uV{where}, which is no EEG: the samples look like another unit's.",
         mend,

@@ -7,7 +7,8 @@ from sjepa_deploy.spec import UNITS_IN_VOLTS, Unit
 
 _NAMES: dict[str, Unit] = {
     # EDF keeps 8 letters: "microvol".
-    # casefold turns the micro sign into the mu; "-6", "-3" and "0" are the powers of ten that mne-lsl's player states
+    # casefold turns the micro sign into the mu; "-9" to "0" are the powers of ten that mne-lsl's player states
+    **dict.fromkeys(("nv", "nanov", "nanovolt", "nanovolts", "nvolt", "nvolts", "-9"), "nV"),
     **dict.fromkeys(
         ("uv", "μv", "microv", "microvol", "microvolt", "microvolts", "uvolt", "uvolts", "μvolt", "μvolts", "-6"), "uV"
     ),

@@ -99,7 +99,7 @@ class DataConfig:
         Largest share of the channels, 0 to 1, that `interpolate` makes.
     rename : tuple of str
         "THEIRS=MINE": channels of the recordings that get other names.
-    unit : {"uV", "mV", "V"} or None
+    unit : {"nV", "uV", "mV", "V"} or None
         Unit of recordings that state none, or a wrong one.
     check_unit : bool
         Refuse amplitudes that no EEG has.

@@ -30,7 +30,7 @@ class Contract:
 
     Attributes
     ----------
-    unit : {"uV", "mV", "V"}
+    unit : {"nV", "uV", "mV", "V"}
         Unit of the windows that it takes.
     precision : {"fp32", "fp16", "bf16"}
         Graph that it runs.
