@@ -85,7 +85,7 @@ def planted(args: argparse.Namespace, folder: Path) -> dict:
         last = torch.load(base / "training/last.ckpt", weights_only=True)["state_dict"]
         labelled = dataclasses.replace(data, target=Target())
         windows = load_windows(labelled)
-        split = split_windows(windows, labelled, seed=seed)
+        split = split_windows(windows, labelled)
         checkpoint = read_checkpoint(base)
         spec, _ = resolve_spec({}, checkpoint)
         models = {"pretrained": load_model(checkpoint, spec), "random": build_model(spec, seed=seed)}

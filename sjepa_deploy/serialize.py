@@ -94,6 +94,18 @@ def _decode(hint: Any, data: Any, place: str) -> Any:
     return data
 
 
+def overridden(config: T, changes: dict[str, Any]) -> T:
+    """Return `config` with the values of `changes` that are not None; ``"data.sfreq"`` reaches into a field."""
+    for name, value in changes.items():
+        if value is None:
+            continue
+        outer, _, inner = name.partition(".")
+        if inner:
+            value = overridden(getattr(config, outer), {inner: value})
+        config = dataclasses.replace(typing.cast(Any, config), **{outer: value})
+    return config
+
+
 def json_schema(cls: type) -> dict[str, Any]:
     """Return the JSON Schema (draft 2020-12) of the dataclass `cls`."""
     definitions: dict[str, Any] = {}

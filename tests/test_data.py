@@ -348,7 +348,7 @@ def test_subjects_stay_together_and_every_one_is_tested_once():
     windows = load_windows(config)
     tested = []
     for fold in range(5):
-        split = split_windows(windows, dataclasses.replace(config, fold=fold), seed=1)
+        split = split_windows(windows, dataclasses.replace(config, fold=fold, split_seed=1))
         people = [set(windows.subject[part]) for part in (split.train, split.val, split.test)]
         assert len(people[0] | people[1] | people[2]) == sum(map(len, people))
         assert len(split.train) + len(split.val) + len(split.test) == 21

@@ -113,7 +113,7 @@ def test_the_written_model_gives_the_predictions_that_were_scored_in_the_targets
     assert not assumed
     assert spec == result.spec
     windows = load_windows(config.data)
-    split = split_windows(windows, config.data, seed=0)
+    split = split_windows(windows, config.data)
     model = load_model(checkpoint, spec)
     with reference_mode(model):
         predicted = model(torch.from_numpy(windows.eeg[split.test]))[:, 0].numpy()
@@ -147,7 +147,7 @@ def test_a_checkpoint_of_the_training_is_the_model_in_the_targets_unit(base, tmp
     for model in (load_model(checkpoint, spec), standardised):
         with reference_mode(model):
             outputs.append(model.double()(torch.from_numpy(windows.eeg[:8]).double())[:, 0].numpy())
-    targets = windows.targets[split_windows(windows, config.data, seed=0).train]
+    targets = windows.targets[split_windows(windows, config.data).train]
     np.testing.assert_allclose(outputs[0], outputs[1] * targets.std() + targets.mean(), rtol=1e-5)
 
 
@@ -173,7 +173,7 @@ def test_a_compiled_model_learns_through_warm_up_and_validation_and_is_written_a
     assert len(compiled) == 2  # the frozen and the unfrozen step
     model = load_model(read_checkpoint(tmp_path), result.spec)
     windows = load_windows(FINETUNE.data)
-    split = split_windows(windows, FINETUNE.data, seed=0)
+    split = split_windows(windows, FINETUNE.data)
     with reference_mode(model):
         predicted = model(torch.from_numpy(windows.eeg[split.test]))[:, 0].numpy()
     targets = windows.targets[split.test]

@@ -17,12 +17,12 @@ from small import CH_NAMES, FINETUNE, PRETRAIN
 from sjepa_deploy.cli import group, run_command
 from sjepa_deploy.errors import TrainingError
 from sjepa_deploy.learning.finetune import FinetuneConfig
-from sjepa_deploy.learning.loop import overridden, read_config
+from sjepa_deploy.learning.loop import read_config
 from sjepa_deploy.learning.pretrain import PretrainConfig
 from sjepa_deploy.models.checkpoint import TRAINING_KEY, read_checkpoint
 from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.models.resolve import resolve_spec
-from sjepa_deploy.serialize import encode
+from sjepa_deploy.serialize import encode, overridden
 from sjepa_deploy.spec import EncoderSpec
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from sjepa_deploy.cli import console, entry, options, print_json
 from sjepa_deploy.cli.training import print_transfer, require_training, shape_of, training_options
+from sjepa_deploy.serialize import overridden
 
 
 def _target(task: str | None, stimulus: tuple[str, ...], response: tuple[str, ...], column: str | None) -> dict[str, Any]:
@@ -24,6 +25,7 @@ def _model(
     freeze_encoder: bool,
     transfer_encoder: bool,
     accept_sfreq: bool,
+    allow_overlap: bool,
     allow_left_out: tuple[str, ...],
     spatial_filters: int | None,
     **values: Any,
@@ -33,6 +35,7 @@ def _model(
         "freeze_encoder": freeze_encoder or None,
         "encoder_to_prelocal": transfer_encoder or None,
         "accept_sfreq": accept_sfreq or None,
+        "allow_overlap": allow_overlap or None,
         "allow_left_out": allow_left_out or None,
         "n_spat_filters": spatial_filters,
         **values,
@@ -48,6 +51,7 @@ def _model(
     click.option("--freeze-encoder", is_flag=True, help="Train the spatial filters and the last layer only."),
     click.option("--transfer-encoder", is_flag=True, help="Take the feature encoder into PreLocal too."),
     click.option("--accept-sfreq", is_flag=True, help="Take a base model of another sampling rate."),
+    click.option("--allow-overlap", is_flag=True, help="Take a base model that has seen subjects of the test part."),
     options.allow_left_out,
     options.spatial_filters,
     click.option("--warmup-epochs", type=int, help="Epochs in which only the new layers learn."),
@@ -83,7 +87,7 @@ def finetune(
     from sjepa_deploy.learning.data import Target
     from sjepa_deploy.learning.finetune import FinetuneConfig
     from sjepa_deploy.learning.finetune import finetune as run
-    from sjepa_deploy.learning.loop import is_first_process, overridden, read_config
+    from sjepa_deploy.learning.loop import is_first_process, read_config
 
     config = read_config(FinetuneConfig, config_file)
     learned = overridden(config.data.target or Target(), target)

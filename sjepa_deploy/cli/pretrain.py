@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from sjepa_deploy.cli import console, entry, options, print_json
 from sjepa_deploy.cli.training import require_training, shape_of, training_options
+from sjepa_deploy.serialize import overridden
 
 
 def _masking(mask: str | None, radius: float | None, target_layers: int | None) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def pretrain(
 ) -> None:
     """Pretrain a base model, by default on synthetic EEG, and write its checkpoint into --out."""
     require_training()
-    from sjepa_deploy.learning.loop import is_first_process, overridden, read_config
+    from sjepa_deploy.learning.loop import is_first_process, read_config
     from sjepa_deploy.learning.pretrain import PretrainConfig
     from sjepa_deploy.learning.pretrain import pretrain as run
 

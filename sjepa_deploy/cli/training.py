@@ -13,7 +13,7 @@ from sjepa_deploy.cli import options
 from sjepa_deploy.errors import MissingDependencyError
 from sjepa_deploy.spec import ModelSpec, Unit
 
-DATA_FLAGS = ("montage", "sfreq", "n_times", "split", "fold", "n_folds")
+DATA_FLAGS = ("montage", "sfreq", "n_times", "split", "fold", "n_folds", "split_seed")
 ENGINE_FLAGS = (
     "seed",
     "max_epochs",
@@ -79,7 +79,8 @@ training_options = options.added(
         ),
         click.option("--n-folds", type=int, help="Number of folds that subjects, sessions or blocks are dealt to."),
         click.option("--fold", type=int, help="Number of the fold to test on."),
-        click.option("--seed", type=int, help="Seed of everything random."),
+        click.option("--split-seed", type=int, help="Seed by which subjects or sessions are dealt to folds."),
+        click.option("--seed", type=int, help="Seed of everything random but the folds."),
         click.option("--max-epochs", type=int, help="Largest number of epochs."),
         click.option("--patience", type=int, help="Epochs without improvement after which training ends."),
         click.option("--batch-size", type=int, help="Windows of a step on each device."),

@@ -118,6 +118,8 @@ class DataConfig:
         session that there are at least 3 of, else "block".
     n_folds, fold : int
         The groups or blocks are dealt to `n_folds` folds. `fold` is the test set, the next one validates, the rest trains.
+    split_seed : int
+        Seed by which subjects or sessions are dealt. Runs that share it share the folds, whatever their `Engine.seed` is.
     gap : float or None
         Seconds around validation and test windows of the same recording from which nothing is trained on; one window by default.
     synthetic : Synthetic
@@ -140,6 +142,7 @@ class DataConfig:
     split: Literal["auto", "subject", "session", "block"] = "auto"
     n_folds: int = 5
     fold: int = 0
+    split_seed: int = 0
     gap: float | None = None
     synthetic: Synthetic = field(default_factory=Synthetic)
 
@@ -156,6 +159,8 @@ class DataConfig:
             raise DataError(f"gap is {self.gap:g} s.", "Use 0 or more.")
         if self.n_folds < 3 or not 0 <= self.fold < self.n_folds:
             raise DataError(f"Fold {self.fold} of {self.n_folds} is none.", "Use 3 folds or more, numbered from 0.")
+        if self.split_seed < 0:
+            raise DataError(f"split_seed is {self.split_seed}.", "Use 0 or more.")
 
     @property
     def renamed(self) -> dict[str, str]:
@@ -188,6 +193,8 @@ class Windows:
         As in `ModelSpec`.
     steps : tuple of str
         Sentences that say what was done to the recordings.
+    hashes : dict of str to str
+        `sjepa_deploy.learning.origin.samples_hash` of each recording.
     """
 
     eeg: NDArray[np.float32]
@@ -202,9 +209,15 @@ class Windows:
     sfreq: float
     preprocessing: Preprocessing
     steps: tuple[str, ...] = ()
+    hashes: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.eeg)
+
+    def label(self, i: int) -> str:
+        """Return the label of window `i` as text."""
+        assert self.targets is not None
+        return f"{self.targets[i]:.6g}" if self.class_names is None else self.class_names[self.targets[i]]
 
     @property
     def model_fields(self) -> dict[str, Any]:
@@ -258,7 +271,7 @@ def encode_targets(values: Sequence[Any], task: Task) -> tuple[NDArray[Any], tup
     return numbers, None
 
 
-def split_windows(windows: Windows, config: DataConfig, *, seed: int = 0) -> Split:
+def split_windows(windows: Windows, config: DataConfig) -> Split:
     """Divide windows into three parts that share no subject, no session, or no stretch of a recording.
 
     Raises
@@ -285,7 +298,9 @@ def split_windows(windows: Windows, config: DataConfig, *, seed: int = 0) -> Spl
         n_folds = min(config.n_folds, len(names))
         if n_folds < 3:
             raise DataError(f"There are {len(names)} of {by}, too few to train, validate and test.", "Split by block.")
-        dealt = dict(zip(np.random.default_rng(seed).permutation(names), np.arange(len(names)) % n_folds, strict=True))
+        dealt = dict(
+            zip(np.random.default_rng(config.split_seed).permutation(names), np.arange(len(names)) % n_folds, strict=True)
+        )
         fold = np.array([dealt[name] for name in groups[by]])
     test_fold = config.fold % n_folds
     test, val = fold == test_fold, fold == (test_fold + 1) % n_folds

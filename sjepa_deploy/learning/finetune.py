@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sjepa_deploy.errors import DataError, TrainingError, listed
+from sjepa_deploy.files import write_atomically
 from sjepa_deploy.learning.data import DataConfig, Split, Target, Windows, split_windows
 from sjepa_deploy.learning.loading import load_windows
 from sjepa_deploy.learning.loop import (
@@ -30,8 +31,16 @@ from sjepa_deploy.learning.loop import (
     predict,
 )
 from sjepa_deploy.learning.metrics import Score, scores
-from sjepa_deploy.learning.run_folder import check_run, saving_to
-from sjepa_deploy.models.checkpoint import SPEC_KEY, in_target_unit, read_checkpoint, write_checkpoint
+from sjepa_deploy.learning.origin import ORIGIN_KEY, SPLIT_FILE, Origin, check_unseen, origin_of, split_table, stored_origin
+from sjepa_deploy.learning.run_folder import as_begun, check_run, saving_to
+from sjepa_deploy.models.checkpoint import (
+    SPEC_KEY,
+    TRAINING_KEY,
+    Checkpoint,
+    in_target_unit,
+    read_checkpoint,
+    write_checkpoint,
+)
 from sjepa_deploy.models.networks import SignalJEPAModule, SignalJEPAWithTransformer, build_model
 from sjepa_deploy.models.transfer import NEW_PARTS, TransferReport, base_encoder, transfer
 from sjepa_deploy.serialize import encode
@@ -56,6 +65,8 @@ class FinetuneConfig:
         Take a base model of another sampling rate.
     allow_left_out : tuple of str
         Weights or modules beside the base model that may be left out.
+    allow_overlap : bool
+        Take a base model that has seen subjects or recordings of the test part.
     n_spat_filters : int
         Spatial filters.
     warmup_epochs : int
@@ -74,6 +85,7 @@ class FinetuneConfig:
     encoder_to_prelocal: bool = False
     accept_sfreq: bool = False
     allow_left_out: tuple[str, ...] = ()
+    allow_overlap: bool = False
     n_spat_filters: int = 4
     warmup_epochs: int = 10
     data: DataConfig = field(default_factory=lambda: DataConfig(target=Target()))
@@ -132,9 +144,11 @@ class FinetuneModule(lightning.LightningModule):
     target_mean: Tensor
     target_std: Tensor
 
-    def __init__(self, model: SignalJEPAModule, config: FinetuneConfig, targets: NDArray[np.float32]) -> None:
+    def __init__(
+        self, model: SignalJEPAModule, config: FinetuneConfig, targets: NDArray[np.float32], origin: Origin | None = None
+    ) -> None:
         super().__init__()
-        self.model, self.config = model, config
+        self.model, self.config, self.origin = model, config, origin
         self.regression = model.spec.class_names is None
         mean, std = (targets.mean(), targets.std()) if self.regression else (0.0, 1.0)
         self.register_buffer("target_mean", torch.tensor(float(mean)))
@@ -201,7 +215,7 @@ class FinetuneModule(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the model's description: a checkpoint of this training exports like the model written at the end."""
-        checkpoint["hyper_parameters"] = {SPEC_KEY: encode(self.model.spec)}
+        checkpoint["hyper_parameters"] = {SPEC_KEY: encode(self.model.spec), TRAINING_KEY: encode({ORIGIN_KEY: self.origin})}
 
 
 def finetune(
@@ -214,7 +228,7 @@ def finetune(
     config : FinetuneConfig
         The run.
     out : Path or str
-        Gets ``config.json`` and ``model.safetensors``; checkpoints and logs go into ``out/training``.
+        Gets ``config.json``, ``model.safetensors`` and ``split.tsv``; checkpoints and logs go into ``out/training``.
     resume : bool
         Go on with the run in `out`.
     replace : bool
@@ -225,21 +239,29 @@ def finetune(
     Raises
     ------
     DataError
-        If windows or labels cannot be learned from: too few, a class or all spread missing in a part, no positions.
+        If windows or labels cannot be learned from: too few, a class or all spread missing in a part, no positions. If the base
+        model has seen subjects or recordings of the test part.
     CheckpointError
         If the base model does not fit.
     TrainingError
         If `out` holds a run that is not to be resumed, or another one.
     """
     out = Path(out)
+    if resume:
+        config = as_begun(config, out / "training")
     check_run(out / "training", config, resume=resume, replace=replace)
     windows = load_windows(config.data)
-    split = split_windows(windows, config.data, seed=config.engine.seed)
+    split = split_windows(windows, config.data)
     check_enough(split, config.engine)
     _check_targets(windows, split)
     assert windows.targets is not None
-    model, report = _build(config, windows)
-    module = FinetuneModule(model, config, windows.targets[split.train])
+    base = None if config.pretrained is None else read_checkpoint(config.pretrained, allow_left_out=config.allow_left_out)
+    before = None if base is None else stored_origin(base.training)
+    if before is not None and not config.allow_overlap:
+        check_unseen(before, windows, split)
+    model, report = _build(config, windows, base)
+    origin = origin_of(windows, split, before)
+    module = FinetuneModule(model, config, windows.targets[split.train], origin)
     loaders = WindowLoaders(windows, split, config.engine)
     fitted, trainer = fit(
         module, loaders, out / "training", config, resume=resume, replace=replace, progress=progress, unused_parameters=True
@@ -262,17 +284,17 @@ def finetune(
         split=split.by,
     )
     if trainer.is_global_zero:
-        training = {"finetuning": config, "data_steps": windows.steps, "result": result}
+        training = {"finetuning": config, "data_steps": windows.steps, ORIGIN_KEY: origin, "result": result}
         with saving_to(out):
+            write_atomically(out / SPLIT_FILE, split_table(windows, split))
             write_checkpoint(module.finished(), out, training=training)
     return result
 
 
-def _build(config: FinetuneConfig, windows: Windows) -> tuple[SignalJEPAModule, TransferReport | None]:
+def _build(config: FinetuneConfig, windows: Windows, base: Checkpoint | None) -> tuple[SignalJEPAModule, TransferReport | None]:
     assumed: tuple[str, ...] = ()
-    base, encoder = None, config.encoder or EncoderSpec()
-    if config.pretrained is not None:
-        base = read_checkpoint(config.pretrained, allow_left_out=config.allow_left_out)
+    encoder = config.encoder or EncoderSpec()
+    if base is not None:
         encoder, assumed = base_encoder(base, config.encoder)
         if config.encoder not in (None, encoder):
             raise TrainingError("The configuration's encoder is not the base model's.", "Leave it out: the base model's is used.")
@@ -296,7 +318,8 @@ def _build(config: FinetuneConfig, windows: Windows) -> tuple[SignalJEPAModule, 
         encoder_to_prelocal=config.encoder_to_prelocal,
         accept_sfreq=config.accept_sfreq,
     )
-    return model, replace(report, notes=base.notes + report.notes + assumed)
+    untold = () if stored_origin(base.training) else ("the base model does not tell whose EEG it has seen",)
+    return model, replace(report, notes=base.notes + report.notes + assumed + untold)
 
 
 def _check_targets(windows: Windows, split: Split) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +23,7 @@ from sjepa_deploy.eeg.synthetic import planted_eeg
 from sjepa_deploy.eeg.units import check_unit, conversion, volts_in
 from sjepa_deploy.errors import DataError, MissingDependencyError, RecordingError, listed
 from sjepa_deploy.learning.data import SYNTHETIC, DataConfig, Target, Windows, encode_targets
+from sjepa_deploy.learning.origin import check_twins, samples_hash
 from sjepa_deploy.learning.targets import reaction_times, read_column, read_tsv
 from sjepa_deploy.parity import UNREADABLE_NPZ
 from sjepa_deploy.spec import ModelSpec, Position, Preprocessing, Unit
@@ -44,9 +46,10 @@ def load_windows(config: DataConfig) -> Windows:
         If a recording cannot be read or does not fit.
     """
     parts: list[Windows] = []
-    for source in config.source:
-        for read in _readers(source, config):
+    for source, name in zip(config.source, source_names(config.source), strict=True):
+        for read in _readers(source, name, config):
             parts.append(read(parts[0] if parts else None))
+    check_twins(pair for part in parts for pair in part.hashes.items())
     first = parts[0]
     for part in parts:
         if part.preprocessing != first.preprocessing:
@@ -78,23 +81,47 @@ def load_windows(config: DataConfig) -> Windows:
         sfreq=first.sfreq,
         preprocessing=first.preprocessing,
         steps=tuple(dict.fromkeys(step for part in parts for step in part.steps)),
+        hashes={name: digest for part in parts for name, digest in part.hashes.items()},
     )
 
 
-def _readers(source: str, config: DataConfig) -> Iterator[Reader]:
+def source_names(sources: Sequence[str]) -> list[str]:
+    """Return a name for each source: as much of the end of its path, without the suffix, as no other source has.
+
+    ``a/run.edf`` and ``b/run.edf`` are "a/run" and "b/run", two people.
+
+    Raises
+    ------
+    DataError
+        If a file or folder is named twice.
+    """
+    paths = [Path(source).resolve() for source in sources]
+    if twice := [path.name for path, n in Counter(paths).items() if n > 1]:
+        raise DataError(f"{twice[0]} is named twice.", "Leave it out once.")
+    stems = [path if path.is_dir() else path.with_suffix("") for path in paths]
+    ends = [(stem if stems.count(stem) == 1 else path).parts for path, stem in zip(paths, stems, strict=True)]
+    names = []
+    for i, parts in enumerate(ends):
+        others = ends[:i] + ends[i + 1 :]
+        depth = next(n for n in range(1, len(parts) + 1) if all(other[-n:] != parts[-n:] for other in others))
+        names.append("/".join(parts[-depth:]))
+    return names
+
+
+def _readers(source: str, name: str, config: DataConfig) -> Iterator[Reader]:
     path = Path(source)
     if source == SYNTHETIC:
         yield functools.partial(_load_synthetic, config)
     elif not path.exists():
         raise DataError(f"There is no data at {source}.", f"Check the path, or use {SYNTHETIC}.")
     elif path.is_dir():
-        yield from _readers_of_bids(path, config)
+        yield from _readers_of_bids(path, config, f"{name}/" if len(config.source) > 1 else "")
     elif path.suffix == ".npz":
-        yield functools.partial(_load_npz, path, config)
+        yield functools.partial(_load_npz, path, name, config)
     elif path.name.endswith(EPOCHS):
-        yield functools.partial(_load_epochs, path, config)
+        yield functools.partial(_load_epochs, path, name, config)
     else:
-        yield functools.partial(_load_recording, path, config)
+        yield functools.partial(_load_recording, path, name, config)
 
 
 def _load_synthetic(config: DataConfig, first: Windows | None) -> Windows:
@@ -125,10 +152,17 @@ def _made(
     sfreq: float,
     preprocessing: Preprocessing,
     steps: tuple[str, ...],
+    hashes: dict[str, str] | None = None,
     **known: NDArray[Any],
 ) -> Windows:
-    """Return windows whose session and recording are the subject, one after the other, unless something else is `known`."""
+    """Return windows whose session and recording are the subject, one after the other, unless something else is `known`.
+
+    Without `hashes` of the recordings, the windows are hashed.
+    """
     places = {"session": subject, "recording": subject, "onset": np.arange(len(eeg)) * eeg.shape[2] / sfreq} | known
+    if hashes is None:
+        recordings = places["recording"]
+        hashes = {str(name): samples_hash(np.swapaxes(eeg[recordings == name], 0, 1)) for name in np.unique(recordings)}
     return Windows(
         eeg=eeg,
         targets=targets,
@@ -140,15 +174,16 @@ def _made(
         sfreq=sfreq,
         preprocessing=preprocessing,
         steps=steps,
+        hashes=hashes,
     )
 
 
-def _load_recording(path: Path, config: DataConfig, first: Windows | None) -> Windows:
+def _load_recording(path: Path, name: str, config: DataConfig, first: Windows | None) -> Windows:
     table = None
     if config.target is not None and config.target.kind == "column":
         table = path.with_name(config.target.tsv.format(stem=path.stem))
     raw = read_recording(path, unit=config.unit, ch_names=config.ch_names, rename=config.renamed)
-    return _load_raw(raw, path.stem, config, first, subject=path.stem, table=table)
+    return _load_raw(raw, name, config, first, subject=name, table=table)
 
 
 def _load_raw(
@@ -165,6 +200,7 @@ def _load_raw(
     """Cut windows out of a recording: around events where there is a target of each, else one after the other."""
     spec = _fitting_spec(raw.info, config, first)
     assert spec.ch_names is not None
+    digest = samples_hash(raw[i][0][0] for i in range(len(raw.ch_names)))
     try:
         share = config.interpolate_share if config.interpolate else 0.0
         fitted = fit_recording(raw, spec, interpolate=share, check_unit=config.check_unit)
@@ -202,6 +238,7 @@ def _load_raw(
         config.sfreq,
         config.prepared,
         tuple(steps),
+        {name: digest},
         session=np.full(len(kept), session),
         recording=np.full(len(kept), name),
         onset=onset[kept],
@@ -260,7 +297,8 @@ def _fitting_spec(info: mne.Info, config: DataConfig, first: Windows | None) -> 
     )
 
 
-def _readers_of_bids(root: Path, config: DataConfig) -> Iterator[Reader]:
+def _readers_of_bids(root: Path, config: DataConfig, prefix: str) -> Iterator[Reader]:
+    """Give the readers of a BIDS folder. `prefix` tells its subjects and recordings from those of other sources."""
     require_mne()
     try:
         import mne_bids
@@ -282,10 +320,16 @@ def _readers_of_bids(root: Path, config: DataConfig) -> Iterator[Reader]:
             by_subject = {row["participant_id"].removeprefix("sub-"): row[target.column] for row in rows}
     for path in paths:
         label = by_subject.get(path.subject, "") if by_subject else None
-        yield functools.partial(_load_bids, path, config, label)
+        yield functools.partial(_load_bids, path, prefix, config, label)
 
 
-def _load_bids(path: Any, config: DataConfig, label: str | None, first: Windows | None) -> Windows:  # path: mne_bids.BIDSPath
+def _load_bids(
+    path: Any,  # mne_bids.BIDSPath
+    prefix: str,
+    config: DataConfig,
+    label: str | None,
+    first: Windows | None,
+) -> Windows:
     import mne_bids
 
     notes: list[str] = []
@@ -296,7 +340,8 @@ def _load_bids(path: Any, config: DataConfig, label: str | None, first: Windows 
         raw = _of_edf(read_recording(path.fpath, unit=config.unit), raw, path.basename)
     events = Path(path.copy().update(suffix="events", extension=".tsv").fpath)
     session = path.session or "1"
-    return _load_raw(raw, path.basename, config, first, subject=path.subject, session=session, table=events, label=label)
+    name, subject = prefix + path.basename, prefix + path.subject
+    return _load_raw(raw, name, config, first, subject=subject, session=session, table=events, label=label)
 
 
 def _of_edf(raw: mne.io.BaseRaw, described: mne.io.BaseRaw, name: str) -> mne.io.BaseRaw:
@@ -325,7 +370,7 @@ def _of_edf(raw: mne.io.BaseRaw, described: mne.io.BaseRaw, name: str) -> mne.io
     return raw
 
 
-def _load_epochs(path: Path, config: DataConfig, first: Windows | None) -> Windows:
+def _load_epochs(path: Path, name: str, config: DataConfig, first: Windows | None) -> Windows:
     """Read Epochs, which were filtered before they were cut: their band is taken from the file, not made here."""
     mne = require_mne()
     with reading(path.name):
@@ -351,11 +396,10 @@ def _load_epochs(path: Path, config: DataConfig, first: Windows | None) -> Windo
             raise DataError(f"The metadata of {path.name} have no column {column}.", "Name another column.")
         else:
             targets = np.array(epochs.metadata[column].tolist(), dtype=object)
-    name = np.full(len(volts), path.stem)
     return _made(
         np.ascontiguousarray(volts / volts_in("uV"), dtype=np.float32),
         targets,
-        name,
+        np.full(len(volts), name),
         spec.ch_names,
         spec.positions,
         spec.sfreq,
@@ -365,7 +409,7 @@ def _load_epochs(path: Path, config: DataConfig, first: Windows | None) -> Windo
     )
 
 
-def _load_npz(path: Path, config: DataConfig, first: Windows | None) -> Windows:
+def _load_npz(path: Path, name: str, config: DataConfig, first: Windows | None) -> Windows:
     """Read ``eeg`` (n_windows, n_chans, n_times), ``ch_names``, ``sfreq`` and what else is there, without pickles."""
     try:
         with np.load(path, allow_pickle=False) as stored:
@@ -413,7 +457,7 @@ def _load_npz(path: Path, config: DataConfig, first: Windows | None) -> Windows:
     positions = chosen.positions if "positions" in arrays else None
     if config.montage is not None:
         positions = read_montage(config.montage).pick(chosen.ch_names).positions
-    subject = arrays.get("subject", np.full(len(eeg), path.stem)).astype(str)
+    subject = arrays.get("subject", np.full(len(eeg), name)).astype(str)
     session = arrays.get("session", subject).astype(str)
     return _made(
         np.ascontiguousarray(eeg[:, rows] * conversion(cast(Unit, unit), "uV"), dtype=np.float32),
@@ -425,6 +469,6 @@ def _load_npz(path: Path, config: DataConfig, first: Windows | None) -> Windows:
         config.preprocessing,
         ("windows as they were saved",),
         session=session,
-        recording=np.char.add(np.char.add(subject, "/"), session),
+        recording=np.char.add(np.char.add(np.char.add(f"{name}/", subject), "/"), session),
         onset=arrays.get("onset", np.full(len(eeg), np.nan)).astype(np.float64),
     )

@@ -6,7 +6,6 @@ that was killed goes on from the last whole epoch and ends with the weights of a
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.resources
 import importlib.util
 import logging
@@ -371,18 +370,6 @@ def read_config(cls: type[T], path: Path | None) -> T:
         raise TrainingError(f"{path} is not YAML ({e}).", "Mend it.") from e
     except DecodeError as e:
         raise TrainingError(f"{path}: {e}.", "See sjepa_deploy/configs for what may be set.") from e
-
-
-def overridden(config: T, changes: dict[str, Any]) -> T:
-    """Return `config` with the values of `changes` that are not None; ``"data.sfreq"`` reaches into a field."""
-    for name, value in changes.items():
-        if value is None:
-            continue
-        outer, _, inner = name.partition(".")
-        if inner:
-            value = overridden(getattr(config, outer), {inner: value})
-        config = dataclasses.replace(config, **{outer: value})  # type: ignore[type-var]
-    return config
 
 
 def _tensorboard(folder: Path) -> list[loggers.TensorBoardLogger]:

@@ -21,13 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from sjepa_deploy.errors import DataError, SpecError
+from sjepa_deploy.files import write_atomically
 from sjepa_deploy.learning import padded
 from sjepa_deploy.learning.data import DataConfig, split_windows
 from sjepa_deploy.learning.loading import load_windows
 from sjepa_deploy.learning.loop import Batch, Engine, Fitted, WindowLoaders, check_enough, compile_if_wanted, fit
 from sjepa_deploy.learning.masking import Masking, Masks, MaskSampler
-from sjepa_deploy.learning.run_folder import check_run, saving_to
-from sjepa_deploy.models.checkpoint import SPEC_KEY, write_checkpoint
+from sjepa_deploy.learning.origin import ORIGIN_KEY, SPLIT_FILE, Origin, origin_of, split_table
+from sjepa_deploy.learning.run_folder import as_begun, check_run, saving_to
+from sjepa_deploy.models.checkpoint import SPEC_KEY, TRAINING_KEY, write_checkpoint
 from sjepa_deploy.models.networks import SignalJEPA, build_model
 from sjepa_deploy.serialize import encode
 from sjepa_deploy.spec import EncoderSpec, ModelSpec
@@ -244,10 +246,10 @@ class PretrainModule(lightning.LightningModule):
     val_l1: Tensor
     val_l1_mean: Tensor
 
-    def __init__(self, config: PretrainConfig, spec: ModelSpec) -> None:
+    def __init__(self, config: PretrainConfig, spec: ModelSpec, origin: Origin | None = None) -> None:
         super().__init__()
         assert spec.positions is not None
-        self.config = config
+        self.config, self.origin = config, origin
         base = build_model(spec, seed=config.engine.seed)
         assert isinstance(base, SignalJEPA)
         self.jepa = JEPA(base, config.target_layers)
@@ -260,7 +262,8 @@ class PretrainModule(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the description of the base model."""
-        checkpoint["hyper_parameters"] = {SPEC_KEY: encode(self.jepa.base.spec)}
+        description = {SPEC_KEY: encode(self.jepa.base.spec), TRAINING_KEY: encode({ORIGIN_KEY: self.origin})}
+        checkpoint["hyper_parameters"] = description
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW on everything but the teacher."""
@@ -334,7 +337,7 @@ def pretrain(
     config : PretrainConfig
         The run.
     out : Path or str
-        Gets ``config.json`` and ``model.safetensors``; checkpoints and logs go into ``out/training``.
+        Gets ``config.json``, ``model.safetensors`` and ``split.tsv``; checkpoints and logs go into ``out/training``.
     resume : bool
         Go on with the run in `out`.
     replace : bool
@@ -350,16 +353,19 @@ def pretrain(
         If `out` holds a run that is not to be resumed, or another one.
     """
     out = Path(out)
+    if resume:
+        config = as_begun(config, out / "training")
     check_run(out / "training", config, resume=resume, replace=replace)
     windows = load_windows(config.data)
     if windows.positions is None:
         raise DataError(
             "The channels have no positions, which the masks and the position encoder need.", "Name their montage with --montage."
         )
-    split = split_windows(windows, config.data, seed=config.engine.seed)
+    split = split_windows(windows, config.data)
     check_enough(split, config.engine)
     spec = ModelSpec(variant="base", encoder=config.encoder, **windows.model_fields)
-    module = PretrainModule(config, spec)
+    origin = origin_of(windows, split)
+    module = PretrainModule(config, spec, origin)
     loaders = WindowLoaders(windows, split, config.engine)
     fitted, trainer = fit(module, loaders, out / "training", config, resume=resume, replace=replace, progress=progress)
     result = PretrainResult(
@@ -373,7 +379,8 @@ def pretrain(
         split=split.by,
     )
     if trainer.is_global_zero:
-        training = {"pretraining": config, "data_steps": windows.steps, "result": result}
+        training = {"pretraining": config, "data_steps": windows.steps, ORIGIN_KEY: origin, "result": result}
         with saving_to(out):
+            write_atomically(out / SPLIT_FILE, split_table(windows, split))
             write_checkpoint(module.jepa.base, out, training=training)
     return result

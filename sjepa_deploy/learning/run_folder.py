@@ -14,16 +14,17 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from sjepa_deploy.errors import MissingDependencyError, TrainingError, TrainingStoppedError
+from sjepa_deploy.errors import MissingDependencyError, SjepaError, TrainingError, TrainingStoppedError
 from sjepa_deploy.files import write_atomically
+from sjepa_deploy.learning.origin import SPLIT_FILE
 from sjepa_deploy.models.braindecode_config import CONFIG_FILE
 from sjepa_deploy.models.checkpoint import WEIGHTS_FILE
 from sjepa_deploy.models.weight_files import DAMAGED
-from sjepa_deploy.serialize import encode
+from sjepa_deploy.serialize import DecodeError, decode, encode, overridden
 
 try:
     import lightning
@@ -31,6 +32,8 @@ try:
     from lightning.pytorch import callbacks
 except ImportError as error:
     raise MissingDependencyError("Lightning", "train") from error
+
+T = TypeVar("T")
 
 RUN_FILE = "run.json"
 """The configuration of the run: only a run of the same configuration goes on."""
@@ -107,7 +110,7 @@ def check_run(folder: Path, config: object, *, resume: bool = False, replace: bo
             raise TrainingError(
                 f"{folder} already holds a run.", "Go on with --resume, replace it with --force, or choose another --out."
             )
-        if _read_run(run_file) != encode(config):
+        if encode(config) != _read_run(run_file, type(config)):
             raise TrainingError(
                 f"The run in {folder} has another configuration.", f"Use the one in {RUN_FILE}, or choose another --out."
             )
@@ -118,6 +121,22 @@ def check_run(folder: Path, config: object, *, resume: bool = False, replace: bo
     if any((folder.parent / name).exists() for name in (WEIGHTS_FILE, CONFIG_FILE)):
         raise TrainingError(f"{folder.parent} already holds a model.", "Use --force to replace it, or choose another --out.")
     return None
+
+
+def as_begun(config: T, folder: Path) -> T:
+    """Return `config` with the folds of the run in `folder`, if an older release began it, whose seed dealt them."""
+    file = folder / RUN_FILE
+    if not file.is_file() or (seed := _dealt_by_seed(_read_json(file))) is None:
+        return config
+    return overridden(config, {"data.split_seed": seed})
+
+
+def _dealt_by_seed(stored: Any) -> int | None:
+    """Return the seed of a run that has none for its folds."""
+    try:
+        return None if "split_seed" in stored["data"] else int(stored["engine"]["seed"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def start_run(folder: Path, config: object, *, replace: bool) -> None:
@@ -132,6 +151,7 @@ def start_run(folder: Path, config: object, *, replace: bool) -> None:
         if replace:
             (folder.parent / WEIGHTS_FILE).unlink(missing_ok=True)
             (folder.parent / CONFIG_FILE).unlink(missing_ok=True)
+            (folder.parent / SPLIT_FILE).unlink(missing_ok=True)
             if (folder / RUN_FILE).is_file():
                 shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,7 +204,18 @@ def saving_to(folder: Path) -> Iterator[None]:
         ) from e
 
 
-def _read_run(file: Path) -> Any:
+def _read_run(file: Path, cls: type) -> Any:
+    """Return the configuration of a run, with the settings that its release did not have."""
+    stored = _read_json(file)
+    try:
+        config: Any = decode(cls, stored)
+    except (DecodeError, SjepaError):
+        return stored  # of another kind of run, or of a newer release
+    seed = _dealt_by_seed(stored)
+    return encode(config if seed is None else overridden(config, {"data.split_seed": seed}))
+
+
+def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as e:

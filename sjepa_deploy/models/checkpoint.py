@@ -67,6 +67,8 @@ class Checkpoint:
         What the configuration tells, or a trainer's hyper-parameters.
     notes : tuple of str
         What a user should know about how the file was read.
+    training : dict
+        The record of the training (`TRAINING_KEY`), as it is stored.
     """
 
     weights: dict[str, Tensor]
@@ -78,6 +80,7 @@ class Checkpoint:
     sha256: str
     told: Told = field(default_factory=Told)
     notes: tuple[str, ...] = ()
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 def read_checkpoint(
@@ -148,6 +151,7 @@ def read_checkpoint(
         weights = weights | {EMBEDDING: _with_max_norm(weights[EMBEDDING], told.max_norm)}
     known.update(told.known)
     sha256 = file_hash(file)
+    training = (config or content.settings).get(TRAINING_KEY)
     return Checkpoint(
         weights=weights,
         variant=variant,
@@ -158,6 +162,7 @@ def read_checkpoint(
         sha256=sha256,
         told=told,
         notes=notes,
+        training=training if isinstance(training, dict) else {},
     )
 
 
