@@ -8,7 +8,6 @@ import importlib
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, Literal
 
 from sjepa_deploy.bundle import Bundle, Manifest
 from sjepa_deploy.errors import EngineError, ExportError, MissingDependencyError
-from sjepa_deploy.files import write_atomically
+from sjepa_deploy.files import folder_beside, write_atomically
 from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, BackendOptions
 from sjepa_deploy.runtime.backends.engines import EngineRecord, EngineStore
 from sjepa_deploy.serving.batching import LARGEST_WAIT, REQUEST_OVERHEAD, Batching, measure_compute, plan_batching
@@ -351,8 +350,7 @@ def _new_version(model: Path, version: str, config: Any, contract: Contract) -> 
     config.parameters[CONTRACT_KEY].string_value = contract.dumps()
     text_format = importlib.import_module("google.protobuf.text_format")
     model.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{version}.partial-", dir=model))
-    try:
+    with folder_beside(model / version) as folder:
         yield folder
         folder.chmod(0o755)
         folder.rename(model / version)
@@ -360,8 +358,6 @@ def _new_version(model: Path, version: str, config: Any, contract: Contract) -> 
         if class_names is not None:
             (model / LABEL_FILE).write_text("".join(f"{name}\n" for name in class_names))
         write_atomically(model / CONFIG_FILE, text_format.MessageToString(config).encode())
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_python(folder: Path, bundle: Bundle, model: str) -> None:

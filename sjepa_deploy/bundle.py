@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from sjepa_deploy.errors import BundleError, ExportError, listed
-from sjepa_deploy.files import canonical_json, exchange, file_hash, json_file, load_json, seal, write_atomically
+from sjepa_deploy.files import canonical_json, exchange, file_hash, folder_beside, json_file, load_json, seal, write_atomically
 from sjepa_deploy.onnx_file import has_external_data, metadata_of
 from sjepa_deploy.parity import ParityResult, Reference
 from sjepa_deploy.serialize import DecodeError, decode, encode
@@ -381,25 +381,22 @@ def new_bundle(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Give a temporary folder beside `path`, and move the folder to `path` when the block ends without an error.
 
     The manifest must be written last: a folder without a manifest does not open. An error or a killed process leaves `path`
-    unchanged.
+    unchanged. What a killed process left beside `path` is deleted first.
 
     Raises
     ------
     ExportError
         If `path` exists and `force` is not set, is no bundle, or cannot be written.
     """
-    check_writable(path, force=force)
     with _as_export_errors(path):
+        _undo_killed_move(path)
+        check_writable(path, force=force)
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-    try:
-        with _as_export_errors(path):
+        with folder_beside(path) as folder:
             yield folder
             folder.chmod(0o755)
             check_writable(path, force=force)  # what took the place meanwhile is not the one that was judged
             _replace(folder, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
@@ -451,7 +448,7 @@ def _replace(folder: Path, path: Path) -> None:
         return
     if exchange(folder, path):
         return  # `folder` holds the old one now, which the caller deletes
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+    old = Path(tempfile.mkdtemp(prefix=_old(path), dir=path.parent))
     try:
         path.rename(old)
         try:
@@ -461,3 +458,19 @@ def _replace(folder: Path, path: Path) -> None:
             raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(path: Path) -> str:
+    """Return how the names begin under which the bundle at `path` makes room for the next one."""
+    return f".{path.name}.old-"
+
+
+def _undo_killed_move(path: Path) -> None:
+    """Put the old bundle back if a process was killed between the two moves of `_replace`, and delete other old bundles."""
+    if not path.parent.is_dir():
+        return
+    for old in [entry for entry in path.parent.iterdir() if entry.name.startswith(_old(path))]:
+        if not path.exists() and _looks_like_a_bundle(old):
+            old.rename(path)
+        else:
+            shutil.rmtree(old, ignore_errors=True)

@@ -11,6 +11,8 @@ import json
 import math
 import os
 import secrets
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -124,6 +126,58 @@ def write_atomically(file: Path, content: bytes) -> None:
     """Write a file in an existing folder. The file is replaced as a whole or not at all."""
     with written_whole(file) as path:
         path.write_bytes(content)
+
+
+@contextlib.contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """Give an empty folder beside `path`, and delete the folder at the end if it was not moved.
+
+    The name of the folder is ``.NAME.partial-*``. Its process locks the folder. A killed process leaves its folder unlocked: the
+    next call for the same `path` deletes such folders first. A file system without locks keeps them.
+    """
+    prefix = f".{path.name}.partial-"
+    for left in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
+        with _folder_lock(left) as locked:
+            if locked:
+                shutil.rmtree(left, ignore_errors=True)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
+        with _folder_lock(folder) as locked:
+            if locked is None or not folder.exists():  # another process took it for a killed one's, and deletes it
+                continue
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+
+
+@contextlib.contextmanager
+def _folder_lock(folder: Path) -> Iterator[bool | None]:
+    """Lock `folder` and give True. Give None if another process holds the lock or the folder is gone, and False without locks."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        yield None
+        return
+    try:
+        locked: bool | None = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            locked = None
+        except OSError:
+            locked = False
+        yield locked
+    finally:
+        os.close(descriptor)
+
+
+def remove_partial(file: Path) -> None:
+    """Delete what killed processes left of `file`. No other process may write the file meanwhile."""
+    for left in file.parent.iterdir():
+        if left.name.startswith(".partial-") and left.name.endswith(f"-{file.name}"):
+            left.unlink(missing_ok=True)
 
 
 def on_disk(file: Path) -> None:

@@ -1,10 +1,12 @@
 import errno
 import importlib
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -509,6 +511,73 @@ def test_a_killed_export_leaves_nothing_that_opens(path):
     (partial,) = [entry for entry in path.parent.iterdir() if entry != path]
     assert {"checkpoint", "model.fp32.onnx", "reference.npz"} <= {entry.name for entry in partial.iterdir()}
     refuses(partial, "it holds no manifest")
+
+
+def test_exports_that_are_killed_at_random_leave_a_whole_bundle_or_none(tmp_path):
+    """A few kills; ``python benchmarks/killed_exports.py 40 --out RESULT`` makes as many as wanted."""
+    script = Path(__file__).parents[1] / "benchmarks/killed_exports.py"
+    command = [sys.executable, str(script), "4", "--seconds", "2", "--out", str(tmp_path / "result")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["kills"]["kills"] == 4
+    assert result["loads"]["mixed"] == 0
+    assert result["loads"]["loads"] >= 2
+    assert result["loads"]["replacements"] >= 2
+
+
+def test_the_folder_of_an_export_that_runs_stays_and_that_of_a_killed_one_goes(tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / ".out.partial-killed").mkdir()
+    (tmp_path / ".out.partial-killed" / "model.fp32.onnx").touch()
+    (tmp_path / ".other.partial-killed").mkdir()
+    with new_bundle(out) as first, pytest.raises(RuntimeError), new_bundle(out) as second:  # noqa: PT012
+        assert listing(tmp_path).keys() == {".other.partial-killed", first.name, second.name}
+        raise RuntimeError
+    assert listing(tmp_path).keys() == {".other.partial-killed", "out"}
+
+
+def test_a_folder_that_is_taken_for_a_killed_ones_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    make, made = tempfile.mkdtemp, []
+
+    def made_and_deleted(**where):
+        made.append(Path(make(**where)))
+        if len(made) == 1:
+            made[0].rmdir()
+        return str(made[-1])
+
+    monkeypatch.setattr(tempfile, "mkdtemp", made_and_deleted)
+    with new_bundle(tmp_path / "out") as folder:
+        (folder / "new").touch()
+    assert len(made) == 2
+    assert listing(tmp_path) == {"out": None, "out/new": b""}
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_process_that_is_killed_between_two_moves_loses_no_bundle(path, monkeypatch, moved):
+    """Where the system cannot exchange two folders, the old bundle makes room first."""
+    killed, rename = os.fork(), Path.rename
+    if not killed:
+
+        def die(self, target):
+            if moved:
+                rename(self, target)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr("sjepa_deploy.bundle.exchange", lambda *_: False)
+        monkeypatch.setattr(Path, "rename", die)
+        with new_bundle(path, force=True) as folder:
+            (folder / "new").touch()
+    _, status = os.waitpid(killed, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert path.exists() == (not moved)
+    assert len(list(path.parent.iterdir())) == 2 + (not moved)
+    with pytest.raises(ExportError, match="There is a bundle at"), new_bundle(path):
+        pytest.fail("the block must not run")
+    assert Bundle.open(path).spec == small_spec()
+    with new_bundle(path, force=True) as folder:
+        (folder / "new").touch()
+    assert listing(path.parent) == {"bundle": None, "bundle/new": b""}
 
 
 FULL_DISK = """

@@ -20,6 +20,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from sjepa_deploy.cli import run_command
 from sjepa_deploy.cli.finetune import finetune as finetune_command
 from sjepa_deploy.errors import DataError, TrainingError
+from sjepa_deploy.files import written_whole
 from sjepa_deploy.learning import loop as engine
 from sjepa_deploy.learning.data import DataConfig, Synthetic, Target, split_windows
 from sjepa_deploy.learning.finetune import FinetuneConfig, FinetuneModule, finetune
@@ -286,6 +287,18 @@ def test_a_run_whose_folder_moved_goes_on_with_its_own_best_epoch(tmp_path, monk
     assert _weights(tmp_path / "here") == _weights(tmp_path / "whole") != _weights(tmp_path / "there")
 
 
+def killed_writing(file):
+    """Return what a process leaves that is killed while it writes `file`."""
+    child = os.fork()
+    if not child:
+        with written_whole(file) as path:
+            path.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    (left,) = file.parent.glob(".*")
+    return left
+
+
 def test_a_run_killed_between_its_last_and_its_best_checkpoint_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(FinetuneModule, "validation_step", losses(2.0, 1.0, 3.0, 4.0))
     finetune(QUICK, tmp_path / "whole")
@@ -294,10 +307,11 @@ def test_a_run_killed_between_its_last_and_its_best_checkpoint_goes_on(tmp_path,
     (tmp_path / "killed").rename(tmp_path / "old")
     stopped_run(tmp_path / "killed", monkeypatch, epoch=2)
     (tmp_path / "killed/training/best.ckpt").write_bytes(before)  # of epoch 0: the last one says that epoch 1 is the best
-    (tmp_path / "killed/training/.last.ckpt.partial-x").write_bytes(b"half")
+    left = [killed_writing(tmp_path / "killed" / name) for name in ("training/last.ckpt", "model.safetensors")]
+    assert all(file.exists() for file in left)
     finetune(QUICK, tmp_path / "killed", resume=True)
     assert _weights(tmp_path / "killed") == _weights(tmp_path / "whole")
-    assert not list(tmp_path.glob("killed/training/.*"))
+    assert not list(tmp_path.rglob("killed/**/.*"))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from sjepa_deploy.errors import MissingDependencyError, SjepaError, TrainingError, TrainingStoppedError
-from sjepa_deploy.files import write_atomically
+from sjepa_deploy.files import remove_partial, write_atomically
 from sjepa_deploy.learning.origin import SPLIT_FILE
 from sjepa_deploy.models.braindecode_config import CONFIG_FILE
 from sjepa_deploy.models.checkpoint import WEIGHTS_FILE
@@ -163,8 +163,9 @@ def start_run(folder: Path, config: object, *, replace: bool) -> None:
 def go_on(folder: Path) -> None:
     """Remove what a killed process left half written, and make the best checkpoint where the kill came before it."""
     for name in (LAST_FILE, BEST_FILE, RUN_FILE):
-        for file in folder.glob(f".{name}.partial-*"):
-            file.unlink()
+        remove_partial(folder / name)
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        remove_partial(folder.parent / name)
     last = read_checkpoint_file(folder / LAST_FILE)
     if _best_epoch(last, folder) == last["epoch"]:
         write_atomically(folder / BEST_FILE, (folder / LAST_FILE).read_bytes())
