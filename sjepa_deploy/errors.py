@@ -59,6 +59,10 @@ class DataError(SjepaError, ValueError):
     """Reports training data, targets or a split that a model cannot learn from."""
 
 
+class NoWindowsError(DataError):
+    """Reports a recording that gives no window to learn from. Of several recordings, such ones are skipped."""
+
+
 class TrainingError(SjepaError):
     """Reports a training run that cannot start or cannot go on."""
 

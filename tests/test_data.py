@@ -8,12 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from small import CH_NAMES, DATA
+from xdf_writer import Stream, write_xdf
 
 from sjepa_deploy.eeg.montage import read_montage
 from sjepa_deploy.eeg.recording import fit_recording, read_recording
 from sjepa_deploy.errors import DataError, RecordingError
 from sjepa_deploy.learning.data import DataConfig, Synthetic, Target, encode_targets, split_windows
 from sjepa_deploy.learning.loading import load_windows
+from sjepa_deploy.learning.store import is_mapped
 from sjepa_deploy.learning.targets import reaction_times
 from sjepa_deploy.spec import ModelSpec, Preprocessing
 
@@ -315,7 +317,7 @@ def test_labels_of_one_class_and_words_for_numbers_are_refused():
 
 
 def test_recordings_without_the_events_or_too_short_are_refused(eeglab, tmp_path):
-    with pytest.raises(DataError, match="^eeglab_data: The recording has no events tone; its events are rt, square"):
+    with pytest.raises(DataError, match="^eeglab_data: The recording has no events tone; its events are rt .*, square"):
         load_windows(dataclasses.replace(eeglab, target=Target(stimulus=("tone",), response=("rt",))))
     with pytest.raises(DataError, match="Reaction times are numbers, not classes"):
         load_windows(dataclasses.replace(eeglab, target=dataclasses.replace(REACTION, task="classification")))
@@ -389,3 +391,155 @@ def test_the_planted_effect_can_be_found_with_a_matched_filter_where_it_was_plan
     assert int(np.argmax(of_channel)) == posterior
     assert of_channel[posterior] > 0.8
     assert 3 < windows.eeg.std() < 50
+
+
+# ---------------------------------------------------------------- classes of events
+
+
+CLASSES = Target(kind="event", task="classification", classes=("LEFT=T1", "RIGHT=T2", "RIGHT=T3"), tmin=0.0)
+
+
+def marked(n, names, step=3.0, seed=0, **kwargs):
+    raw = make_raw(int(100 * step * (n + 1)), seed=seed, **kwargs)
+    return raw.set_annotations(mne.Annotations(step * (1 + np.arange(n)), 0.0, [names[i % len(names)] for i in range(n)]))
+
+
+def test_classes_are_named_by_the_events_of_a_recording(tmp_path):
+    source = save_raw(marked(8, ["T1", "T0", "T2", "T3"]), tmp_path / "one_raw.fif")
+    config = DataConfig(source=(source,), target=CLASSES, preprocessing=UNTOUCHED)
+    windows = load_windows(config)
+    assert windows.class_names == ("LEFT", "RIGHT")
+    assert windows.targets.tolist() == [0, 1, 1, 0, 1, 1]
+    np.testing.assert_allclose(windows.onset, [3, 9, 12, 15, 21, 24])
+    other = dataclasses.replace(CLASSES, classes=("T3", "T1"))
+    assert load_windows(dataclasses.replace(config, target=other)).class_names == ("T3", "T1")  # the user's order
+    absent = dataclasses.replace(CLASSES, classes=("LEFT=T1", "RIGHT=T7"))
+    with pytest.raises(DataError, match=r"No window is of RIGHT; the others are of LEFT"):
+        load_windows(dataclasses.replace(config, target=absent))
+
+
+def test_a_run_without_the_events_is_skipped_and_told_with_those_that_it_has(tmp_path):
+    with_events = save_raw(marked(8, ["T1", "T2"]), tmp_path / "one_raw.fif")
+    without = save_raw(marked(6, ["rest", "T0", "T0"], seed=1), tmp_path / "two_raw.fif")
+    config = DataConfig(source=(without, with_events), target=CLASSES, preprocessing=UNTOUCHED)
+    windows = load_windows(config)
+    assert set(windows.recording) == {"one_raw"}
+    (told,) = windows.skipped
+    assert told.startswith("two_raw: The recording has no events T1, T2, T3; its events are T0 (4), rest (2)")
+    with pytest.raises(DataError, match=r"^two_raw: The recording has no events T1"):
+        load_windows(dataclasses.replace(config, source=(without,)))
+    third = save_raw(make_raw(1000, seed=2), tmp_path / "three_raw.fif")
+    with pytest.raises(DataError, match=r"None of 2 recordings gives a window. two_raw: .*T0 \(4\)"):
+        load_windows(dataclasses.replace(config, source=(without, third)))
+
+
+def test_values_of_a_trigger_channel_are_events(tmp_path):
+    raw = make_raw(3000)
+    codes = np.zeros((1, 3000))
+    codes[0, 500:510], codes[0, 1000:1010], codes[0, 2000:2010] = 1, 2, 1
+    stim = mne.io.RawArray(codes, mne.create_info(["STI 014"], 100.0, "stim"), verbose="error")
+    raw.add_channels([stim], force_update_info=True).set_meas_date(1e9)
+    raw.crop(1.0)
+    target = dataclasses.replace(CLASSES, classes=("go=1", "stop=2"))
+    windows = load_windows(DataConfig(source=(save_raw(raw, tmp_path / "one_raw.fif"),), target=target, preprocessing=UNTOUCHED))
+    np.testing.assert_allclose(windows.onset, [4.0, 9.0, 19.0])
+    assert [windows.label(i) for i in range(3)] == ["go", "stop", "go"]
+    events = mne.find_events(raw, verbose="error")
+    np.testing.assert_allclose(windows.onset, (events[:, 0] - raw.first_samp) / 100)
+
+
+def test_markers_of_an_xdf_file_are_events(tmp_path):
+    rng = np.random.default_rng(0)
+    channels = [{"label": name, "unit": "microvolts", "type": "EEG"} for name in ("Fz", "Cz", "Pz")]
+    stamps = 1000 + np.arange(3000) / 100
+    eeg = Stream(
+        name="amp", kind="EEG", samples=rng.normal(0, 20, (3000, 3)).astype("<f4"), stamps=stamps, rate=100.0, channels=channels
+    )
+    marks = Stream(name="task", kind="Markers", samples=["T1", "T2", "T0", "T1"], stamps=np.array([1003.0, 1008.5, 1012, 999.0]))
+    path = write_xdf(tmp_path / "one.xdf", eeg, marks)
+    target = dataclasses.replace(CLASSES, classes=("T1", "T2"))
+    windows = load_windows(DataConfig(source=(str(path),), target=target, preprocessing=UNTOUCHED))
+    np.testing.assert_allclose(windows.onset, [3.0, 8.5], atol=1e-6)  # what came before the EEG has no window
+    np.testing.assert_allclose(windows.eeg[0], eeg.samples[300:500].T, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame.set_index")
+def test_classes_of_epochs_and_of_saved_windows_are_picked(tmp_path):
+    raw = marked(8, ["T1", "T0", "T2", "T3"])
+    events, ids = mne.events_from_annotations(raw, verbose="error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        epochs = mne.Epochs(raw, events, ids, tmin=0.0, tmax=1.99, baseline=None, preload=True, verbose="error")
+        epochs.save(tmp_path / "one-epo.fif", verbose="error")
+    windows = load_windows(
+        DataConfig(source=(str(tmp_path / "one-epo.fif"),), target=CLASSES, preprocessing=Preprocessing(reference="none"))
+    )
+    assert windows.targets.tolist() == [0, 1, 1, 0, 1, 1]
+    np.testing.assert_allclose(windows.eeg, epochs[["T1", "T2", "T3"]].get_data() * 1e6, rtol=1e-5, atol=1e-4)
+    config = save_npz(tmp_path / "w.npz", targets=np.array(["T1", "T0", "T2", "T3"] * 3))
+    windows = load_windows(dataclasses.replace(config, target=CLASSES))
+    assert windows.targets.tolist() == [0, 1, 1] * 3
+    assert windows.subject.tolist() == ["a"] * 3 + ["b"] * 3 + ["c"] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "regression"}, "the task a regression"),
+        ({"kind": "reaction_time"}, "the target is a reaction_time"),
+        ({"classes": ("=T1", "B=T2")}, "'=T1' is no CLASS=EVENT"),
+        ({"classes": ("A=T1", "B=T1")}, "An event is of two classes"),
+        ({"classes": ()}, "No class is named"),
+    ],
+)
+def test_classes_that_contradict_are_refused(changes, message):
+    with pytest.raises(DataError, match=message):
+        dataclasses.replace(CLASSES, **changes)
+
+
+def test_subjects_sessions_tasks_and_runs_of_a_bids_folder_are_picked(tmp_path):
+    import mne_bids
+
+    for seed, (subject, task, run) in enumerate(itertools.product(("01", "02"), ("rest", "hand"), ("1", "2"))):
+        path = mne_bids.BIDSPath(subject=subject, session="a", task=task, run=run, root=tmp_path, datatype="eeg")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            mne_bids.write_raw_bids(make_raw(500, seed=seed), path, format="BrainVision", allow_preload=True, verbose="error")
+    config = DataConfig(source=(str(tmp_path),), preprocessing=UNTOUCHED)
+    assert len(set(load_windows(config).recording)) == 8
+    picked = load_windows(dataclasses.replace(config, subjects=("02",), sessions=("a",), tasks=("hand",), runs=("2",)))
+    assert set(picked.recording) == {"sub-02_ses-a_task-hand_run-2_eeg.vhdr"}
+    with pytest.raises(DataError, match="has no tasks foot; it has hand, rest. Mend --tasks"):
+        load_windows(dataclasses.replace(config, tasks=("foot", "hand")))
+
+
+# ---------------------------------------------------------------- windows that do not fit into memory
+
+
+def test_windows_that_do_not_fit_are_the_same_windows_from_a_mapped_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sources = tuple(save_raw(make_raw(2000, seed=i), tmp_path / f"{i}_raw.fif") for i in range(3))
+    config = DataConfig(source=sources, preprocessing=UNTOUCHED)
+    held = load_windows(config)
+    mapped = load_windows(dataclasses.replace(config, memory=1e-6))
+    assert is_mapped(mapped.eeg)
+    assert not is_mapped(held.eeg)
+    assert mapped.steps[-1] == "kept in a mapped file"
+    for name in ("eeg", "subject", "recording", "onset"):
+        np.testing.assert_array_equal(getattr(mapped, name), getattr(held, name))
+    assert mapped.hashes == held.hashes
+    assert not list((tmp_path / "cache").rglob("*.*"))  # the file has no name
+
+
+def test_saved_windows_that_need_no_change_stay_where_they_are(tmp_path):
+    eeg = np.random.default_rng(0).normal(0, 10, (12, 3, 200)).astype(np.float32)
+    windows = load_windows(save_npz(tmp_path / "w.npz", eeg=eeg, unit="uV"))
+    assert is_mapped(windows.eeg)
+    np.testing.assert_array_equal(windows.eeg, eeg)
+    np.savez_compressed(tmp_path / "c.npz", **np.load(tmp_path / "w.npz"))
+    packed = load_windows(dataclasses.replace(save_npz(tmp_path / "w.npz"), source=(str(tmp_path / "c.npz"),)))
+    np.testing.assert_array_equal(packed.eeg, eeg)
+    swapped = load_windows(save_npz(tmp_path / "v.npz", eeg=np.asfortranarray(eeg), unit="uV"))
+    np.testing.assert_array_equal(swapped.eeg, eeg)
+    two = save_npz(tmp_path / "two.npz", eeg=np.random.default_rng(1).normal(0, 10, (12, 3, 200)), unit="uV")
+    assert len(load_windows(dataclasses.replace(two, source=(str(tmp_path / "c.npz"), *two.source)))) == 24

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from edf_files import eeg, write_edf
 from small import CH_NAMES, FINETUNE, PRETRAIN
 
 from sjepa_deploy.cli import group, run_command
@@ -93,6 +94,21 @@ def test_pretrain_finetune_export_verify_run(configs, capsys):
     assert all(0.2 < prediction < 1.0 for prediction in predictions)  # seconds: the reaction times' mean is 0.6
 
 
+def test_events_of_edf_files_are_learned_as_classes(configs, capsys):
+    """One run lacks the events, and one does not belong to the folds."""
+    for i, names in enumerate((["T1", "T2"], ["T1", "T2", "T0"], ["T2", "T1"], ["T0"])):
+        events = [(2.0 + 2 * k, names[k % len(names)]) for k in range(24)]
+        (configs / f"s{i}").mkdir()
+        write_edf(configs / f"s{i}/run.edf", ["Fz", "Cz", "Pz"], eeg(3, 5200, seed=i), [100] * 3, events=events)
+    arguments = [part for i in range(4) for part in ("--data", configs / f"s{i}/run.edf")]
+    arguments += ["--classes", "left=T1,right=T2", "--tmin", "0", "--tmax", "1.6", "--variant", "prelocal", "--batch-size", 4]
+    status, out, err = call(capsys, "finetune", *arguments, "--max-epochs", 1, "--out", configs / "model", "--json")
+    assert status == 0, err
+    result = json.loads(out)["result"]
+    assert (result["spec"]["class_names"], result["spec"]["n_times"], result["split"]) == (["left", "right"], 160, "subject")
+    assert sorted(result[f"n_{part}"] for part in ("train", "val", "test")) == [16, 24, 24]
+
+
 def in_two_processes(command, *arguments):
     """Run a command as torchrun does on a host of two devices, and return the result that one of the processes printed."""
     program = f"from sjepa_deploy.cli.{command} import main; main()"
@@ -143,6 +159,12 @@ def test_two_processes_pretrain_one_model_and_report_on_all_validation_windows(c
         (["finetune", "--lr", "nan"], "A learning rate of nan is none"),
         (["finetune", "--n-times", "100"], "n_times is 100"),
         (["finetune", "--n-times", "0"], "n_times is 0"),
+        (["finetune", "--tmax", "2.5", "--n-times", "152"], "--tmin 0.5 and --tmax 2.5 are 200 samples, not 152"),
+        (["finetune", "--tmin", "1", "--tmax", "1"], "n_times is 0"),
+        (["finetune", "--classes", "A=T1", "--task", "regression"], "the task a regression"),
+        (["finetune", "--memory", "-1"], "memory is -1 GiB"),
+        (["finetune", "--split-seed", "-1"], "split_seed is -1"),
+        (["pretrain", "--subjects", "01"], "Subjects, sessions, tasks and runs are of BIDS folders"),
         (["finetune", "--sfreq", "0"], "sfreq is 0"),
         (["finetune", "--seed", "-1"], "seed is -1"),
         (["finetune", "--num-workers", "-1"], "num_workers is -1"),

@@ -125,12 +125,12 @@ def test_a_recording_that_the_base_has_seen_under_another_name_is_found(tmp_path
 def test_the_hash_of_samples_is_that_of_what_was_recorded():
     rng = np.random.default_rng(0)
     samples = rng.normal(0, 20, (4, 1000))
-    same = samples_hash(samples)
-    assert samples_hash((1e-6 * samples + 0.02)[[2, 0, 3, 1]]) == same
-    assert samples_hash([*samples, np.zeros(1000)]) == same
-    assert samples_hash(samples[:, 1:]) != same
-    assert samples_hash(samples[:3]) != same
-    assert samples_hash(np.zeros((4, 1000))) == ""
+    same = samples_hash([samples])
+    assert samples_hash([(1e-6 * samples + 0.02)[[2, 0, 3, 1]]]) == same
+    assert samples_hash([np.vstack([samples, np.zeros(1000)])]) == same
+    assert samples_hash([samples[:, 1:]]) != same
+    assert samples_hash([samples[:3]]) != same
+    assert samples_hash([np.zeros((4, 1000))]) == ""
 
 
 def write_run(path, seed):

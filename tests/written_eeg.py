@@ -174,7 +174,8 @@ def write_lsl(path: Path) -> Written:
     write_xdf(path, keys, amplifier)
     names = tuple(f"X{i}" for i in range(8))
     resolution = float(np.abs(volts).max()) * 2.0**-23
-    return Written(path=path, volts=volts, ch_names=names, sfreq=1000.0, resolution=resolution)
+    events = ((1.0, "left"), (5.0, "right"))
+    return Written(path=path, volts=volts, ch_names=names, sfreq=1000.0, resolution=resolution, events=events)
 
 
 def write_oddball(path: Path) -> Written:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,34 @@ from sjepa_deploy.cli.training import print_transfer, require_training, shape_of
 from sjepa_deploy.serialize import overridden
 
 
-def _target(task: str | None, stimulus: tuple[str, ...], response: tuple[str, ...], column: str | None) -> dict[str, Any]:
+def _target(classes: tuple[str, ...], column: str | None, task: str | None, **values: Any) -> dict[str, Any]:
     """Return the flags as changes of the target."""
-    kind = "column" if column else None
-    return {"task": task, "stimulus": stimulus or None, "response": response or None, "column": column, "kind": kind}
+    kind = "column" if column else "event" if classes else None
+    task = "classification" if classes and task is None else task
+    return {name: value or None for name, value in values.items() if name not in ("tmin", "tmax")} | {
+        "kind": kind,
+        "task": task,
+        "classes": classes or None,
+        "column": column,
+        "tmin": values["tmin"],
+        "tmax": values["tmax"],
+    }
+
+
+def _with_target(config: Any, target: dict[str, Any], n_times: int | None) -> Any:
+    """Return a `FinetuneConfig` with the flags of the target. ``--tmax`` settles the number of samples."""
+    from sjepa_deploy.learning.data import Target
+
+    tmax = target.pop("tmax")
+    learned = replace(config.data.target or Target(), **{name: value for name, value in target.items() if value is not None})
+    changes: dict[str, Any] = {"data.target": learned}
+    if tmax is not None:
+        changes["data.n_times"] = round((tmax - learned.tmin) * config.data.sfreq)
+        if n_times not in (None, changes["data.n_times"]):
+            raise click.UsageError(
+                f"--tmin {learned.tmin:g} and --tmax {tmax:g} are {changes['data.n_times']} samples, not {n_times}."
+            )
+    return overridden(config, changes)
 
 
 def _model(
@@ -59,6 +84,12 @@ def _model(
 @options.fills(
     "target",
     _target,
+    options.several(
+        "--classes",
+        help="CLASS=EVENT of each class to tell apart, as in LEFT=T1,RIGHT=T2, or EVENT alone.",
+    ),
+    click.option("--tmin", type=float, help="Start of a window in seconds after its event; may be negative."),
+    click.option("--tmax", type=float, help="End of a window in seconds after its event, in place of --n-times."),
     click.option(
         "--task", type=click.Choice(["regression", "classification"]), help="Whether the target is a number or a class."
     ),
@@ -84,14 +115,12 @@ def finetune(
 ) -> None:
     """Fine-tune a variant, by default on synthetic reaction times, and write its checkpoint into --out."""
     require_training()
-    from sjepa_deploy.learning.data import Target
     from sjepa_deploy.learning.finetune import FinetuneConfig
     from sjepa_deploy.learning.finetune import finetune as run
     from sjepa_deploy.learning.loop import is_first_process, read_config
 
     config = read_config(FinetuneConfig, config_file)
-    learned = overridden(config.data.target or Target(), target)
-    config = overridden(config, model | {"data.target": learned} | changes)
+    config = _with_target(overridden(config, model | changes), target, changes["data.n_times"])
     screen = console(json_output)
     result = run(config, out, resume=resume, replace=force, progress=screen.is_terminal and not json_output)
     if not is_first_process():

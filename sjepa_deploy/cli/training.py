@@ -13,7 +13,8 @@ from sjepa_deploy.cli import options
 from sjepa_deploy.errors import MissingDependencyError
 from sjepa_deploy.spec import ModelSpec, Unit
 
-DATA_FLAGS = ("montage", "sfreq", "n_times", "split", "fold", "n_folds", "split_seed")
+DATA_FLAGS = ("montage", "sfreq", "n_times", "split", "fold", "n_folds", "split_seed", "memory")
+BIDS_FLAGS = ("subjects", "sessions", "tasks", "runs")
 ENGINE_FLAGS = (
     "seed",
     "max_epochs",
@@ -47,6 +48,7 @@ def _changes(
         "check_unit": None if check_unit else False,
     }
     given |= {"interpolate": bool(interpolate) or None, "interpolate_share": interpolate or None}
+    given |= {name: flags[name] or None for name in BIDS_FLAGS}
     return changes | {"engine.compile": compile_step or None} | {f"data.{name}": value for name, value in given.items()}
 
 
@@ -65,6 +67,10 @@ training_options = options.added(
         "changes",
         _changes,
         click.option("--data", "sources", multiple=True, help="Recording, *-epo.fif, .npz or BIDS folder; may be repeated."),
+        options.several("--subjects", help="Subjects of BIDS folders to take."),
+        options.several("--sessions", help="Sessions of BIDS folders to take."),
+        options.several("--tasks", help="Tasks of BIDS folders to take."),
+        options.several("--runs", help="Runs of BIDS folders to take."),
         options.montage,
         options.interpolate,
         options.rename,
@@ -81,6 +87,7 @@ training_options = options.added(
         click.option("--fold", type=int, help="Number of the fold to test on."),
         click.option("--split-seed", type=int, help="Seed by which subjects or sessions are dealt to folds."),
         click.option("--seed", type=int, help="Seed of everything random but the folds."),
+        click.option("--memory", type=float, help="Largest size in GiB of windows in memory; more are kept in a mapped file."),
         click.option("--max-epochs", type=int, help="Largest number of epochs."),
         click.option("--patience", type=int, help="Epochs without improvement after which training ends."),
         click.option("--batch-size", type=int, help="Windows of a step on each device."),

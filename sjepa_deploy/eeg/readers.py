@@ -136,7 +136,7 @@ def read_npy(path: Path, sfreq: float | None, unit: Unit | None, ch_names: Seque
 
 
 def read_xdf(path: Path, unit: Unit | None, ch_names: Sequence[str] | None, notes: list[str]) -> mne.io.BaseRaw:
-    """Read the one EEG stream of a recording of the Lab Streaming Layer."""
+    """Read the one EEG stream of a recording of the Lab Streaming Layer; markers become annotations."""
     try:
         import pyxdf
     except ImportError as error:
@@ -191,7 +191,22 @@ def read_xdf(path: Path, unit: Unit | None, ch_names: Sequence[str] | None, note
         gone = [f"{labels[k]} ({words[k] or 'no unit'})" for k in range(len(units)) if units[k] is None]
         notes.append(f"left out {listed(gone)}: no voltage; `--unit` takes all channels in one unit")
     scale = np.array([volts_in(known) for known in units if known is not None])[:, None]
-    return _raw_from_array(samples[[picks[k] for k in kept]] * scale, rate, [labels[k] for k in kept], path.name)
+    raw = _raw_from_array(samples[[picks[k] for k in kept]] * scale, rate, [labels[k] for k in kept], path.name)
+    onsets, texts = _markers(streams, float(stream["time_stamps"][0]))
+    inside = (onsets >= 0) & (onsets <= raw.times[-1])
+    raw.annotations.append(onsets[inside], np.zeros(int(inside.sum())), texts[inside])
+    return raw
+
+
+def _markers(streams: list[dict[str, Any]], start: float) -> tuple[NDArray[np.float64], NDArray[np.str_]]:
+    """Return the seconds after `start`, and the texts, of the markers: the samples of irregular streams of one channel."""
+    onsets, texts = [], []
+    for stream in streams:
+        info = stream["info"]
+        if float(info["nominal_srate"][0]) == 0 and int(info["channel_count"][0]) == 1:
+            onsets += [float(stamp) - start for stamp in stream["time_stamps"]]
+            texts += [str(sample[0]) for sample in stream["time_series"]]
+    return np.array(onsets, dtype=np.float64), np.array(texts, dtype=str)
 
 
 def _read_raw(path: Path, notes: list[str], **options: Any) -> mne.io.BaseRaw:
@@ -263,7 +278,16 @@ def _only_eeg(raw: mne.io.BaseRaw, path: Path) -> mne.io.BaseRaw:
     if "eeg" not in raw:
         types = ", ".join(raw.get_channel_types(unique=True))
         raise RecordingError(f"{path.name} has no EEG channels, only {types}.", "Give a recording with EEG channels.")
+    _mark_triggers(raw)
     return raw.pick("eeg")
+
+
+def _mark_triggers(raw: mne.io.BaseRaw) -> None:
+    """Add an annotation for each rise of a trigger channel, named by its value: "1"."""
+    mne = require_mne()
+    for name in [raw.ch_names[i] for i in mne.pick_types(raw.info, meg=False, stim=True)]:
+        events = mne.find_events(raw, stim_channel=name, shortest_event=1, verbose="error")
+        raw.annotations.append(events[:, 0] / raw.info["sfreq"], np.zeros(len(events)), [str(value) for value in events[:, 2]])
 
 
 def _check_length(raw: mne.io.BaseRaw, promised: int, path: Path) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sjepa_deploy.eeg.interpolation import INTERPOLATED_SHARE
 from sjepa_deploy.eeg.names import parse_rename
-from sjepa_deploy.errors import DataError
+from sjepa_deploy.errors import DataError, listed
 from sjepa_deploy.spec import Position, Preprocessing, Unit
 
 SYNTHETIC = "synthetic"
@@ -29,11 +29,16 @@ class Target:
 
     Attributes
     ----------
-    kind : {"reaction_time", "column"}
+    kind : {"reaction_time", "column", "event"}
         "reaction_time": seconds from a stimulus to the next response, as in the EEG Foundation Challenge (NeurIPS 2025).
+        "event": the class of an event, by `classes`.
         "column": a column of a TSV, of the metadata of Epochs ("event" is the event's name), or ``targets`` of an ``.npz``.
     task : {"regression", "classification"}
         Whether it is a number or a class.
+    classes : tuple of str
+        "CLASS=EVENT", or "EVENT" where the class is called like its event; several events may be of one class. Events are
+        descriptions of annotations, values of a trigger channel ("1"), markers of an XDF file, names of the events of Epochs, or
+        what stands in `column`. Other events are passed over.
     stimulus, response : tuple of str
         Descriptions of the events of a recording. Of a table, `stimulus` picks the rows with such a ``trial_type``.
     tmin : float
@@ -47,8 +52,9 @@ class Target:
         Of a BIDS folder, events.tsv is read, or participants.tsv where the column is there.
     """
 
-    kind: Literal["reaction_time", "column"] = "reaction_time"
+    kind: Literal["reaction_time", "column", "event"] = "reaction_time"
     task: Task = "regression"
+    classes: tuple[str, ...] = ()
     stimulus: tuple[str, ...] = ()
     response: tuple[str, ...] = ()
     tmin: float = 0.5
@@ -62,6 +68,32 @@ class Target:
                 f"tmin is {self.tmin:g} s, max_reaction_time {self.max_reaction_time:g} s.",
                 "Use a finite tmin and a positive max_reaction_time.",
             )
+        if self.classes and (self.kind == "reaction_time" or self.task == "regression"):
+            raise DataError(
+                f"Classes are named, but the target is a {self.kind} and the task a {self.task}.",
+                "Set kind to event (or column) and task to classification, or leave the classes out.",
+            )
+        if self.kind == "event" and not self.classes:
+            raise DataError("No class is named.", "Name each by --classes CLASS=EVENT, or under data.target.classes.")
+        if wrong := [text for text in self.classes if not all(part.strip() for part in text.split("=", 1))]:
+            raise DataError(f"{wrong[0]!r} is no CLASS=EVENT.", "Write for example LEFT=T1.")
+        if len(self.events) < len(self.classes):
+            raise DataError("An event is of two classes.", "Name each event once.")
+
+    @property
+    def events(self) -> dict[str, str]:
+        """Return the class of each event that is learned from."""
+        pairs = [[part.strip() for part in text.split("=", 1)] for text in self.classes]
+        return {pair[-1]: pair[0] for pair in pairs}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of the classes in their order, or () where the data tell them."""
+        return tuple(dict.fromkeys(self.events.values()))
+
+    def class_of(self, event: str) -> str | None:
+        """Return the class of an event, or None if the event is of no class. Without `classes`, each event is its own class."""
+        return self.events.get(event) if self.classes else event
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +129,8 @@ class DataConfig:
         Make the channels that a recording lacks from the others.
     interpolate_share : float
         Largest share of the channels, 0 to 1, that `interpolate` makes.
+    subjects, sessions, tasks, runs : tuple of str
+        Entities of BIDS folders to take, without "sub-", "ses-", "task-" and "run-". Empty: all.
     rename : tuple of str
         "THEIRS=MINE": channels of the recordings that get other names.
     unit : {"nV", "uV", "mV", "V"} or None
@@ -122,6 +156,9 @@ class DataConfig:
         Seed by which subjects or sessions are dealt. Runs that share it share the folds, whatever their `Engine.seed` is.
     gap : float or None
         Seconds around validation and test windows of the same recording from which nothing is trained on; one window by default.
+    memory : float or None
+        Largest size of windows in GiB that is held in memory; more are kept in a mapped file. None: a quarter of what is
+        available.
     synthetic : Synthetic
         The synthetic source.
     """
@@ -131,6 +168,10 @@ class DataConfig:
     ch_names: tuple[str, ...] | None = None
     interpolate: bool = False
     interpolate_share: float = INTERPOLATED_SHARE
+    subjects: tuple[str, ...] = ()
+    sessions: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    runs: tuple[str, ...] = ()
     rename: tuple[str, ...] = ()
     unit: Unit | None = None
     check_unit: bool = True
@@ -144,11 +185,14 @@ class DataConfig:
     fold: int = 0
     split_seed: int = 0
     gap: float | None = None
+    memory: float | None = None
     synthetic: Synthetic = field(default_factory=Synthetic)
 
     def __post_init__(self) -> None:
         if not self.source or (SYNTHETIC in self.source and len(self.source) > 1):
             raise DataError("The source is empty, or synthetic among others.", "Name recordings, or synthetic alone.")
+        if self.bids_entities and self.source == (SYNTHETIC,):
+            raise DataError("Subjects, sessions, tasks and runs are of BIDS folders.", "Name a BIDS folder, or leave them out.")
         for name in ("sfreq", "n_times", "hop"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -159,8 +203,16 @@ class DataConfig:
             raise DataError(f"gap is {self.gap:g} s.", "Use 0 or more.")
         if self.n_folds < 3 or not 0 <= self.fold < self.n_folds:
             raise DataError(f"Fold {self.fold} of {self.n_folds} is none.", "Use 3 folds or more, numbered from 0.")
+        if self.memory is not None and not self.memory >= 0:
+            raise DataError(f"memory is {self.memory:g} GiB.", "Use 0 or more.")
         if self.split_seed < 0:
             raise DataError(f"split_seed is {self.split_seed}.", "Use 0 or more.")
+
+    @property
+    def bids_entities(self) -> dict[str, tuple[str, ...]]:
+        """Return the entities of BIDS folders to take, where there is a choice."""
+        given = {"subjects": self.subjects, "sessions": self.sessions, "tasks": self.tasks, "runs": self.runs}
+        return {name: values for name, values in given.items() if values}
 
     @property
     def renamed(self) -> dict[str, str]:
@@ -180,7 +232,7 @@ class Windows:
     Attributes
     ----------
     eeg : ndarray of float32, shape (n_windows, n_chans, n_times)
-        In microvolts.
+        In microvolts; mapped from a file where they do not fit into memory.
     targets : ndarray, shape (n_windows,), or None
         float32 numbers, or int64 classes.
     class_names : tuple of str or None
@@ -195,6 +247,8 @@ class Windows:
         Sentences that say what was done to the recordings.
     hashes : dict of str to str
         `sjepa_deploy.learning.origin.samples_hash` of each recording.
+    skipped : tuple of str
+        Sentences that say which recordings gave no window, and why.
     """
 
     eeg: NDArray[np.float32]
@@ -210,6 +264,7 @@ class Windows:
     preprocessing: Preprocessing
     steps: tuple[str, ...] = ()
     hashes: dict[str, str] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.eeg)
@@ -242,8 +297,10 @@ class Split:
     by: Literal["subject", "session", "block"]
 
 
-def encode_targets(values: Sequence[Any], task: Task) -> tuple[NDArray[Any], tuple[str, ...] | None]:
-    """Return labels as float32 numbers, or as int64 classes in the order of their names.
+def encode_targets(
+    values: Sequence[Any], task: Task, class_names: tuple[str, ...] = ()
+) -> tuple[NDArray[Any], tuple[str, ...] | None]:
+    """Return labels as float32 numbers, or as int64 classes in the order of `class_names`, else of their names.
 
     Raises
     ------
@@ -258,7 +315,10 @@ def encode_targets(values: Sequence[Any], task: Task) -> tuple[NDArray[Any], tup
             "Label these windows, or leave them out.",
         )
     if task == "classification":
-        class_names = tuple(sorted(set(texts)))
+        there = tuple(sorted(set(texts)))
+        if absent := [name for name in class_names if name not in there]:
+            raise DataError(f"No window is of {listed(absent)}; the others are of {listed(there)}.", "Check --classes.")
+        class_names = class_names or there
         if len(class_names) < 2:
             raise DataError(f"All {len(texts)} windows are of the class {class_names}.", "Give windows of two classes or more.")
         return np.array([class_names.index(text) for text in texts], dtype=np.int64), class_names

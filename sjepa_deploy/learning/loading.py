@@ -6,6 +6,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,22 +15,29 @@ from numpy.typing import NDArray
 
 from sjepa_deploy.eeg.epochs import EPOCHS, epochs_at
 from sjepa_deploy.eeg.montage import Montage, read_montage, require_mne
-from sjepa_deploy.eeg.names import find_channels, says_other_than_eeg
+from sjepa_deploy.eeg.names import find_channels, renamed, says_other_than_eeg
 from sjepa_deploy.eeg.pauses import PAUSE, Told, sample_time, segments_of, time_of, told
 from sjepa_deploy.eeg.readers import heard, reading
 from sjepa_deploy.eeg.recording import check_amplitude, fit_recording, read_recording
 from sjepa_deploy.eeg.reference import average_reference
 from sjepa_deploy.eeg.synthetic import planted_eeg
 from sjepa_deploy.eeg.units import check_unit, conversion, volts_in
-from sjepa_deploy.errors import DataError, MissingDependencyError, RecordingError, listed
+from sjepa_deploy.errors import DataError, MissingDependencyError, NoWindowsError, RecordingError, TooShortError, listed
 from sjepa_deploy.learning.data import SYNTHETIC, DataConfig, Target, Windows, encode_targets
 from sjepa_deploy.learning.origin import check_twins, samples_hash
-from sjepa_deploy.learning.targets import reaction_times, read_column, read_tsv
+from sjepa_deploy.learning.store import WindowStore, mapped_member, pieces_of
+from sjepa_deploy.learning.targets import class_events, reaction_times, read_column, read_tsv
 from sjepa_deploy.parity import UNREADABLE_NPZ
 from sjepa_deploy.spec import ModelSpec, Position, Preprocessing, Unit
 
 if TYPE_CHECKING:
     import mne
+
+JUDGED_WINDOWS = 4096
+"""Number of windows whose amplitude is judged."""
+
+IN_WINDOWS = ("targets", "subject", "session", "onset")
+"""Arrays of an ``.npz`` file that have a value for each window."""
 
 Reader = Callable[[Windows | None], Windows]
 """Reads one recording or file, with the channels of the first one where there is one before it."""
@@ -46,10 +54,24 @@ def load_windows(config: DataConfig) -> Windows:
         If a recording cannot be read or does not fit.
     """
     parts: list[Windows] = []
+    skipped: list[NoWindowsError | TooShortError] = []
+    store = WindowStore(None if config.memory is None else config.memory * 2**30)
     for source, name in zip(config.source, source_names(config.source), strict=True):
         for read in _readers(source, name, config):
-            parts.append(read(parts[0] if parts else None))
-    check_twins(pair for part in parts for pair in part.hashes.items())
+            try:
+                part = read(parts[0] if parts else None)
+            except (NoWindowsError, TooShortError) as e:
+                skipped.append(e)
+                continue
+            _check(part, config)
+            store.append(part.eeg)
+            parts.append(replace(part, eeg=part.eeg[:0]))
+    if not parts:
+        raise (
+            skipped[0]
+            if len(skipped) == 1
+            else DataError(f"None of {len(skipped)} recordings gives a window. {skipped[0].problem}", skipped[0].mend)
+        )
     first = parts[0]
     for part in parts:
         if part.preprocessing != first.preprocessing:
@@ -57,22 +79,20 @@ def load_windows(config: DataConfig) -> Windows:
                 f"{part.recording[0]} and {first.recording[0]} were filtered or referenced in different ways.",
                 "Learn from one kind.",
             )
-        if config.check_unit:
-            mend = "State the unit they are stored in (`unit` of an .npz; volts passed as microvolts?)."
-            check_amplitude(part.eeg, part.sfreq, mend, unit="uV")
+    check_twins(pair for part in parts for pair in part.hashes.items())
     targets, class_names = None, None
     if config.target is not None:
         values = [value for part in parts for value in (part.targets if part.targets is not None else ())]
-        targets, class_names = encode_targets(values, config.target.task)
+        targets, class_names = encode_targets(values, config.target.task, config.target.class_names)
 
     def joined(name: str) -> Any:
         return np.concatenate([getattr(part, name) for part in parts])
 
-    eeg = first.eeg if len(parts) == 1 else joined("eeg")
-    if not np.isfinite(eeg).all():
-        raise DataError("Windows hold samples that are not finite.", "Leave these windows out.")
+    steps = tuple(dict.fromkeys(step for part in parts for step in part.steps))
+    if store.in_file:
+        steps += ("kept in a mapped file",)
     return Windows(
-        eeg=eeg,
+        eeg=store.windows(),
         targets=targets,
         class_names=class_names,
         **{name: joined(name) for name in ("subject", "session", "recording", "onset")},
@@ -80,9 +100,20 @@ def load_windows(config: DataConfig) -> Windows:
         positions=first.positions,
         sfreq=first.sfreq,
         preprocessing=first.preprocessing,
-        steps=tuple(dict.fromkeys(step for part in parts for step in part.steps)),
+        steps=steps,
         hashes={name: digest for part in parts for name, digest in part.hashes.items()},
+        skipped=tuple(e.problem for e in skipped),
     )
+
+
+def _check(part: Windows, config: DataConfig) -> None:
+    """Refuse samples that are not finite, and amplitudes that no EEG has: of many windows, evenly spaced ones are judged."""
+    if not all(np.isfinite(piece).all() for piece in pieces_of(part.eeg)):
+        raise DataError("Windows hold samples that are not finite.", "Leave these windows out.")
+    if config.check_unit:
+        mend = "State the unit they are stored in (`unit` of an .npz; volts passed as microvolts?)."
+        step = -(-len(part) // JUDGED_WINDOWS)
+        check_amplitude(part.eeg[::step], part.sfreq, mend, unit="uV")
 
 
 def source_names(sources: Sequence[str]) -> list[str]:
@@ -110,6 +141,10 @@ def source_names(sources: Sequence[str]) -> list[str]:
 
 def _readers(source: str, name: str, config: DataConfig) -> Iterator[Reader]:
     path = Path(source)
+    if config.bids_entities and path.exists() and not path.is_dir():
+        raise DataError(
+            f"{source} is no BIDS folder: subjects, sessions, tasks and runs are of these.", "Name BIDS folders alone."
+        )
     if source == SYNTHETIC:
         yield functools.partial(_load_synthetic, config)
     elif not path.exists():
@@ -161,8 +196,8 @@ def _made(
     """
     places = {"session": subject, "recording": subject, "onset": np.arange(len(eeg)) * eeg.shape[2] / sfreq} | known
     if hashes is None:
-        recordings = places["recording"]
-        hashes = {str(name): samples_hash(np.swapaxes(eeg[recordings == name], 0, 1)) for name in np.unique(recordings)}
+        rows = {str(name): np.flatnonzero(places["recording"] == name) for name in np.unique(places["recording"])}
+        hashes = {name: samples_hash(eeg[some] for some in pieces_of(of_it, eeg[0].nbytes)) for name, of_it in rows.items()}
     return Windows(
         eeg=eeg,
         targets=targets,
@@ -200,7 +235,7 @@ def _load_raw(
     """Cut windows out of a recording: around events where there is a target of each, else one after the other."""
     spec = _fitting_spec(raw.info, config, first)
     assert spec.ch_names is not None
-    digest = samples_hash(raw[i][0][0] for i in range(len(raw.ch_names)))
+    digest = samples_hash([raw.get_data()])
     try:
         share = config.interpolate_share if config.interpolate else 0.0
         fitted = fit_recording(raw, spec, interpolate=share, check_unit=config.check_unit)
@@ -225,7 +260,7 @@ def _load_raw(
         steps.append(f"left out {n_bad} windows in stretches marked bad")
     kept = np.flatnonzero(whole & good)
     if not len(kept):
-        raise DataError(
+        raise NoWindowsError(
             f"{name} has no whole window that is not marked bad and, where events are learned from, follows one of them.",
             "Check the events' names, the table and the annotations.",
         )
@@ -249,6 +284,8 @@ def _events(raw: mne.io.BaseRaw, table: Path | None, target: Target) -> Sequence
     """Return the onset in seconds and the label of every event."""
     if target.kind == "reaction_time":
         return reaction_times(raw, target)
+    if target.kind == "event":
+        return class_events(raw, target)
     assert table is not None, "a column is read from a table"
     return read_column(table, target)
 
@@ -312,6 +349,13 @@ def _readers_of_bids(root: Path, config: DataConfig, prefix: str) -> Iterator[Re
     paths = [path for path in paths if Path(path.fpath).relative_to(root).parts[0] == f"sub-{path.subject}"]  # no derivatives
     if not paths:
         raise DataError(f"{root} holds no EEG recording.", "Check the folder.")
+    for entity, wanted in config.bids_entities.items():
+        there = sorted({str(getattr(path, entity.removesuffix("s"))) for path in paths})
+        if absent := [value for value in wanted if value not in there]:
+            raise DataError(f"{root} has no {entity} {listed(absent)}; it has {listed(there, 64)}.", f"Mend --{entity}.")
+        paths = [path for path in paths if getattr(path, entity.removesuffix("s")) in wanted]
+        if not paths:
+            raise DataError(f"{root} holds no recording of these {listed(config.bids_entities)} together.", "Take more of one.")
     target = config.target
     by_subject: dict[str, str] = {}
     if target is not None and target.column is not None and (root / "participants.tsv").is_file():
@@ -338,6 +382,8 @@ def _load_bids(
     raw.info["temp"] = Told(notes=tuple(notes))
     if Path(path.fpath).suffix.lower() in (".edf", ".bdf"):
         raw = _of_edf(read_recording(path.fpath, unit=config.unit), raw, path.basename)
+    if config.rename:
+        raw.rename_channels(dict(zip(raw.ch_names, renamed(raw.ch_names, config.renamed, RecordingError), strict=True)))
     events = Path(path.copy().update(suffix="events", extension=".tsv").fpath)
     session = path.session or "1"
     name, subject = prefix + path.basename, prefix + path.subject
@@ -386,34 +432,48 @@ def _load_epochs(path: Path, name: str, config: DataConfig, first: Windows | Non
     band = Preprocessing(
         reference=spec.preprocessing.reference, l_freq=low, h_freq=high if high and high < spec.sfreq / 2 else None
     )
-    targets = None
+    targets, kept = None, np.arange(len(volts))
     if config.target is not None:
-        column = config.target.column or ("reaction_time" if config.target.kind == "reaction_time" else "event")
-        if column == "event":
-            of_id = {number: name for name, number in epochs.event_id.items()}
-            targets = np.array([of_id[number] for number in epochs.events[:, 2]])
-        elif epochs.metadata is None or column not in epochs.metadata:
-            raise DataError(f"The metadata of {path.name} have no column {column}.", "Name another column.")
-        else:
-            targets = np.array(epochs.metadata[column].tolist(), dtype=object)
+        labels = _labels_of_epochs(epochs, config.target, name)
+        kept = np.flatnonzero([label is not None for label in labels])
+        if not len(kept):
+            raise NoWindowsError(
+                f"{name} has no events of these classes; its events are {listed(epochs.event_id)}.", "Mend --classes."
+            )
+        targets = np.array([labels[i] for i in kept], dtype=object)
     return _made(
-        np.ascontiguousarray(volts / volts_in("uV"), dtype=np.float32),
+        np.ascontiguousarray(volts[kept] / volts_in("uV"), dtype=np.float32),
         targets,
-        np.full(len(volts), name),
+        np.full(len(kept), name),
         spec.ch_names,
         spec.positions,
         spec.sfreq,
         band,
         ("epochs as they were cut and filtered", f"reference: {spec.preprocessing.reference}", "scaled to uV"),
-        onset=onset,
+        onset=onset[kept],
     )
+
+
+def _labels_of_epochs(epochs: mne.Epochs, target: Target, name: str) -> list[Any]:
+    """Return the label of each epoch, or None where its event is of none of the target's classes."""
+    column = target.column or ("reaction_time" if target.kind == "reaction_time" else "event")
+    if column == "event":
+        of_id = {number: event for event, number in epochs.event_id.items()}
+        values: list[Any] = [of_id[number] for number in epochs.events[:, 2]]
+    elif epochs.metadata is None or column not in epochs.metadata:
+        raise DataError(f"The metadata of {name} have no column {column}.", "Name another column.")
+    else:
+        values = epochs.metadata[column].tolist()
+    return [target.class_of(str(value)) for value in values] if target.classes else values
 
 
 def _load_npz(path: Path, name: str, config: DataConfig, first: Windows | None) -> Windows:
     """Read ``eeg`` (n_windows, n_chans, n_times), ``ch_names``, ``sfreq`` and what else is there, without pickles."""
     try:
         with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
+            mapped = mapped_member(path, "eeg") if "eeg" in stored.files else None
+            arrays = {name: stored[name] for name in stored.files if name != "eeg" or mapped is None}
+            arrays |= {} if mapped is None else {"eeg": mapped}
     except UNREADABLE_NPZ as e:
         raise DataError(f"{path.name} cannot be read ({e}).", "Save it with numpy.savez, strings as str arrays.") from e
     if missing := [name for name in ("eeg", "ch_names", "sfreq") if name not in arrays]:
@@ -426,7 +486,7 @@ def _load_npz(path: Path, name: str, config: DataConfig, first: Windows | None) 
         )
     if config.target is not None and "targets" not in arrays:
         raise DataError(f"{path.name} has no targets.", "Save targets of shape (n_windows,).")
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("targets", "subject", "session", "onset"), (len(eeg),))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(IN_WINDOWS, (len(eeg),))
     shapes |= {"positions": (len(ch_names), 3), "sfreq": (), "unit": ()}
     if wrong := [name for name, shape in shapes.items() if name in arrays and arrays[name].shape != shape]:
         name = wrong[0]
@@ -457,10 +517,18 @@ def _load_npz(path: Path, name: str, config: DataConfig, first: Windows | None) 
     positions = chosen.positions if "positions" in arrays else None
     if config.montage is not None:
         positions = read_montage(config.montage).pick(chosen.ch_names).positions
-    subject = arrays.get("subject", np.full(len(eeg), name)).astype(str)
+    kept = np.arange(len(eeg))
+    if config.target is not None and config.target.classes:
+        labels = [config.target.class_of(str(value)) for value in arrays["targets"]]
+        kept = np.flatnonzero([label is not None for label in labels])
+        if not len(kept):
+            raise NoWindowsError(f"{name} has no targets of these classes.", "Mend --classes.")
+        arrays = {key: value[kept] if key in IN_WINDOWS else value for key, value in arrays.items()}
+        arrays["targets"] = np.array([labels[i] for i in kept])
+    subject = arrays.get("subject", np.full(len(kept), name)).astype(str)
     session = arrays.get("session", subject).astype(str)
     return _made(
-        np.ascontiguousarray(eeg[:, rows] * conversion(cast(Unit, unit), "uV"), dtype=np.float32),
+        _in_microvolts(eeg, kept, rows, conversion(cast(Unit, unit), "uV"), config),
         arrays["targets"] if config.target is not None else None,
         subject,
         first.ch_names if first is not None else chosen.ch_names,
@@ -470,5 +538,17 @@ def _load_npz(path: Path, name: str, config: DataConfig, first: Windows | None) 
         ("windows as they were saved",),
         session=session,
         recording=np.char.add(np.char.add(np.char.add(f"{name}/", subject), "/"), session),
-        onset=arrays.get("onset", np.full(len(eeg), np.nan)).astype(np.float64),
+        onset=arrays.get("onset", np.full(len(kept), np.nan)).astype(np.float64),
     )
+
+
+def _in_microvolts(
+    eeg: NDArray[Any], kept: NDArray[np.intp], rows: list[int], factor: float, config: DataConfig
+) -> NDArray[np.float32]:
+    """Return some windows and channels of `eeg` times `factor`. What needs no change stays mapped where it is."""
+    if len(kept) == len(eeg) and rows == list(range(eeg.shape[1])) and factor == 1 and eeg.dtype == np.float32:
+        return eeg
+    store = WindowStore(None if config.memory is None else config.memory * 2**30)
+    for some in pieces_of(kept, eeg[0].nbytes):
+        store.append(np.ascontiguousarray(eeg[some][:, rows] * factor, dtype=np.float32))
+    return store.windows()

@@ -43,27 +43,31 @@ class Origin:
     recordings: dict[str, str] = field(default_factory=dict)
 
 
-def samples_hash(channels: Iterable[NDArray[Any]]) -> str:
+def samples_hash(pieces: Iterable[NDArray[Any]]) -> str:
     """Return the hash of a recording, which does not depend on the names and the order of channels, the unit and offsets.
 
     Hashed is whether each sample is larger than the one before it. Channels that never rise are left out.
 
     Parameters
     ----------
-    channels : iterable of ndarray, shape (n_samples,) or (n_windows, n_times)
-        Samples of each channel.
+    pieces : iterable of ndarray, shape (..., n_chans, n_samples)
+        The whole recording, or its windows in pieces.
 
     Returns
     -------
     str
         32 hexadecimal digits; "" if all channels are left out.
     """
-    digests = []
-    for samples in channels:
-        rises = np.diff(samples, axis=-1) > 0
-        if rises.any():
-            digests.append(hashlib.sha256(np.packbits(rises).tobytes()).digest())
-    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:32] if digests else ""
+    hashers: list[Any] = []
+    rising: set[int] = set()
+    for piece in pieces:
+        hashers = hashers or [hashlib.sha256() for _ in range(piece.shape[-2])]
+        for i, hasher in enumerate(hashers):
+            rises = np.diff(piece[..., i, :], axis=-1) > 0
+            hasher.update(np.packbits(rises).tobytes())
+            rising |= {i} if rises.any() else set()
+    digests = sorted(hashers[i].digest() for i in rising)
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:32] if digests else ""
 
 
 def check_twins(hashes: Iterable[tuple[str, str]]) -> None:

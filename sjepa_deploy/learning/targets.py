@@ -1,13 +1,17 @@
-"""Labels the events of a recording: with reaction times, or with a column of a table."""
+"""Labels the events of a recording: with classes, with reaction times, or with a column of a table."""
 
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sjepa_deploy.eeg.pauses import number_of_segment, segments_of, time_of
-from sjepa_deploy.errors import DataError
+from sjepa_deploy.errors import DataError, NoWindowsError, listed
 from sjepa_deploy.learning.data import Target
 
 if TYPE_CHECKING:
@@ -22,21 +26,16 @@ def reaction_times(raw: mne.io.BaseRaw, target: Target) -> list[tuple[float, flo
     Raises
     ------
     DataError
-        If the recording lacks stimuli or responses of these names, or the task is not a regression.
+        If the task is not a regression. `NoWindowsError` if the recording lacks stimuli or responses of these names.
     """
     if target.task == "classification":
-        raise DataError("Reaction times are numbers, not classes.", "Set the task to regression, or name a column.")
-    segments, sfreq = segments_of(raw), raw.info["sfreq"]
+        raise DataError("Reaction times are numbers, not classes.", "Set the task to regression, or name --classes.")
     samples = raw.annotations.onset - raw.first_time  # MNE counts them from the start of the acquisition
-    onsets, stretches = time_of(samples, segments, sfreq), number_of_segment(samples, segments, sfreq)
+    onsets, stretches = _onsets(raw), number_of_segment(samples, segments_of(raw), raw.info["sfreq"])
     names = [str(name) for name in raw.annotations.description]
     for wanted in (target.stimulus, target.response):
-        if not wanted or not set(wanted) & set(names):
-            there = ", ".join(sorted(set(names))) or "none"
-            raise DataError(
-                f"The recording has no events {' or '.join(wanted) or '(none was named)'}; its events are {there}.",
-                "Name both by --stimulus and --response, or in the target's configuration.",
-            )
+        if not set(wanted) & set(names):
+            raise _without(wanted, names, "Name both by --stimulus and --response, or in the target's configuration.")
     answered: list[tuple[float, float]] = []
     stimulus: float | None = None
     before = -1
@@ -52,21 +51,52 @@ def reaction_times(raw: mne.io.BaseRaw, target: Target) -> list[tuple[float, flo
     return answered
 
 
+def class_events(raw: mne.io.BaseRaw, target: Target) -> list[tuple[float, str]]:
+    """Return the onset and the class of every event that is of a class, in the order of their onsets.
+
+    Onsets are in the recording's own time (`sjepa_deploy.eeg.pauses.segments_of`).
+
+    Raises
+    ------
+    NoWindowsError
+        If the recording has no such event.
+    """
+    names = [str(name) for name in raw.annotations.description]
+    labelled = [(onset, target.class_of(name)) for onset, name in zip(_onsets(raw).tolist(), names, strict=True)]
+    found = sorted((onset, label) for onset, label in labelled if label is not None)
+    if not found:
+        raise _without(tuple(target.events), names, "Name events of the recording by --classes CLASS=EVENT.")
+    return found
+
+
+def _onsets(raw: mne.io.BaseRaw) -> NDArray[np.float64]:
+    """Return the onsets of a recording's annotations in seconds of its own time."""
+    return time_of(raw.annotations.onset - raw.first_time, segments_of(raw), raw.info["sfreq"])
+
+
+def _without(wanted: tuple[str, ...], names: list[str], mend: str) -> NoWindowsError:
+    counts = Counter(names)
+    there = listed([f"{name} ({counts[name]})" for name in sorted(counts)], 20) or "none"
+    return NoWindowsError(f"The recording has no events {listed(wanted) or '(none was named)'}; its events are {there}.", mend)
+
+
 def read_tsv(path: Path) -> list[dict[str, str]]:
     """Return the rows of a tab-separated file."""
     if not path.is_file():
-        raise DataError(f"There is no table {path}.", "Check the target's `tsv`.")
+        raise NoWindowsError(f"There is no table {path}.", "Check the target's `tsv`.")
     with path.open(newline="", encoding="utf-8-sig") as stream:
         return list(csv.DictReader(stream, delimiter="\t"))
 
 
 def read_column(table: Path, target: Target) -> list[tuple[float, str]]:
-    """Return the onset in seconds and the label of every row of a table, or of those with one of the target's stimuli.
+    """Return the onset in seconds and the label of the rows of a table.
+
+    Where the target names stimuli or classes, other rows are passed over.
 
     Raises
     ------
     DataError
-        If the table or its columns are missing, or an onset is no number.
+        If the columns are missing, or an onset is no number. `NoWindowsError` if the table is missing, or has no such row.
     """
     rows = read_tsv(table)
     if not rows or target.column not in rows[0] or "onset" not in rows[0]:
@@ -75,8 +105,15 @@ def read_column(table: Path, target: Target) -> list[tuple[float, str]]:
             f"It has {', '.join(rows[0] if rows else ()) or 'no rows'}.",
         )
     if target.stimulus:
-        rows = [row for row in rows if row.get("trial_type") in target.stimulus]
+        kept = [row for row in rows if row.get("trial_type") in target.stimulus]
+        if not kept:
+            raise _without(target.stimulus, [str(row.get("trial_type")) for row in rows], "Name --stimulus as in trial_type.")
+        rows = kept
     try:
-        return [(float(row["onset"]), row[target.column]) for row in rows]
+        labelled = [(float(row["onset"]), target.class_of(row[target.column])) for row in rows]
     except ValueError as e:
         raise DataError(f"An onset in {table.name} is no number ({e}).", "Give every onset in seconds.") from e
+    found = [(onset, label) for onset, label in labelled if label is not None]
+    if not found:
+        raise _without(tuple(target.events), [row[target.column] for row in rows], "Name values of the column by --classes.")
+    return found
