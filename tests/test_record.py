@@ -22,6 +22,7 @@ import pyxdf
 from streams import ScriptedSource, chunks_of, eeg, info_of, predictions, run_stream
 
 import sjepa_deploy
+from sjepa_deploy.cli import _command, run_command
 from sjepa_deploy.eeg.recording import read_recording
 from sjepa_deploy.errors import RecordingError, StreamError
 from sjepa_deploy.runtime.live.config import StreamConfig
@@ -29,6 +30,8 @@ from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.lines import write_lines
 from sjepa_deploy.runtime.live.recorder import RunDescription, read_record, record
 from sjepa_deploy.runtime.live.replay import replay
+from sjepa_deploy.runtime.live.sources import Chunk
+from sjepa_deploy.spec import Preprocessing
 
 CODE = "import sys; sys.argv[0] = 'sjepa-stream'; from sjepa_deploy.cli.stream import main; main()"
 
@@ -170,6 +173,40 @@ def test_mne_reads_the_samples(predict, tmp_path):
     assert tuple(raw.ch_names) == predict.spec.ch_names
     assert raw.info["sfreq"] == 100
     np.testing.assert_allclose(raw.get_data(), samples.T * 1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("end", ["whole", "killed", "killed in the middle of a write"])
+def test_sjepa_run_decodes_what_the_live_path_decoded(make_bundle, tmp_path, capsys, end):
+    """Through losses, restarts, samples that came again and steps of the clock's correction; every window of both is compared."""
+    preprocessing = Preprocessing(reference="none", l_freq=None, h_freq=None)  # live filters are causal
+    order = np.r_[0:500, 501:700, 720:900, 880:900, 900:1400, 1700:2500]
+    samples = eeg(2500).astype(np.float32)[order]
+    own = order / 100 + 5_000.0
+    chunks = []
+    for start in range(0, len(order), 7):
+        correction = 40.0 + 0.0005 * (start // 70 % 3)
+        stamps = own[start : start + 7] + correction
+        chunks.append(Chunk(samples[start : start + 7], stamps, float(stamps.max()), start == 700, correction))
+    path = tmp_path / "run.xdf"
+    with sjepa_deploy.load(make_bundle("prelocal", preprocessing=preprocessing).path, check_unit=False) as predict:
+        decoder, recorder = recorded(predict, path, ScriptedSource(info_of(predict.spec), chunks), hop=0.0, late="queue")
+        live = {decision.time: decision.prediction for decision in decoder}
+        recorder.close()
+        bundle = predict.bundle.path
+    if end != "whole":
+        content = path.read_bytes()
+        path.write_bytes(content[: content.index(b'<?xml version="1.0"?><info/>') - (15 if end == "killed" else 3000)])
+    arguments = [bundle, path, "--hop", 0.01, "--out", tmp_path / "out.tsv"]
+    assert run_command(_command("run"), "sjepa-run", [str(argument) for argument in arguments]) == 0
+    said = capsys.readouterr().out
+    assert "321 samples (3.21 s) are missing in 3 places" in said
+    assert "left out 20 samples that came twice" in said
+    table = np.loadtxt(tmp_path / "out.tsv", skiprows=1)
+    times = np.array(list(live)) - 40.0 - 5_000.0
+    found = np.searchsorted(times, table[:, 0] - 0.002)
+    np.testing.assert_allclose(times[found], table[:, 0], rtol=0, atol=0.0015)
+    np.testing.assert_allclose(np.array(list(live.values()))[found], table[:, 1:], rtol=1e-4, atol=1e-5)
+    assert len(table) == len(live) if end != "killed in the middle of a write" else len(table) > len(live) - 60
 
 
 def test_killed_process_leaves_a_record_up_to_the_last_second(predict, tmp_path):

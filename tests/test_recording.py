@@ -137,7 +137,6 @@ def test_xdf_units_are_understood(tmp_path, unit_written, unit):
     [
         ({"units": ("ADC", "ADC", "bpm")}, None, "states its unit as ADC, which is none of nV, uV, mV and V.*`--unit`"),
         ({"units": ("", "", "bpm")}, None, "does not state its unit.*`--unit`"),
-        ({"gap": 1.5}, None, "has gaps.* 0.004 to 1.5 s apart, nominally 0.004 s"),
         ({"rate": 125.0}, None, "not at its rate.* 0.008 to 0.008 s apart, nominally 0.004 s"),
         ({"n": 2}, None, "exactly one EEG stream.*keys .Markers., amp .EEG., amp .EEG."),
         ({"n": 0}, None, "exactly one EEG stream.*keys"),

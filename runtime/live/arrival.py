@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable
 
 from sjepa_deploy.errors import StreamError
-from sjepa_deploy.runtime.live.sources import Chunk
+from sjepa_deploy.runtime.live.sources import Chunk, Stamps
 
 MOST_AHEAD_S, MOST_BEHIND_S = 0.5, 60.0
 """Seconds that stamps may be ahead of arrival, and behind it, on the source's clock; beyond, they are of another clock."""
@@ -88,7 +88,7 @@ class Arrival:
         lag = chunk.received - max(stamp, float(chunk.stamps[-1]))
         return seconds > 1.0 and lag < min(self._least, self._least_before) - 0.5 * seconds < math.inf
 
-    def check_unit(self, stamps: list[float]) -> None:
+    def check_unit(self, stamps: Stamps) -> None:
         """Refuse first stamps that are not in seconds.
 
         Raises
@@ -98,7 +98,7 @@ class Arrival:
         """
         if self._first is None:
             return
-        self._first += stamps[: N_FIRST + 1 - len(self._first)]
+        self._first += stamps[: N_FIRST + 1 - len(self._first)].tolist()
         if len(self._first) <= N_FIRST:
             return
         first, self._first = self._first, None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from sjepa_deploy.eeg.conditioning import BadChannels
+from sjepa_deploy.eeg.continuity import MAX_JITTER_S
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.spec import ModelSpec
 
@@ -69,7 +70,7 @@ class StreamConfig:
     interpolate_share: float = 1.0
     check_unit: bool = True
     bads: tuple[str, ...] = ()
-    max_jitter: float = 0.1
+    max_jitter: float = MAX_JITTER_S
     silence: float = 2.0
     give_up: float | None = None
     keep_warm: float | None = None

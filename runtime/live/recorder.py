@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import json
 import math
 import os
@@ -23,7 +22,8 @@ from numpy.typing import NDArray
 
 import sjepa_deploy
 from sjepa_deploy.eeg.info import StreamInfo
-from sjepa_deploy.errors import MissingDependencyError, RecordingError, StreamError
+from sjepa_deploy.eeg.xdf import CHUNKS_NAME, DECISIONS_NAME, INCIDENTS_NAME, load_xdf
+from sjepa_deploy.errors import RecordingError, StreamError
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.decoder import Decoder
@@ -239,17 +239,17 @@ class Recorder:
         return b"".join(
             (
                 _xdf_header(_SAMPLES, stream.name, "EEG", n, stream.sfreq, _FORMATS[self._dtype.str[1:]], channels=channels),
-                _xdf_header(_CHUNKS, "sjepa chunks", "Chunks", 4, 0, "double64"),
+                _xdf_header(_CHUNKS, CHUNKS_NAME, "Chunks", 4, 0, "double64"),
                 _xdf_header(
                     _DECISIONS,
-                    "sjepa decisions",
+                    DECISIONS_NAME,
                     "Decision",
                     len(_FIELDS) + self._n_outputs,
                     0,
                     "double64",
                     rest=f"<fields>{fields}</fields><run>{run}</run>",
                 ),
-                _xdf_header(_EVENTS, "sjepa events", "Markers", 1, 0, "string"),
+                _xdf_header(_EVENTS, INCIDENTS_NAME, "Markers", 1, 0, "string"),
             )
         )
 
@@ -380,17 +380,10 @@ def read_record(path: Path) -> Record:
     MissingDependencyError
         If pyxdf is not installed.
     """
-    try:
-        import pyxdf
-    except ImportError as error:
-        raise MissingDependencyError("pyxdf", "eeg") from error
     if not path.is_file():
         raise RecordingError(f"There is no record {path}.", "Check the path.")
     try:
-        streams, _ = pyxdf.load_xdf(
-            _whole_chunks(path), synchronize_clocks=False, dejitter_timestamps=False, handle_clock_resets=False, verbose=False
-        )
-        by_id = {stream["info"]["stream_id"]: stream for stream in streams}
+        by_id = {stream["info"]["stream_id"]: stream for stream in load_xdf(path, synchronize=False)}
         run = decode(RunDescription, json.loads(by_id[_DECISIONS]["info"]["desc"][0]["run"][0]))
     except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, struct.error) as error:
         raise RecordingError(
@@ -428,18 +421,6 @@ def read_record(path: Path) -> Record:
         n_cut_off=n_cut_off,
         incidents=incidents,
     )
-
-
-def _whole_chunks(path: Path) -> io.BytesIO:
-    """Return the file without a last chunk that a kill cut short."""
-    data = path.read_bytes()
-    stop = 4
-    while stop + 9 <= len(data) and data[stop] == 8:  # bytes of the length, as _xdf_chunk writes them
-        (length,) = struct.unpack_from("<Q", data, stop + 1)
-        if stop + 9 + length > len(data):
-            break
-        stop += 9 + length
-    return io.BytesIO(data[:stop])
 
 
 class RecordSource:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,31 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.eeg.conditioning import Conditioner
+from sjepa_deploy.eeg.continuity import Continuity
 from sjepa_deploy.eeg.info import StreamInfo
-from sjepa_deploy.eeg.timeline import (
-    BACK,
-    CONSECUTIVE,
-    DOUBTFUL,
-    EARLY,
-    LARGEST_RATE_ERROR,
-    REPEATED,
-    RESET,
-    Timeline,
-)
+from sjepa_deploy.eeg.timeline import DOUBTFUL, EARLY, LARGEST_RATE_ERROR, REPEATED, RESET
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.live.arrival import Arrival
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.ring import Ring
 from sjepa_deploy.runtime.live.schedule import Schedule
-from sjepa_deploy.runtime.live.sources import Chunk, Samples, Stamps
+from sjepa_deploy.runtime.live.sources import Chunk, Samples
 from sjepa_deploy.spec import ModelSpec
 
 NOTED_RATE_ERROR = 0.001
 """Ratio from which on a stream's rate is reported as off."""
-
-REMEMBERED_S = 2.0
-"""Seconds of samples among which one that comes late is looked for, to know it if it was sent again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +54,7 @@ class Window:
 class WindowStream:
     """Turns chunks of a stream into windows of a model, with every sample and every window accounted for.
 
-    The stamps say which samples follow each other (`Timeline`). Samples that do go through the `Conditioner` into a `Ring`, and
+    `Continuity` says which samples follow each other. Samples that do go through the `Conditioner` into a `Ring`, and
     the `Schedule` says when the ring holds a window that is due.
 
     Parameters
@@ -116,15 +104,13 @@ class WindowStream:
             report=partial(report, "channel"),
         )
         self.ch_names, self.missing, self.delay = self._conditioner.ch_names, self._conditioner.missing, self._conditioner.delay
-        self._timeline = Timeline(info.sfreq, config.max_jitter, trusted=config.bridge > 0)
+        self._continuity = Continuity(info.sfreq, config.max_jitter, trusted=config.bridge > 0)
         self._schedule = Schedule(spec.n_times, config.hop_samples(spec))
         self._ring = Ring(*spec.input_shape)
         self._bridged_until = -(2**62)  # elapsed samples of the schedule
         self._rate_noted = False
         self._last_row: Samples | None = None
         self._arrival = Arrival(info.name, info.sfreq, report)
-        self._recent: deque[tuple[Samples, Stamps, float]] = deque()
-        self._n_recent, self._most_recent = 0, round(REMEMBERED_S * info.sfreq)
         self._doubtful = False
         self._stamp = 0.0
 
@@ -154,7 +140,7 @@ class WindowStream:
     def push(self, chunk: Chunk) -> Iterator[Window]:
         """Take a chunk and give each whole window that is due, while its samples are the newest in `eeg`."""
         samples, stamps = chunk.samples, chunk.stamps.tolist()
-        n, counters, place = len(stamps), self._counters, self._timeline.place
+        n, counters = len(stamps), self._counters
         if samples.shape[1] != len(self._info.ch_names):
             raise StreamError(
                 f"{self._info.name} sent {samples.shape[1]} channels in place of {len(self._info.ch_names)}.", "Mend the source."
@@ -164,21 +150,11 @@ class WindowStream:
         if restarted:
             counters.interruptions += 1
         # Which samples follow each other, the sender's own stamps say: the correction of its clock moves in steps.
-        own = (chunk.stamps - chunk.correction).tolist() if chunk.correction else stamps
+        own = chunk.stamps - chunk.correction if chunk.correction else chunk.stamps
         self._arrival.check_unit(own)
         if not self._arrival.began:
             self._arrival.take(chunk)
-        for i, stamp in enumerate(own):
-            verdict = place(stamp)
-            if verdict == CONSECUTIVE and not restarted:
-                continue
-            if verdict == REPEATED and not self._was_here(chunk, i):
-                self._timeline.follow(stamp)
-                continue
-            if verdict == BACK:
-                verdict = REPEATED if self._was_here(chunk, i) else self._timeline.go_back(stamp)
-                if verdict == CONSECUTIVE and not restarted:
-                    continue
+        for i, verdict in self._continuity.breaks(samples, own, restarted=restarted):
             yield from self._take(samples[start:i], stamps[start:i])
             start = i + 1
             if verdict == REPEATED:
@@ -207,28 +183,6 @@ class WindowStream:
         yield from self._take(samples[start:], stamps[start:])
         self._arrival.take(chunk)
         self._last_row, self._stamp = samples[-1], stamps[-1]
-        self._recent.append((samples, chunk.stamps, stamps[-1]))
-        self._n_recent += n
-        while self._n_recent - len(self._recent[0][1]) >= self._most_recent:
-            self._n_recent -= len(self._recent.popleft()[1])
-
-    def _was_here(self, chunk: Chunk, i: int) -> bool:
-        """Return whether a sample of the same stamp and values came already: a block may be sent again."""
-        stamp, sample, within = float(chunk.stamps[i]), chunk.samples[i], 0.5 / self._info.sfreq
-        if i:
-            for k in np.flatnonzero(np.abs(chunk.stamps[:i] - stamp) < within):
-                if _same(sample, chunk.samples[k]):
-                    return True
-        for samples, stamps, newest in reversed(self._recent):
-            if newest < stamp - 1.0:
-                return False
-            if len(stamps) == 1:
-                if abs(newest - stamp) < within and _same(sample, samples[0]):
-                    return True
-                continue
-            if any(_same(sample, samples[k]) for k in np.flatnonzero(np.abs(stamps - stamp) < within)):
-                return True
-        return False
 
     def _bridge_to(self, samples: Samples, stamps: list[float], i: int, n_lost: int) -> Iterator[Window]:
         before = np.asarray(samples[i - 1] if i else self._last_row, np.float64)
@@ -283,7 +237,8 @@ class WindowStream:
             yield Window(counters.windows - 1, stamps[position - 1] + self._arrival.offset, bridged, bads, self._doubtful)
 
     def _check_rate(self) -> None:
-        measured = self._timeline.sfreq
+        timeline = self._continuity.timeline
+        measured = timeline.sfreq
         if measured is None:
             return
         error = measured / self._info.sfreq - 1
@@ -292,10 +247,6 @@ class WindowStream:
                 f"{self._info.name} says {self._info.sfreq:g} Hz and sends {measured:.4g} Hz.",
                 "Mend the source's nominal rate, or what loses samples on the way.",
             )
-        if abs(error) > NOTED_RATE_ERROR + self._timeline.rate_error and not self._rate_noted:
+        if abs(error) > NOTED_RATE_ERROR + timeline.rate_error and not self._rate_noted:
             self._rate_noted = True
             self._report("rate", f"The stamps show {measured:.6g} Hz, {error:+.2%} off the nominal rate.")
-
-
-def _same(one: Samples, other: Samples) -> bool:
-    return np.array_equal(one, other, equal_nan=one.dtype.kind == "f")

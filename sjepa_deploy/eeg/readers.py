@@ -1,4 +1,4 @@
-"""Reads the formats of recordings through MNE, pyxdf and NumPy, and keeps what their readers warn of."""
+"""Reads the formats of recordings through MNE and NumPy, and keeps what their readers warn of."""
 
 from __future__ import annotations
 
@@ -132,81 +132,7 @@ def read_npy(path: Path, sfreq: float | None, unit: Unit | None, ch_names: Seque
             f"{path.name} holds an array of shape {data.shape} and type {data.dtype}.",
             "Save real numbers of shape (n_chans, n_samples).",
         )
-    return _raw_from_array(data * volts_in(unit), sfreq, ch_names, path.name)
-
-
-def read_xdf(path: Path, unit: Unit | None, ch_names: Sequence[str] | None, notes: list[str]) -> mne.io.BaseRaw:
-    """Read the one EEG stream of a recording of the Lab Streaming Layer; markers become annotations."""
-    try:
-        import pyxdf
-    except ImportError as error:
-        raise MissingDependencyError("pyxdf", "eeg") from error
-    with path.open("rb") as file:  # pyxdf leaves a file that it opens itself and refuses open
-        # By default a pause must last 500 samples too, or pyxdf spreads it over the whole stream and hides it.
-        streams, _ = pyxdf.load_xdf(file, jitter_break_threshold_samples=1)
-    stream = _eeg_stream(streams, path.name)
-    info = stream["info"]
-    name, rate = info["name"][0], float(info["nominal_srate"][0])
-    if stream.get("footer") is None:
-        raise RecordingError(
-            f"{path.name} is truncated: stream {name} has no footer.",
-            "Copy it again, or repair it by loading and saving it.",
-        )
-    steps = np.diff(stream["time_stamps"])
-    if (abs(steps * rate - 1) > 0.01).any():  # pyxdf has taken the jitter out: what is left are gaps and wrong rates
-        raise RecordingError(
-            f"Stream {name} has gaps, or is not at its rate: its samples are {steps.min():.3g} to {steps.max():.3g} s apart, "
-            f"nominally {1 / rate:.3g} s.",
-            "Cut a stretch without loss out of it.",
-        )
-    samples = np.asarray(stream["time_series"], dtype=np.float64).T
-    described = (((info["desc"] or [None])[0] or {}).get("channels") or [None])[0] or {}
-    channels: list[dict[str, list[str]]] = described.get("channel") or [{}] * len(samples)
-    picks = [i for i, channel in enumerate(channels) if _text(channel, "type", "EEG").casefold() == "eeg"]
-    if not picks or len(channels) != len(samples):
-        raise RecordingError(f"Stream {name} does not describe its {len(samples)} channels as EEG.", "Mend its description.")
-    labels = [_text(channels[i], "label", "") for i in picks]
-    words = [_text(channels[i], "unit", "") for i in picks]
-    units = [unit or unit_named(word) for word in words]
-    if unit is not None and (stated := sorted({word for word in words if word and unit_named(word) != unit})):
-        notes.append(f"taken as {unit}, by `--unit`, and not as {listed(stated)}, as stream {name} states")
-    if not any(units):
-        stated = sorted({word for word in words if word})
-        why = f"states its unit as {listed(stated)}, which is none of nV, uV, mV and V" if stated else "does not state its unit"
-        raise RecordingError(f"Stream {name} of {path.name} {why}.", "Give it with `--unit`.")
-    if not all(labels):
-        if ch_names is None:
-            raise RecordingError(
-                f"Stream {name} of {path.name} does not name its {len(picks)} channels.",
-                "Name them in their order with `--channels A,B,...`.",
-            )
-        labels = list(ch_names)
-        if len(labels) != len(picks):
-            raise RecordingError(
-                f"Stream {name} of {path.name} has {len(picks)} channels, and {len(labels)} names were given.",
-                "Mend `--channels`.",
-            )
-    kept = [k for k, known in enumerate(units) if known is not None]
-    if len(kept) < len(units):
-        gone = [f"{labels[k]} ({words[k] or 'no unit'})" for k in range(len(units)) if units[k] is None]
-        notes.append(f"left out {listed(gone)}: no voltage; `--unit` takes all channels in one unit")
-    scale = np.array([volts_in(known) for known in units if known is not None])[:, None]
-    raw = _raw_from_array(samples[[picks[k] for k in kept]] * scale, rate, [labels[k] for k in kept], path.name)
-    onsets, texts = _markers(streams, float(stream["time_stamps"][0]))
-    inside = (onsets >= 0) & (onsets <= raw.times[-1])
-    raw.annotations.append(onsets[inside], np.zeros(int(inside.sum())), texts[inside])
-    return raw
-
-
-def _markers(streams: list[dict[str, Any]], start: float) -> tuple[NDArray[np.float64], NDArray[np.str_]]:
-    """Return the seconds after `start`, and the texts, of the markers: the samples of irregular streams of one channel."""
-    onsets, texts = [], []
-    for stream in streams:
-        info = stream["info"]
-        if float(info["nominal_srate"][0]) == 0 and int(info["channel_count"][0]) == 1:
-            onsets += [float(stamp) - start for stamp in stream["time_stamps"]]
-            texts += [str(sample[0]) for sample in stream["time_series"]]
-    return np.array(onsets, dtype=np.float64), np.array(texts, dtype=str)
+    return raw_from_array(data * volts_in(unit), sfreq, ch_names, path.name)
 
 
 def _read_raw(path: Path, notes: list[str], **options: Any) -> mne.io.BaseRaw:
@@ -363,27 +289,8 @@ def _mark_pauses(raw: mne.io.BaseRaw, path: Path, header: EdfHeader, notes: list
         notes.append(f"recorded with {len(paused)} pauses of {lengths.min():.3g} to {lengths.max():.3g} s")
 
 
-def _eeg_stream(streams: list[dict[str, Any]], source: str) -> dict[str, Any]:
-    regular = [
-        stream
-        for stream in streams
-        if float(stream["info"]["nominal_srate"][0]) > 0 and stream["info"]["channel_format"][0] != "string"
-    ]
-    eeg = [stream for stream in regular if (stream["info"]["type"][0] or "").casefold() == "eeg"] or regular
-    if len(eeg) != 1 or not len(eeg[0]["time_stamps"]):
-        names = ", ".join(f"{stream['info']['name'][0]} ({stream['info']['type'][0]})" for stream in streams)
-        raise RecordingError(
-            f"{source} does not have exactly one EEG stream with samples; its streams are {names or 'none'}.",
-            "Keep one regular stream of type EEG in the file.",
-        )
-    return eeg[0]
-
-
-def _text(channel: dict[str, list[str]], key: str, default: str) -> str:
-    return (channel.get(key) or [default])[0] or default
-
-
-def _raw_from_array(volts: NDArray[np.float64], sfreq: float, ch_names: Sequence[str] | None, source: str) -> mne.io.BaseRaw:
+def raw_from_array(volts: NDArray[np.float64], sfreq: float, ch_names: Sequence[str] | None, source: str) -> mne.io.BaseRaw:
+    """Return samples in volts, shape (n_chans, n_samples), with the names of their channels."""
     mne = require_mne()
     if ch_names is None or len(ch_names) != len(volts) or len(set(ch_names)) != len(volts):
         given = "no channel names" if ch_names is None else f"{len(set(ch_names))} different channel names"

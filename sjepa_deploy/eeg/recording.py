@@ -16,10 +16,11 @@ from sjepa_deploy.eeg.names import find_channels, renamed
 from sjepa_deploy.eeg.pauses import Segment, Told, segments_of, told
 from sjepa_deploy.eeg.places import check_places, interpolated
 from sjepa_deploy.eeg.quality import ROUNDING_V, flat_seconds
-from sjepa_deploy.eeg.readers import read_edf, read_npy, read_with_mne, read_xdf, reading
+from sjepa_deploy.eeg.readers import read_edf, read_npy, read_with_mne, reading
 from sjepa_deploy.eeg.reference import average_reference
 from sjepa_deploy.eeg.resample import check_rate, resample
 from sjepa_deploy.eeg.units import check_unit, volts_in
+from sjepa_deploy.eeg.xdf import read_xdf
 from sjepa_deploy.errors import InputError, RecordingError, TooShortError, listed
 from sjepa_deploy.spec import ModelSpec, Unit
 
@@ -129,7 +130,7 @@ def read_recording(
     ----------
     path : str or Path
         EDF, BDF, BrainVision .vhdr, EEGLAB .set, FIF or what else `mne.io.read_raw` reads; XDF with one regular EEG
-        stream without pauses of over a second, taken at its nominal rate; or .npy with an array of shape (n_chans, n_samples).
+        stream, taken at its nominal rate, also a record of `sjepa-stream`; or .npy with an array of shape (n_chans, n_samples).
     sfreq : float or None
         Sampling rate in Hz. Needed for .npy; elsewhere it must be the file's own.
     unit : {"nV", "uV", "mV", "V"} or None

@@ -152,6 +152,21 @@ class Timeline:
         return RESET
 
     @property
+    def last(self) -> float:
+        """Return the last stamp that was taken; NaN before the first one."""
+        return self._last
+
+    @property
+    def lost_after(self) -> float:
+        """Return the stamp after which the last loss was: it may show only later that samples are missing."""
+        return self._hole[0]
+
+    @property
+    def doubted(self) -> tuple[float, int] | None:
+        """Return after which stamp samples may be missing, and how many, if the next samples have to show it."""
+        return (self._hole_if_late, max(1, round(self._least_late / self._slope))) if self._doubtful else None
+
+    @property
     def sfreq(self) -> float | None:
         """Return the rate that the stamps show, in Hz; None before ten seconds, without loss if the stamps are irregular."""
         if self.regular and self._n_known * self._nominal > 10.0:

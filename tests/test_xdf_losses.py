@@ -1,0 +1,98 @@
+"""Losses in XDF files are pauses: no window spans one, and times are right after one. The first channel counts the samples."""
+
+import contextlib
+import dataclasses
+
+import numpy as np
+import pytest
+from bundles import small_spec
+from lossy import KINDS, lossy, spec_for
+from xdf_writer import Stream, write_xdf
+
+from sjepa_deploy.eeg.pauses import segments_of, told
+from sjepa_deploy.eeg.recording import fit_recording, read_recording
+from sjepa_deploy.errors import RecordingError
+
+NAMES = small_spec().ch_names
+
+
+def written(path, index, stamps, rate):
+    """Write a stream whose first channel counts in uV; return the path."""
+    samples = np.random.default_rng(0).normal(0, 20, (int(index.max()) + 1, 8)).astype(np.float32)
+    samples[:, 0] = np.arange(len(samples)) % 4096
+    channels = [{"label": name, "unit": "uV", "type": "EEG"} for name in NAMES]
+    return write_xdf(path, Stream(name="amp", kind="EEG", samples=samples[index], stamps=stamps, rate=rate, channels=channels))
+
+
+def windows_of(path, rate):
+    """Return what stands in the first channel of each window, shape (n_windows, n_times), and the times of their last samples."""
+    spec = spec_for(small_spec(), rate)
+    fitted = fit_recording(read_recording(path), spec)
+    starts = fitted.window_starts(spec.n_times, 10)
+    truth = np.stack([fitted.data[0, start : start + spec.n_times] for start in starts])
+    return np.rint(truth).astype(int), fitted.times(starts + spec.n_times - 1)
+
+
+@pytest.mark.parametrize("rate", [100.0, 250.0, 1024.0])
+@pytest.mark.parametrize("n_lost", [1, 4, 50])
+@pytest.mark.parametrize("at", [0.1, 7.0])
+def test_a_loss_below_a_second_is_a_pause(tmp_path, rate, n_lost, at):
+    n, first = round(20 * rate), round(at * rate)
+    index = np.r_[0:first, first + n_lost : n]
+    path = written(tmp_path / "a.xdf", index, 5.0 + index / rate, rate)
+    raw = read_recording(path)
+    assert [(segment.start, round(segment.onset * rate)) for segment in segments_of(raw)] == [(0, 0), (first, first + n_lost)]
+    assert any(f"{n_lost} samples" in note for note in told(raw).notes)
+    truth, times = windows_of(path, rate)
+    assert (np.diff(truth, axis=1) % 4096 == 1).all()
+    np.testing.assert_array_equal(np.rint(times * rate).astype(int) % 4096, truth[:, -1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_window_spans_a_loss_that_can_be_told(tmp_path, kind):
+    n_read = n_windows = 0
+    for seed in range(12):
+        stream = lossy(np.random.default_rng([seed, KINDS.index(kind)]), kind)
+        path = written(tmp_path / "a.xdf", stream.index, stream.stamps, stream.sfreq)
+        share = 1 - len(np.unique(stream.index)) / (stream.index.max() + 1)
+        with contextlib.suppress(RecordingError) if share > 0.008 else contextlib.nullcontext():  # no stretch of a window is left
+            truth, times = windows_of(path, stream.sfreq)
+            n_read += 1
+            n_windows += len(truth)
+            steps = np.diff(truth, axis=1) % 4096
+            assert (steps > 0).all()
+            holes = (steps.max(axis=1) - 1) / stream.sfreq
+            assert (holes <= (2 * stream.jitter + 0.8 / stream.sfreq if stream.jitter else 0)).all(), (seed, holes.max())
+            moved = stream.stamps - 1000 - stream.index / stream.sfreq
+            if kind in ("exact", "rounded") and np.ptp(moved) < 0.5:  # its clock was not set
+                off = (np.rint(times * stream.sfreq).astype(int) - truth[:, -1]) % 4096
+                assert set(off.tolist()) <= {0}
+    assert n_read > 6
+    assert n_windows > 500
+
+
+def test_samples_that_were_sent_again_are_read_once(tmp_path):
+    order = np.r_[0:600, 560:600, 600:2000]
+    path = written(tmp_path / "a.xdf", order, 9.0 + order / 100, 100.0)
+    raw = read_recording(path)
+    assert raw.n_times == 2000
+    assert any("left out 40 samples that came twice" in note for note in told(raw).notes)
+    assert len(segments_of(raw)) == 1
+
+
+@pytest.mark.parametrize("rate", [125.0, 240.0, 300.0])
+def test_a_stream_at_another_rate_is_refused(tmp_path, rate):
+    index = np.arange(3000)
+    with pytest.raises(RecordingError, match=rf"not at its rate.* {1 / rate:.3g} to {1 / rate:.3g} s apart, nominally 0.004 s"):
+        read_recording(written(tmp_path / "a.xdf", index, 5.0 + index / rate, 250.0))
+    near = written(tmp_path / "b.xdf", index, 5.0 + index / 250.5, 250.0)
+    assert dataclasses.astuple(segments_of(read_recording(near))[0]) == (0, 3000, 0.0)
+
+
+@pytest.mark.parametrize("stamp", [np.nan, np.inf])
+def test_stamps_that_are_no_numbers_are_refused(tmp_path, stamp):
+    index = np.arange(500)
+    stamps = index / 100
+    stamps[300] = stamp
+    with pytest.raises(RecordingError, match=r"Stream amp: A sample is stamped (nan|inf)"):
+        read_recording(written(tmp_path / "a.xdf", index, stamps, 100.0))
