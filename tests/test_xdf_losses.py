@@ -16,12 +16,13 @@ from sjepa_deploy.errors import RecordingError
 NAMES = small_spec().ch_names
 
 
-def written(path, index, stamps, rate):
-    """Write a stream whose first channel counts in uV; return the path."""
+def written(path, index, stamps, rate, *others):
+    """Write a stream whose first channel counts in uV, and other ones; return the path."""
     samples = np.random.default_rng(0).normal(0, 20, (int(index.max()) + 1, 8)).astype(np.float32)
     samples[:, 0] = np.arange(len(samples)) % 4096
     channels = [{"label": name, "unit": "uV", "type": "EEG"} for name in NAMES]
-    return write_xdf(path, Stream(name="amp", kind="EEG", samples=samples[index], stamps=stamps, rate=rate, channels=channels))
+    amp = Stream(name="amp", kind="EEG", samples=samples[index], stamps=stamps, rate=rate, channels=channels)
+    return write_xdf(path, amp, *others)
 
 
 def windows_of(path, rate):
@@ -78,6 +79,20 @@ def test_samples_that_were_sent_again_are_read_once(tmp_path):
     assert raw.n_times == 2000
     assert any("left out 40 samples that came twice" in note for note in told(raw).notes)
     assert len(segments_of(raw)) == 1
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.5])
+def test_markers_lie_at_their_samples_after_losses_too(tmp_path, jitter):
+    """Of a sender whose clock is 0.1 % slow, so that a line through all stamps would be off by 60 samples at the end."""
+    index = np.r_[0:3000, 3013:30_000, 31_000:60_000]
+    step = 1.001 / 250
+    at = np.array([7, 2999, 3013, 29_000, 30_500, 31_000, 59_990])  # one in a pause
+    stamps = 1000 + index * step + np.random.default_rng(0).uniform(0, jitter * step, len(index))
+    marks = Stream(name="task", kind="Markers", samples=[f"m{i}" for i in at], stamps=1000 + at * step + jitter * step / 2)
+    raw = read_recording(written(tmp_path / "a.xdf", index, stamps, 250.0, marks))
+    found = {mark["description"]: mark["onset"] * 250 for mark in raw.annotations if mark["description"].startswith("m")}
+    wanted = np.searchsorted(index, at)
+    np.testing.assert_allclose([found[f"m{i}"] for i in at], wanted, rtol=0, atol=0.6 if jitter else 0.01)
 
 
 @pytest.mark.parametrize("rate", [125.0, 240.0, 300.0])

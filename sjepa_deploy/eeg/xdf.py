@@ -57,7 +57,8 @@ def load_xdf(path: Path, *, synchronize: bool) -> list[dict[str, Any]]:
     except ImportError as error:
         raise MissingDependencyError("pyxdf", "eeg") from error
     options = dict.fromkeys(("synchronize_clocks", "handle_clock_resets"), synchronize)
-    with path.open("rb") as file:  # pyxdf leaves a file that it opens itself and refuses open
+    # pyxdf leaves a file that it opens itself and refuses open; stamps that are not finite are for `Timeline` to refuse
+    with path.open("rb") as file, np.errstate(invalid="ignore"):
         ours = f"<name>{DECISIONS_NAME}</name>".encode() in file.read(1 << 20)
         file.seek(0)
         whole = _whole_chunks(file.read()) if ours else file
