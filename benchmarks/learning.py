@@ -2,10 +2,13 @@
 
     python benchmarks/learning.py planted --seeds 5 --out benchmarks/results/learning_planted_HARDWARE_DATE
     SJEPA_EEG=FOLDER python benchmarks/learning.py eeglab --out benchmarks/results/learning_eeglab_HARDWARE_DATE
+    SJEPA_EEG=FOLDER python benchmarks/learning.py p300 --tune-epochs 60 --out benchmarks/results/learning_p300_HARDWARE_DATE
 
 planted: on synthetic EEG, the L1 of pretraining against the mean embedding; a linear probe on the frozen base against one on a
 random base; optimiser steps until fine-tuning reaches a score, with and without the base.
 eeglab: reaction time of one real recording, three variants, frozen and full, folds of contiguous blocks.
+p300: targets of a real visual oddball with 4 electrodes (15.6 %), person 1, PreLocal from scratch, folds over runs, with and
+without class weights, windows of one second after the event.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import numpy as np
 import sklearn
 import torch
 from sklearn.linear_model import RidgeCV
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -147,6 +151,61 @@ def eeglab(args: argparse.Namespace, folder: Path) -> dict:
     return {"rows": rows}
 
 
+def p300(args: argparse.Namespace, folder: Path) -> dict:
+    """Study the rare class of a real oddball."""
+    root = Path(os.environ.get("SJEPA_EEG", ROOT / "../shared/eeg")) / "p300"
+    target = Target(kind="event", task="classification", classes=("nontarget", "target"), tmin=0.0)
+    rows = []
+    for weights in ("none", "balanced"):
+        targets, probabilities = [], []
+        for fold in range(args.folds):
+            data = DataConfig(
+                source=tuple(map(str, sorted(root.glob("sub-1_*.edf")))), target=target, sfreq=256.0, n_times=256, fold=fold
+            )
+            engine = Engine(max_epochs=args.tune_epochs, patience=20, accelerator="cpu")
+            config = FinetuneConfig(variant="prelocal", data=data, engine=engine, class_weights=weights)
+            out = folder / f"{weights}-{fold}"
+            result = finetune(config, out)
+            windows = load_windows(data)
+            test = split_windows(windows, data).test
+            model = load_model(read_checkpoint(out), result.spec)
+            with reference_mode(model):
+                probabilities.append(model(torch.from_numpy(windows.eeg[test])).softmax(dim=1)[:, 1].numpy())
+            targets.append(windows.targets[test])
+            row = {"weights": weights, "fold": fold, "epochs": result.fitted.epochs, "classes": encode(result.classes)}
+            row |= {"n_test": result.n_test, "test": encode(result.test)}
+            row["at_threshold"] = balanced_accuracy_score(targets[-1], probabilities[-1] >= result.classes.threshold)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+        known, scored = np.concatenate(targets), np.concatenate(probabilities)
+        found = int(((scored > 0.5) & (known == 1)).sum())
+        rows.append({
+            "weights": weights, "fold": "all", "found": found, "n_targets": int(known.sum()), "n_test": len(known),
+            "balanced_accuracy": balanced_accuracy_score(known, scored > 0.5), "auc": roc_auc_score(known, scored),
+        })  # fmt: skip
+        print(json.dumps(rows[-1]), flush=True)
+    return {"rows": rows}
+
+
+def summary_of_p300(result: dict) -> list[str]:
+    """Return Markdown."""
+    lines = ["| weights | fold | balanced accuracy (95 % of windows) | with the threshold of validation | AUC | targets found |"]
+    lines.append("| --- " * 6 + "|")
+    for row in result["rows"]:
+        if row["fold"] == "all":
+            folds = [each for each in result["rows"] if each["weights"] == row["weights"] and each["fold"] != "all"]
+            mean = {name: np.mean([each["test"][name]["value"] for each in folds]) for name in ("balanced_accuracy", "auc")}
+            at = np.mean([each["at_threshold"] for each in folds])
+            found = f"{row['found']} of {row['n_targets']}"
+            lines.append(f"| {row['weights']} | mean | {mean['balanced_accuracy']:.3f} | {at:.3f} | {mean['auc']:.3f} | |")
+            lines.append(f"| {row['weights']} | pooled | {row['balanced_accuracy']:.3f} | | {row['auc']:.3f} | {found} |")
+        else:
+            score = "{value:.3f} ({low:.3f} to {high:.3f})".format(**row["test"]["balanced_accuracy"])
+            at, area = row["at_threshold"], row["test"]["auc"]["value"]
+            lines.append(f"| {row['weights']} | {row['fold']} | {score} | {at:.3f} | {area:.3f} | |")
+    return lines
+
+
 def summary_of_planted(result: dict) -> list[str]:
     """Return Markdown."""
     rows = result["rows"]
@@ -182,7 +241,7 @@ def summary_of_eeglab(result: dict) -> list[str]:
 def main() -> None:
     """Run a study and write what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=["planted", "eeglab"])
+    parser.add_argument("study", choices=["planted", "eeglab", "p300"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=18, help="of pretraining")
@@ -193,14 +252,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        result = {"planted": planted, "eeglab": eeglab}[args.study](args, Path(folder))
+        result = {"planted": planted, "eeglab": eeglab, "p300": p300}[args.study](args, Path(folder))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}
     versions |= {"scikit-learn": sklearn.__version__, "commit": commit.stdout.strip(), "threads": str(args.threads)}
     command = " ".join(["python", "benchmarks/learning.py", *sys.argv[1:]])
     result = {"versions": versions, "command": command} | result
     head = [f"# {args.study}", "", ", ".join(f"{k} {v}" for k, v in versions.items()), "", f"`{command}`", ""]
-    lines = summary_of_planted(result) if args.study == "planted" else summary_of_eeglab(result)
+    lines = {"planted": summary_of_planted, "eeglab": summary_of_eeglab, "p300": summary_of_p300}[args.study](result)
     args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     args.out.with_suffix(".md").write_text("\n".join([*head, *lines]) + "\n")
 

@@ -211,7 +211,9 @@ def test_the_shipped_configurations_are_the_recipes_defaults():
     with importlib.resources.as_file(folder) as path:
         assert read_config(PretrainConfig, path / "pretrain.yaml") == overridden(PretrainConfig(), {})
         for variant in ("prelocal", "postlocal", "contextual"):
-            assert read_config(FinetuneConfig, path / f"finetune_{variant}.yaml") == FinetuneConfig(variant=variant)
+            assert read_config(FinetuneConfig, path / f"finetune_{variant}.yaml") == FinetuneConfig(
+                variant=variant, class_weights="balanced"
+            )
         demo = read_config(FinetuneConfig, path / "demo.yaml")
         assert len(list(path.glob("*.yaml"))) == 5
     encoder = EncoderSpec() if demo.encoder is None else demo.encoder

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sjepa_deploy.cli import console, entry, options, print_json
-from sjepa_deploy.cli.training import print_transfer, require_training, shape_of, training_options
+from sjepa_deploy.cli.training import print_transfer, require_training, shape_of, telling, training_options
 from sjepa_deploy.serialize import overridden
 
 
@@ -77,6 +77,11 @@ def _model(
     click.option("--transfer-encoder", is_flag=True, help="Take the feature encoder into PreLocal too."),
     click.option("--accept-sfreq", is_flag=True, help="Take a base model of another sampling rate."),
     click.option("--allow-overlap", is_flag=True, help="Take a base model that has seen subjects of the test part."),
+    click.option(
+        "--class-weights",
+        type=click.Choice(["balanced", "none"]),
+        help="Whether rare classes count as much as frequent ones in the loss.  [default: balanced without --config]",
+    ),
     options.allow_left_out,
     options.spatial_filters,
     click.option("--warmup-epochs", type=int, help="Epochs in which only the new layers learn."),
@@ -120,9 +125,11 @@ def finetune(
     from sjepa_deploy.learning.loop import is_first_process, read_config
 
     config = read_config(FinetuneConfig, config_file)
+    if config_file is None:
+        config = replace(config, class_weights="balanced")
     config = _with_target(overridden(config, model | changes), target, changes["data.n_times"])
     screen = console(json_output)
-    result = run(config, out, resume=resume, replace=force, progress=screen.is_terminal and not json_output)
+    result = run(config, out, resume=resume, replace=force, progress=screen.is_terminal and not json_output, tell=telling(screen))
     if not is_first_process():
         return
     if result.transfer is not None:

@@ -9,7 +9,7 @@ import click
 from rich.markup import escape
 
 from sjepa_deploy.cli import console, entry, options, print_json
-from sjepa_deploy.cli.training import require_training, shape_of, training_options
+from sjepa_deploy.cli.training import require_training, shape_of, telling, training_options
 from sjepa_deploy.serialize import overridden
 
 
@@ -48,7 +48,7 @@ def pretrain(
 
     config = overridden(read_config(PretrainConfig, config_file), changes | masking)
     screen = console(json_output)
-    result = run(config, out, resume=resume, replace=force, progress=screen.is_terminal and not json_output)
+    result = run(config, out, resume=resume, replace=force, progress=screen.is_terminal and not json_output, tell=telling(screen))
     if not is_first_process():
         return
     fitted = result.fitted

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sjepa_deploy.cli import options
@@ -139,6 +142,35 @@ def print_transfer(screen: Console, report: Any) -> None:
     for note in report.notes:
         table.add_row("note", note)
     screen.print(table)
+
+
+def telling(screen: Console) -> Callable[[Any], None]:
+    """Return a function that prints a `DataReport`, in the process that reports."""
+    from sjepa_deploy.learning.loop import is_first_process
+
+    return functools.partial(print_data, screen) if is_first_process() else lambda report: None
+
+
+def print_data(screen: Console, report: Any) -> None:
+    """Print a `DataReport`."""
+    classes = list(report.parts["train"].classes)
+    table = Table(title=f"windows, split by {report.split}", title_justify="left")
+    for heading in ("part", "windows", "subjects", "recordings", *map(escape, classes)):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+    for name, part in report.parts.items():
+        counts = (part.n_windows, part.n_subjects, part.n_recordings, *(part.classes[each] for each in classes))
+        table.add_row(name, *map(str, counts))
+    if report.class_weights:
+        table.add_row("weight in the loss", "", "", "", *(f"{report.class_weights[each]:.3g}" for each in classes))
+    screen.print(table)
+    if report.n_gap:
+        screen.print(f"{report.n_gap} windows lie in the gaps between parts")
+    if report.n_unused:
+        screen.print(f"{report.n_unused} training windows, others in every epoch, fill no batch and are left out")
+    if report.skipped:
+        screen.print(f"{len(report.skipped)} recordings give no window:")
+        for told in report.skipped:
+            screen.print(f"  {escape(told)}")
 
 
 def _parts(names: tuple[str, ...]) -> str:

@@ -6,9 +6,10 @@ then all parts. The defaults (Adam 1e-3, batches of 32, at most 500 epochs, pati
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import numpy as np
@@ -30,8 +31,9 @@ from sjepa_deploy.learning.loop import (
     fit,
     predict,
 )
-from sjepa_deploy.learning.metrics import Score, scores
+from sjepa_deploy.learning.metrics import Score, balanced_weights, best_threshold, scores
 from sjepa_deploy.learning.origin import ORIGIN_KEY, SPLIT_FILE, Origin, check_unseen, origin_of, split_table, stored_origin
+from sjepa_deploy.learning.report import DataReport, report_on
 from sjepa_deploy.learning.run_folder import as_begun, check_run, saving_to
 from sjepa_deploy.models.checkpoint import (
     SPEC_KEY,
@@ -69,6 +71,8 @@ class FinetuneConfig:
         Take a base model that has seen subjects or recordings of the test part.
     n_spat_filters : int
         Spatial filters.
+    class_weights : {"balanced", "none"}
+        "balanced": in the loss, each class counts alike, however rare it is. Regressions have no classes.
     warmup_epochs : int
         Epochs in which only the new layers learn, where not everything is new.
     data : DataConfig
@@ -87,6 +91,7 @@ class FinetuneConfig:
     allow_left_out: tuple[str, ...] = ()
     allow_overlap: bool = False
     n_spat_filters: int = 4
+    class_weights: Literal["balanced", "none"] = "none"
     warmup_epochs: int = 10
     data: DataConfig = field(default_factory=lambda: DataConfig(target=Target()))
     encoder: EncoderSpec | None = None
@@ -99,6 +104,26 @@ class FinetuneConfig:
             raise DataError("The configuration names no target to learn.", "Describe it under data.target.")
         if self.warmup_epochs < 0:
             raise TrainingError(f"warmup_epochs is {self.warmup_epochs}.", "Use 0 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassFacts:
+    """Holds what a decision layer needs to know of a classifier's training.
+
+    Attributes
+    ----------
+    prevalence : tuple of float
+        Share of each class among the training windows.
+    weights : tuple of float
+        Weight of each class in the loss: the model's probabilities are those of classes with the shares prevalence * weights.
+    threshold : float or None
+        Of two classes, the probability of the second one from which on it is chosen: the best balanced accuracy on the validation
+        windows. Of more classes there is none.
+    """
+
+    prevalence: tuple[float, ...]
+    weights: tuple[float, ...]
+    threshold: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +146,8 @@ class FinetuneResult:
         Windows.
     split : str
         What the parts do not share.
+    classes : ClassFacts or None
+        Prevalence, weights and threshold of a classification.
     """
 
     spec: ModelSpec
@@ -132,6 +159,7 @@ class FinetuneResult:
     n_val: int
     n_test: int
     split: str
+    classes: ClassFacts | None = None
 
 
 class FinetuneModule(lightning.LightningModule):
@@ -145,7 +173,7 @@ class FinetuneModule(lightning.LightningModule):
     target_std: Tensor
 
     def __init__(
-        self, model: SignalJEPAModule, config: FinetuneConfig, targets: NDArray[np.float32], origin: Origin | None = None
+        self, model: SignalJEPAModule, config: FinetuneConfig, targets: NDArray[Any], origin: Origin | None = None
     ) -> None:
         super().__init__()
         self.model, self.config, self.origin = model, config, origin
@@ -153,6 +181,8 @@ class FinetuneModule(lightning.LightningModule):
         mean, std = (targets.mean(), targets.std()) if self.regression else (0.0, 1.0)
         self.register_buffer("target_mean", torch.tensor(float(mean)))
         self.register_buffer("target_std", torch.tensor(float(std)))
+        weights = class_weights(config, targets, model.spec.n_outputs)
+        self.class_weights = None if weights is None or self.regression else torch.from_numpy(weights).float()
         new = NEW_PARTS[model.spec.variant]
         parts = dict(model.named_children())
         self.new_parts = [parts[name] for name in new]
@@ -186,10 +216,11 @@ class FinetuneModule(lightning.LightningModule):
             part.train(not self.frozen)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean square error of standardised targets, or the cross-entropy."""
+        """Return the mean square error of standardised targets, or the cross-entropy, weighted as `torch.nn.CrossEntropyLoss`."""
         if self.regression:
             return nn.functional.mse_loss(outputs[:, 0].float(), (targets - self.target_mean) / self.target_std)
-        return nn.functional.cross_entropy(outputs.float(), targets)
+        weights = None if self.class_weights is None else self.class_weights.to(outputs.device)
+        return nn.functional.cross_entropy(outputs.float(), targets, weights)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
@@ -201,7 +232,10 @@ class FinetuneModule(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure the loss; `forward` is not compiled, since modes and short batches would each compile anew."""
         eeg, targets = batch
-        self.log("val_loss", self.loss(self.model.forward(eeg), targets), batch_size=len(eeg), sync_dist=True)
+        loss = self.loss(self.model.forward(eeg), targets)
+        if self.class_weights is not None:  # the mean over all windows of weight * loss, whichever batches they came in
+            loss = loss * self.class_weights.to(targets.device)[targets].mean()
+        self.log("val_loss", loss, batch_size=len(eeg), sync_dist=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the predictions in the target's unit, shape (B,), or the probabilities, shape (B, O)."""
@@ -219,7 +253,13 @@ class FinetuneModule(lightning.LightningModule):
 
 
 def finetune(
-    config: FinetuneConfig, out: Path | str, *, resume: bool = False, replace: bool = False, progress: bool = False
+    config: FinetuneConfig,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    replace: bool = False,
+    progress: bool = False,
+    tell: Callable[[DataReport], None] = lambda report: None,
 ) -> FinetuneResult:
     """Fine-tune a variant and write it into the folder `out`.
 
@@ -235,6 +275,8 @@ def finetune(
         Remove the run and the model in `out` when training starts.
     progress : bool
         Show a progress bar.
+    tell : callable
+        Called with what the training learns from, before it starts.
 
     Raises
     ------
@@ -259,22 +301,33 @@ def finetune(
     before = None if base is None else stored_origin(base.training)
     if before is not None and not config.allow_overlap:
         check_unseen(before, windows, split)
-    model, report = _build(config, windows, base)
+    model, transferred = _build(config, windows, base)
     origin = origin_of(windows, split, before)
-    module = FinetuneModule(model, config, windows.targets[split.train], origin)
+    known = windows.targets[split.train]
+    weights = None if windows.class_names is None else class_weights(config, known, len(windows.class_names))
+    report = report_on(windows, split, config.engine.batch_size * config.engine.world_size, weights)
+    tell(report)
+    module = FinetuneModule(model, config, known, origin)
     loaders = WindowLoaders(windows, split, config.engine)
     fitted, trainer = fit(
         module, loaders, out / "training", config, resume=resume, replace=replace, progress=progress, unused_parameters=True
     )
-    predictions = predict(module, loaders, trainer).numpy()
-    targets, known = windows.targets[split.test], windows.targets[split.train]
+    predictions = predict(module, loaders, trainer, split.test).numpy()
+    targets = windows.targets[split.test]
+    classes = None
     if module.regression:
         constant = np.full(len(targets), known.mean())
     else:
-        constant = np.tile(np.bincount(known, minlength=model.spec.n_outputs) / len(known), (len(targets), 1))
+        shares = np.bincount(known, minlength=model.spec.n_outputs) / len(known)
+        constant = np.tile(shares, (len(targets), 1))
+        threshold = None
+        if model.spec.n_outputs == 2:
+            threshold = best_threshold(windows.targets[split.val], predict(module, loaders, trainer, split.val).numpy())
+        weighted = np.ones(len(shares)) if weights is None else weights
+        classes = ClassFacts(prevalence=tuple(shares.tolist()), weights=tuple(weighted.tolist()), threshold=threshold)
     result = FinetuneResult(
         spec=model.spec,
-        transfer=report,
+        transfer=transferred,
         fitted=fitted,
         test=scores(targets, predictions),
         baseline=scores(targets, constant),
@@ -282,13 +335,19 @@ def finetune(
         n_val=len(split.val),
         n_test=len(split.test),
         split=split.by,
+        classes=classes,
     )
     if trainer.is_global_zero:
-        training = {"finetuning": config, "data_steps": windows.steps, ORIGIN_KEY: origin, "result": result}
+        training = {"finetuning": config, "data": report, "data_steps": windows.steps, ORIGIN_KEY: origin, "result": result}
         with saving_to(out):
             write_atomically(out / SPLIT_FILE, split_table(windows, split))
             write_checkpoint(module.finished(), out, training=training)
     return result
+
+
+def class_weights(config: FinetuneConfig, targets: NDArray[Any], n_classes: int) -> NDArray[np.float64] | None:
+    """Return the weights of the classes in the loss, from the training windows' classes, or None where none is weighted."""
+    return balanced_weights(targets, n_classes) if config.class_weights == "balanced" and targets.dtype.kind == "i" else None
 
 
 def _build(config: FinetuneConfig, windows: Windows, base: Checkpoint | None) -> tuple[SignalJEPAModule, TransferReport | None]:

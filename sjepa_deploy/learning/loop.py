@@ -115,6 +115,11 @@ class Engine:
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise TrainingError(f"gradient_clip is {self.gradient_clip:g}.", "Use a positive norm, or none.")
 
+    @property
+    def world_size(self) -> int:
+        """Return the number of devices of all hosts."""
+        return self.devices * self.num_nodes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
@@ -161,6 +166,7 @@ class WindowLoaders(lightning.LightningDataModule):
     def __init__(self, windows: Windows, split: Split, engine: Engine) -> None:
         super().__init__()
         self.windows, self.split, self.engine = windows, split, engine
+        self.predicted = split.test
 
     def _loader(self, part: NDArray[Any], *, train: bool = False, whole: bool = False) -> DataLoader[Batch]:
         assert self.trainer is not None
@@ -190,8 +196,8 @@ class WindowLoaders(lightning.LightningDataModule):
         return self._loader(self.split.val)
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """Return all test windows, in order, on every process."""
-        return self._loader(self.split.test, whole=True)
+        """Return all windows of `predicted`, by default those of the test part, in order, on every process."""
+        return self._loader(self.predicted, whole=True)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -230,10 +236,10 @@ def check_enough(split: Split, engine: Engine) -> None:
     DataError
         If so.
     """
-    world = engine.devices * engine.num_nodes
-    if len(split.train) < engine.batch_size * world:
+    if len(split.train) < engine.batch_size * engine.world_size:
         raise DataError(
-            f"{len(split.train)} windows to train on are fewer than a batch of {engine.batch_size} on {world} device(s).",
+            f"{len(split.train)} windows to train on are fewer than a batch of {engine.batch_size} on {engine.world_size} "
+            "device(s).",
             "Use a smaller --batch-size, or more data.",
         )
 
@@ -291,7 +297,7 @@ def fit(
             start_run(folder, config, replace=replace) if last is None else go_on(folder)
     kept = KeepEpochs(folder)
     log = [loggers.CSVLogger(folder, name="logs"), *_tensorboard(folder)]
-    distributed = engine.devices * engine.num_nodes > 1
+    distributed = engine.world_size > 1
     with _quiet():
         try:
             trainer = lightning.Trainer(
@@ -336,8 +342,9 @@ def fit(
     return fitted, trainer
 
 
-def predict(module: lightning.LightningModule, loaders: WindowLoaders, trainer: lightning.Trainer) -> Tensor:
-    """Return the predictions of `module` for the test windows, on the CPU."""
+def predict(module: lightning.LightningModule, loaders: WindowLoaders, trainer: lightning.Trainer, rows: NDArray[Any]) -> Tensor:
+    """Return the predictions of `module` for the windows of `rows`, on the CPU."""
+    loaders.predicted = rows
     with _quiet():
         outputs = trainer.predict(module, datamodule=loaders)
     assert outputs is not None

@@ -65,6 +65,32 @@ def auc(targets: Array, probabilities: Array) -> float:
     return float(np.mean(areas))
 
 
+def balanced_weights(targets: Array, n_classes: int) -> Array:
+    """Return the weight of each class that makes all count alike: n_windows / (n_classes * n_windows of the class).
+
+    They are scikit-learn's ``compute_class_weight("balanced")``. Every class must be there.
+    """
+    counts = np.bincount(targets, minlength=n_classes)
+    assert counts.all(), "a class is missing"
+    weights: Array = len(targets) / (n_classes * counts)
+    return weights
+
+
+def best_threshold(targets: Array, probabilities: Array) -> float:
+    """Return the probability of the second of two classes from which on choosing it has the best balanced accuracy.
+
+    Candidates lie midway between neighbouring probabilities; of several that are as good, the one nearest to one half is taken.
+    """
+    scored = probabilities[:, 1]
+    levels = np.unique(scored)
+    candidates = np.concatenate([levels[:1], (levels[1:] + levels[:-1]) / 2])
+    positive, negative = np.sort(scored[targets == 1]), np.sort(scored[targets == 0])
+    hits = 1 - np.searchsorted(positive, candidates) / len(positive)
+    rejections = np.searchsorted(negative, candidates) / len(negative)
+    best = np.flatnonzero(np.isclose(hits + rejections, (hits + rejections).max(), rtol=0, atol=1e-12))
+    return float(candidates[best[abs(candidates[best] - 0.5).argmin()]])
+
+
 REGRESSION: dict[str, Callable[[Array, Array], float]] = {"r2": r2, "nrmse": nrmse, "mae": mae}
 CLASSIFICATION: dict[str, Callable[[Array, Array], float]] = {"balanced_accuracy": balanced_accuracy, "auc": auc}
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from sjepa_deploy.learning.loading import load_windows
 from sjepa_deploy.learning.loop import Batch, Engine, Fitted, WindowLoaders, check_enough, compile_if_wanted, fit
 from sjepa_deploy.learning.masking import Masking, Masks, MaskSampler
 from sjepa_deploy.learning.origin import ORIGIN_KEY, SPLIT_FILE, Origin, origin_of, split_table
+from sjepa_deploy.learning.report import DataReport, report_on
 from sjepa_deploy.learning.run_folder import as_begun, check_run, saving_to
 from sjepa_deploy.models.checkpoint import SPEC_KEY, TRAINING_KEY, write_checkpoint
 from sjepa_deploy.models.networks import SignalJEPA, build_model
@@ -328,7 +330,13 @@ def spread_of(embeddings: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pretrain(
-    config: PretrainConfig, out: Path | str, *, resume: bool = False, replace: bool = False, progress: bool = False
+    config: PretrainConfig,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    replace: bool = False,
+    progress: bool = False,
+    tell: Callable[[DataReport], None] = lambda report: None,
 ) -> PretrainResult:
     """Pretrain a base model and write it into the folder `out`.
 
@@ -344,6 +352,8 @@ def pretrain(
         Remove the run and the model in `out` when training starts.
     progress : bool
         Show a progress bar.
+    tell : callable
+        Called with what the training learns from, before it starts.
 
     Raises
     ------
@@ -365,6 +375,8 @@ def pretrain(
     check_enough(split, config.engine)
     spec = ModelSpec(variant="base", encoder=config.encoder, **windows.model_fields)
     origin = origin_of(windows, split)
+    report = report_on(windows, split, config.engine.batch_size * config.engine.world_size)
+    tell(report)
     module = PretrainModule(config, spec, origin)
     loaders = WindowLoaders(windows, split, config.engine)
     fitted, trainer = fit(module, loaders, out / "training", config, resume=resume, replace=replace, progress=progress)
@@ -379,7 +391,7 @@ def pretrain(
         split=split.by,
     )
     if trainer.is_global_zero:
-        training = {"pretraining": config, "data_steps": windows.steps, ORIGIN_KEY: origin, "result": result}
+        training = {"pretraining": config, "data": report, "data_steps": windows.steps, ORIGIN_KEY: origin, "result": result}
         with saving_to(out):
             write_atomically(out / SPLIT_FILE, split_table(windows, split))
             write_checkpoint(module.jepa.base, out, training=training)

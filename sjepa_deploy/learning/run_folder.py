@@ -124,19 +124,22 @@ def check_run(folder: Path, config: object, *, resume: bool = False, replace: bo
 
 
 def as_begun(config: T, folder: Path) -> T:
-    """Return `config` with the folds of the run in `folder`, if an older release began it, whose seed dealt them."""
+    """Return `config` with what the run in `folder` does where an older release began it, which had no setting for that."""
     file = folder / RUN_FILE
-    if not file.is_file() or (seed := _dealt_by_seed(_read_json(file))) is None:
-        return config
-    return overridden(config, {"data.split_seed": seed})
+    return overridden(config, _untold(_read_json(file))) if file.is_file() else config
 
 
-def _dealt_by_seed(stored: Any) -> int | None:
-    """Return the seed of a run that has none for its folds."""
+def _untold(stored: Any) -> dict[str, Any]:
+    """Return what older releases did, which is not the default of this one, as changes of a configuration."""
+    changes: dict[str, Any] = {}
     try:
-        return None if "split_seed" in stored["data"] else int(stored["engine"]["seed"])
-    except (KeyError, TypeError, ValueError):
-        return None
+        if "split_seed" not in stored["data"]:
+            changes["data.split_seed"] = int(stored["engine"]["seed"])
+        if "variant" in stored and "class_weights" not in stored:
+            changes["class_weights"] = "none"
+    except (KeyError, TypeError, ValueError):  # it is no configuration, which is told where the run is checked
+        return {}
+    return changes
 
 
 def start_run(folder: Path, config: object, *, replace: bool) -> None:
@@ -212,8 +215,7 @@ def _read_run(file: Path, cls: type) -> Any:
         config: Any = decode(cls, stored)
     except (DecodeError, SjepaError):
         return stored  # of another kind of run, or of a newer release
-    seed = _dealt_by_seed(stored)
-    return encode(config if seed is None else overridden(config, {"data.split_seed": seed}))
+    return encode(overridden(config, _untold(stored)))
 
 
 def _read_json(file: Path) -> Any:
