@@ -25,9 +25,10 @@ from gpu_engines import timed
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import SjepaError
-from sjepa_deploy.export.to_tensorrt import default_settings, engine_batch_sizes
+from sjepa_deploy.export.to_tensorrt import default_settings
 from sjepa_deploy.parity import check_parity
 from sjepa_deploy.runtime.backend import BackendOptions
+from sjepa_deploy.runtime.backends.engine_judge import engine_batch_sizes
 from sjepa_deploy.runtime.backends.engine_precision import judge_types, stored_weights, summarise_layers, weight_samples
 from sjepa_deploy.runtime.backends.engine_runner import EngineRunner
 from sjepa_deploy.runtime.backends.engines import BuildSettings

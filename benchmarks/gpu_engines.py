@@ -205,7 +205,8 @@ OPTIONS = [
 
 def run_tensorrt(report: Report, bundles: dict[str, Bundle], wanted: list[tuple[str, str]], arguments: Any) -> None:
     """Build, judge, reload, judge again, then measure; all builds of a kind before slower ones."""
-    from sjepa_deploy.export.to_tensorrt import build_engine, default_settings, engine_batch_sizes
+    from sjepa_deploy.export.to_tensorrt import build_engine, default_settings
+    from sjepa_deploy.runtime.backends.engine_judge import engine_batch_sizes
     from sjepa_deploy.runtime.backends.tensorrt_api import TensorRT
     from sjepa_deploy.runtime.backends.trt import machine_of
 

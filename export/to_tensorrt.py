@@ -1,20 +1,28 @@
-"""Builds an engine from a bundle's typed graph on this machine. Parity judges the engine before and after a disk round trip."""
+"""Builds an engine from a bundle's typed graph. Parity judges the engine here, or on another machine at its first load there."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
 from collections.abc import Callable
+from contextlib import closing
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.errors import BackendError, EngineError, MissingDependencyError, ParityError
+from sjepa_deploy.errors import BackendError, EngineError, MissingDependencyError
 from sjepa_deploy.files import bytes_hash, now
-from sjepa_deploy.parity import ParityResult, Reference, check_parity
-from sjepa_deploy.runtime.backend import BackendOptions
-from sjepa_deploy.runtime.backends.engine_precision import judge_types, stored_weights, summarise_layers, weight_samples
-from sjepa_deploy.runtime.backends.engine_runner import CaptureError, EngineRunner
-from sjepa_deploy.runtime.backends.engines import BuildSettings, EngineRecord, EngineStore, read_timing_cache, write_timing_cache
+from sjepa_deploy.parity import ParityResult
+from sjepa_deploy.runtime.backends.engine_judge import EngineJudge, EngineParityError
+from sjepa_deploy.runtime.backends.engines import (
+    ANY,
+    BuildSettings,
+    EngineRecord,
+    EngineStore,
+    Machine,
+    read_timing_cache,
+    write_timing_cache,
+)
 from sjepa_deploy.runtime.backends.tensorrt_api import TensorRT
 from sjepa_deploy.runtime.backends.trt import machine_of
 from sjepa_deploy.runtime.gpu.cuda import Device
@@ -23,29 +31,6 @@ from sjepa_deploy.spec import RunPrecision
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str], None]
-
-
-class EngineParityError(ParityError):
-    """Reports that the outputs of an engine differ from the PyTorch model. The engine was deleted.
-
-    Attributes
-    ----------
-    result : ParityResult
-        Measured parity of the engine.
-    """
-
-    def __init__(self, result: ParityResult, when: str) -> None:
-        super().__init__(
-            f"The {result.precision} engine {result.failure}, {when}.",
-            "It was not kept. Try --optimization-level 2, or another precision.",
-        )
-        self.result = result
-
-
-def engine_batch_sizes(settings: BuildSettings) -> tuple[int, ...]:
-    """Return the batch sizes that an engine is judged at: 1, 2, 3, 8 and the largest, within the profile."""
-    low, high = settings.min_batch, settings.max_batch
-    return tuple(sorted({min(max(size, low), high) for size in (1, 2, 3, 8, high)}))
 
 
 def why_no_engines(flavour: str = "tensorrt") -> str | None:
@@ -65,6 +50,7 @@ def build_engine(
     flavour: str = "tensorrt",
     settings: BuildSettings | None = None,
     ordinal: int = 0,
+    target: str | None = None,
     rebuild: bool = False,
     time_limit: float | None = None,
     progress: Progress = lambda _: None,
@@ -83,6 +69,9 @@ def build_engine(
         Profile and options; None for the batches of the graph.
     ordinal : int
         Number of the GPU.
+    target : str or None
+        Compute capability of other machines, e.g. "8.6", for which no GPU is needed here. Such an engine is unproven: parity
+        judges it at its first load there. None builds for this machine's GPU.
     rebuild : bool
         Whether to build an existing engine again.
     time_limit : float or None
@@ -114,10 +103,13 @@ def build_engine(
         raise EngineError(
             f"TensorRT {api.version} cannot stop a build.", "Leave --time-limit out, or lower --optimization-level."
         )
-    device = Device(ordinal)
-    try:
+    with contextlib.ExitStack() as opened:
+        if target is None:
+            device = opened.enter_context(closing(_device(ordinal, api)))
+            machine = machine_of(api, device.gpu)
+        else:
+            device, machine = None, other_machine(flavour, target)
         store = EngineStore(bundle=bundle)
-        machine = machine_of(api, device.gpu)
         identity = store.identity(precision, machine, settings, api.flags(precision, settings))
         with store.lock(identity, waiting=lambda: progress("waiting for another process that builds the same engine")):
             found = store.find(identity)
@@ -130,41 +122,76 @@ def build_engine(
             step = _Steps(progress, started, time_limit)
             progress("building")
             try:
-                built = api.build(onnx, precision, settings, timings=read_timing_cache(machine), step=step)
+                built = api.build(onnx, precision, settings, target=target, timings=read_timing_cache(machine), step=step)
             except EngineError:
                 if step.stopped:
                     raise EngineError(
                         f"The build took longer than {time_limit:g} s.", "Raise --time-limit, or lower --optimization-level."
                     ) from None
                 raise
-            seconds = time.monotonic() - started
-            if api.keeps_timings:
-                _keep_timings(lambda: write_timing_cache(machine, built.timings))
-            plan = built.plan
-            layers = summarise_layers(api.inspect(api.deserialize(plan)))
-            computes_in, evidence = judge_types(layers, precision, stored_weights(plan, weight_samples(onnx)))
-            judge = _Judge(bundle.reference(), precision, bundle, api, device, settings)
-            progress("comparing with the PyTorch model")
-            before = judge(plan, "after the build")
             record = EngineRecord(
                 identity=identity,
-                computes_in=computes_in,
-                evidence=evidence,
-                layers=layers,
-                parity=(before,),
-                plan_sha256=bytes_hash(plan),
-                plan_bytes=len(plan),
-                build_seconds=round(seconds, 1),
+                computes_in=precision,
+                evidence="the network is strongly typed; the engine is judged at its first load on a GPU",
+                layers=None,
+                parity=(),
+                plan_sha256=bytes_hash(built.plan),
+                plan_bytes=len(built.plan),
+                build_seconds=round(time.monotonic() - started, 1),
                 created=now(),
             )
+            if device is None:
+                return store.add(record, built.plan, lambda reloaded: record)
+            if api.keeps_timings:
+                _keep_timings(lambda: write_timing_cache(machine, built.timings))
+            judge = EngineJudge(bundle, precision, settings, api, device)
+            types = judge.types(built.plan)
+            progress("comparing with the PyTorch model")
+            before = _passed(judge, built.plan, "after the build")
             progress("comparing again after reading it back")
-            return store.add(
-                record,
-                plan,
-                lambda reloaded: dataclasses.replace(record, parity=(before, judge(reloaded, "after it was read back"))),
-            )
-    finally:
-        device.close()
+
+            def judged(reloaded: bytes) -> EngineRecord:
+                after = _passed(judge, reloaded, "after it was read back")
+                kept = dataclasses.replace(record, layers=types.layers, computes_in=types.computes_in, evidence=types.evidence)
+                return dataclasses.replace(kept, parity=(before, after))
+
+            return store.add(record, built.plan, judged)
+
+
+def _device(ordinal: int, api: TensorRT) -> Device:
+    """Open the GPU. Without one, say how engines are built for other machines, if this TensorRT can."""
+    try:
+        return Device(ordinal)
+    except BackendError as e:
+        if not api.targets:
+            raise
+        others = f"build for other machines with --for, e.g. --for {api.targets[-1]}"
+        raise BackendError(e.problem, f"{e.mend.rstrip('.')}, or {others}.") from e
+
+
+def other_machine(flavour: str, target: str) -> Machine:
+    """Return what stands for every machine with a GPU of compute capability `target`.
+
+    Raises
+    ------
+    EngineError
+        If this TensorRT cannot build for such machines.
+    """
+    if flavour != "tensorrt-rtx":
+        raise EngineError("TensorRT builds for the GPU of its own machine.", "Build there, or use --flavour tensorrt-rtx.")
+    api = TensorRT(flavour)
+    if target not in api.targets:
+        raise EngineError(
+            f"TensorRT-RTX {api.version} builds nothing for compute capability {target}.", f"Use {', '.join(api.targets)}."
+        )
+    return Machine(flavour=api.flavour, version=api.version, gpu=ANY, compute_capability=target, driver=ANY)
+
+
+def _passed(judge: EngineJudge, plan: bytes, when: str) -> ParityResult:
+    result = judge.parity(plan)
+    if not result.passed:
+        raise EngineParityError(result, when)
+    return result
 
 
 def default_settings(bundle: Bundle, precision: RunPrecision) -> BuildSettings:
@@ -173,41 +200,6 @@ def default_settings(bundle: Bundle, precision: RunPrecision) -> BuildSettings:
     if graph.static_batch is not None:
         return BuildSettings(min_batch=graph.static_batch, opt_batch=graph.static_batch, max_batch=graph.static_batch)
     return BuildSettings(max_batch=graph.max_batch)
-
-
-class _Judge:
-    """Runs a plan on the reference windows, and raises an error if the outputs differ."""
-
-    def __init__(
-        self,
-        reference: Reference,
-        precision: RunPrecision,
-        bundle: Bundle,
-        api: TensorRT,
-        device: Device,
-        settings: BuildSettings,
-    ) -> None:
-        self._reference, self._precision, self._bundle = reference, precision, bundle
-        self._api, self._device, self._sizes = api, device, engine_batch_sizes(settings)
-
-    def __call__(self, plan: bytes, when: str) -> ParityResult:
-        try:
-            result = self._compare(plan, BackendOptions())
-        except CaptureError as e:
-            logger.warning("%s It is judged without a graph.", e.problem)
-            result = self._compare(plan, BackendOptions(cuda_graph=False))
-        if not result.passed:
-            raise EngineParityError(result, when)
-        return result
-
-    def _compare(self, plan: bytes, options: BackendOptions) -> ParityResult:
-        runner = EngineRunner(self._api, self._device, plan, self._bundle.spec, options)
-        try:
-            return check_parity(
-                runner.run, self._reference, backend=self._api.flavour, precision=self._precision, sizes=self._sizes
-            )
-        finally:
-            runner.close()
 
 
 class _Steps:

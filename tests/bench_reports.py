@@ -148,10 +148,10 @@ def make_report(*, bundles=("prelocal", "contextual"), n=4000, **changes):
                     id=f"c{len(cells):03}",
                     key=CellKey(scenario="throughput", **common, batch=batch),
                     **judged,
-                    latency=latency(values[:500]),
+                    latency=latency(batch**0.4 * values[:500]),
                     windows_per_s=Estimate(value=rate, low=rate * 0.99, high=rate * 1.01),
                 )
-                add(cell, values[:500])
+                add(cell, batch**0.4 * values[:500])
             for rate, keep_warm in ((10.0, False), (100.0, False), (100.0, True)):
                 held = not (bundle == bundles[-1] and backend == "braindecode" and rate == 100.0)
                 service = draw(median * 1.2, n)

@@ -398,17 +398,21 @@ class Faults:
         self.steps = 3
 
 
-def fake_tensorrt(version: str, driver: FakeDriver, faults: Faults) -> types.SimpleNamespace:
-    """Return the module `tensorrt` of `version`."""
+def fake_tensorrt(version: str, driver: FakeDriver, faults: Faults, *, rtx: bool = False) -> types.SimpleNamespace:
+    """Return the module `tensorrt` of `version`, or `tensorrt_rtx`."""
     major = int(version.split(".")[0])
-    strong = major >= 10
+    strong = major >= 10 or rtx
 
     def names(kind: str, *members: str) -> Any:
         return enum.IntEnum(kind, {name: i for i, name in enumerate(members)})
 
     network_flags = names("NetworkDefinitionCreationFlag", *(["STRONGLY_TYPED"] if strong else ["EXPLICIT_BATCH"]))
     builder_flags = names(
-        "BuilderFlag", "TF32", "REFIT", "VERSION_COMPATIBLE", *([] if major >= 11 else ["FP16", "PREFER_PRECISION_CONSTRAINTS"])
+        "BuilderFlag",
+        "TF32",
+        "REFIT",
+        "VERSION_COMPATIBLE",
+        *([] if major >= 11 or rtx else ["FP16", "PREFER_PRECISION_CONSTRAINTS"]),
     )
     severity = names("Severity", "INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
 
@@ -487,6 +491,14 @@ def fake_tensorrt(version: str, driver: FakeDriver, faults: Faults) -> types.Sim
         def get_timing_cache(self) -> ITimingCache:
             return self.cache
 
+        if rtx:
+            num_compute_capabilities = 0
+
+            def set_compute_capability(self, capability: Any, index: int) -> bool:
+                assert self.num_compute_capabilities == 1
+                self.target = capability.name
+                return index == 0
+
         def set_tactic_sources(self, sources: int) -> None:
             self.tactic_sources = sources
 
@@ -522,7 +534,8 @@ def fake_tensorrt(version: str, driver: FakeDriver, faults: Faults) -> types.Sim
                         self._log.log(severity.ERROR, "cancelled")
                         return None
                 config.progress_monitor.phase_finish("tactics")
-            header = json.dumps({"version": version, "profile": getattr(config, "profile", None) and config.profile.shapes})
+            profile = getattr(config, "profile", None) and config.profile.shapes
+            header = json.dumps({"version": version, "profile": profile, "target": getattr(config, "target", None)})
             return f"{header}\n".encode() + network.onnx
 
     class EngineInspector:
@@ -543,7 +556,10 @@ def fake_tensorrt(version: str, driver: FakeDriver, faults: Faults) -> types.Sim
 
         def __init__(self, plan: bytes) -> None:
             header, self._onnx = plan.split(b"\n", 1)
-            self._profile = json.loads(header)["profile"]
+            about = json.loads(header)
+            self._profile = about["profile"]
+            if about["target"] not in (None, "SM{}{}".format(*driver.capability)):
+                raise ValueError(f"the plan is for {about['target']}")
             self._proto = onnx.load_from_string(self._onnx)
             self._session = ort.InferenceSession(self._onnx, providers=["CPUExecutionProvider"])
 
@@ -571,14 +587,26 @@ def fake_tensorrt(version: str, driver: FakeDriver, faults: Faults) -> types.Sim
         if strong:
             device_memory_size_v2 = 4096
 
-            def create_execution_context(self, strategy: Any) -> Any:
+            def create_execution_context(self, how: Any) -> Any:
+                strategy = how.strategy if rtx else how
                 assert strategy == module.ExecutionContextAllocationStrategy.USER_MANAGED
                 return IExecutionContext(self)
+
+            if rtx:
+
+                def create_runtime_config(self) -> Any:
+                    return IRuntimeConfig()
         else:
             device_memory_size = 4096
 
             def create_execution_context_without_device_memory(self) -> Any:
                 return IExecutionContext(self)
+
+    class IRuntimeConfig:
+        dynamic_shapes_kernel_specialization_strategy: Any
+
+        def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+            self.strategy = strategy
 
     class IExecutionContext:
         def __init__(self, engine: ICudaEngine) -> None:
@@ -663,4 +691,8 @@ def fake_tensorrt(version: str, driver: FakeDriver, faults: Faults) -> types.Sim
     else:
         module.IProgressMonitor = IProgressMonitor
         module.ExecutionContextAllocationStrategy = names("ExecutionContextAllocationStrategy", "STATIC", "USER_MANAGED")
+    if rtx:
+        module.ComputeCapability = names("ComputeCapability", "NONE", "CURRENT", "SM86", "SM89", "SM120")
+        module.DynamicShapesKernelSpecializationStrategy = names("DynamicShapesKernelSpecializationStrategy", "LAZY", "EAGER")
+        module.IRuntimeConfig = IRuntimeConfig
     return module

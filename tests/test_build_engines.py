@@ -17,41 +17,24 @@ import numpy as np
 import pytest
 from bundles import copy_bundle
 from engine_bundles import small_bundle
-from fake_gpu import LAUNCH_FAILED, FakeDriver, Faults, check_nothing_is_left, fake_tensorrt, in_another_thread
+from fake_gpu import LAUNCH_FAILED, check_nothing_is_left, in_another_thread
+from fake_machine import Rig, eeg, outputs
 
 import sjepa_deploy
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import run_command
 from sjepa_deploy.cli.build import build
 from sjepa_deploy.errors import BackendError, EngineError, InputError
-from sjepa_deploy.export.to_tensorrt import EngineParityError, build_engine
+from sjepa_deploy.export.to_tensorrt import build_engine
 from sjepa_deploy.runtime.backend import BACKENDS, BackendOptions, open_backend
 from sjepa_deploy.runtime.backends import tensorrt_api
+from sjepa_deploy.runtime.backends.engine_judge import EngineParityError
 from sjepa_deploy.runtime.backends.engines import BuildSettings, EngineStore, timing_cache_file
 from sjepa_deploy.runtime.bench.baselines import ALL_BACKENDS
 from sjepa_deploy.runtime.bench.run import BenchConfig, run_bench
-from sjepa_deploy.runtime.gpu import cuda
 
 ONE_THREAD = BackendOptions(n_threads=1)  # on busy cores, threads of small models wait for each other
 VERSIONS = ("8.6.0", "10.9.0", "11.4.0")
-
-
-class Rig:
-    """A fake machine."""
-
-    def __init__(self, monkeypatch, version="11.4.0", **gpu):
-        self.monkeypatch = monkeypatch
-        self.faults = Faults()
-        self.set(version, **gpu)
-
-    def set(self, version="11.4.0", driver_version="580.1", **gpu):
-        self.driver = FakeDriver(**gpu)
-        module = fake_tensorrt(version, self.driver, self.faults)
-        self.monkeypatch.setattr(cuda, "driver", lambda: self.driver)
-        self.monkeypatch.setattr(cuda, "driver_version", lambda: driver_version)
-        self.monkeypatch.setattr(tensorrt_api, "_load", lambda flavour: module)
-        self.monkeypatch.setattr(tensorrt_api, "_LOGS", {})
-        self.monkeypatch.setitem(BACKENDS, "tensorrt", dataclasses.replace(BACKENDS["tensorrt"], package="numpy"))
 
 
 @pytest.fixture
@@ -64,15 +47,6 @@ def rig(monkeypatch, tmp_path):
 def bundle(tmp_path):
     shutil.copytree(small_bundle("prelocal").path, tmp_path / "b")
     return Bundle.open(tmp_path / "b")
-
-
-def eeg(bundle, n):
-    return bundle.reference().inputs[:n].copy()
-
-
-def outputs(bundle, precision, windows):
-    with sjepa_deploy.load(bundle, precision=precision, backend="ort-cpu", check_unit=False) as predict:
-        return predict(windows).copy()
 
 
 @pytest.mark.parametrize("version", VERSIONS)

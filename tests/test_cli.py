@@ -398,7 +398,11 @@ def test_doctor_shows_versions_and_backends(sjepa):
     assert int(answer["machine"]["cores"]) >= 1
 
 
-def test_doctor_tells_which_kernels_were_faster(sjepa, tmp_path):
+def test_doctor_tells_which_kernels_were_faster(sjepa, make_bundle, tmp_path):
+    copy_bundle(make_bundle("prelocal"), tmp_path / "b")
+    status, _, err = sjepa("doctor", tmp_path)
+    assert (status, "manifest" in err) == (2, True), "a folder that is no bundle is told"
+    tmp_path /= "b"
     empty = KernelRecord(precision="fp16", gpu="a GPU", driver="580", choices=(), created="")
     assert "measured no batch" in " ".join(sjepa("doctor", tmp_path)[1].split())
     choices = Choices(tmp_path, empty, "key")

@@ -10,7 +10,7 @@ import pytest
 import sjepa_deploy
 from sjepa_deploy.errors import InputError, MissingDependencyError, SjepaError, TrainingStoppedError
 from sjepa_deploy.export.to_bundle import ExportParityError
-from sjepa_deploy.export.to_tensorrt import EngineParityError
+from sjepa_deploy.runtime.backends.engine_judge import EngineParityError
 
 
 def every_kind() -> list[type[SjepaError]]:

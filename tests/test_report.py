@@ -10,10 +10,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from bench_reports import MEDIANS, WRONG, assert_as_measured, make_report
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import isotonic_regression
 
 from sjepa_deploy.cli import _command, run_command
 from sjepa_deploy.errors import BenchmarkError, MissingDependencyError
-from sjepa_deploy.runtime.bench import report_plots, report_tables, tables
+from sjepa_deploy.runtime.bench import figures, report_plots, report_tables, tables
 from sjepa_deploy.runtime.bench.cells import CellKey, Estimate, Percentile
 from sjepa_deploy.runtime.bench.compare import Change, Comparison
 from sjepa_deploy.runtime.bench.decision_age import decision_ages, with_decision_ages
@@ -285,6 +288,55 @@ def test_without_samples_nothing_is_drawn(made, draw):
     assert draw(made[0].cells, {}, "title") is None
 
 
+def test_the_latency_curve_tells_the_medians_over_the_batch_of_what_is_right(made):
+    own = [cell for cell in made[0].cells if cell.key.bundle == "contextual"]
+    plot = report_plots.latency_curve(own, "title")
+    for backend, median in MEDIANS["contextual"].items():
+        drawn = re.search(rf"(^|; ){backend}: 1: (\S+ \S+), 8: (\S+ \S+), 64: (\S+ \S+?)(;|$)", plot.description)
+        assert (drawn is None) == (("contextual", backend) == WRONG)
+        assert plot.svg.count(f">{backend}<") == (drawn is not None), "its name stands at its line"
+        if drawn is not None:
+            found = [float(text.split()[0]) * {"us": 1, "ms": 1e3}[text.split()[1]] for text in drawn.group(2, 3, 4)]
+            np.testing.assert_allclose(found, [median * batch**0.4 for batch in (1, 8, 64)], rtol=0.1)
+    one_size = [cell for cell in own if cell.key.batch == 1]
+    assert report_plots.latency_curve(one_size, "title") is None
+
+
+def test_there_is_a_latency_curve_for_each_bundle_and_precision_and_one_table(made, tmp_path):
+    report, samples = made
+    extra = [
+        dataclasses.replace(cell, id=f"x{i}", key=dataclasses.replace(cell.key, precision="fp16"))
+        for i, cell in enumerate(report.cells)
+        if cell.key.scenario == "throughput" and cell.key.bundle == "prelocal"
+    ]
+    report = dataclasses.replace(report, cells=(*report.cells, *extra))
+    write_html(report, samples, tmp_path / "a.html")
+    curves = re.findall(r"(\w+ \w+): latency of a call over the batch size</figcaption>", (tmp_path / "a.html").read_text())
+    assert curves == ["prelocal fp32", "prelocal fp16", "contextual fp32"]
+    table = report_tables.curve_table(report)
+    assert [c.name for c in table.columns] == ["bundle", "precision", "backend", "1", "8", "64"]
+    assert len(table.rows) == 3 * 4
+    for row in table.rows:
+        bundle, precision, backend = (entry.text for entry in row.entries[:3])
+        cells = {c.key.batch: c for c in report.cells if (c.key.scenario, c.key.bundle) == ("throughput", bundle)
+                 and (c.key.backend, c.key.precision) == (backend, precision)}  # fmt: skip
+        assert [entry.sort for entry in row.entries[3:]] == [cells[batch].latency.at(50.0).value for batch in (1, 8, 64)]
+        assert row.struck == ((bundle, backend) == WRONG)
+    assert table.rows[-1].struck
+    assert "| prelocal | fp16 | ort-cpu | 2" in to_markdown(report)
+
+
+@given(st.lists(st.floats(-0.2, 1.2), min_size=1, max_size=8).map(sorted), st.floats(0.01, 0.12))
+def test_names_at_lines_stand_apart_in_their_order_and_as_near_as_can_be(wanted, gap):
+    places = np.array(figures.apart(wanted, gap))
+    assert (np.diff(places) >= gap - 1e-9).all()
+    assert places[-1] <= 1 + 1e-9
+    steps = np.arange(len(wanted)) * gap
+    nearest = isotonic_regression(np.array(wanted) - steps).x + steps
+    if nearest[-1] <= 1:
+        np.testing.assert_allclose(places, nearest, atol=1e-9)
+
+
 def test_few_samples_and_equal_samples_are_drawn(made):
     cell = next(c for c in made[0].cells if c.key.scenario == "paced" and not c.struck_out)
     for values in (np.array([5.0]), np.full(100, 7.0)):
@@ -298,6 +350,7 @@ def test_a_section_whose_tables_have_no_rows_is_on_the_page_if_it_has_a_plot(mad
     report, samples = made
     cells = tuple(cell for cell in report.cells if cell.key.scenario == "throughput")
     monkeypatch.setattr(report_tables, "cell_tables", lambda *_: ())
+    monkeypatch.setattr(report_tables, "curve_table", lambda _: tables.Table(caption="", columns=(), rows=()))
     report = dataclasses.replace(report, cells=cells)
     write_html(report, samples, tmp_path / "a.html")
     page = (tmp_path / "a.html").read_text()
@@ -371,6 +424,30 @@ def test_the_page_asks_for_nothing_complains_of_nothing_and_fits(browser, page, 
         "return Math.min(...[...document.querySelectorAll('figure svg text')].map(size))"
     )
     assert smallest > 6
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_names_at_lines_are_in_the_figure_and_none_upon_another(browser, made, tmp_path, width):
+    report, samples = made
+    lines = [c for c in report.cells if c.key.scenario == "throughput" and c.key.bundle == "prelocal"]
+    longer = [
+        dataclasses.replace(cell, id=f"x{i}", key=dataclasses.replace(cell.key, backend=f"{cell.key.backend}-no-fast-path"))
+        for i, cell in enumerate(lines)
+    ]
+    write_html(dataclasses.replace(report, cells=(*lines, *longer)), samples, tmp_path / "a.html")
+    browser.open((tmp_path / "a.html").as_uri(), width=width)
+    boxes = browser.run(
+        "const svg = [...document.querySelectorAll('figure svg')].find(s => s.textContent.includes('latency of a call over'));"
+        "const box = (e) => { const b = e.getBoundingClientRect(); return [b.left, b.right, b.top, b.bottom] };"
+        "return [box(svg), ...[...svg.querySelectorAll('text')].filter(t => /ort|torch|brain/.test(t.textContent)).map(box)]"
+    )
+    (left, right, top, bottom), *names = boxes
+    assert len(names) == 8
+    for i, (x0, x1, y0, y1) in enumerate(names):
+        assert left <= x0 < x1 <= right + 1
+        assert top - 1 <= y0 < y1 <= bottom
+        overlaps = [min(y1, d) - max(y0, c) for a, b, c, d in names[:i] if a < x1 and x0 < b]
+        assert all(overlap < 0.3 * (y1 - y0) for overlap in overlaps), "boxes are higher than letters"
 
 
 def test_hostile_names_are_shown_and_not_run(browser, page):

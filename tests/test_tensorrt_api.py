@@ -28,21 +28,22 @@ from sjepa_deploy.runtime.backends.onnx_weights import half_tensors
 from sjepa_deploy.runtime.backends.tensorrt_api import TensorRT, graph_types, hold_types
 from sjepa_deploy.spec import VARIANTS, graph_precision
 
+OF_THE_FAKE = {("IBuilderConfig", "workspace"), ("IBuilderConfig", "cache"), ("INetworkDefinition", "onnx")}
 ONLY_BEFORE_11 = {"FP16", "PREFER_PRECISION_CONSTRAINTS"}
 
 
-@pytest.mark.parametrize("version", ["10.9.0", "11.4.0"])
-def test_every_name_that_the_adapter_uses_exists_in_the_bindings(version):
+@pytest.mark.parametrize(("version", "rtx"), [("10.9.0", False), ("11.4.0", False), ("1.7.1", True)])
+def test_every_name_that_the_adapter_uses_exists_in_the_bindings(version, rtx):
     """The fake has all that the adapter uses, or the tests on it would fail with an AttributeError (test_build_engines.py)."""
-    module = fake_tensorrt(version, FakeDriver(), Faults())
+    module = fake_tensorrt(version, FakeDriver(), Faults(), rtx=rtx)
     checked = []
     for name, fake in vars(module).items():
         if name == "__version__":
             continue
-        real = getattr(tensorrt_lean, name, None) or getattr(tensorrt_rtx, name)
+        real = getattr(tensorrt_rtx, name) if rtx else getattr(tensorrt_lean, name, None) or getattr(tensorrt_rtx, name)
         members = list(fake.__members__) if hasattr(fake, "__members__") else [m for m in vars(fake) if not m.startswith("_")]
         for member in members:
-            if (name, member) in {("IBuilderConfig", "workspace"), ("IBuilderConfig", "cache"), ("INetworkDefinition", "onnx")}:
+            if (name, member) in OF_THE_FAKE:
                 continue
             if version.startswith("10") and member in ONLY_BEFORE_11:
                 continue

@@ -31,6 +31,9 @@ from sjepa_deploy.parity import ParityResult
 from sjepa_deploy.serialize import DecodeError, decode
 from sjepa_deploy.spec import RunPrecision
 
+ANY = "any"
+"""GPU and driver of an engine that was built for every machine of one compute capability."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -43,7 +46,8 @@ class Machine:
     version : str
         Version of this TensorRT.
     gpu, compute_capability, driver : str
-        Name of the GPU, its compute capability, e.g. "9.0", and the version of its driver.
+        Name of the GPU, its compute capability, e.g. "9.0", and the version of its driver. An engine for other machines has
+        `ANY` GPU and driver.
     """
 
     flavour: str
@@ -152,10 +156,10 @@ class EngineRecord:
         Precision that the engine was found to have. An engine asked for in fp16 without a half-typed layer is an fp32 engine.
     evidence : str
         Reason to believe `computes_in`.
-    layers : LayerSummary
-        From the engine inspector.
+    layers : LayerSummary or None
+        From the engine inspector. None for an engine that was built for other machines.
     parity : tuple of ParityResult
-        Parity before and after the plan was read back from the disk.
+        Parity before and after the plan was read back from the disk. Empty for an engine that was built for other machines.
     plan_sha256, plan_bytes
         Hash and size of the plan.
     build_seconds : float
@@ -167,21 +171,26 @@ class EngineRecord:
     identity: EngineIdentity
     computes_in: RunPrecision
     evidence: str
-    layers: LayerSummary
+    layers: LayerSummary | None
     parity: tuple[ParityResult, ...]
     plan_sha256: str
     plan_bytes: int
     build_seconds: float
     created: str
 
+    @property
+    def for_others(self) -> bool:
+        """Whether the engine was built for other machines, and must be proven there (`sjepa_deploy.runtime.backends.proofs`)."""
+        return self.identity.machine.gpu == ANY
+
 
 def differences(theirs: EngineIdentity, ours: EngineIdentity) -> tuple[str, ...]:
-    """Return one clause for every field in which two identities differ."""
+    """Return one clause for every field in which two identities differ. `ANY` differs from nothing."""
     found = []
     for there, here in ((theirs, ours), (theirs.machine, ours.machine), (theirs.settings, ours.settings)):
         for field in dataclasses.fields(there):
             a, b = getattr(there, field.name), getattr(here, field.name)
-            if a != b and not dataclasses.is_dataclass(a):
+            if a not in (b, ANY) and not dataclasses.is_dataclass(a):
                 a, b = (x[:12] if field.name == "onnx_sha256" else x for x in (a, b))
                 found.append(f"{field.name} is {a!r} in the engine and {b!r} here")
     return tuple(found)
@@ -230,6 +239,8 @@ class EngineStore:
     def choose(self, precision: RunPrecision, machine: Machine) -> EngineRecord:
         """Return the newest engine for `precision` that was built from this bundle's graph on a machine equal to `machine`.
 
+        If there is none, return the newest one that was built for other machines and fits `machine`.
+
         Raises
         ------
         EngineError
@@ -241,7 +252,7 @@ class EngineStore:
         if not records:
             raise EngineError(f"The bundle {self.bundle.path} has no {precision} engine for {machine.flavour}.", mend)
         nearest: tuple[str, ...] | None = None
-        for record in records:
+        for record in sorted(records, key=lambda r: r.for_others):
             there = record.identity
             wanted = self.identity(precision, machine, there.settings, there.flags)
             differs = differences(there, wanted)

@@ -8,6 +8,7 @@ bf16                   no                      yes                      yes     
 explicit batch         a flag                  always                   always                always
 tactic sources         set to none             default                  default               default
 timing cache           yes                     yes                      yes                   no
+other machines         no                      no                       no                    yes
 progress, time limit   no                      IProgressMonitor         IProgressMonitor      IProgressMonitor
 context without        own function,           strategy,                strategy,             runtime config,
 its memory             device_memory           set_device_memory        set_device_memory     set_device_memory
@@ -95,6 +96,14 @@ class TensorRT:
         """Precisions of the engines that this version can build."""
         return ("fp32", "tf32", "fp16", "bf16") if self.strongly_typed else ("fp32", "tf32", "fp16")
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Compute capabilities of other machines that this version can build for, e.g. "8.6"; empty if it cannot."""
+        if self.flavour != "tensorrt-rtx":
+            return ()
+        numbers = (name.removeprefix("SM") for name in self.module.ComputeCapability.__members__)
+        return tuple(f"{number[:-1]}.{number[-1]}" for number in sorted(filter(str.isdigit, numbers), key=int))
+
     # ---- building ----------------------------------------------------------------------------------------------------------
 
     def flags(self, precision: RunPrecision, settings: BuildSettings) -> tuple[str, ...]:
@@ -111,7 +120,14 @@ class TensorRT:
         return tuple(flags)
 
     def build(
-        self, onnx: bytes, precision: RunPrecision, settings: BuildSettings, *, timings: bytes = b"", step: Step | None = None
+        self,
+        onnx: bytes,
+        precision: RunPrecision,
+        settings: BuildSettings,
+        *,
+        target: str | None = None,
+        timings: bytes = b"",
+        step: Step | None = None,
     ) -> Built:
         """Build a plan.
 
@@ -123,6 +139,8 @@ class TensorRT:
             Precision of the engine. The graph is of that type.
         settings : BuildSettings
             Profile and options.
+        target : str or None
+            Compute capability of other machines, one of `targets`. None builds for this machine.
         timings : bytes
             Timings of kernels from earlier builds.
         step : callable or None
@@ -138,6 +156,10 @@ class TensorRT:
         builder, network, parser = self.parse(onnx, self.flags(precision, settings)[0])
         config = builder.create_builder_config()
         self.configure(config, network, precision, settings)
+        if target is not None:
+            config.num_compute_capabilities = 1
+            known = config.set_compute_capability(getattr(self.module.ComputeCapability, f"SM{target.replace('.', '')}"), 0)
+            assert known, "it is one of `targets`"
         self._set_profile(builder, network, config, settings)
         if step is not None and self.has_progress:
             config.progress_monitor = _monitor(self.module, step)
@@ -150,7 +172,9 @@ class TensorRT:
         del parser
         if plan is None:
             mend = "Allow more with --workspace." if settings.workspace_mib is not None else "Lower --max-batch."
-            raise EngineError(f"TensorRT {self.version} could not build the {precision} engine: {self.last_error}.", mend)
+            where = "" if target is None else f" for compute capability {target}"
+            mend = mend if target is None else f"Try another --precision, or leave {target} out of --for."
+            raise EngineError(f"TensorRT {self.version} could not build the {precision} engine{where}: {self.last_error}.", mend)
         timings = b"" if cache is None else bytes(config.get_timing_cache().serialize())
         return Built(plan=bytes(plan), timings=timings)
 

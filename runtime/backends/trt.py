@@ -8,14 +8,13 @@ from contextlib import closing
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError
 from sjepa_deploy.runtime.backend import BackendOptions
+from sjepa_deploy.runtime.backends.engine_judge import EngineJudge
 from sjepa_deploy.runtime.backends.engine_runner import EngineRunner
 from sjepa_deploy.runtime.backends.engines import EngineStore, Machine
+from sjepa_deploy.runtime.backends.proofs import prove
 from sjepa_deploy.runtime.backends.tensorrt_api import TensorRT
 from sjepa_deploy.runtime.gpu.cuda import Device, Gpu
 from sjepa_deploy.spec import RunPrecision
-
-RTX_CAPABILITIES = frozenset({"7.5", "8.0", "8.6", "8.7", "8.9", "12.0", "12.1"})
-"""Compute capabilities that TensorRT-RTX makes engines for. 9.0 (H100, H200) and 10.x are not among them."""
 
 
 def machine_of(api: TensorRT, gpu: Gpu) -> Machine:
@@ -32,10 +31,14 @@ def machine_of(api: TensorRT, gpu: Gpu) -> Machine:
 class TensorRTBackend(EngineRunner):
     """Runs the engine of a bundle that fits this machine.
 
+    Parity judges an engine that was built for other machines at its first load, and the proof is kept beside the engine.
+
     Raises
     ------
     EngineError
         If the bundle has no engine that fits this graph, TensorRT, GPU and driver, or its plan was changed.
+    EngineParityError
+        If an engine that was built for other machines differs from the PyTorch model on this one.
     BackendError
         If TensorRT or the GPU are not usable.
     """
@@ -50,8 +53,12 @@ class TensorRTBackend(EngineRunner):
         with contextlib.ExitStack() as opened:
             device = opened.enter_context(closing(Device(options.device)))
             store = EngineStore(bundle=bundle)
-            record = store.choose(precision, machine_of(api, device.gpu))
-            super().__init__(api, device, store.plan(record), bundle.spec, options)
+            machine = machine_of(api, device.gpu)
+            record = store.choose(precision, machine)
+            plan = store.plan(record)
+            if record.for_others:
+                prove(store, record, plan, machine, EngineJudge(bundle, precision, record.identity.settings, api, device))
+            super().__init__(api, device, plan, bundle.spec, options)
             opened.pop_all()
         self.build_seconds = record.build_seconds
 
@@ -75,9 +82,9 @@ def probe() -> None:
 
 def probe_rtx() -> None:
     """Raise an error if TensorRT-RTX cannot run here."""
-    TensorRT("tensorrt-rtx")
+    api = TensorRT("tensorrt-rtx")
     device = Device()
     capability = device.gpu.compute_capability
     device.close()
-    if capability not in RTX_CAPABILITIES:
+    if capability not in api.targets:
         raise BackendError(f"TensorRT-RTX has no kernels for compute capability {capability}.", "Use the backend tensorrt.")

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -115,6 +116,55 @@ def label_strip(axes: Axes, y: float, text: str, *, right: bool = False) -> None
     place, align = (1, "right") if right else (0, "left")
     label = axes.annotate(text, (place, y), xycoords=("axes fraction", "data"), ha=align, va="bottom", fontsize=8.5)
     label.set_in_layout(False)
+
+
+def label_lines(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Name lines at their right ends, in place of a legend: in their order, none upon another.
+
+    Both axes are logarithmic and have their limits. The right limit moves, so that the names have room.
+
+    Parameters
+    ----------
+    axes : Axes
+        Axes that the lines are in.
+    ends : sequence of (float, float, str, str)
+        Last point of each line, its name and its colour.
+    """
+    width, height = (72 * inches for inches in axes.figure.get_size_inches())  # type: ignore[union-attr]
+    share = min(0.6, (14 + 4.8 * max(len(name) for _, _, name, _ in ends)) / (width - 50))
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, right * (right / left) ** (share / (1 - share)))
+    low, high = axes.get_ylim()
+    gap = 11 / (height - 50)
+    by_height = sorted(ends, key=lambda end: end[1])
+    wanted = [math.log(y / low) / math.log(high / low) for _, y, _, _ in by_height]
+    for (x, y, name, colour), place in zip(by_height, apart(wanted, gap), strict=True):
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(1 - share + 10 / (width - 50), place),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8.5,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 3},
+        ).set_in_layout(False)
+
+
+def apart(wanted: Sequence[float], gap: float) -> list[float]:
+    """Return places at most 1 and at least `gap` apart, in the order of `wanted` and near to `wanted`.
+
+    `wanted` rises. Below 1 the sum of squared distances is the smallest one (isotonic regression by pooling adjacent violators).
+    """
+    pools: list[tuple[float, int]] = []  # mean and size; members of a pool stand `gap` apart
+    for i, place in enumerate(wanted):
+        mean, size = place - i * gap, 1
+        while pools and pools[-1][0] > mean:
+            before, n = pools.pop()
+            mean, size = (before * n + mean * size) / (n + size), n + size
+        pools.append((mean, size))
+    level = [mean for mean, size in pools for _ in range(size)]
+    return [min(mean + i * gap, 1 - (len(level) - 1 - i) * gap) for i, mean in enumerate(level)]
 
 
 def finished(figure: Figure, title: str, description: str) -> Plot:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from sjepa_deploy.runtime.bench.figures import Plot
 from sjepa_deploy.runtime.bench.results import BenchReport, Judgement
 from sjepa_deploy.runtime.bench.tables import Table, all_markdown, markdown_code, markdown_text
 from sjepa_deploy.runtime.bench.words import why_noisy, why_partial
+from sjepa_deploy.spec import RUN_PRECISIONS
 
 Draw = Callable[[], Plot | None]
 
@@ -100,6 +102,7 @@ def sections(report: BenchReport, samples: Samples) -> tuple[Section, ...]:
         else:
             shown = report_tables.cell_tables(report, scenario)
             shown += (report_tables.capacity_table(report),) if scenario == "streams" else ()
+            shown += (report_tables.curve_table(report),) if scenario == "throughput" else ()
         draw = tuple(_drawers(scenario, bundle, cells, samples) for bundle in _bundles(cells))
         found.append(Section(name=scenario, title=title, lead=lead, tables=shown, draw=draw))
     found += [
@@ -143,13 +146,22 @@ def _drawers(scenario: Scenario, bundle: str, cells: Sequence[Cell], samples: Sa
     if scenario == "cold-start":
         return (lambda: plots.cold_starts(own, f"{bundle}: from nothing to decoding"),)
     if scenario == "throughput":
-        return (lambda: plots.throughput(own, f"{bundle}: windows a second over the batch size"),)
+        precisions = sorted({cell.key.precision for cell in own}, key=RUN_PRECISIONS.index)
+        return (
+            lambda: plots.throughput(own, f"{bundle}: windows a second over the batch size"),
+            *(functools.partial(_latency_curve, own, bundle, precision) for precision in precisions),
+        )
     spread = (lambda: plots.histograms(own, samples, f"{bundle}: distribution of latencies, counts on a log axis"),)
     share = (lambda: plots.exceedance(own, samples, f"{bundle}: share of windows that took longer"),)
     if scenario == "streams":
         return share
     run = (lambda: plots.time_series(own, samples, f"{bundle}: latency over the run"),)
     return spread + run + share if scenario == "paced" else spread + share
+
+
+def _latency_curve(cells: Sequence[Cell], bundle: str, precision: str) -> Plot | None:
+    own = [cell for cell in cells if cell.key.precision == precision]
+    return plots.latency_curve(own, f"{bundle} {precision}: latency of a call over the batch size")
 
 
 def to_markdown(report: BenchReport) -> str:

@@ -10,12 +10,24 @@ from numpy.typing import NDArray
 
 from sjepa_deploy.runtime.bench.cells import HARNESS, Cell, Samples
 from sjepa_deploy.runtime.bench.estimates import percentile
-from sjepa_deploy.runtime.bench.figures import BAD, INK, N_SERIES, SERIES, Plot, finished, label_strip, new_figure, strips
+from sjepa_deploy.runtime.bench.figures import (
+    BAD,
+    INK,
+    N_SERIES,
+    SERIES,
+    Plot,
+    finished,
+    label_lines,
+    label_strip,
+    new_figure,
+    strips,
+)
 from sjepa_deploy.runtime.bench.results import DecisionAge
 from sjepa_deploy.runtime.bench.tables import duration, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.ticker import Locator
 
 MAX_STRIPS = 12
 """Distributions in one figure; the slower ones are in the table alone."""
@@ -195,6 +207,40 @@ def throughput(cells: Sequence[Cell], title: str) -> Plot | None:
         return finished(figure, title, described)
 
 
+def latency_curve(cells: Sequence[Cell], title: str) -> Plot | None:
+    """Draw the median latency of a call over the batch size on logarithmic axes: one line a backend, with its name at its end.
+
+    `cells` are of one bundle and precision. Cells of the scenario "throughput" that have the right outputs are drawn.
+    """
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for cell in cells:
+        median = cell.latency.at(50.0) if cell.latency is not None else None
+        if cell.key.scenario == "throughput" and median is not None and not cell.struck_out and cell.key.backend != HARNESS:
+            lines.setdefault(cell.key.backend, []).append((cell.key.batch, median.value))
+    curves = {name: sorted(points) for name, points in lines.items() if len(points) > 1}
+    fastest = sorted(curves, key=lambda name: min(us / batch for batch, us in curves[name]))[:N_SERIES]
+    shown = dict(zip((name for name in curves if name in fastest), SERIES, strict=False))
+    if not shown:
+        return None
+    sizes = sorted({batch for name in shown for batch, _ in curves[name]})
+    medians = [us for name in shown for _, us in curves[name]]
+    with new_figure(2.3 + 0.16 * len(shown)) as figure:
+        axes = figure.subplots()
+        axes.set(xscale="log", yscale="log", xlabel="windows of a call", ylabel="median latency of a call")
+        for name, colour in shown.items():
+            axes.plot(*zip(*curves[name], strict=True), color=colour, marker="o", markersize=3.5)
+        axes.set_xlim(sizes[0] / 1.15, sizes[-1] * 1.15)
+        axes.set_ylim(min(medians) / 1.4, max(medians) * 1.4)
+        label_lines(axes, [(*curves[name][-1], name, colour) for name, colour in shown.items()])
+        every = -(-len(sizes) // 6)  # as many as have room on a phone
+        axes.set_xticks(sizes[::-1][::every], [number(size) for size in sizes[::-1][::every]])
+        axes.yaxis.set_major_locator(_durations(*axes.get_ylim()))
+        axes.yaxis.set_major_formatter(lambda us, _: duration(us / 1e6))
+        axes.minorticks_off()
+        described = "; ".join(f"{name}: " + ", ".join(f"{b}: {duration(us / 1e6)}" for b, us in curves[name]) for name in shown)
+        return finished(figure, title, described)
+
+
 # ---- what they have in common ---------------------------------------------------------------------------------------------
 
 
@@ -243,15 +289,20 @@ def _tail(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.
 
 def _time_axis(axes: Axes) -> None:
     """Make the x axis logarithmic within its limits, with microseconds, milliseconds and seconds at its ticks."""
-    from matplotlib.ticker import LogLocator
-
     low, high = axes.get_xlim()
     axes.set(xscale="log", xlabel="latency")
-    between = (1.0, 2.0, 5.0) if high < 60 * low else (1.0, 3.0) if high < 1000 * low else (1.0,)
-    axes.xaxis.set_major_locator(LogLocator(subs=between, numticks=8))
+    axes.xaxis.set_major_locator(_durations(low, high))
     axes.xaxis.set_major_formatter(lambda microseconds, _: duration(microseconds / 1e6))
     axes.minorticks_off()
     axes.set_xlim(low, high)
+
+
+def _durations(low: float, high: float) -> Locator:
+    """Return where a logarithmic axis from `low` to `high` has its ticks."""
+    from matplotlib.ticker import LogLocator
+
+    between = (1.0, 2.0, 5.0) if high < 60 * low else (1.0, 3.0) if high < 1000 * low else (1.0,)
+    return LogLocator(subs=between, numticks=8)
 
 
 def _describe(shown: Sequence[tuple[Cell, NDArray[np.float64]]]) -> str:

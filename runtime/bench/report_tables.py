@@ -235,6 +235,30 @@ def parity_table(report: BenchReport) -> Table:
     return without_empty_columns(table)
 
 
+def curve_table(report: BenchReport) -> Table:
+    """Return the table of the median latencies over the batch size: one row a bundle, backend and precision."""
+    cells = [cell for cell in report.cells if cell.key.scenario == "throughput" and cell.key.backend != HARNESS]
+    curves: dict[tuple[str, str, str], dict[int, Cell]] = {}
+    for cell in cells:
+        curves.setdefault((cell.key.bundle, cell.key.precision, cell.key.backend), {})[cell.key.batch] = cell
+    sizes = sorted({cell.key.batch for cell in cells})
+
+    def median(cell: Cell | None) -> Entry:
+        found = None if cell is None or cell.latency is None else cell.latency.at(50.0)
+        return plain(None if found is None else found.value)
+
+    rows = [
+        Row(
+            entries=(*_texts(bundle, precision, backend), *(median(curve.get(size)) for size in sizes)),
+            struck=any(cell.struck_out for cell in curve.values()),
+        )
+        for (bundle, precision, backend), curve in curves.items()
+    ]
+    rows.sort(key=lambda row: (row.struck, *(entry.text for entry in row.entries[:3])))
+    columns = _columns("bundle", "precision", "backend", *(f"{size:,}#" for size in sizes))
+    return Table(caption="Median latency of a call in microseconds, over the batch size", columns=columns, rows=tuple(rows))
+
+
 def capacity_table(report: BenchReport) -> Table:
     """Return the table of the streams that each backend holds, the most first."""
     rows = tuple(

@@ -9,8 +9,10 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
+from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, options, print_json
 from sjepa_deploy.runtime.backend import BACKENDS
+from sjepa_deploy.runtime.backends.proofs import EngineState, engine_states
 from sjepa_deploy.runtime.fused.choice import records_of
 from sjepa_deploy.runtime.machine import gpu, n_cores, processor, versions
 from sjepa_deploy.serialize import encode
@@ -22,8 +24,10 @@ from sjepa_deploy.serialize import encode
 def doctor(bundles: tuple[Path, ...], json_output: bool) -> None:
     """Show versions, hardware, which backends run on this machine, and why others do not.
 
-    Of each of BUNDLES: which kernels of the backend cuda were measured to be the faster ones at each batch size.
+    Of each of BUNDLES: its TensorRT engines and where parity judged them, and which kernels of the backend cuda were measured to
+    be the faster ones at each batch size.
     """
+    opened = [Bundle.open(bundle) for bundle in bundles]
     packages = versions()
     machine = {
         "python": platform.python_version(),
@@ -33,10 +37,12 @@ def doctor(bundles: tuple[Path, ...], json_output: bool) -> None:
         **gpu(),
     }
     backends = {name: missing and str(missing) for name, missing in ((n, e.why_not()) for n, e in BACKENDS.items())}
-    kernels = {str(bundle): records_of(bundle) for bundle in bundles}
+    engines = {str(bundle.path): engine_states(bundle) for bundle in opened}
+    kernels = {str(bundle.path): records_of(bundle.path) for bundle in opened}
     if json_output:
         measured = {bundle: [encode(record) for record in records] for bundle, records in kernels.items()}
-        print_json({"machine": machine, "packages": packages, "backends": backends, "kernels": measured})
+        judged = {bundle: [encode(s) | {"unproven": s.unproven} for s in states] for bundle, states in engines.items()}
+        print_json({"machine": machine, "packages": packages, "backends": backends, "engines": judged, "kernels": measured})
         return
     screen = console(json_output=False)
     table = Table(show_header=False)
@@ -48,11 +54,27 @@ def doctor(bundles: tuple[Path, ...], json_output: bool) -> None:
             f"backend [bold]{name}[/]: "
             + ("[green]runs here[/]" if reason is None else f"[yellow]does not run here[/]: {escape(str(reason))}")
         )
+    for bundle, states in engines.items():
+        for state in states:
+            screen.print(f"{escape(bundle)}: {escape(engine_line(state))}")
     for bundle, records in kernels.items():
         for record in records:
             screen.print(f"{escape(bundle)}: cuda {record.precision} on {escape(record.gpu)}: kernels of {escape(str(record))}")
         if not records:
             screen.print(f"{escape(bundle)}: cuda has measured no batch yet")
+
+
+def engine_line(state: EngineState) -> str:
+    """Return what is known of an engine: which one it is, and where it was judged."""
+    identity, machine = state.record.identity, state.record.identity.machine
+    what = f"engine {identity.key[:12]}, {identity.precision}, {machine.flavour} {machine.version}"
+    if not state.record.for_others:
+        return f"{what}: built and judged on {machine.gpu}, driver {machine.driver}"
+    what = f"{what}, for compute capability {machine.compute_capability}"
+    if state.unproven:
+        return f"{what}: unproven, parity judges it at its first load on such a machine"
+    places = (f"{proof.machine.gpu}, driver {proof.machine.driver}" for proof in state.proofs)
+    return f"{what}: proven on {'; '.join(places)}"
 
 
 main = entry("doctor")

@@ -10,9 +10,11 @@ from rich.markup import escape
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, options, parity_table, print_json
+from sjepa_deploy.cli.doctor import engine_line
 from sjepa_deploy.errors import BackendError, ParityError
 from sjepa_deploy.parity import ParityResult, batch_sizes, check_parity
 from sjepa_deploy.runtime.backend import BACKENDS, is_server, open_backend, why_not
+from sjepa_deploy.runtime.backends.proofs import engine_states
 from sjepa_deploy.spec import RUN_PRECISIONS, RunPrecision
 
 
@@ -39,12 +41,15 @@ class Verification:
         One for each backend and precision that was judged.
     not_judged : tuple of NotJudged
         What could not be judged.
+    unproven : tuple of str
+        Keys of the engines that were built for other machines and that nothing has judged yet.
     """
 
     bundle: str
     passed: bool
     results: tuple[ParityResult, ...]
     not_judged: tuple[NotJudged, ...]
+    unproven: tuple[str, ...]
 
 
 @options.command
@@ -58,11 +63,15 @@ def verify(bundle: Path, backends: tuple[str, ...], precisions: tuple[RunPrecisi
     The hashes of all files are checked first. The exit status is 1 if a backend differs by more than the tolerance.
     """
     screen = console(json_output)
-    found = _judge(Bundle.open(bundle), backends, precisions, screen)
+    opened = Bundle.open(bundle)
+    found = _judge(opened, backends, precisions, screen)
     screen.print(parity_table(found.results, f"{escape(found.bundle)}: parity on this machine"))
     for reason in dict.fromkeys(each.reason for each in found.not_judged):
         what = ", ".join(f"{each.precision} on {each.backend}" for each in found.not_judged if each.reason == reason)
         screen.print(f"not judged: {what}. {escape(reason)}", soft_wrap=True)
+    for state in engine_states(opened):
+        if state.unproven:
+            screen.print(escape(engine_line(state)), soft_wrap=True)
     if json_output:
         print_json(found)
     if not found.passed:
@@ -94,7 +103,10 @@ def _judge(bundle: Bundle, backends: tuple[str, ...], precisions: tuple[RunPreci
         have = reasons or f"it has {', '.join(bundle.precisions)}."
         raise BackendError(f"Nothing in {bundle.path} could be judged: {have}", "Name another --backend or --precision.")
     passed = all(result.passed for result in results)
-    return Verification(bundle=str(bundle.path), passed=passed, results=tuple(results), not_judged=tuple(left_out))
+    unproven = tuple(state.record.identity.key for state in engine_states(bundle) if state.unproven)
+    return Verification(
+        bundle=str(bundle.path), passed=passed, results=tuple(results), not_judged=tuple(left_out), unproven=unproven
+    )
 
 
 main = entry("verify")
