@@ -127,6 +127,10 @@ class StreamError(SjepaError):
     """Reports a live stream that cannot be found, breaks the model's contract, or was lost for good."""
 
 
+class DecisionError(SjepaError, ValueError):
+    """Reports a decision layer that is missing, damaged, of another bundle, or cannot be fitted."""
+
+
 class DashboardError(SjepaError):
     """Reports a dashboard that cannot be served with the given options."""
 

@@ -15,8 +15,8 @@ from sjepa_deploy.runtime.bench.estimates import (
     percentile,
     ratio,
     samples_needed,
-    t_quantile,
 )
+from sjepa_deploy.runtime.intervals import quotient, t_quantile
 
 
 def clustered(rng, n_blocks=12, n=200, between=0.03, within=0.1, level=100.0):
@@ -124,3 +124,18 @@ def test_what_stands_still_has_no_trend():
 def test_medians_of_blocks():
     assert medians(np.array([1.0, 5.0, 3.0, 7.0]), np.array([0, 0, 2, 2])).tolist() == [3.0, 5.0]
     assert percentile(np.arange(1.0, 101.0), 99.0) == 99.0
+
+
+def test_the_interval_of_a_quotient_holds_the_truth_of_clustered_counts():
+    """20 blocks whose shares differ: the interval of 95 % holds the share that they were drawn around in about 95 % of 400."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        totals = rng.integers(20, 60, 20)
+        share = np.clip(rng.normal(0.7, 0.08, 20), 0, 1)
+        value, low, high = quotient(rng.binomial(totals, share).astype(float), totals.astype(float))
+        assert low < value < high
+        held += low <= 0.7 <= high
+    assert 0.91 <= held / 400 <= 0.985
+    assert quotient(np.array([1.0, 2.0]), np.array([4.0, 4.0])) == (3 / 8, None, None)
+    assert quotient(np.zeros(6), np.zeros(6)) == (None, None, None)

@@ -2,8 +2,7 @@
 
 Calls that follow each other share the state of the machine (clock, caches, what else runs), so that thousands of calls hold far
 less than thousands of independent samples. A run is therefore cut into blocks that lie apart in time, and the bootstrap draws
-whole blocks (cluster bootstrap). With few blocks its percentile interval is too short; it is expanded as in Hesterberg 2015,
-"What Teachers Should Know About the Bootstrap", doi 10.1080/00031305.2015.1089789, equation 8.
+whole blocks (cluster bootstrap), see `sjepa_deploy.runtime.intervals`.
 """
 
 from __future__ import annotations
@@ -16,15 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.runtime.bench.cells import PERCENTS, Estimate, Latency, Percentile
+from sjepa_deploy.runtime.intervals import MIN_BLOCKS, N_RESAMPLES, interval
 
 Array = NDArray[np.float64]
 Blocks = NDArray[np.integer]
 
-CONFIDENCE = 0.95
-MIN_BLOCKS = 5
-"""Fewer blocks say nothing of how much blocks differ: there is no interval then."""
-
-N_RESAMPLES = 2000
 MAX_RESAMPLED = 20_000
 """Larger pools are thinned for the bootstrap: of every block each m-th of its sorted samples, which is the same distribution."""
 
@@ -85,29 +80,6 @@ def _thinned(values: Array, blocks: Blocks) -> tuple[Array, Blocks]:
     _, first = np.unique(blocks[order], return_index=True)
     keep = np.concatenate([part[step // 2 :: step] for part in np.split(order, first[1:])])
     return values[keep], blocks[keep]
-
-
-def interval(resampled: Array, n_blocks: int) -> tuple[float, float]:
-    """Return the expanded percentile interval of a figure whose resampled values are given."""
-    tail = NormalDist().cdf(-math.sqrt(n_blocks / (n_blocks - 1)) * t_quantile(n_blocks - 1))
-    low, high = np.quantile(resampled, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def t_quantile(df: int) -> float:
-    """Return the 97.5 % quantile of Student's t with `df` degrees of freedom.
-
-    Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5), within 0.3 % from 4 degrees on.
-    """
-    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return float(sum(term / df**power for power, term in enumerate(terms)))
 
 
 def latency(values: Array, blocks: Blocks, *, stable: bool = True, jitter_us: float | None = None, seed: int = 0) -> Latency:
