@@ -122,7 +122,7 @@ def margin_thresholds(sums: Array, labels: Labels, accuracy: float, grid: Array)
     for margin, good in zip(margins.T, right.T, strict=True):
         above = margin[:, None] >= grid
         n = above.sum(axis=0)
-        reached = np.flatnonzero((n > 0) & ((above & good[:, None]).sum(axis=0) >= accuracy * n))
+        reached = np.flatnonzero((n > 0) & ((above & good[:, None]).sum(axis=0) / np.maximum(n, 1) >= accuracy))
         found.append(float(grid[reached[0]]) if len(reached) else None)
     return tuple(found)
 
