@@ -195,7 +195,14 @@ def class_of_events(class_names: Sequence[str], events: Mapping[str, str]) -> di
 
 
 def event_windows(
-    raw: Any, spec: ModelSpec, number_of: Mapping[str, int], predict: Predict, *, tmin: float = 0.0, name: str = "recording"
+    raw: Any,
+    spec: ModelSpec,
+    number_of: Mapping[str, int],
+    predict: Predict,
+    *,
+    tmin: float = 0.0,
+    name: str = "recording",
+    check_unit: bool = True,
 ) -> CalibrationData:
     """Decode one window an event of a recording, preprocessed as in training (zero-phase).
 
@@ -213,6 +220,8 @@ def event_windows(
         Start of the window in seconds after its event.
     name : str
         Name of the recording.
+    check_unit : bool
+        Whether amplitudes that no EEG has are refused.
 
     Raises
     ------
@@ -221,7 +230,7 @@ def event_windows(
     DecisionError
         If no event has a whole window.
     """
-    fitted = fit_recording(raw, spec)
+    fitted = fit_recording(raw, spec, check_unit=check_unit)
     onsets, labels, _ = events_of(raw, number_of, name)
     starts, whole = fitted.starts_after(onsets, tmin, spec.n_times)
     if not whole.any():

@@ -37,6 +37,9 @@ from sjepa_deploy.runtime.intervals import quotient
 N_BLOCKS, N_FOLDS = 10, 5
 """Blocks of neighbouring events for intervals, and parts for cross-fitting."""
 
+FEWEST_ACCEPTED = 10
+"""Fewer decisions keep no promise about their accuracy."""
+
 N_BISECTIONS = 12
 """Steps between two thresholds of the curve, which lie 2.5 % of the windows apart."""
 
@@ -130,7 +133,7 @@ class _Counts:
         accepted, minutes = self.accepted.sum(), self.minutes.sum()
         return {
             "accept-rate": float(accepted / self.events.sum()),
-            "target-accuracy": float(self.right.sum() / accepted) if accepted else math.nan,
+            "target-accuracy": float(self.right.sum() / accepted) if accepted >= FEWEST_ACCEPTED else math.nan,
             "max-false-per-minute": float(self.false.sum() / minutes) if minutes else math.nan,
         }
 
@@ -292,7 +295,8 @@ def _choose(counts: Callable[[float], _Counts], grid: Floats, request: FitReques
     if kept is None:
         finite = [value for value in found.values() if math.isfinite(value)]
         if not finite:
-            raise DecisionError(f"--{asked} cannot be judged without times.", "Give times or minutes.")
+            what = f"of fewer than {FEWEST_ACCEPTED} decisions" if asked == "target-accuracy" else "without times"
+            raise DecisionError(f"--{asked} cannot be judged {what}.", "Use more events, and give times or minutes.")
         best = max(finite) if asked == "target-accuracy" else min(finite)
         raise DecisionError(
             f"No threshold reaches --{asked} {wanted:g}: the best is {best:.3g}.", "Ask for less, or use more data."

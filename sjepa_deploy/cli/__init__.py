@@ -25,7 +25,7 @@ from sjepa_deploy.errors import SjepaError, TrainingStoppedError
 from sjepa_deploy.parity import ParityResult
 from sjepa_deploy.serialize import encode
 
-COMMANDS = ("pretrain", "finetune", "export", "build", "verify", "run", "stream", "bench", "serve", "doctor")
+COMMANDS = ("pretrain", "finetune", "export", "build", "verify", "run", "stream", "decide", "bench", "serve", "doctor")
 """Each is a module of this package with a click command of the same name."""
 
 

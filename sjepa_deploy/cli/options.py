@@ -179,6 +179,13 @@ model_sfreq = click.option("--sfreq", type=float, help="Sampling rate of the mod
 n_times = click.option("--n-times", type=int, help="Samples of a window.")
 spatial_filters = click.option("--spatial-filters", type=int, help="Spatial filters of the model.")
 seed = click.option("--seed", type=int, default=0, help="Seed of everything random.")
+
+
+def decisions(default: str) -> Option:
+    """Return ``--decisions``; `default` says which layer is taken without it."""
+    return click.option("--decisions", metavar="NAME", help=f"Decision layer of the bundle.  [default: {default}]")
+
+
 out_file = click.option("--out", type=path, help="File to write; - is standard output.")
 force = click.option("--force", is_flag=True, help="Replace files that are there.")
 append = click.option("--append", is_flag=True, help="Add to the end of the file of --out.")
