@@ -91,6 +91,8 @@ def test_the_arrows_that_are_known_are_found():
     [
         ("sjepa_deploy.runtime.backends", "sjepa_deploy.runtime.bench"),
         ("sjepa_deploy.runtime.live", "sjepa_deploy.runtime.watch"),
+        ("sjepa_deploy.runtime.decisions", "sjepa_deploy.runtime.live"),
+        ("sjepa_deploy.runtime.decisions", "sjepa_deploy.runtime.backends"),
         ("sjepa_deploy.bundle", "sjepa_deploy.runtime"),
         ("sjepa_deploy.learning", "sjepa_deploy.runtime"),
         ("sjepa_deploy.eeg", "sjepa_deploy.runtime"),

@@ -12,11 +12,11 @@ from bundles import MONTAGE, copy_bundle, flip_byte
 from test_decisions import planted
 
 import sjepa_deploy
-from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.bundle import Bundle, check_writable
 from sjepa_deploy.cli import _command, run_command
 from sjepa_deploy.eeg.recording import fit_recording
 from sjepa_deploy.eeg.synthetic import eeg_windows
-from sjepa_deploy.errors import DecisionError
+from sjepa_deploy.errors import DecisionError, ExportError
 from sjepa_deploy.files import seal
 from sjepa_deploy.runtime.decisions import chain, fit
 from sjepa_deploy.runtime.decisions.calibrate import calibration_error
@@ -495,6 +495,14 @@ def test_a_layer_that_does_not_fit_is_refused(fitted, edit, message):
     file.write_text(json.dumps(data))
     with pytest.raises(DecisionError, match=message):
         DecisionLayer.load(fitted)
+
+
+def test_a_bundle_is_replaced_with_its_layers(fitted):
+    """They are of its weights: a new export needs no other permission for them, as for engines."""
+    check_writable(fitted.path, force=True)
+    (fitted.path / "notes.txt").write_text("mine")
+    with pytest.raises(ExportError, match="notes.txt"):
+        check_writable(fitted.path, force=True)
 
 
 def test_another_bundle_of_the_same_classes_is_told(fitted, make_bundle, tmp_path):

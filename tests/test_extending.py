@@ -16,6 +16,10 @@ from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.parity import TOLERANCE
 from sjepa_deploy.runtime.backend import BACKENDS, BackendEntry, BackendOptions
 from sjepa_deploy.runtime.backends.reference import run_reference
+from sjepa_deploy.runtime.decisions.description import LayerDescription
+from sjepa_deploy.runtime.decisions.layer import DecisionLayer
+from sjepa_deploy.runtime.decisions.probabilities import Probabilities
+from sjepa_deploy.runtime.decisions.steps import STEPS
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.open_source import SOURCES, SourceEntry, SourceOptions, open_source
@@ -30,13 +34,14 @@ def code(recipe):
     return [textwrap.dedent(block) for block in re.findall(r"^ *```python\n(.*?)^ *```", RECIPES[recipe], re.M | re.S)]
 
 
-def test_there_are_seven_recipes_and_the_files_that_they_name():
+def test_there_are_eight_recipes_and_the_files_that_they_name():
     assert list(RECIPES) == [
         "A backend",
         "A source",
         "A preprocessing step",
         "A precision",
         "A decoding mode",
+        "A step of the decision layer",
         "A variant",
         "A figure in the report",
     ]
@@ -112,3 +117,25 @@ def test_the_source_of_the_recipe_is_decoded(source, bundle, tmp_path):
     assert predictions(found) == predictions(wanted)
     with pytest.raises(StreamError, match="takes no unit"):
         open_source(f"{source}:{tmp_path / 'eeg.npy'}", bundle.spec, SourceOptions(unit="V"))
+
+
+def test_the_step_of_the_recipe_decides_and_is_stored(monkeypatch):
+    module, row = code("A step of the decision layer")
+    names = {"STEPS": STEPS}
+    monkeypatch.setitem(STEPS, "agreement", None)  # taken out again after the test
+    exec(module, names)
+    exec(row, names)
+    agreement = names["Agreement"](n_windows=3)
+    described = LayerDescription(
+        name="mine",
+        bundle="digest",
+        output_name="prediction",
+        n_outputs=2,
+        class_names=("left", "right"),
+        steps=(Probabilities(), agreement),
+    )
+    layer = DecisionLayer(LayerDescription.decoded(described.encoded()))
+    outputs = np.array([[1, 0], [1, 0], [2, 0], [0, 1], [np.nan, 0], [0, 1], [0, 1], [0, 1]])
+    states = layer.run(outputs, np.arange(8))
+    assert [state.class_name for state in states] == [None, None, "left", None, None, None, None, "right"]
+    assert "3 windows in a row" in str(described)

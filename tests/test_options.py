@@ -16,7 +16,7 @@ from sjepa_deploy.cli.options import Names
 from sjepa_deploy.eeg.synthetic import eeg_windows
 from sjepa_deploy.serialize import encode
 
-MODEL, SIGNAL = {"export", "pretrain", "finetune"}, {"run", "stream"}
+MODEL, SIGNAL = {"export", "pretrain", "finetune"}, {"run", "stream", "decide"}
 RECIPES = {"pretrain", "finetune"}
 MEANINGS = {
     "--sfreq": (MODEL, SIGNAL),  # of the model, or of a recording that does not say
@@ -24,12 +24,12 @@ MEANINGS = {
     "--channels": ({"export"}, SIGNAL),
     "--out": (SIGNAL, {"export", "bench"} | RECIPES),  # a file, or a folder
     "--config": (set(COMMANDS) - RECIPES, RECIPES),  # options, or a recipe
-    "--precision": ({"run", "stream", "serve"}, {"verify", "bench", "export", "build"}, RECIPES),  # one, several, Lightning's
-    "--backend": ({"run", "stream", "serve"}, {"verify", "bench"}),  # one, several
+    "--precision": ({"run", "stream", "serve", "decide"}, {"verify", "bench", "export", "build"}, RECIPES),  # one, several, Lightning's
+    "--backend": ({"run", "stream", "serve", "decide"}, {"verify", "bench"}),  # one, several
     "--seed": ({"export", "bench"}, RECIPES),  # a recipe has its own
     "--variant": ({"export"}, {"finetune"}),  # a base model is not fine-tuned
     "--max-batch": ({"export"}, {"build"}),  # of a graph, of an engine
-    "--hop": ({"run"}, {"stream"}),  # a recording is cut into windows side by side, a stream is decided on often
+    "--hop": ({"run"}, {"stream"}, {"decide"}),  # a recording is cut into windows side by side, a stream is decided on often
     "--deadline": ({"stream"}, {"bench"}, {"serve"}),  # the hop, the next window, seconds to an answer
     "--time-limit": ({"bench"}, {"build"}),  # ends with what it has, is given up
     "--duration": ({"bench"}, {"stream"}),  # of each cell, of the stream
