@@ -24,7 +24,8 @@ MEANINGS = {
     "--channels": ({"export"}, SIGNAL),
     "--out": (SIGNAL, {"export", "bench"} | RECIPES),  # a file, or a folder
     "--config": (set(COMMANDS) - RECIPES, RECIPES),  # options, or a recipe
-    "--precision": ({"run", "stream", "serve", "decide"}, {"verify", "bench", "export", "build"}, RECIPES),  # one, several, Lightning's
+    # one, several, Lightning's
+    "--precision": ({"run", "stream", "serve", "decide"}, {"verify", "bench", "export", "build"}, RECIPES),
     "--backend": ({"run", "stream", "serve", "decide"}, {"verify", "bench"}),  # one, several
     "--seed": ({"export", "bench"}, RECIPES),  # a recipe has its own
     "--variant": ({"export"}, {"finetune"}),  # a base model is not fine-tuned
