@@ -17,8 +17,11 @@ from sjepa_deploy.eeg.timeline import BACK, CONSECUTIVE, DOUBTFUL, EARLY, REPEAT
 REMEMBERED_S = 2.0
 """Seconds of samples among which one that comes late is looked for, to know it if it was sent again."""
 
-SAME_STAMP_S = 1e-9
-"""Seconds within which two stamps are one stamp from which two corrections of the clock were taken."""
+SAME_STAMP_S = 1e-6
+"""Seconds within which two stamps are one, but for the rounding of seconds since 1970 and of corrections that were taken off.
+
+Some senders fill a loss with samples that they sent before: their stamps are new ones, and these samples stay.
+"""
 
 MAX_JITTER_S = 0.1
 """Seconds beyond which a deviation of a stamp is a loss at once, as a rule."""
@@ -46,7 +49,7 @@ class Continuity:
 
     def __init__(self, sfreq: float, max_jitter: float, *, trusted: bool = False) -> None:
         self.timeline = Timeline(sfreq, max_jitter, trusted=trusted)
-        self._within = 0.5 / sfreq
+        self._half_period = 0.5 / sfreq
         self._recent: deque[tuple[Samples, Stamps]] = deque()
         self._start = 0  # samples before this chunk
         self._again: int | None = None  # position of the sample that the last one repeated
@@ -84,17 +87,17 @@ class Continuity:
                 yield row, REPEATED
                 continue
             self._again = None
-            if 0 < stamp - timeline.last < self._within and self._came(samples, stamps, row, SAME_STAMP_S):
+            if 0 < stamp - timeline.last < self._half_period and self._came(samples, stamps, row):
                 yield row, REPEATED
                 continue
             verdict = timeline.place(stamp)
             if verdict == CONSECUTIVE and not restarted:
                 continue
-            if verdict == REPEATED and not self._came(samples, stamps, row, self._within):
+            if verdict == REPEATED and not self._came(samples, stamps, row):
                 timeline.follow(stamp)
                 continue
             if verdict == BACK:
-                verdict = REPEATED if self._came(samples, stamps, row, self._within) else timeline.go_back(stamp)
+                verdict = REPEATED if self._came(samples, stamps, row) else timeline.go_back(stamp)
                 if verdict == CONSECUTIVE and not restarted:
                     continue
             yield row, verdict
@@ -105,16 +108,16 @@ class Continuity:
         while self._n_recent - len(self._recent[0][1]) >= self._most_recent:
             self._n_recent -= len(self._recent.popleft()[1])
 
-    def _came(self, samples: Samples, stamps: Stamps, row: int, within: float) -> bool:
+    def _came(self, samples: Samples, stamps: Stamps, row: int) -> bool:
         """Find out whether a sample of the same stamp and values came already, as of a block that is sent again."""
         stamp, sample = float(stamps[row]), samples[row]
-        self._again = _found(sample, stamp, samples[:row], stamps[:row], self._start, within)
+        self._again = _found(sample, stamp, samples[:row], stamps[:row], self._start)
         start = self._start
         for before, their_stamps in reversed(self._recent):
             if self._again is not None or their_stamps[-1] < stamp - 1.0:
                 break
             start -= len(their_stamps)
-            self._again = _found(sample, stamp, before, their_stamps, start, within)
+            self._again = _found(sample, stamp, before, their_stamps, start)
         return self._again is not None
 
     def _is_at(self, position: int, samples: Samples, stamps: Stamps, row: int) -> bool:
@@ -127,15 +130,15 @@ class Continuity:
                 return False
             start -= len(their_stamps)
         k = position - start
-        return _found(samples[row], float(stamps[row]), before[k : k + 1], their_stamps[k : k + 1], 0, self._within) is not None
+        return _found(samples[row], float(stamps[row]), before[k : k + 1], their_stamps[k : k + 1], 0) is not None
 
 
-def _found(sample: Samples, stamp: float, samples: Samples, stamps: Stamps, start: int, within: float) -> int | None:
+def _found(sample: Samples, stamp: float, samples: Samples, stamps: Stamps, start: int) -> int | None:
     """Return at which position, counted from `start`, there is a sample of the same stamp and values."""
     if len(stamps) == 1:  # chunks of one sample are many
-        same = abs(float(stamps[0]) - stamp) < within and _same(sample, samples[0])
+        same = abs(float(stamps[0]) - stamp) < SAME_STAMP_S and _same(sample, samples[0])
         return start if same else None
-    near = np.flatnonzero(np.abs(stamps - stamp) < within)
+    near = np.flatnonzero(np.abs(stamps - stamp) < SAME_STAMP_S)
     return next((start + int(k) for k in near if _same(sample, samples[k])), None)
 
 
