@@ -100,6 +100,20 @@ def test_no_window_over_a_hole_goes_out_unflagged(kind):
         assert total["found again"] == total["again"]
 
 
+@pytest.mark.parametrize("n_held", [12, 23, 46])
+def test_a_loss_is_found_while_a_sender_is_held_up_for_whole_periods(n_held):
+    """Of 500 Hz: the hold looks like a loss until the next stamp, and then the samples come at once, of which three are lost."""
+    index = np.r_[0 : 1000 + n_held // 2, 1003 + n_held // 2 : 4000]
+    stamps = 50 + index / 500
+    at = np.arange(len(index)) - 1000
+    stamps = np.where(at >= 0, np.maximum(stamps, 50 + (1000 + n_held) / 500 + at * 1e-5), stamps)
+    found, _ = lost_by(500.0, stamps)
+    assert found.pop(1000) == n_held
+    ((where, n_lost),) = found.items()
+    assert 1000 + n_held <= where <= 1000 + n_held + 0.2 * 500
+    assert n_lost == 3
+
+
 def pushed(chunks, sfreq=100.0):
     """Return counters, incidents and the stamps of the windows of a stream in chunks."""
     spec = spec_for(small_spec(), sfreq)

@@ -200,7 +200,8 @@ class Timeline:
         if not self._was_regular:
             if self.regular:
                 self.regular = False
-                self._begin_line(self._last + period, period)
+                held_up = self._n == 1 and step < 0.5 * period  # for whole periods by chance: what seemed lost comes at once now
+                self._begin_line(self._hole[0] + 2 * period if held_up else self._last + period, period)
             self._n_regular = self._n_skipped = 0
             if 0.3 * period < step < 3 * period:  # the rate may not be the nominal one
                 self._period += 0.1 * max(-0.02 * period, min(step - period, 0.02 * period))
