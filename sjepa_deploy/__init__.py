@@ -6,6 +6,7 @@ from importlib.metadata import version as _version
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import SjepaError
 from sjepa_deploy.runtime.backend import BackendOptions
+from sjepa_deploy.runtime.decisions.layer import DecisionLayer
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.decoder import Decoder
@@ -24,6 +25,7 @@ __all__ = [
     "Decoder",
     "StreamConfig",
     "Decision",
+    "DecisionLayer",
     "Bundle",
     "ModelSpec",
     "EncoderSpec",

@@ -48,6 +48,7 @@ def test_public_names():
             "Decoder",
             "StreamConfig",
             "Decision",
+            "DecisionLayer",
             "Bundle",
             "ModelSpec",
             "EncoderSpec",

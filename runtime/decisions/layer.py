@@ -36,7 +36,7 @@ class DecisionLayer:
     """
 
     def __init__(self, description: LayerDescription) -> None:
-        self.description = description
+        self.description = description if description.digest else description.sealed()
         self.class_names = description.class_names or ()
         self._n_outputs = description.n_outputs
         self._refuse = frozenset(description.signal.refuse)

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.errors import RefusedError, StreamError, UnansweredError
+from sjepa_deploy.runtime.decisions.layer import DecisionLayer
 from sjepa_deploy.runtime.keep_warm import KeepWarm
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
-from sjepa_deploy.runtime.live.decision import Decision
+from sjepa_deploy.runtime.live.decision import Decision, flags_of
 from sjepa_deploy.runtime.live.windows import Window, WindowStream
 from sjepa_deploy.runtime.predictor import Predictor
 
@@ -45,6 +46,8 @@ class BackendCalls:
         Counters of the stream's windows.
     report : callable
         Called with the kind and the text of every incident.
+    layer : DecisionLayer or None
+        Layer that gives every decision a state.
 
     Raises
     ------
@@ -61,9 +64,10 @@ class BackendCalls:
         clock: Callable[[], float],
         counters: Counters,
         report: Callable[[str, str], None],
+        layer: DecisionLayer | None = None,
     ) -> None:
         self._predict, self._windows, self._late = predict, windows, config.late
-        self._clock, self._counters, self._report = clock, counters, report
+        self._clock, self._counters, self._report, self._layer = clock, counters, report, layer
         self._hop, self._n_times = config.hop_samples(predict.spec), predict.spec.n_times
         self._sfreq, self._deadline = predict.spec.sfreq, config.deadline_s(predict.spec)
         self._last: Decision | None = None
@@ -109,7 +113,17 @@ class BackendCalls:
         if self.keep_warm is not None:
             self._called = time.perf_counter()
         counters.decisions += 1
-        self._count_miss(missed=decided > due)
+        late, state = decided > due, None
+        self._count_miss(missed=late)
+        if self._layer is not None:
+            flags = flags_of(
+                late=late,
+                held=False,
+                bridged=window.bridged,
+                doubtful=window.doubtful,
+                bad_channels=bool(window.bad_channels),
+            )
+            state = self._layer.step(prediction, window.stamp, flags)
         decision = self._last = Decision(
             window.index,
             prediction,
@@ -122,6 +136,7 @@ class BackendCalls:
             window.bridged,
             window.bad_channels,
             window.doubtful,
+            state,
         )
         return decision
 
@@ -156,7 +171,7 @@ class BackendCalls:
                 )
             return None
         self._counters.held += 1
-        return dataclasses.replace(
+        again = dataclasses.replace(
             self._last,
             index=window.index,
             time=window.stamp,
@@ -166,6 +181,9 @@ class BackendCalls:
             infer_s=0.0,
             held=True,
         )
+        if self._layer is None:
+            return again
+        return dataclasses.replace(again, state=self._layer.step(again.prediction, again.time, again.flags))
 
     def _call(self, window: Window) -> NDArray[np.float32]:
         if not self._rolls:

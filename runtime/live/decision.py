@@ -1,4 +1,4 @@
-"""Defines a decision: the output of the model for one window, and its times."""
+"""Defines a decision: the output of the model for one window, its times, and the state that a decision layer gives it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sjepa_deploy.runtime.decisions.state import State
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,6 +33,8 @@ class Decision:
         Channels that were bad somewhere in the window.
     doubtful : bool
         Whether samples may be missing in the window: its newest ones are later than any jitter so far.
+    state : State or None
+        What the decision layer says: class, probability and reason. None without a layer.
     """
 
     index: int
@@ -44,6 +48,7 @@ class Decision:
     bridged: bool
     bad_channels: tuple[str, ...]
     doubtful: bool = False
+    state: State | None = None
 
     @property
     def age(self) -> float:
@@ -63,10 +68,18 @@ class Decision:
     @property
     def flags(self) -> tuple[str, ...]:
         """Return what to know before relying on the decision: "late", "held", "bridged", "doubtful", "bad channels"."""
-        said = (
-            ("late", self.decided > self.due),
-            ("held", self.held),
-            ("bridged", self.bridged),
-            ("doubtful", self.doubtful),
+        return flags_of(
+            late=self.decided > self.due,
+            held=self.held,
+            bridged=self.bridged,
+            doubtful=self.doubtful,
+            bad_channels=bool(self.bad_channels),
         )
-        return tuple(name for name, holds in said if holds) + (("bad channels",) if self.bad_channels else ())
+
+
+def flags_of(*, late: bool, held: bool, bridged: bool, doubtful: bool, bad_channels: bool) -> tuple[str, ...]:
+    """Return the names of the flags that are set."""
+    if not (late or held or bridged or doubtful or bad_channels):
+        return ()
+    flags = {"late": late, "held": held, "bridged": bridged, "doubtful": doubtful, "bad channels": bad_channels}
+    return tuple(name for name, holds in flags.items() if holds)

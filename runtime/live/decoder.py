@@ -13,6 +13,8 @@ from types import TracebackType
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, BackendOptions
+from sjepa_deploy.runtime.decisions.layer import DecisionLayer
+from sjepa_deploy.runtime.decisions.stored import check_bundle
 from sjepa_deploy.runtime.live.calls import BackendCalls
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
@@ -42,6 +44,8 @@ class Decoder:
         The stream.
     config : StreamConfig
         The configuration of the decoder.
+    decisions : DecisionLayer or None
+        Layer that gives every decision a state. None leaves the outputs alone.
     monotonic : callable
         Clock of the watchdog in seconds.
 
@@ -54,6 +58,8 @@ class Decoder:
     ------
     StreamError
         If the stream breaks the model's contract.
+    DecisionError
+        If the decision layer is of another bundle.
 
     Examples
     --------
@@ -68,9 +74,13 @@ class Decoder:
         source: Source,
         config: StreamConfig | None = None,
         *,
+        decisions: DecisionLayer | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.config = config or StreamConfig()
+        if decisions is not None:
+            check_bundle(decisions.description, predict.bundle)
+            decisions.restart()
+        self.config, self.layer = config or StreamConfig(), decisions
         self.predict, self.source, self.spec = predict, source, predict.spec
         self.hop = self.config.hop_samples(self.spec)
         self.deadline = self.config.deadline_s(self.spec)
@@ -83,7 +93,13 @@ class Decoder:
         self._stopping = False
         self.windows = WindowStream(self.spec, source.info, self.config, counters=self.counters, report=self._report)
         self._calls = BackendCalls(
-            predict, self.windows, self.config, clock=source.clock, counters=self.counters, report=self._report
+            predict,
+            self.windows,
+            self.config,
+            clock=source.clock,
+            counters=self.counters,
+            report=self._report,
+            layer=decisions,
         )
         self._monotonic = monotonic
         self._heard = monotonic()
@@ -97,6 +113,7 @@ class Decoder:
         source: str,
         config: StreamConfig | None = None,
         *,
+        decisions: DecisionLayer | None = None,
         backend: str = DEFAULT_BACKEND,
         precision: RunPrecision | None = None,
         options: BackendOptions | None = None,
@@ -117,6 +134,8 @@ class Decoder:
             "lsl:NAME", "lsl:type=EEG", "file:RECORDING" or "synthetic", see `sjepa_deploy.runtime.live.open_source`.
         config : StreamConfig or None
             The configuration of the decoder.
+        decisions : DecisionLayer or None
+            Layer that gives every decision a state, see `DecisionLayer.load`.
         backend, precision, options
             See `sjepa_deploy.load`.
         unit, ch_names, rename, sfreq, speed
@@ -144,7 +163,7 @@ class Decoder:
                 ),
             )
             opened.callback(stream.close)
-            decoder = cls(predict, stream, config)
+            decoder = cls(predict, stream, config, decisions=decisions)
             decoder._opened = predict
             opened.pop_all()
         return decoder

@@ -17,6 +17,7 @@ from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.sources import Incident
+from sjepa_deploy.serialize import encode
 
 MOST_LINES = 10_000
 """Lines that wait for a reader that stalls; what is more is left out, and counted."""
@@ -129,7 +130,7 @@ def line_of(what: Decision | Incident) -> dict[str, object]:
     """Return a decision or an incident as an object for JSON. An incident has the key "event", with its kind."""
     if isinstance(what, Incident):
         return {"event": what.kind, "time": what.time, "text": what.text, "sample": what.sample}
-    return {
+    line: dict[str, object] = {
         "index": what.index,
         "time": what.time,
         "due": what.due,
@@ -141,3 +142,7 @@ def line_of(what: Decision | Incident) -> dict[str, object]:
         "flags": what.flags,
         "bad_channels": what.bad_channels,
     }
+    if what.state is not None:
+        line["state"] = what.state.name
+        line |= {key: value for key, value in encode(what.state).items() if key != "name" and value not in (None, [])}
+    return line

@@ -28,6 +28,7 @@ from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.sources import Chunk, Incident
+from sjepa_deploy.runtime.live.states import STATE_FIELDS, RecordedState, columns_of, recorded_state
 from sjepa_deploy.serialize import decode, encode
 from sjepa_deploy.spec import RunPrecision
 
@@ -60,6 +61,10 @@ class RunDescription:
         What ran it.
     version : str
         Release of sjepa-deploy.
+    decisions, decisions_digest : str or None
+        Name and digest of the decision layer. None without a layer.
+    class_names : tuple of str
+        Classes of the decision layer in the order of their numbers.
     """
 
     stream: StreamInfo
@@ -69,6 +74,14 @@ class RunDescription:
     backend: str
     precision: RunPrecision
     version: str
+    decisions: str | None = None
+    decisions_digest: str | None = None
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def n_state_fields(self) -> int:
+        """Return the number of columns behind the outputs in a record."""
+        return 0 if self.decisions is None else len(STATE_FIELDS)
 
 
 class Recorder:
@@ -209,8 +222,10 @@ class Recorder:
             facts = np.array([[len(chunk.stamps), chunk.received, chunk.restarted, chunk.correction] for chunk in chunks])
             parts.append(_xdf_samples(_CHUNKS, facts[:, 1], facts))
         if decisions:
+            names = self._run.class_names
             rows = [
-                [float(getattr(d, name)) for name in _FIELDS[:-1]] + [float(len(d.bad_channels)), *d.prediction.ravel().tolist()]
+                [float(getattr(d, name)) for name in _FIELDS[:-1]]
+                + [float(len(d.bad_channels)), *d.prediction.ravel().tolist(), *columns_of(d, names)]
                 for d in decisions
             ]
             parts.append(_xdf_samples(_DECISIONS, np.array([d.time for d in decisions]), np.array(rows)))
@@ -244,7 +259,7 @@ class Recorder:
                     _DECISIONS,
                     DECISIONS_NAME,
                     "Decision",
-                    len(_FIELDS) + self._n_outputs,
+                    len(_FIELDS) + self._n_outputs + self._run.n_state_fields,
                     0,
                     "double64",
                     rest=f"<fields>{fields}</fields><run>{run}</run>",
@@ -272,6 +287,7 @@ class Recorder:
 def describe_run(decoder: Decoder) -> RunDescription:
     """Return the description of the run of `decoder`."""
     bundle, backend = decoder.predict.bundle, decoder.predict.backend
+    layer = None if decoder.layer is None else decoder.layer.description
     return RunDescription(
         stream=decoder.source.info,
         config=decoder.config,
@@ -280,6 +296,9 @@ def describe_run(decoder: Decoder) -> RunDescription:
         backend=backend.name,
         precision=backend.precision,
         version=sjepa_deploy.__version__,
+        decisions=None if layer is None else layer.name,
+        decisions_digest=None if layer is None else layer.digest,
+        class_names=() if layer is None else layer.class_names or (),
     )
 
 
@@ -358,6 +377,8 @@ class Record:
         Decisions at the end whose samples a kill kept from the file. These are not among `decisions`.
     incidents : list of Incident
         What happened.
+    states : list of RecordedState
+        Every decision in order, also the held ones, if there was a decision layer.
     """
 
     path: Path
@@ -368,6 +389,7 @@ class Record:
     n_held: int
     n_cut_off: int
     incidents: list[Incident]
+    states: list[RecordedState]
 
 
 def read_record(path: Path) -> Record:
@@ -398,17 +420,22 @@ def read_record(path: Path) -> Record:
         chunks.append(Chunk(samples[start:stop], stamps[start:stop], float(received), bool(restarted), *map(float, correction)))
         start = stop
     decisions, times, n_held, n_cut_off = {}, {}, 0, 0
-    n_fields = len(_FIELDS)
+    states: list[RecordedState] = []
+    n_fields, n_more = len(_FIELDS), run.n_state_fields
     last_received = chunks[-1].received if chunks else -math.inf
     rows = np.asarray(by_id[_DECISIONS]["time_series"], np.float64)
     for row, stamp in zip(rows, by_id[_DECISIONS]["time_stamps"], strict=True):
-        if row[_FIELDS.index("held")]:
+        fields = dict(zip(_FIELDS, row.tolist(), strict=False))
+        cut_off = fields["received"] > last_received
+        if n_more and not cut_off:
+            states.append(recorded_state(fields, row[-n_more:].tolist(), float(stamp)))
+        if fields["held"]:
             n_held += 1
             continue
-        if row[_FIELDS.index("received")] > last_received:
+        if cut_off:
             n_cut_off += 1
             continue
-        decisions[int(row[0])] = row[n_fields:].astype(np.float32)
+        decisions[int(row[0])] = row[n_fields : len(row) - n_more].astype(np.float32)
         times[int(row[0])] = float(stamp)
     incidents = [decode(Incident, json.loads(text[0])) for text in by_id[_EVENTS]["time_series"]]
     return Record(
@@ -420,6 +447,7 @@ def read_record(path: Path) -> Record:
         n_held=n_held,
         n_cut_off=n_cut_off,
         incidents=incidents,
+        states=states,
     )
 
 

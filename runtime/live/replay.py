@@ -1,13 +1,20 @@
-"""Decodes a record again and compares the decisions."""
+"""Decodes a record again and compares the decisions and their states."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
+from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import StreamError
+from sjepa_deploy.runtime.decisions.layer import DecisionLayer
+from sjepa_deploy.runtime.decisions.stored import layers_of
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.recorder import Record, RecordSource
+from sjepa_deploy.runtime.live.states import numbers_of
 from sjepa_deploy.runtime.predictor import Predictor
 
 
@@ -29,6 +36,12 @@ class Replay:
         Windows that were decided in the record and not again.
     n_cut_off : int
         Decisions at the end of a record that was killed whose samples are not in it, so that they are not compared.
+    decisions : str or None
+        Name of the decision layer of the record.
+    n_states : int
+        States of the decision layer in the record, also those of held windows.
+    states_differ : tuple of int
+        Windows with another state, class or probability.
     """
 
     record: str
@@ -39,11 +52,14 @@ class Replay:
     differ: tuple[int, ...]
     missing: tuple[int, ...]
     n_cut_off: int
+    decisions: str | None = None
+    n_states: int = 0
+    states_differ: tuple[int, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """Return whether all decisions came again with the same bits."""
-        return not (self.differ or self.missing)
+        """Return whether all decisions came again with the same bits and states."""
+        return not (self.differ or self.missing or self.states_differ)
 
 
 def replay(predict: Predictor, record: Record) -> Replay:
@@ -59,11 +75,12 @@ def replay(predict: Predictor, record: Record) -> Replay:
     Raises
     ------
     StreamError
-        If the record was made with another bundle.
+        If the record was made with another bundle, or its decision layer is not in the bundle.
     """
     run = record.run
     if run.bundle_digest != predict.bundle.manifest.digest:
         raise StreamError(f"{record.path} was decoded with another bundle ({run.bundle}).", "Name that bundle.")
+    layer = None if run.decisions is None else _layer_of(record, predict.bundle)
     # What was late then is decoded now, and not compared; whole windows give the bits that new samples alone gave.
     config = dataclasses.replace(run.config, late="queue", roll=False)
     decoder = Decoder(predict, RecordSource(record), config)
@@ -77,4 +94,32 @@ def replay(predict: Predictor, record: Record) -> Replay:
         differ=tuple(i for i, was in record.decisions.items() if i in again and again[i].tobytes() != was.tobytes()),
         missing=tuple(i for i in record.decisions if i not in again),
         n_cut_off=record.n_cut_off,
+        decisions=run.decisions,
+        n_states=len(record.states),
+        states_differ=() if layer is None else _states_that_differ(layer, record, again),
     )
+
+
+def _layer_of(record: Record, bundle: Bundle) -> DecisionLayer:
+    """Return the decision layer of a record."""
+    name, digest = record.run.decisions, record.run.decisions_digest
+    if name in layers_of(bundle):
+        layer = DecisionLayer.load(bundle, name)
+        if layer.description.digest == digest:
+            return layer
+    raise StreamError(
+        f"{record.path} was decided with the decision layer {name} ({(digest or '')[:12]}), which is not in the bundle.",
+        "Put the file of this layer back.",
+    )
+
+
+def _states_that_differ(layer: DecisionLayer, record: Record, again: dict[int, NDArray[np.float32]]) -> tuple[int, ...]:
+    """Return the windows whose states are not those of the record. A held window repeats the last prediction, as it did then."""
+    differ: list[int] = []
+    last: NDArray[np.float32] | None = None
+    for was in record.states:
+        last = last if "held" in was.flags else again.get(was.index)
+        now = numbers_of(layer.step(last, was.time, was.flags), layer.class_names)
+        if np.array(now).tobytes() != np.array(was.numbers).tobytes():
+            differ.append(was.index)
+    return tuple(differ)

@@ -17,6 +17,8 @@ from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, options, print_json
 from sjepa_deploy.cli.live import live_view, summary_table
 from sjepa_deploy.errors import OutputError, ParityError, SjepaError
+from sjepa_deploy.runtime.decisions.layer import DecisionLayer
+from sjepa_deploy.runtime.decisions.stored import layers_of
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.lines import write_lines
@@ -117,6 +119,7 @@ def _config(bads: tuple[str, ...] | None, interpolate: float | None, **values: A
 
 
 DEFAULTS = StreamConfig()
+NO_LAYER = "none"
 
 
 @options.command
@@ -168,6 +171,7 @@ DEFAULTS = StreamConfig()
 @options.backend_choice(
     click.option("--persistent", is_flag=True, help="Keep a kernel on the GPU that answers without a launch: --backend cuda.")
 )
+@options.decisions("the only one; none: outputs alone")
 @options.fills(
     "outputs",
     Outputs,
@@ -206,6 +210,7 @@ def stream(
     facts: options.SignalFacts,
     config: StreamConfig,
     choice: options.BackendChoice,
+    decisions: str | None,
     outputs: Outputs,
     session: Session,
     json_output: bool,
@@ -229,6 +234,7 @@ def stream(
         _replay(screen, opened, task.replay, choice, json_output)
         return
     assert task.source is not None
+    layer = _layer(opened, decisions)
     if session.priority is not None:
         set_real_time(session.priority)
     with contextlib.ExitStack() as closing:
@@ -237,6 +243,7 @@ def stream(
                 opened,
                 task.source,
                 config,
+                decisions=layer,
                 backend=choice.backend,
                 precision=choice.precision,
                 options=choice.options,
@@ -288,6 +295,13 @@ def stream(
         raise OutputError(f"Not written: {lost}.", "Look at the disk, and at the reader of the lines.")
 
 
+def _layer(bundle: Bundle, name: str | None) -> DecisionLayer | None:
+    """Return the decision layer that is asked for: by default the only one of the bundle, where there is one."""
+    if name == NO_LAYER or (name is None and not layers_of(bundle)):
+        return None
+    return DecisionLayer.load(bundle, name)
+
+
 def _check(
     screen: Console,
     predict: Predictor,
@@ -331,14 +345,31 @@ def _replay(screen: Console, bundle: Bundle, path: Path, choice: options.Backend
         f"{len(result.differ)} differ, {len(result.missing)} are missing",
         soft_wrap=True,
     )
+    if result.decisions is not None:
+        screen.print(
+            f"{result.n_states} states of the decision layer {escape(result.decisions)}: {len(result.states_differ)} differ",
+            soft_wrap=True,
+        )
     if result.n_cut_off:
         screen.print(f"The samples of {result.n_cut_off} more decisions at its end are not in the record: it was cut off.")
     if json_output:
         counts = {"n_differ": len(result.differ), "n_missing": len(result.missing), "n_cut_off": result.n_cut_off}
-        print_json({"record": result.record, "n_decisions": result.n_decisions} | counts)
+        states = {"decisions": result.decisions, "n_states": result.n_states, "n_states_differ": len(result.states_differ)}
+        print_json({"record": result.record, "n_decisions": result.n_decisions} | counts | states)
     if not result.passed:
-        first = min(result.differ + result.missing)
+        first = min(result.differ + result.missing + result.states_differ)
         raise ParityError(f"The replay of {path} differs from window {first} on.", "Use the backend and release of the record.")
+
+
+def _told_of_layer(layer: DecisionLayer, hop: float) -> list[str]:
+    """Return sentences on a decision layer, and on what differs from the windows that it was fitted on."""
+    described = layer.description
+    lines = [f"decisions: {escape(described.name)} ({described.digest[:12]}); sjepa-decide --show tells its steps"]
+    fitted = described.fit
+    if fitted is not None and (fitted.hop is None or abs(fitted.hop - hop) > 1e-6):
+        where = "at events" if fitted.hop is None else f"every {fitted.hop:g} s"
+        lines.append(f"[bold yellow]The layer was fitted on windows {where}, not every {hop:g} s: its figures are of those.[/]")
+    return lines
 
 
 def _announce(screen: Console, decoder: Decoder) -> None:
@@ -350,6 +381,9 @@ def _announce(screen: Console, decoder: Decoder) -> None:
     )
     delays = ", ".join(f"{seconds * 1e3:.0f} ms at {hertz:g} Hz" for hertz, seconds in decoder.windows.delay.at_hz)
     screen.print(f"delay of the causal filters: {delays or 'none'}", soft_wrap=True)
+    if decoder.layer is not None:
+        for line in _told_of_layer(decoder.layer, decoder.hop / spec.sfreq):
+            screen.print(line, soft_wrap=True)
     for note in info.notes:
         screen.print(f"stream: {escape(note)}", soft_wrap=True)
     if decoder.windows.missing:

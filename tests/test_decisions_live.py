@@ -1,0 +1,248 @@
+"""Live decisions have states: those of the layer alone, in lines, records and LSL, and the same in a replay."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from bundles import copy_bundle
+from streams import ScriptedSource, chunks_of, decode, eeg, info_of, run_stream
+
+import sjepa_deploy
+from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.errors import DecisionError, StreamError
+from sjepa_deploy.runtime.decisions.description import FitSummary, LayerDescription
+from sjepa_deploy.runtime.decisions.layer import DecisionLayer
+from sjepa_deploy.runtime.decisions.pauses import Dwell, Refractory
+from sjepa_deploy.runtime.decisions.probabilities import Probabilities
+from sjepa_deploy.runtime.decisions.signal import Signal
+from sjepa_deploy.runtime.decisions.smoothing import Exponential
+from sjepa_deploy.runtime.decisions.state import STATES
+from sjepa_deploy.runtime.decisions.stored import write_layer
+from sjepa_deploy.runtime.decisions.threshold import Threshold
+from sjepa_deploy.runtime.live.config import StreamConfig
+from sjepa_deploy.runtime.live.decoder import Decoder
+from sjepa_deploy.runtime.live.lines import line_of
+from sjepa_deploy.runtime.live.recorder import read_record, record
+from sjepa_deploy.runtime.live.replay import replay
+
+CLASSES = ("left", "right", "rest")
+CHAIN = (
+    Probabilities(temperature=0.02),  # the outputs of random weights are small
+    Exponential(seconds=0.3),
+    Refractory(seconds=0.6),
+    Threshold(enter=0.6, leave=0.5),
+    Dwell(seconds=0.2),
+)
+
+
+@pytest.fixture(scope="module")
+def bundle(make_bundle, tmp_path_factory):
+    """Return a bundle with one layer."""
+    copied = Bundle.open(copy_bundle(make_bundle("prelocal", class_names=CLASSES), tmp_path_factory.mktemp("layers") / "bundle"))
+    write_layer(copied, described(copied))
+    return copied
+
+
+def described(bundle, name="default", **facts):
+    known = {"signal": Signal(max_gap=0.5), "steps": CHAIN, "class_names": CLASSES, "n_outputs": 3}
+    return LayerDescription(name=name, bundle=bundle.manifest.digest, output_name="prediction", **known | facts)
+
+
+@pytest.fixture(scope="module")
+def predict(bundle):
+    with sjepa_deploy.load(bundle, check_unit=False) as predict:
+        yield predict
+
+
+def eventful():
+    """Return samples and stamps with a gap and a channel that breaks."""
+    samples = eeg(1500).astype(np.float32)
+    samples[1000:1004, 2] = np.nan
+    keep = np.r_[0:500, 720:1500]
+    return samples[keep], keep / 100.0 + 12_345.678
+
+
+class Late(ScriptedSource):
+    """A source whose reader is late for some chunks, so that decisions are held."""
+
+    def read(self, timeout):
+        chunk = super().read(timeout)
+        if chunk is not None and 12_350.0 < chunk.received < 12_350.5:
+            self.now = chunk.received + 0.3
+        return chunk
+
+    def clock(self):
+        return self.now
+
+
+def test_states_are_those_of_the_layer_alone_with_gaps_bad_channels_and_held_windows(predict, bundle):
+    samples, stamps = eventful()
+    source = Late(info_of(predict.spec), chunks_of(samples, stamps, 7, restarted_at=(900,)))
+    decoder = Decoder(predict, source, StreamConfig(late="hold"), decisions=DecisionLayer.load(bundle))
+    decisions = list(decoder)
+    assert decoder.counters.held > 2
+    alone = DecisionLayer.load(bundle)
+    assert [d.state for d in decisions] == [alone.step(d.prediction, d.time, d.flags) for d in decisions]
+    assert {d.state.name for d in decisions} == {"undecided", "decided", "refractory", "no signal"}
+    assert {d.state.reason for d in decisions if d.state.name == "no signal"} >= {"held", "bad channels"}
+    plain, bare, _ = decode(predict, Late(info_of(predict.spec), chunks_of(samples, stamps, 7, restarted_at=(900,))), late="hold")
+    assert plain.layer is None
+    assert [(d.index, d.prediction.tobytes(), d.flags) for d in bare] == [
+        (d.index, d.prediction.tobytes(), d.flags) for d in decisions
+    ]
+    assert {d.state for d in bare} == {None}
+
+
+def recorded(predict, layer, path, **config):
+    samples, stamps = eventful()
+    source = Late(info_of(predict.spec), chunks_of(samples, stamps, 7, restarted_at=(900,)))
+    decoder = Decoder(predict, source, StreamConfig(late="hold", **config), decisions=layer)
+    recorder = record(decoder, path)
+    decisions = list(decoder)
+    recorder.close()
+    return decisions
+
+
+def test_a_replay_gives_the_same_states(predict, bundle, tmp_path, capsys):
+    layer = DecisionLayer.load(bundle)
+    decisions = recorded(predict, layer, tmp_path / "run.xdf")
+    run = read_record(tmp_path / "run.xdf")
+    assert (run.run.decisions, run.run.decisions_digest) == ("default", layer.description.digest)
+    assert run.run.bundle_digest == layer.description.bundle
+    assert [(s.index, s.time, s.flags) for s in run.states] == [(d.index, d.time, d.flags) for d in decisions]
+    for was, decision in zip(run.states, decisions, strict=True):
+        state, chosen, probability = was.numbers
+        assert STATES[int(state)] == decision.state.name
+        assert (CLASSES[int(chosen)] if chosen >= 0 else None) == decision.state.class_name
+        assert decision.state.probability == (None if math.isnan(probability) else probability)
+    assert run.decisions.keys() == {d.index for d in decisions if not d.held}
+    assert all(prediction.shape == (3,) for prediction in run.decisions.values())
+    assert run_stream(bundle.path, "--replay", tmp_path / "run.xdf", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["decisions"] == "default"
+    assert (result["n_states"], result["n_states_differ"], result["n_differ"]) == (len(decisions), 0, 0)
+
+
+def test_a_replay_tells_which_states_differ(predict, bundle, tmp_path, capsys):
+    class Moody(DecisionLayer):
+        def step(self, outputs, time, flags=()):
+            state = super().step(outputs, time, flags)
+            self.n = getattr(self, "n", -1) + 1
+            return type(state)("decided", "mood", "left", 0.5) if self.n in (10, 12) else state
+
+    decisions = recorded(predict, Moody(DecisionLayer.load(bundle).description), tmp_path / "run.xdf")
+    result = replay(predict, read_record(tmp_path / "run.xdf"))
+    assert result.states_differ == (decisions[10].index, decisions[12].index)
+    assert (result.differ, result.missing, result.passed) == ((), (), False)
+    assert run_stream(bundle.path, "--replay", tmp_path / "run.xdf") == 1
+    assert "2 differ" in capsys.readouterr().out
+
+
+def test_a_replay_without_the_layer_of_the_record_says_so(predict, bundle, tmp_path):
+    other = DecisionLayer(described(bundle, name="gone"))
+    recorded(predict, other, tmp_path / "run.xdf")
+    with pytest.raises(StreamError, match=r"decision layer gone.*Put the file of this layer back"):
+        replay(predict, read_record(tmp_path / "run.xdf"))
+    refitted = DecisionLayer(described(bundle, steps=(*CHAIN[:3], Threshold(enter=0.7))))
+    recorded(predict, refitted, tmp_path / "again.xdf")
+    with pytest.raises(StreamError, match="decision layer default"):
+        replay(predict, read_record(tmp_path / "again.xdf"))
+
+
+def test_lines_carry_the_state(predict, bundle):
+    samples, stamps = eventful()
+    decoder = Decoder(
+        predict,
+        Late(info_of(predict.spec), chunks_of(samples, stamps, 7)),
+        StreamConfig(late="hold"),
+        decisions=DecisionLayer.load(bundle),
+    )
+    for decision in decoder:
+        line = json.loads(json.dumps(line_of(decision)))
+        assert line["state"] == decision.state.name
+        assert line["reason"] == decision.state.reason
+        assert line.get("class_name") == decision.state.class_name
+        assert line.get("probability") == decision.state.probability
+        assert ("probabilities" in line) == (decision.state.name != "no signal")
+    assert "state" not in line_of(decode(predict, Late(info_of(predict.spec), chunks_of(samples, stamps, 7)))[1][0])
+
+
+def test_a_layer_of_another_bundle_or_of_other_classes_is_refused(predict, make_bundle):
+    samples, stamps = eventful()
+    source = ScriptedSource(info_of(predict.spec), chunks_of(samples, stamps))
+    other = described(make_bundle("prelocal", class_names=CLASSES, model_seed=5))
+    with pytest.raises(DecisionError, match="fitted on another bundle"):
+        Decoder(predict, source, decisions=DecisionLayer(other))
+    with pytest.raises(DecisionError, match="has the classes a, b, c"):
+        Decoder(predict, source, decisions=DecisionLayer(described(predict.bundle, class_names=("a", "b", "c"))))
+
+
+# ---------------------------------------------------------------- the command
+
+
+def lines_of(path):
+    return [line for line in map(json.loads, path.read_text().splitlines()) if "event" not in line]
+
+
+def stream(bundle, *arguments):
+    return run_stream(
+        bundle, "--source", "synthetic", "--speed", "inf", "--duration", "6", "--quiet", "--late", "queue", *arguments
+    )
+
+
+def test_the_command_takes_the_only_layer(bundle, tmp_path, capsys):
+    assert stream(bundle.path, "--out", tmp_path / "a.jsonl", "--record", tmp_path / "a.xdf") == 0
+    assert "decisions: default" in capsys.readouterr().out
+    assert {line["state"] for line in lines_of(tmp_path / "a.jsonl")} <= set(STATES)
+    assert run_stream(bundle.path, "--replay", tmp_path / "a.xdf") == 0
+    assert stream(bundle.path, "--out", tmp_path / "b.jsonl", "--decisions", "none") == 0
+    assert "decisions: default" not in capsys.readouterr().out
+    assert not any("state" in line for line in lines_of(tmp_path / "b.jsonl"))
+
+
+def test_the_command_asks_which_of_several_layers(bundle, tmp_path, capsys):
+    copied = Bundle.open(copy_bundle(bundle, tmp_path / "bundle"))
+    fitted = FitSummary(asked="accept-rate", wanted=0.8, data=("a",), hop=0.5, n_events=30, n_windows=30, minutes=1.0)
+    write_layer(copied, described(copied, name="slow", fit=fitted))
+    assert stream(copied.path) == 2
+    assert "several decision layers; it has default, slow" in " ".join(capsys.readouterr().err.split())
+    assert stream(copied.path, "--decisions", "fast") == 2
+    assert "no decision layer fast; it has default, slow" in " ".join(capsys.readouterr().err.split())
+    assert stream(copied.path, "--decisions", "slow") == 0
+    assert "was fitted on windows every 0.5 s, not every 0.1 s" in capsys.readouterr().out
+    assert stream(copied.path, "--decisions", "slow", "--hop", "0.5") == 0
+    assert "was fitted on" not in capsys.readouterr().out
+
+
+@pytest.mark.alone
+def test_an_outlet_sends_state_class_and_probability(predict, bundle):
+    pylsl = pytest.importorskip("pylsl")
+    from sjepa_deploy.runtime.live.lsl_outlet import STATE_CHANNELS, send_decisions
+
+    samples, stamps = eventful()
+    source = ScriptedSource(info_of(predict.spec), chunks_of(samples, stamps, 10))
+    decoder = Decoder(predict, source, StreamConfig(late="queue"), decisions=DecisionLayer.load(bundle))
+    send_decisions(decoder, "sjepa-test-states")
+    (found,) = pylsl.resolve_byprop("name", "sjepa-test-states", 1, 10.0)
+    inlet = pylsl.StreamInlet(found)
+    info = inlet.info()
+    labels, channel = [], info.desc().child("channels").child("channel")
+    while channel.child_value("label"):
+        labels.append(channel.child_value("label"))
+        channel = channel.next_sibling("channel")
+    assert labels == [*CLASSES, *STATE_CHANNELS]
+    assert json.loads(info.desc().child_value("codes")) == {"states": list(STATES), "classes": list(CLASSES)}
+    inlet.open_stream(10.0)
+    decisions = list(decoder)
+    for decision in decisions:
+        values, stamp = inlet.pull_sample(10.0)
+        assert stamp == pytest.approx(decision.time, abs=1e-9)
+        assert values[:3] == pytest.approx(decision.prediction.tolist())
+        assert STATES[int(values[3])] == decision.state.name
+        assert (CLASSES[int(values[4])] if values[4] >= 0 else None) == decision.state.class_name
+        assert (
+            math.isnan(values[5])
+            if decision.state.probability is None
+            else values[5] == pytest.approx(decision.state.probability)
+        )
