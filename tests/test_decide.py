@@ -387,7 +387,7 @@ def test_a_layer_is_not_replaced_without_force(bundle, decide, tmp_path):
         (["--fit", "w.npz", "--accept-rate", "1.5"], "--accept-rate is 1.5"),
         (["--fit", "w.npz", "--accept-rate", "0.5", "--prevalence", "left=0.5"], "a share for each of left, right, rest"),
         (["--fit", "w.npz", "--accept-rate", "0.5", "--prevalence", "left=0.5,right=0.4,rest=0.3"], "add up to 1"),
-        (["--fit", "w.npz", "--accept-rate", "0.5", "--classes", "a,b,c"], "Leave --classes out"),
+        (["--fit", "w.npz", "--accept-rate", "0.5", "--class-names", "a,b,c"], "Leave --class-names out"),
         (["--fit", "w.npz", "--accept-rate", "0.5", "--decisions", "a/b"], "no name of a decision layer"),
         (["--fit", "none.npz", "--accept-rate", "0.5"], "cannot be read"),
         (["--fit", "strange.npz", "--accept-rate", "0.5"], "the labels up"),

@@ -179,7 +179,9 @@ def _shares(prevalence: dict[str, str], class_names: tuple[str, ...]) -> tuple[f
 @options.fills(
     "events",
     Events,
-    click.option("--classes", "class_names", type=options.Names(), metavar="A,B,...", help="Classes of a model that names none."),
+    click.option(
+        "--class-names", "class_names", type=options.Names(), metavar="A,B,...", help="Classes of a model that names none."
+    ),
     click.option(
         "--events",
         type=Pairs(),
@@ -263,7 +265,7 @@ def decide(
         )
     spec = opened.spec
     if events.class_names is not None and spec.class_names is not None:
-        raise DecisionError(f"The model names its classes: {listed(spec.class_names)}.", "Leave --classes out.")
+        raise DecisionError(f"The model names its classes: {listed(spec.class_names)}.", "Leave --class-names out.")
     class_names = classes_of(spec, events.class_names)
     request = chain.request(wanted, class_names, events.hop)
     described = LayerFacts(
