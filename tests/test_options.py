@@ -30,6 +30,7 @@ MEANINGS = {
     "--seed": ({"export", "bench"}, RECIPES),  # a recipe has its own
     "--variant": ({"export"}, {"finetune"}),  # a base model is not fine-tuned
     "--max-batch": ({"export"}, {"build"}),  # of a graph, of an engine
+    "--class-names": ({"export"}, {"decide"}),  # one for each output; two for one output too
     "--hop": ({"run"}, {"stream"}, {"decide"}),  # a recording is cut into windows side by side, a stream is decided on often
     "--deadline": ({"stream"}, {"bench"}, {"serve"}),  # the hop, the next window, seconds to an answer
     "--time-limit": ({"bench"}, {"build"}),  # ends with what it has, is given up
