@@ -93,14 +93,14 @@ class Events:
     events : dict of str to str
         Annotation of each class.
     tmin : float
-        Start of the window in seconds after its event.
+        Start of the window in seconds after its event; None is 0.
     hop : float or None
         Seconds from one window to the next. None: one window an event.
     """
 
     class_names: tuple[str, ...] | None
     events: dict[str, str]
-    tmin: float
+    tmin: float | None
     hop: float | None
 
 
@@ -189,7 +189,7 @@ def _shares(prevalence: dict[str, str], class_names: tuple[str, ...]) -> tuple[f
         metavar="CLASS=NAME,...",
         help="Annotation of each class, where it has another name.",
     ),
-    click.option("--tmin", type=float, default=0.0, help="Seconds from an event to the start of its window."),
+    options.tmin,
     click.option(
         "--hop", type=float, help="Seconds between windows of a stream, decoded as live.  [default: one window an event]"
     ),
@@ -324,14 +324,16 @@ def _read(
         rename=parse_rename(facts.rename, RecordingError),
     )
     if events.hop is None:
-        return event_windows(raw, spec, number_of, predict.predict, tmin=events.tmin, name=source.name, check_unit=check_unit)
+        return event_windows(
+            raw, spec, number_of, predict.predict, tmin=events.tmin or 0.0, name=source.name, check_unit=check_unit
+        )
     from sjepa_deploy.runtime.live.calibration import stream_windows
     from sjepa_deploy.runtime.live.config import StreamConfig
     from sjepa_deploy.runtime.live.open_source import SourceOptions
 
     config = StreamConfig(hop=events.hop, late="queue", check_unit=check_unit)
     known = SourceOptions(**dataclasses.asdict(facts), speed=math.inf, chunk=config.hop_samples(spec))
-    return stream_windows(predict, source, raw, number_of, known, config, tmin=events.tmin)
+    return stream_windows(predict, source, raw, number_of, known, config, tmin=events.tmin or 0.0)
 
 
 def _show(screen: Console, bundle: Bundle, name: str | None, json_output: bool) -> None:

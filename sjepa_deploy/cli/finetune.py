@@ -93,7 +93,7 @@ def _model(
         "--classes",
         help="CLASS=EVENT of each class to tell apart, as in LEFT=T1,RIGHT=T2, or EVENT alone.",
     ),
-    click.option("--tmin", type=float, help="Start of a window in seconds after its event; may be negative."),
+    options.tmin,
     click.option("--tmax", type=float, help="End of a window in seconds after its event, in place of --n-times."),
     click.option(
         "--task", type=click.Choice(["regression", "classification"]), help="Whether the target is a number or a class."

@@ -174,6 +174,7 @@ unit = click.option("--unit", type=click.Choice(list(UNITS_IN_VOLTS)), help="Uni
 check_unit = click.option(
     "--check-unit/--no-check-unit", default=True, help="Whether amplitudes that no EEG has in the stated unit are refused."
 )
+tmin = click.option("--tmin", type=float, help="Start of a window in seconds after its event; may be negative.")
 montage = click.option("--montage", help="Channels with positions: a montage of MNE, or a file with name, x, y, z in metres.")
 model_sfreq = click.option("--sfreq", type=float, help="Sampling rate of the model in Hz.")
 n_times = click.option("--n-times", type=int, help="Samples of a window.")
