@@ -18,7 +18,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from bundles import small_spec
 from lossy import judge, lossy
 
-COLUMNS = ("streams", "windows", "over a hole", "unflagged, tellable", "unflagged, within the jitter", "disordered", "resets")
+TWICE = ("a sample twice", "a sample twice, under one stamp")
+COLUMNS = (
+    "streams",
+    "windows",
+    "over a hole",
+    "unflagged, tellable",
+    "unflagged, within the jitter",
+    *TWICE,
+    "lost",
+    "found lost",
+    "resets",
+)
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ class Lossy:
     received: np.ndarray
     jitter: float  # seconds between the earliest and the latest stamp, without what held the sender up
     n_again: int
+    again_shows: bool  # whether stamps tell what is sent again from equal neighbours under one stamp
 
 
 def lossy(rng, kind=None, *, seconds=12.0, rate=None):
@@ -72,13 +73,23 @@ def lossy(rng, kind=None, *, seconds=12.0, rate=None):
     if rng.random() < 0.2 and kind in ("exact", "rounded"):  # the sender's clock is set
         at = int(rng.integers(first, len(index)))
         stamps = stamps + np.where(np.arange(len(index)) >= at, rng.choice([-100.0, -5.0, 30.0, 1000.0]), 0.0)
-    n_again = 0
+    n_again, again_shows = 0, True
     if rng.random() < 0.3:  # a block is sent again
         at = int(rng.integers(first + 60, len(index)))
         n_again = int(rng.integers(1, 40))
+        again_shows = bool((np.abs(stamps[at - n_again : at] - stamps[at - 1]) > 1e-9).any()) or stamps[at - 2] != stamps[at - 1]
         order = np.r_[0:at, at - n_again : at, at : len(index)]
         index, stamps, received = index[order], stamps[order], np.maximum.accumulate(received[order])
-    return Lossy(kind=kind, sfreq=sfreq, index=index, stamps=stamps, received=received, jitter=jitter, n_again=n_again)
+    return Lossy(
+        kind=kind,
+        sfreq=sfreq,
+        index=index,
+        stamps=stamps,
+        received=received,
+        jitter=jitter,
+        n_again=n_again,
+        again_shows=again_shows,
+    )
 
 
 def spec_for(spec, sfreq):
@@ -106,7 +117,8 @@ def judge(spec, stream, rng):
             steps = np.diff(windows.eeg()[0, 0]) % 4096
             hole = float(steps.max()) - 1 if len(steps) else 0.0
             counts["windows"] += 1
-            counts["disordered"] += bool((steps == 0).any() or (steps > 2048).any())
+            twice = bool((steps == 0).any() or (steps > 2048).any())
+            counts["a sample twice" if stream.again_shows else "a sample twice, under one stamp"] += twice
             if hole > 0 and (steps <= 2048).all():
                 counts["over a hole"] += 1
                 if not window.doubtful:

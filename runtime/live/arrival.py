@@ -7,6 +7,8 @@ import math
 import statistics
 from collections.abc import Callable
 
+import numpy as np
+
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.live.sources import Chunk, Stamps
 
@@ -18,6 +20,9 @@ SETTLE_S = 15.0
 
 REMEMBER_S = 60.0
 """The quickest arrival of this time, and of as much before, says how soon a sample can be there."""
+
+JUMP_S = 1.0
+"""Seconds from which on a loss may be a clock that was set forward."""
 
 N_FIRST = 16
 """Steps of stamps by which the unit of the stamps is judged."""
@@ -65,28 +70,28 @@ class Arrival:
         behind = lag - self.offset
         if behind < -MOST_AHEAD_S or (behind > MOST_BEHIND_S and not self.began):
             self._report("clock", f"The stamps are {_words(newest, behind)}; from here on they count from arrival.")
-            self.count_from(chunk)
+            self.count_from(chunk, len(chunk.stamps) - 1)
         self.began = True
         if received > self._turn_at or self._turn_at == math.inf:
             self._least_before, self._least = self._least, math.inf
             self._turn_at = received + REMEMBER_S
         self._least = min(self._least, lag)
 
-    def count_from(self, chunk: Chunk) -> None:
-        """Let the stamps count from the arrival of `chunk`."""
-        self.offset = chunk.received - float(chunk.stamps[-1])
+    def count_from(self, chunk: Chunk, row: int) -> None:
+        """Let the stamps from a row of `chunk` on count from its arrival."""
+        self.offset = chunk.received - _newest_from(chunk.stamps, row)
         self._settled_at = chunk.received + SETTLE_S
         self._least, self._least_before = self.offset, math.inf
         self._turn_at = chunk.received + REMEMBER_S
 
-    def jumped(self, chunk: Chunk, stamp: float, n_lost: int) -> bool:
-        """Return whether the clock was set forward before `stamp`, and not n_lost samples lost: they are there too soon.
+    def jumped(self, chunk: Chunk, row: int, n_lost: int) -> bool:
+        """Return whether the clock was set forward before a row, and not n_lost samples lost: what follows is there too soon.
 
         How soon samples were read after each other says nothing: a decoder that stood still reads a loss of a minute at once.
         """
         seconds = n_lost / self._sfreq
-        lag = chunk.received - max(stamp, float(chunk.stamps[-1]))
-        return seconds > 1.0 and lag < min(self._least, self._least_before) - 0.5 * seconds < math.inf
+        lag = chunk.received - _newest_from(chunk.stamps, row)
+        return seconds > JUMP_S and lag < min(self._least, self._least_before) - 0.5 * seconds < math.inf
 
     def check_unit(self, stamps: Stamps) -> None:
         """Refuse first stamps that are not in seconds.
@@ -111,6 +116,12 @@ class Arrival:
                 f"The stamps of {self._name} are {fast:.3g} periods of its rate apart, as if they were in {unit}.",
                 "Let the source stamp in seconds.",
             )
+
+
+def _newest_from(stamps: Stamps, row: int) -> float:
+    """Return the newest stamp from `row` to the next loss or set clock, which may be in the same chunk."""
+    jumps = np.flatnonzero(np.abs(np.diff(stamps[row:])) > JUMP_S)
+    return float(stamps[row + jumps[0] if len(jumps) else -1])
 
 
 def _words(newest: float, behind: float) -> str:

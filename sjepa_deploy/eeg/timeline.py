@@ -287,7 +287,9 @@ class Timeline:
 
     def _jump(self, stamp: float, n_lost: int) -> None:
         self._expected += (n_lost + 1) * self._slope
+        n_skipped = max(0, self._n_skipped - n_lost)  # what steps have shown since, if they turn out to be regular
         self._lose(stamp)
+        self._n_skipped = n_skipped
         self._begin_block()
 
     def _end_block(self) -> None:
