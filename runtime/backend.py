@@ -119,12 +119,15 @@ class Backend(ABC):
         Whether opening the backend reads an engine that was built before, or builds one. None: it has no engine.
     build_seconds : float or None
         Seconds that the cached engine took to build.
+    setting : str
+        Choices that the speed depends on, as a report of a benchmark tells them; empty where the name says all.
     """
 
     name: str
     precision: RunPrecision
     engine: Literal["cached", "built"] | None = None
     build_seconds: float | None = None
+    setting: str = ""
 
     @abstractmethod
     def run(self, eeg: FloatArray) -> FloatArray:

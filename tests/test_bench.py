@@ -28,14 +28,14 @@ from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli.bench import Share
 from sjepa_deploy.errors import BackendError, BenchmarkError
 from sjepa_deploy.runtime import machine
-from sjepa_deploy.runtime.backend import BackendOptions
+from sjepa_deploy.runtime.backend import BackendOptions, _find
 from sjepa_deploy.runtime.bench import cold_start, contenders, noise, scenarios
 from sjepa_deploy.runtime.bench.baselines import ALL_BACKENDS, BASELINES, TORCH_DTYPES, TorchCompile, TorchEager, TorchEagerCuda
 from sjepa_deploy.runtime.bench.cells import HARNESS, SCENARIOS, Estimate
 from sjepa_deploy.runtime.bench.files import load_report, load_samples, write_report
 from sjepa_deploy.runtime.bench.loops import Served
 from sjepa_deploy.runtime.bench.measurement import Bench
-from sjepa_deploy.runtime.bench.merge import merge, together
+from sjepa_deploy.runtime.bench.merge import merge, renamed, together
 from sjepa_deploy.runtime.bench.report import to_markdown
 from sjepa_deploy.runtime.bench.results import SCHEMA_VERSION, BenchReport, Disturbance, DisturbanceKind, Noise
 from sjepa_deploy.runtime.bench.run import BenchConfig, run_bench
@@ -609,6 +609,58 @@ def test_baselines_give_the_reference_outputs(make_bundle, variant, name):
     contender.close()
 
 
+def operations(contender):
+    """Return the names of PyTorch's operations in a call of `contender`."""
+    contender.activate()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        contender.backend.run(contender.inputs(2)[0])
+    return {event.key for event in profile.key_averages()}
+
+
+def test_pytorch_runs_with_the_fast_path_and_without_it_each_by_its_name(make_bundle):
+    """In turns, as a benchmark calls them: the switch is one for the whole process."""
+    fused = "aten::_transformer_encoder_layer_fwd"
+    fast, plain = opened_on(make_bundle("contextual"), "torch-eager", "torch-eager-no-fast-path")
+    assert all(contender.judgement.passed for contender in (fast, plain))
+    for _ in range(2):
+        assert fused in operations(fast)
+        assert fused not in operations(plain)
+    assert "fast path of the transformer on" in fast.backend.setting
+    assert "fast path of the transformer off" in plain.backend.setting
+    plain.close()
+    assert torch.backends.mha.get_fastpath_enabled(), "others find PyTorch as it is"
+    fast.close()
+
+
+@pytest.mark.parametrize("variant", ["prelocal", "postlocal"])
+def test_models_without_a_transformer_have_no_fast_path_to_switch_off(make_bundle, variant):
+    (left_out,) = opened_on(make_bundle(variant), "torch-eager-no-fast-path")
+    assert "no transformer" in left_out.reason
+    (contender,) = opened_on(make_bundle(variant), "torch-eager")
+    assert "fast path" not in contender.backend.setting
+    contender.close()
+
+
+def test_every_way_to_run_pytorch_is_there_with_the_fast_path_and_without():
+    plain = {name.removesuffix("-no-fast-path") for name in BASELINES if name.endswith("-no-fast-path")}
+    assert plain == {name for name in BASELINES if name.startswith("torch-") and not name.endswith("-no-fast-path")}
+    for name in plain:
+        on, off = (_find(BASELINES[n].target) for n in (name, f"{name}-no-fast-path"))
+        assert (on.name, off.name) == (name, f"{name}-no-fast-path")
+        assert (on.fast_path, off.fast_path, off.device, off.how) == (True, False, on.device, on.how)
+
+
+def test_a_report_tells_the_settings_of_the_baselines(whole):
+    report, samples, _ = whole
+    told = [(setting.backend, setting.setting) for setting in report.settings]
+    assert told == [("torch-eager", "eager, one thread"), ("torch-eager", "eager, fast path of the transformer on, one thread")]
+    assert "| torch-eager | fp32 | eager, one thread |" in to_markdown(report)
+    other = renamed(report, {"torch-eager": "mine", "ort-cpu": "ort"})
+    assert {setting.backend for setting in other.settings} == {"mine"}
+    merged, _ = merge([(report, samples), (other, samples)])
+    assert merged.settings == report.settings + other.settings
+
+
 @pytest.mark.alone
 def test_torch_compile_gives_the_reference_outputs(make_bundle):
     """Once: it takes seconds."""
@@ -649,7 +701,7 @@ def test_what_cannot_be_measured_is_left_out_with_its_reason(make_bundle):
     everything = ", ".join(reasons)
     assert all(name in everything for name in ALL_BACKENDS if name not in planted.BACKENDS)
     assert "The float64 reference is slow by design" in reasons["torch"]
-    baselines = ", ".join(f"bundle on {name} tf32" for name in ("torch-eager", "torch-compile", "braindecode"))
+    baselines = ", ".join(f"bundle on {name} tf32" for name in BASELINES if "cuda" not in name)
     assert "fp32 on the CPU, not in tf32" in reasons[baselines]
     with pytest.raises(BackendError, match="is not a backend"):
         list(contenders.open_contenders((), (), backends=("x",), precisions=(), options=ONE_THREAD, seed=0))

@@ -61,6 +61,8 @@ class TensorRTBackend(EngineRunner):
             super().__init__(api, device, plan, bundle.spec, options)
             opened.pop_all()
         self.build_seconds = record.build_seconds
+        profile = record.identity.settings
+        self.setting = f"engine for {profile.min_batch} to {profile.max_batch} windows, kernels chosen for {profile.opt_batch}"
 
     def close(self) -> None:
         """Release the engine and everything on the GPU."""

@@ -1,7 +1,9 @@
 """Runs the alternatives to this toolkit: PyTorch eager, compiled and as a CUDA graph, and braindecode's module.
 
 These baselines are backends to be measured beside the toolkit's own. The baselines run the checkpoint in the bundle with
-PyTorch's defaults, the fast path of its transformer included. Importing this module never imports PyTorch.
+PyTorch's defaults. One of the defaults is the fast path of its transformer encoder (`torch.backends.mha`), which is not the
+faster one everywhere: the baselines whose names end in "no-fast-path" switch the fast path off. Importing this module never
+imports PyTorch.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ _HERE = "sjepa_deploy.runtime.bench.baselines"
 
 BASELINES: dict[str, BackendEntry] = {
     "torch-eager": BackendEntry(target=f"{_HERE}:TorchEager", package="torch", extra="export"),
+    "torch-eager-no-fast-path": BackendEntry(target=f"{_HERE}:TorchEagerNoFastPath", package="torch", extra="export"),
     "torch-compile": BackendEntry(target=f"{_HERE}:TorchCompile", package="torch", extra="export"),
+    "torch-compile-no-fast-path": BackendEntry(target=f"{_HERE}:TorchCompileNoFastPath", package="torch", extra="export"),
     "braindecode": BackendEntry(
         target=f"{_HERE}:Braindecode", package="braindecode", extra="", probe=f"{_HERE}:probe_braindecode"
     ),
@@ -39,6 +43,15 @@ BASELINES: dict[str, BackendEntry] = {
     ),
     "torch-cuda-graph": BackendEntry(
         target=f"{_HERE}:TorchCudaGraph", package="torch", extra="export", probe=f"{_HERE}:probe_cuda"
+    ),
+    "torch-eager-cuda-no-fast-path": BackendEntry(
+        target=f"{_HERE}:TorchEagerCudaNoFastPath", package="torch", extra="export", probe=f"{_HERE}:probe_cuda"
+    ),
+    "torch-compile-cuda-no-fast-path": BackendEntry(
+        target=f"{_HERE}:TorchCompileCudaNoFastPath", package="torch", extra="export", probe=f"{_HERE}:probe_cuda"
+    ),
+    "torch-cuda-graph-no-fast-path": BackendEntry(
+        target=f"{_HERE}:TorchCudaGraphNoFastPath", package="torch", extra="export", probe=f"{_HERE}:probe_cuda"
     ),
     "braindecode-cuda": BackendEntry(
         target=f"{_HERE}:BraindecodeCuda", package="braindecode", extra="", probe=f"{_HERE}:probe_braindecode_cuda"
@@ -54,6 +67,9 @@ REFERENCE_BACKEND = "torch"
 TORCH_DTYPES: dict[RunPrecision, str] = {"fp32": "float32", "tf32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """PyTorch's name of the type that each precision computes in."""
 
+NO_FAST_PATH = "-no-fast-path"
+"""End of the names of baselines that switch the fast path of PyTorch's transformer off."""
+
 COMPILATIONS = 8
 """Number of times that a function may be compiled, for instance for other batch sizes: `recompile_limit` of PyTorch."""
 
@@ -61,14 +77,22 @@ COMPILATIONS = 8
 class TorchEager(Backend):
     """Calls the PyTorch module on the CPU.
 
+    Attributes
+    ----------
+    fast_path : bool
+        Whether PyTorch may run a layer of its transformer encoder as one operation.
+
     Raises
     ------
     BackendError
-        If a precision is asked for that PyTorch does not run, or that this device has no fast kernels for.
+        If a precision is asked for that PyTorch does not run, or that this device has no fast kernels for. If the fast path is
+        to be off for a model without a transformer.
     """
 
     name = "torch-eager"
     device = "cpu"
+    fast_path = True
+    how = "eager"
 
     def __init__(self, bundle: Bundle, precision: RunPrecision, options: BackendOptions) -> None:
         import torch
@@ -77,6 +101,9 @@ class TorchEager(Backend):
             raise BackendError(f"PyTorch is not measured in {precision}.", f"Use one of {', '.join(TORCH_DTYPES)}.")
         if self.device == "cpu" and precision != "fp32":
             raise BackendError(f"PyTorch is measured in fp32 on the CPU, not in {precision}.", "Use --precision fp32.")
+        if not (self.fast_path or bundle.spec.needs_positions):
+            name = self.name.removesuffix(NO_FAST_PATH)
+            raise BackendError("The model has no transformer, whose fast path could be off.", f"Use the backend {name}.")
         self.precision, self._spec = precision, bundle.spec
         if self.device == "cuda":
             self.device = f"cuda:{options.device}"
@@ -86,6 +113,7 @@ class TorchEager(Backend):
         self._model = self._load(bundle).eval().to(self.device, self._dtype)
         self._host: dict[int, Tensor] = {}
         self._forward = self._prepare()
+        self.setting = self._setting()
 
     def _load(self, bundle: Bundle) -> nn.Module:
         from sjepa_deploy.models.checkpoint import load_model, read_checkpoint
@@ -97,14 +125,25 @@ class TorchEager(Backend):
         return lambda eeg: self._model(eeg.to(self._dtype)).float()
 
     def activate(self) -> None:
-        """Set PyTorch's options of the whole process: threads, and whether TensorFloat-32 is allowed."""
+        """Set PyTorch's options of the whole process: threads, the fast path, and whether TensorFloat-32 is allowed."""
         import torch
 
+        torch.backends.mha.set_fastpath_enabled(self.fast_path)
         if torch.get_num_threads() != self._n_threads:
             torch.set_num_threads(self._n_threads)
         if self.device != "cpu":
             allowed = self.precision == "tf32"
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+    def _setting(self) -> str:
+        words = [self.how]
+        if self._spec.needs_positions:
+            words.append(f"fast path of the transformer {'on' if self.fast_path else 'off'}")
+        if self.device == "cpu":
+            words.append("one thread" if self._n_threads == 1 else f"{self._n_threads} threads")
+        else:
+            words += [f"TensorFloat-32 {'on' if self.precision == 'tf32' else 'off'}", "windows through pinned memory"]
+        return ", ".join(words)
 
     def run(self, eeg: FloatArray) -> FloatArray:
         """Run the model on `eeg`, shape (batch, n_chans, n_times)."""
@@ -126,7 +165,10 @@ class TorchEager(Backend):
         return pinned.to(self.device, non_blocking=True)
 
     def close(self) -> None:
-        """Release the model."""
+        """Release the model, and let the process have PyTorch's default again."""
+        import torch
+
+        torch.backends.mha.set_fastpath_enabled(True)
         del self._model, self._forward
         self._host.clear()
 
@@ -136,6 +178,7 @@ class TorchCompile(TorchEager):
 
     name = "torch-compile"
     engine = "cached"
+    how = "torch.compile"
     mode: str | None = None
 
     def _prepare(self) -> Callable[[Tensor], Tensor]:
@@ -191,6 +234,7 @@ class TorchCompileCuda(TorchCompile):
 
     name = "torch-compile-cuda"
     device = "cuda"
+    how = 'torch.compile(mode="reduce-overhead")'
     mode = "reduce-overhead"
 
 
@@ -206,6 +250,7 @@ class TorchCudaGraph(TorchEager):
 
     name = "torch-cuda-graph"
     device = "cuda"
+    how = "CUDA graph with both copies"
 
     def _prepare(self) -> Callable[[Tensor], Tensor]:
         self._graphs: dict[int, tuple[Any, FloatArray, Tensor, Tensor]] = {}
@@ -231,6 +276,7 @@ class TorchCudaGraph(TorchEager):
     def _capture(self, eeg: FloatArray) -> tuple[Any, FloatArray, Tensor, Tensor]:
         import torch
 
+        self.activate()  # the graph keeps the options of this moment, whichever contender was called last
         with torch.inference_mode(), torch.cuda.device(self.device):
             target = self._forward(self._upload(eeg)).cpu().pin_memory()
             source = self._host[len(eeg)]
@@ -256,6 +302,36 @@ class TorchCudaGraph(TorchEager):
         """Release the graphs and the model."""
         self._graphs.clear()
         super().close()
+
+
+class TorchEagerNoFastPath(TorchEager):
+    """Calls the module on the CPU, its transformer operation by operation."""
+
+    name, fast_path = f"{TorchEager.name}{NO_FAST_PATH}", False
+
+
+class TorchCompileNoFastPath(TorchCompile):
+    """Calls the compiled module on the CPU, its transformer operation by operation, so that the compiler can fuse them."""
+
+    name, fast_path = f"{TorchCompile.name}{NO_FAST_PATH}", False
+
+
+class TorchEagerCudaNoFastPath(TorchEagerCuda):
+    """Calls the module on the GPU, its transformer operation by operation."""
+
+    name, fast_path = f"{TorchEagerCuda.name}{NO_FAST_PATH}", False
+
+
+class TorchCompileCudaNoFastPath(TorchCompileCuda):
+    """Calls the compiled module on the GPU, its transformer operation by operation, so that the compiler can fuse them."""
+
+    name, fast_path = f"{TorchCompileCuda.name}{NO_FAST_PATH}", False
+
+
+class TorchCudaGraphNoFastPath(TorchCudaGraph):
+    """Replays a CUDA graph of the module, its transformer operation by operation."""
+
+    name, fast_path = f"{TorchCudaGraph.name}{NO_FAST_PATH}", False
 
 
 def braindecode_model(spec: ModelSpec, **kwargs: Any) -> nn.Module:

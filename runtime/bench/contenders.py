@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ from sjepa_deploy.parity import ParityResult, Reference, batch_sizes, check_pari
 from sjepa_deploy.runtime.backend import FASTEST_BACKEND, Backend, BackendOptions, FloatArray, open_backend
 from sjepa_deploy.runtime.bench.baselines import ALL_BACKENDS, REFERENCE_BACKEND
 from sjepa_deploy.runtime.bench.cells import HARNESS
-from sjepa_deploy.runtime.bench.results import BundleFacts, Judgement, LeftOut
+from sjepa_deploy.runtime.bench.results import BundleFacts, Judgement, LeftOut, Setting
 from sjepa_deploy.runtime.gpu.cuda import Device
 from sjepa_deploy.spec import RUN_PRECISIONS, ModelSpec, RunPrecision, graph_precision
 
@@ -157,6 +157,12 @@ def bundle_facts(bundles: tuple[Bundle, ...]) -> tuple[BundleFacts, ...]:
             )
         )
     return tuple(facts)
+
+
+def settings_of(contenders: Sequence[Contender]) -> tuple[Setting, ...]:
+    """Return the settings that the backends of `contenders` tell, each once."""
+    found = ((c.backend.name, c.backend.precision, c.backend.setting) for c in contenders if c.backend.setting)
+    return tuple(Setting(backend=name, precision=precision, setting=text) for name, precision, text in dict.fromkeys(found))
 
 
 def open_contenders(

@@ -60,6 +60,7 @@ def merge(runs: Sequence[tuple[BenchReport, Samples]]) -> tuple[BenchReport, Sam
         decision_age=tuple(age for run in reports for age in run.decision_age),
         left_out=_left_out(reports),
         samples_file=None,
+        settings=tuple(dict.fromkeys(setting for run in reports for setting in run.settings)),
     )
     return replace(merged, recommendations=recommend(merged)), samples
 
@@ -78,6 +79,7 @@ def renamed(report: BenchReport, names: Mapping[str, str]) -> BenchReport:
         cells=tuple(replace(cell, key=replace(cell.key, backend=new(cell.key.backend))) for cell in report.cells),
         parity=tuple(replace(j, result=replace(j.result, backend=new(j.result.backend))) for j in report.parity),
         capacity=tuple(replace(found, backend=new(found.backend)) for found in report.capacity),
+        settings=tuple(replace(setting, backend=new(setting.backend)) for setting in report.settings),
         recommendations=(),
         decision_age=(),
     )

@@ -131,7 +131,11 @@ def sections(report: BenchReport, samples: Samples) -> tuple[Section, ...]:
             title="Environment",
             lead="Percentiles are of all samples of a cell, never of percentiles; intervals (95 %) come from resampled blocks, "
             "which were run in random order. A percentile without enough samples says how many it needs.",
-            tables=(report_tables.bundle_table(report), report_tables.environment_table(report)),
+            tables=(
+                report_tables.bundle_table(report),
+                report_tables.setting_table(report),
+                report_tables.environment_table(report),
+            ),
         ),
     ]
     return tuple(found)

@@ -406,6 +406,12 @@ def _cores(value: float | None) -> str | None:
     return None if value is None else f"{number(value)} cores busy on average"
 
 
+def setting_table(report: BenchReport) -> Table:
+    """Return the table of the choices that the speed of the backends depends on."""
+    rows = tuple(Row(entries=_texts(s.backend, s.precision, s.setting)) for s in report.settings)
+    return Table(caption="Settings of the backends", columns=_columns("backend", "precision", "setting"), rows=rows)
+
+
 def left_out_table(report: BenchReport) -> Table:
     """Return the table of what was not measured."""
     rows = tuple(Row(entries=_texts(left.label, left.reason)) for left in report.left_out)

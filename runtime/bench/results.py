@@ -171,6 +171,23 @@ class Ending:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Tells the choices of a backend that its speed depends on.
+
+    Attributes
+    ----------
+    backend, precision : str
+        What ran.
+    setting : str
+        The choices: `sjepa_deploy.runtime.backend.Backend.setting`.
+    """
+
+    backend: str
+    precision: RunPrecision
+    setting: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class BundleFacts:
     """Describes a bundle that was measured.
 
@@ -308,6 +325,8 @@ class BenchReport:
         Combinations that could not be measured here.
     samples_file : str or None
         Name of the ``.npz`` beside this file.
+    settings : tuple of Setting
+        Choices of the backends that have any; empty in reports from before they were told.
     """
 
     schema_version: int
@@ -327,6 +346,7 @@ class BenchReport:
     recommendations: tuple[Recommendation, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     samples_file: str | None = None
+    settings: tuple[Setting, ...] = ()
 
     @property
     def interrupted(self) -> bool:

@@ -27,6 +27,7 @@ from sjepa_deploy.runtime.bench.contenders import (
     grouped,
     harness,
     open_contenders,
+    settings_of,
 )
 from sjepa_deploy.runtime.bench.decision_age import with_decision_ages
 from sjepa_deploy.runtime.bench.measurement import Bench, Measurement
@@ -294,6 +295,7 @@ class Run:
             parity=tuple(s.judgement for s in self.contenders if s.judgement is not None),
             capacity=tuple(capacity),
             left_out=grouped(self.left_out),
+            settings=settings_of(self.contenders),
         )
         specs = {fact.label: bundle.spec for fact, bundle in zip(self.facts, self.bundles, strict=True)}
         return with_decision_ages(replace(report, recommendations=recommend(report)), specs), samples
