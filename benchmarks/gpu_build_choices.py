@@ -169,7 +169,7 @@ def try_choice(api: Chosen, bundle: Bundle, precision: RunPrecision, timings: by
     computes_in, evidence = judge_types(layers, precision, stored)
     result |= {"layers": encode(layers), "computes_in": computes_in, "evidence": evidence}
     device = Device()
-    runner = EngineRunner(api, device, built.plan, bundle.spec, BackendOptions(wait="flag"))
+    runner = EngineRunner(api, device, [built.plan], bundle.spec, BackendOptions(wait="flag"))
     reference = bundle.reference()
     judged = check_parity(runner.run, reference, backend=api.flavour, precision=precision, sizes=engine_batch_sizes(settings))
     result["parity"] = encode(judged)

@@ -19,6 +19,8 @@ from bundles import copy_bundle
 from engine_bundles import small_bundle
 from fake_gpu import LAUNCH_FAILED, check_nothing_is_left, in_another_thread
 from fake_machine import Rig, eeg, outputs
+from hypothesis import given
+from hypothesis import strategies as st
 
 import sjepa_deploy
 from sjepa_deploy.bundle import Bundle
@@ -29,6 +31,7 @@ from sjepa_deploy.export.to_tensorrt import build_engine
 from sjepa_deploy.runtime.backend import BACKENDS, BackendOptions, open_backend
 from sjepa_deploy.runtime.backends import tensorrt_api
 from sjepa_deploy.runtime.backends.engine_judge import EngineParityError
+from sjepa_deploy.runtime.backends.engine_runner import suited
 from sjepa_deploy.runtime.backends.engines import BuildSettings, EngineStore, timing_cache_file
 from sjepa_deploy.runtime.bench.baselines import ALL_BACKENDS
 from sjepa_deploy.runtime.bench.run import BenchConfig, run_bench
@@ -477,6 +480,60 @@ def test_batches_above_the_profile(rig, bundle):
         predict(eeg(bundle, 3))
     with pytest.raises(EngineError, match="The graph takes 1 to 8 windows, not 9"):
         build_engine(bundle, "fp32", settings=BuildSettings(max_batch=9))
+
+
+@pytest.fixture
+def a_build_a_day(monkeypatch):
+    days = itertools.count(1)
+    monkeypatch.setattr("sjepa_deploy.export.to_tensorrt.now", lambda: f"2026-01-{next(days):02}T00:00:00+00:00")
+
+
+@pytest.mark.usefixtures("a_build_a_day")
+def test_each_batch_runs_on_the_engine_whose_kernels_were_chosen_for_it(rig, bundle, monkeypatch):
+    """The fake engines compute the same: which one is asked for a context tells."""
+    for opt, largest in ((1, 8), (8, 8), (1, 2)):
+        build_engine(bundle, "fp32", settings=BuildSettings(opt_batch=opt, max_batch=largest))
+    made = []
+    create = tensorrt_api.TensorRT.create_context
+
+    def watched(api, engine, *rest):
+        made.append(api.profile(engine, "eeg"))
+        return create(api, engine, *rest)
+
+    monkeypatch.setattr(tensorrt_api.TensorRT, "create_context", watched)
+    with sjepa_deploy.load(bundle, backend="tensorrt") as predict:
+        assert not made
+        for n in (1, 2, 3, 5, 8):
+            np.testing.assert_array_equal(predict(eeg(bundle, n)), outputs(bundle, "fp32", eeg(bundle, n)))
+        assert "kernels chosen for 8" in predict.backend.setting
+    assert [profile[1:] for profile in made] == [(1, 2), (1, 2), (8, 8), (8, 8), (8, 8)], "of equal ones the newest"
+    assert not rig.driver.allocations, "everything was released"
+
+
+@pytest.mark.usefixtures("a_build_a_day")
+def test_engines_that_no_batch_runs_on_are_not_opened(rig, bundle, monkeypatch):
+    build_engine(bundle, "fp32", settings=BuildSettings(max_batch=4))
+    build_engine(bundle, "fp32", settings=BuildSettings(max_batch=8))  # newer, of the same kernels, and it takes more
+    opened = []
+    deserialize = tensorrt_api.TensorRT.deserialize
+    monkeypatch.setattr(tensorrt_api.TensorRT, "deserialize", lambda api, plan: [opened.append(plan), deserialize(api, plan)][1])
+    with sjepa_deploy.load(bundle, backend="tensorrt") as predict:
+        predict(eeg(bundle, 8))
+    assert len(opened) == 1
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 1024), min_size=3, max_size=3).map(sorted).map(tuple), min_size=1, max_size=4),
+    st.integers(1, 1024),
+)
+def test_the_profile_that_suits_a_batch_takes_it_and_no_other_is_nearer(profiles, batch):
+    found = suited(profiles, batch)
+    able = [profile for profile in profiles if profile[0] <= batch <= profile[2]]
+    assert (found is None) == (not able)
+    if able:
+        ratio = lambda profile: max(profile[1], batch) / min(profile[1], batch)  # noqa: E731
+        assert profiles[found] in able
+        assert ratio(profiles[found]) <= min(map(ratio, able)) * (1 + 1e-12)
 
 
 def test_too_small_a_workspace(rig, bundle):

@@ -113,7 +113,7 @@ class EngineJudge:
             return self._compare(plan, BackendOptions(cuda_graph=False))
 
     def _compare(self, plan: bytes, options: BackendOptions) -> ParityResult:
-        runner = EngineRunner(self._api, self._device, plan, self._bundle.spec, options)
+        runner = EngineRunner(self._api, self._device, [plan], self._bundle.spec, options)
         try:
             reference = self._bundle.reference()
             return check_parity(runner.run, reference, backend=self._api.flavour, precision=self._precision, sizes=self._sizes)

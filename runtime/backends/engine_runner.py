@@ -1,14 +1,15 @@
-"""Runs one engine of TensorRT or TensorRT-RTX without torch. A call allocates nothing."""
+"""Runs engines of TensorRT or TensorRT-RTX without torch. A call allocates nothing."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
 
-from sjepa_deploy.errors import BackendError, EngineError, InputError
+from sjepa_deploy.errors import BackendError, EngineError, InputError, listed
 from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.backends.tensorrt_api import TensorRT
 from sjepa_deploy.runtime.gpu.backend import GpuBackend
@@ -20,8 +21,20 @@ MAX_GPU_ADDRESSES = 16
 """Most arrays on the GPU whose CUDA graphs are kept. A producer that cycles through more arrays runs without graphs."""
 
 
+def suited(profiles: Sequence[tuple[int, int, int]], batch: int) -> int | None:
+    """Return the index of the profile that suits `batch`, or None if none takes it.
+
+    Of the profiles (smallest, optimal, largest batch) that take `batch`, the one whose optimal batch is nearest by ratio suits
+    it. Of equally near ones it is the first.
+    """
+    able = [i for i, (low, _, high) in enumerate(profiles) if low <= batch <= high]
+    return min(able, key=lambda i: abs(math.log(profiles[i][1] / batch)), default=None)
+
+
 class EngineRunner(GpuBackend["_Lane"]):
-    """Runs one engine on one GPU, with a context and a CUDA graph for each batch size.
+    """Runs engines of one model on one GPU, with a context and a CUDA graph for each batch size.
+
+    Each batch size runs on the engine whose profile suits it (`suited`).
 
     Parameters
     ----------
@@ -29,8 +42,8 @@ class EngineRunner(GpuBackend["_Lane"]):
         TensorRT that deserialises the plan.
     device : Device
         GPU that runs the engine.
-    plan : bytes
-        The engine. A plan is native code, and must come from a verified file.
+    plans : sequence of bytes
+        The engines, at least one. A plan is native code, and must come from a verified file.
     spec : ModelSpec
         Names and shapes that the engine must have.
     options : BackendOptions
@@ -42,15 +55,17 @@ class EngineRunner(GpuBackend["_Lane"]):
         If TensorRT refuses the engine, or its inputs and outputs are not the model's.
     """
 
-    def __init__(self, api: TensorRT, device: Device, plan: bytes, spec: ModelSpec, options: BackendOptions) -> None:
+    def __init__(self, api: TensorRT, device: Device, plans: Sequence[bytes], spec: ModelSpec, options: BackendOptions) -> None:
         self._api, self._options = api, options
         device.make_current()
-        self._engine = api.deserialize(plan)
-        check_tensors(api, self._engine, spec)
-        self.min_batch, self.max_batch = api.batches(self._engine, spec.input_name)
+        self._engines = [api.deserialize(plan) for plan in plans]
+        for engine in self._engines:
+            check_tensors(api, engine, spec)
+        self._profiles = [api.profile(engine, spec.input_name) for engine in self._engines]
         with contextlib.ExitStack() as opened:
             stream = opened.enter_context(closing(Stream(device, options.wait)))
-            scratch = DeviceBuffer(device, api.memory_size(self._engine))  # shared: contexts run one after another
+            size = max(api.memory_size(engine) for engine in self._engines)
+            scratch = DeviceBuffer(device, size)  # shared: contexts run one after another
             self._scratch = opened.enter_context(closing(scratch))
             super().__init__(device, stream, spec, opened.pop_all())
         self._from_gpu: OrderedDict[tuple[int, int], _Launch] = OrderedDict()
@@ -63,15 +78,17 @@ class EngineRunner(GpuBackend["_Lane"]):
     def close(self) -> None:
         """Release everything on the GPU."""
         super().close()
-        self._engine = None
+        self._engines.clear()
 
     def _open(self, batch: int) -> _Lane:
-        if not self.min_batch <= batch <= self.max_batch:
+        which = suited(self._profiles, batch)
+        if which is None:
+            takes = listed([f"{low} to {high}" for low, _, high in self._profiles])
             raise InputError(
-                f"The batch has {batch} windows, the engine's profile is {self.min_batch} to {self.max_batch}.",
+                f"The batch has {batch} windows, the engine's profile is {takes}.",
                 "Split it, or build an engine with sjepa-build --max-batch.",
             )
-        context = self._api.create_context(self._engine, self._scratch.address, self._scratch.nbytes, self._stream.handle)
+        context = self._api.create_context(self._engines[which], self._scratch.address, self._scratch.nbytes, self._stream.handle)
         return _Lane(self._device, self._stream, context, batch, self._spec, self._options, self._api, self._from_gpu)
 
 

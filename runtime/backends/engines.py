@@ -236,10 +236,10 @@ class EngineStore:
         file = self._file(identity, "json")
         return self._read(file) if file.is_file() else None
 
-    def choose(self, precision: RunPrecision, machine: Machine) -> EngineRecord:
-        """Return the newest engine for `precision` that was built from this bundle's graph on a machine equal to `machine`.
+    def fitting(self, precision: RunPrecision, machine: Machine) -> tuple[EngineRecord, ...]:
+        """Return the engines for `precision` that were built from this bundle's graph on a machine equal to `machine`.
 
-        If there is none, return the newest one that was built for other machines and fits `machine`.
+        The newest comes first. If there are none, return those that were built for other machines and fit `machine`.
 
         Raises
         ------
@@ -252,6 +252,7 @@ class EngineStore:
         if not records:
             raise EngineError(f"The bundle {self.bundle.path} has no {precision} engine for {machine.flavour}.", mend)
         nearest: tuple[str, ...] | None = None
+        found: list[EngineRecord] = []
         for record in sorted(records, key=lambda r: r.for_others):
             there = record.identity
             wanted = self.identity(precision, machine, there.settings, there.flags)
@@ -259,12 +260,15 @@ class EngineStore:
             if differs:
                 nearest = differs if nearest is None or len(differs) < len(nearest) else nearest
                 continue
-            if record.computes_in != precision:
+            found.append(record)
+        if found:
+            right = [r for r in found if r.computes_in == precision and r.for_others == found[0].for_others]
+            if found[0] not in right:
                 raise EngineError(
-                    f"The engine that was asked for in {precision} computes in {record.computes_in} ({record.evidence}).",
-                    f"Use --precision {record.computes_in}, or another version of TensorRT.",
+                    f"The engine that was asked for in {precision} computes in {found[0].computes_in} ({found[0].evidence}).",
+                    f"Use --precision {found[0].computes_in}, or another version of TensorRT.",
                 )
-            return record
+            return tuple(right)
         assert nearest is not None
         raise EngineError(f"The {precision} engine of {self.bundle.path} is stale: {'; '.join(nearest)}.", mend)
 

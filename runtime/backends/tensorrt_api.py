@@ -261,12 +261,12 @@ class TensorRT:
             for name in names
         }
 
-    def batches(self, engine: Any, name: str) -> tuple[int, int]:
-        """Return the smallest and the largest batch of an engine for its input `name`."""
+    def profile(self, engine: Any, name: str) -> tuple[int, int, int]:
+        """Return the smallest, the optimal and the largest batch of an engine for its input `name`."""
         if engine.get_tensor_shape(name)[0] > 0:
-            return (int(engine.get_tensor_shape(name)[0]),) * 2
-        smallest, _, largest = engine.get_tensor_profile_shape(name, 0)
-        return int(smallest[0]), int(largest[0])
+            return (int(engine.get_tensor_shape(name)[0]),) * 3
+        smallest, optimal, largest = engine.get_tensor_profile_shape(name, 0)
+        return int(smallest[0]), int(optimal[0]), int(largest[0])
 
     def memory_size(self, engine: Any) -> int:
         """Return the bytes of device memory that a context needs for its activations."""

@@ -1,16 +1,17 @@
-"""Opens the engine of a bundle that fits this machine: the backends "tensorrt" and "tensorrt-rtx"."""
+"""Opens the engines of a bundle that fit this machine: the backends "tensorrt" and "tensorrt-rtx"."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from contextlib import closing
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.errors import BackendError
+from sjepa_deploy.errors import BackendError, listed
 from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.backends.engine_judge import EngineJudge
-from sjepa_deploy.runtime.backends.engine_runner import EngineRunner
-from sjepa_deploy.runtime.backends.engines import EngineStore, Machine
+from sjepa_deploy.runtime.backends.engine_runner import EngineRunner, suited
+from sjepa_deploy.runtime.backends.engines import EngineRecord, EngineStore, Machine
 from sjepa_deploy.runtime.backends.proofs import prove
 from sjepa_deploy.runtime.backends.tensorrt_api import TensorRT
 from sjepa_deploy.runtime.gpu.cuda import Device, Gpu
@@ -29,9 +30,10 @@ def machine_of(api: TensorRT, gpu: Gpu) -> Machine:
 
 
 class TensorRTBackend(EngineRunner):
-    """Runs the engine of a bundle that fits this machine.
+    """Runs the engines of a bundle that fit this machine.
 
-    Parity judges an engine that was built for other machines at its first load, and the proof is kept beside the engine.
+    Each batch size runs on the engine whose profile suits it, see `sjepa_deploy.runtime.backends.engine_runner.suited`. Parity
+    judges an engine that was built for other machines at its first load, and the proof is kept beside the engine.
 
     Raises
     ------
@@ -54,20 +56,30 @@ class TensorRTBackend(EngineRunner):
             device = opened.enter_context(closing(Device(options.device)))
             store = EngineStore(bundle=bundle)
             machine = machine_of(api, device.gpu)
-            record = store.choose(precision, machine)
-            plan = store.plan(record)
-            if record.for_others:
-                prove(store, record, plan, machine, EngineJudge(bundle, precision, record.identity.settings, api, device))
-            super().__init__(api, device, plan, bundle.spec, options)
+            records = _needed(store.fitting(precision, machine), bundle.graph(precision).max_batch)
+            plans = [store.plan(record) for record in records]
+            for record, plan in zip(records, plans, strict=True):
+                if record.for_others:
+                    prove(store, record, plan, machine, EngineJudge(bundle, precision, record.identity.settings, api, device))
+            super().__init__(api, device, plans, bundle.spec, options)
             opened.pop_all()
-        self.build_seconds = record.build_seconds
-        profile = record.identity.settings
-        self.setting = f"engine for {profile.min_batch} to {profile.max_batch} windows, kernels chosen for {profile.opt_batch}"
+        self.build_seconds = sum(record.build_seconds for record in records)
+        settings = [record.identity.settings for record in records]
+        self.setting = "engine for " + listed(
+            [f"{s.min_batch} to {s.max_batch} windows with kernels chosen for {s.opt_batch}" for s in settings]
+        )
 
     def close(self) -> None:
         """Release the engine and everything on the GPU."""
         with contextlib.nullcontext() if self._turn.closed else closing(self._device):
             super().close()
+
+
+def _needed(records: Sequence[EngineRecord], max_batch: int) -> list[EngineRecord]:
+    """Return those of `records` that some batch size runs on, in their order."""
+    profiles = [(s.min_batch, s.opt_batch, s.max_batch) for s in (record.identity.settings for record in records)]
+    used = {suited(profiles, batch) for batch in range(1, max_batch + 1)}
+    return [record for i, record in enumerate(records) if i in used]
 
 
 class TensorRTRTXBackend(TensorRTBackend):
