@@ -311,7 +311,7 @@ def run_ort(report: Report, bundles: dict[str, Bundle], wanted: list[tuple[str, 
 
 
 def run_torch(report: Report, bundles: dict[str, Bundle], wanted: list[tuple[str, str]], arguments: Any) -> None:
-    """PyTorch on the same GPU: eager, and one CUDA graph with pinned copies inside."""
+    """PyTorch on the same GPU: eager, and one CUDA graph with its copies, with its transformer's fast path and without."""
     import torch
 
     from sjepa_deploy.models.checkpoint import load_model, read_checkpoint
@@ -323,7 +323,6 @@ def run_torch(report: Report, bundles: dict[str, Bundle], wanted: list[tuple[str
 
         def measure(bundle: Bundle = bundle, precision: str = precision, dtype: Any = dtype) -> Any:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-            torch.backends.mha.set_fastpath_enabled(False)
             model = load_model(read_checkpoint(bundle.checkpoint), bundle.spec).eval().to(device, dtype)
             host = torch.from_numpy(windows_of(bundle, 1))
             host = host.pin_memory() if device == "cuda" else host
@@ -332,9 +331,12 @@ def run_torch(report: Report, bundles: dict[str, Bundle], wanted: list[tuple[str
                 def eager() -> None:
                     model(host.to(device, non_blocking=True).to(dtype)).float().cpu()
 
-                result = {"eager": timed(eager, 300)}
-                if device == "cuda":
-                    result["cuda_graph"] = timed(_graphed(model, host, dtype))
+                result = {}
+                for fast, ending in ((True, ""), (False, ", no fast path")):
+                    torch.backends.mha.set_fastpath_enabled(fast)
+                    result[f"eager{ending}"] = timed(eager, 300)
+                    if device == "cuda":
+                        result[f"cuda_graph{ending}"] = timed(_graphed(model, host, dtype))
             return result
 
         report.step(f"latency {name}", measure)

@@ -24,6 +24,7 @@ all cells with as many blocks; opening takes at most half of it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shlex
 import signal
@@ -51,7 +52,7 @@ from sjepa_deploy.serialize import decode
 VARIANTS = ("prelocal", "postlocal", "contextual")
 PRECISIONS = ("fp32", "tf32", "fp16")
 WIDE = "contextual-1024"
-"""The bundle that takes batches of 1024; its parts are left out where it is not there."""
+"""The bundle that takes batches of 1024; parts of it and of the like are left out where they are not there."""
 
 GRACE_S = 20.0
 """A part that has not ended so long after its limit is interrupted, upon which it writes what it has, and later killed."""
@@ -82,11 +83,15 @@ class Part:
 
 
 ALL = "fp32 tf32 fp16"
-GRAPHS = "ort-cuda torch-cuda-graph"
+GRAPHS = "ort-cuda torch-cuda-graph torch-cuda-graph-no-fast-path"
+COMPILED = "torch-compile-cuda torch-compile-cuda-no-fast-path"
 LIVE = "back-to-back paced"
 MAIN = f"{LIVE} throughput"
 PERSISTENT = "--rate=100 --option=persistent=true --suffix=-persistent"  # keeps the GPU, so that each model has its own process
 IN_PLACE = "--in-place --suffix=-in-place"
+WIDE_BATCHES = f"--variant={WIDE} --batch=64 --batch=1024"
+CURVE = " ".join([f"--batch={1 << i}" for i in range(11)] + [f"--variant={v}-1024" for v in VARIANTS])
+FOR_EACH_BATCH = "--opt-batch=1 --opt-batch=32 --opt-batch=1024"  # of TensorRT: kernels chosen for small, middle and large ones
 NO_GRAPH = "--option=cuda_graph=false --suffix=-no-graph"  # TensorRT 8.6 takes some engines into none
 PARTS = (
     Part("cuda", 100, "cuda", ALL, MAIN, "0.5 paced=5", "--rate=100"),
@@ -97,10 +102,13 @@ PARTS = (
     *(Part(f"persistent-{v}", 18, "cuda", "fp32", LIVE, "0.5 paced=2.5", f"--variant={v} {PERSISTENT}") for v in VARIANTS),
     Part("persistent-fp16", 18, "cuda", "fp16", LIVE, "0.5 paced=2.5", f"--variant=contextual {PERSISTENT}"),
     Part("eager", 30, "torch-eager-cuda ort-cpu", "fp32 fp16", "back-to-back"),
-    Part("compile", 100, "torch-compile-cuda", "fp32", "back-to-back"),
-    Part("wide", 120, f"cuda {GRAPHS}", "fp32 fp16", "throughput", "1", f"--variant={WIDE} --batch=64 --batch=1024"),
-    Part("wide-tensorrt", 60, "tensorrt", "fp32 fp16", "throughput", "1", f"--variant={WIDE} --batch=64 --batch=1024"),
-    Part("wide-no-graph", 60, "tensorrt", "fp16", "throughput", "1", f"--variant={WIDE} --batch=64 --batch=1024 {NO_GRAPH}"),
+    Part("compile", 100, COMPILED, "fp32", "back-to-back"),
+    Part("wide-curve", 150, f"cuda {GRAPHS}", "fp32 tf32 fp16", "throughput", "0.3", f"{CURVE} {IN_PLACE}"),
+    Part("wide-curve-tensorrt", 120, "tensorrt", "fp32 fp16", "throughput", "0.3", f"{CURVE} {FOR_EACH_BATCH} {IN_PLACE}"),
+    Part("wide", 120, f"cuda {GRAPHS}", "fp32 fp16", "throughput", "1", WIDE_BATCHES),
+    Part("wide-tensorrt", 60, "tensorrt", "fp32 fp16", "throughput", "1", f"{WIDE_BATCHES} --opt-batch=1024"),
+    Part("wide-no-graph", 60, "tensorrt", "fp16", "throughput", "1", f"{WIDE_BATCHES} --opt-batch=1024 {NO_GRAPH}"),
+    Part("wide-compile", 120, COMPILED, "fp32 fp16", "throughput", "1", WIDE_BATCHES),
     Part("tf32", 25, GRAPHS, "tf32", "back-to-back"),
     Part("streams", 40, f"cuda {GRAPHS}", "fp32", "streams", "2"),
     Part("streams-tensorrt", 20, "tensorrt", "fp32", "streams", "2"),
@@ -108,7 +116,7 @@ PARTS = (
     Part("slow-tensorrt", 25, "tensorrt", "fp32", "paced", "2.5", "--rate=10"),
     Part("cold", 70, f"cuda {GRAPHS}", "fp32", "cold-start"),
     Part("cold-tensorrt", 20, "tensorrt", "fp32", "cold-start"),
-    Part("compile-more", 90, "torch-compile-cuda", "fp16 tf32", "back-to-back"),
+    Part("compile-more", 90, COMPILED, "fp16 tf32", "back-to-back"),
     Part("eager-more", 40, "torch-eager-cuda", "tf32", "back-to-back"),
 )
 """The report, what matters most first."""
@@ -131,9 +139,9 @@ def make_report(arguments: argparse.Namespace) -> None:
             continue
         file = parts / f"{part.name}.json"
         left = end - time.monotonic()
-        if part.name.startswith("wide") and not (arguments.bundles / WIDE).is_dir():
-            print(f"{part.name}: there is no {arguments.bundles / WIDE}", flush=True)
-            lost(part, f"There was no bundle {WIDE}.")
+        if lacking := [v for v in wanted_by(part) if not (arguments.bundles / v).is_dir()]:
+            print(f"{part.name}: there is no {arguments.bundles / lacking[0]}", flush=True)
+            lost(part, f"There was no bundle {lacking[0]}.")
             continue
         if not file.is_file():
             if left < part.seconds / 2:
@@ -155,6 +163,11 @@ def make_report(arguments: argparse.Namespace) -> None:
     if done:
         command = f"python benchmarks/gpu_latency.py BUNDLES OUT/{arguments.out.name} --report"
         summary(write_merged(done, arguments.out, command=command, missing=missing))
+
+
+def wanted_by(part: Part) -> list[str]:
+    """Return the bundles that a part names."""
+    return [word.partition("=")[2] for word in part.more.split() if word.startswith("--variant=")]
 
 
 def run_part(command: str, limit: float) -> None:
@@ -185,25 +198,30 @@ def write_merged(files: Sequence[Path], out: Path, command: str | None = None, m
     return write_report(report, samples, out.parent / f"{out.name}.json")
 
 
-def build(bundles: tuple[Bundle, ...], backends: list[str], precisions: list[str]) -> None:
-    """Build the engines that are asked for and not there; what fails is left out of the run with its reason."""
-    from sjepa_deploy.export.to_tensorrt import build_engine
+def build(bundles: tuple[Bundle, ...], backends: list[str], precisions: list[str], opt_batches: list[int]) -> None:
+    """Build the engines that are asked for and not there; what fails is left out of the run with its reason.
+
+    An engine is built for each of `opt_batches`, the batch that TensorRT chooses kernels for. The backend runs each batch size on
+    the engine that suits it.
+    """
+    from sjepa_deploy.export.to_tensorrt import build_engine, default_settings
 
     for flavour in ("tensorrt", "tensorrt-rtx"):
         if flavour not in backends:
             continue
         for bundle in bundles:
-            there = {r.identity.precision for r in EngineStore(bundle=bundle).records() if r.identity.machine.flavour == flavour}
-            for precision in precisions:
-                if precision in there:
+            records = [r.identity for r in EngineStore(bundle=bundle).records() if r.identity.machine.flavour == flavour]
+            there = {(identity.precision, identity.settings.opt_batch) for identity in records}
+            for precision, opt in itertools.product(precisions, opt_batches or [1]):
+                if (precision, opt) in there:
                     continue
+                name = f"{bundle.path.name} {flavour} {precision} for {opt}"
                 try:
-                    record = build_engine(bundle, precision, flavour=flavour)  # type: ignore[arg-type]
-                    print(
-                        f"{bundle.path.name} {flavour} {precision}: {record.build_seconds:.1f} s, {record.evidence}", flush=True
-                    )
+                    settings = replace(default_settings(bundle, precision), opt_batch=opt)  # type: ignore[arg-type]
+                    record = build_engine(bundle, precision, flavour=flavour, settings=settings)  # type: ignore[arg-type]
+                    print(f"{name}: {record.build_seconds:.1f} s, {record.evidence}", flush=True)
                 except SjepaError as e:
-                    print(f"{bundle.path.name} {flavour} {precision}: {e}", flush=True)
+                    print(f"{name}: {e}", flush=True)
 
 
 def summary(report: BenchReport) -> None:
@@ -246,6 +264,7 @@ def main() -> None:
     parser.add_argument("--scenario", action="append", default=[], choices=SCENARIOS)
     parser.add_argument("--variant", action="append", default=[], help="folder in BUNDLES; all three by default")
     parser.add_argument("--batch", action="append", default=[], type=int)
+    parser.add_argument("--opt-batch", action="append", default=[], type=int, help="batches that TensorRT chooses kernels for")
     parser.add_argument("--rate", action="append", default=[], type=float)
     parser.add_argument("--duration", action="append", default=[], type=duration, help="seconds in each cell, 2 or paced=50")
     parser.add_argument("--blocks", type=int, default=10, help="blocks of a cell")
@@ -302,7 +321,7 @@ def measure(arguments: argparse.Namespace) -> tuple[BenchReport, Samples]:
     bundles = tuple(Bundle.open(arguments.bundles / variant) for variant in arguments.variant or VARIANTS)
     precisions = arguments.precision or list(PRECISIONS)
     if not arguments.no_build:
-        build(bundles, arguments.backend, precisions)
+        build(bundles, arguments.backend, precisions, arguments.opt_batch)
     seconds_of = dict(arguments.duration)
     seconds = seconds_of.pop("", 2.0)
     config = BenchConfig(

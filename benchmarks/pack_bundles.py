@@ -1,7 +1,7 @@
 """Export the bundles of the GPU benchmarks: python benchmarks/pack_bundles.py .gpu/bundles [--wide].
 
-Three variants at 129 channels x 200 samples, 100 Hz, random weights, batch 1..64: 37 MB in all. With --wide also
-contextual-1024, the same Contextual for batches of up to 1024: 29 MB more.
+Three variants at 129 channels x 200 samples, 100 Hz, random weights, batch 1..64: 37 MB in all. With --wide also the same models
+for batches of up to 1024, as prelocal-1024, postlocal-1024 and contextual-1024: as much again.
 """
 
 from __future__ import annotations
@@ -24,5 +24,5 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     for variant in ("prelocal", "postlocal", "contextual"):
         pack(folder / variant, "--variant", variant, "--montage", "GSN-HydroCel-129", "--n-times", "200", "--sfreq", "100")
-    if "--wide" in sys.argv[2:]:
-        pack(folder / "contextual-1024", "--checkpoint", str(folder / "contextual" / "checkpoint"), "--max-batch", "1024")
+        if "--wide" in sys.argv[2:]:
+            pack(folder / f"{variant}-1024", "--checkpoint", str(folder / variant / "checkpoint"), "--max-batch", "1024")

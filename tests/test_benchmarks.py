@@ -34,6 +34,53 @@ def test_every_result_is_indexed_and_every_file_of_the_index_is_there():
         assert f"](results/{file.name})" in readme
 
 
+@pytest.fixture(scope="module")
+def readme_tables():
+    spec = importlib.util.spec_from_file_location("readme_tables", FOLDER / "readme_tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_figures_of_the_readme_are_those_of_the_results(readme_tables):
+    readme = readme_tables.README.read_text()
+    assert readme == readme_tables.readme(readme), "run: python benchmarks/readme_tables.py"
+    rows = {
+        row[0]: row[1:] for row in (re.split(r" *\| *", line.strip("| ")) for line in readme.splitlines() if line[:2] == "| ")
+    }
+    cases = json.loads((FOLDER / "results/gpu_batches_H100_2026-11-28.json").read_text())["cases"]
+    ours, theirs = rows["Contextual fp16, ours"], rows["Contextual fp16, PyTorch"]
+    sizes = [size.replace(",", "") for size in rows["windows of a call"][:-1]]
+    assert (sizes[0], sizes[-1]) == ("1", "1024")
+    measured = cases["contextual:fp16:curve"]["auto"]
+    assert [int(us.replace(",", "")) for us in ours[:-1]] == [round(measured[size]["median"]) for size in sizes]
+    both = [cases["contextual:fp16:torch"][f"fp16, fast path {switch}"]["1024"]["median"] for switch in ("on", "off")]
+    assert int(theirs[-2].replace(",", "")) == round(min(both))
+    one = json.loads((FOLDER / "results/latency_H100_2026-11-25.json").read_text())["cells"]
+    (cell,) = [
+        cell for cell in one
+        if cell["key"] == cell["key"] | {"scenario": "back-to-back", "bundle": "contextual", "backend": "tensorrt-in-place"}
+        and cell["key"]["precision"] == "fp32"
+    ]  # fmt: skip
+    assert cell["latency"]["percentiles"][0]["percent"] == 50.0
+    assert rows["TensorRT 8.6"][2] == f"{cell['latency']['percentiles'][0]['value']['value']:.0f}"
+
+
+def test_the_table_of_the_page_of_the_kernels_is_that_of_the_result():
+    cases = json.loads((FOLDER / "results/gpu_batches_H100_2026-11-28.json").read_text())["cases"]
+    found = re.findall(
+        r"^\| (PreLocal|PostLocal|Contextual) `(\w+)` \| (.*) \|$", (FOLDER / "../docs/fused.md").read_text(), re.M
+    )
+    rows = [(name.lower(), precision, re.split(r" \| ", figures)) for name, precision, figures in found]
+    rows = [row for row in rows if all(figure.replace(",", "").isdigit() for figure in row[2])]
+    assert len(rows) == 5
+    for variant, precision, (*ours, theirs) in rows:
+        at = cases[f"{variant}:{precision}:curve"]["auto"]
+        assert ours == [f"{at[size]['windows/s']:,.0f}" for size in ("1", "16", "64", "256", "1024")]
+        assert theirs in [f"{found['1024']['windows/s']:,.0f}" for found in cases[f"{variant}:{precision}:torch"].values()
+                          if isinstance(found, dict)]  # fmt: skip
+
+
 def write(folder, name, **content):
     (folder / name).write_text(json.dumps(content))
 
