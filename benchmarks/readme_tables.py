@@ -72,9 +72,10 @@ def figures() -> str:
         "On an H100, a call with one window that is in pinned memory already, prediction back on the host, median\n"
         f"([report](benchmarks/results/{ONE_WINDOW}.md)):\n\n"
         f"{one_window(read(ONE_WINDOW))}\n"
-        "Median latency of a call in us over the batch size, windows in pinned memory and predictions back, beside PyTorch\n"
-        f"{batches['torch']} at its fastest setting (CUDA graph, the fast path of its transformer on or off), and windows a second\n"
-        f"at 1,024, where copying the windows alone allows {copied:,.0f} ([report](benchmarks/results/{BATCHES}.md)):\n\n"
+        "Median latency of a call in us over the batch size, windows in pinned memory and predictions back. PyTorch\n"
+        f"{batches['torch']} is at its fastest setting: a CUDA graph, the fast path of its transformer on or off. The last column is\n"
+        f"windows a second at 1,024; copying the windows alone allows {copied:,.0f}\n"
+        f"([report](benchmarks/results/{BATCHES}.md)):\n\n"
         f"{over_the_batch(batches['cases'])}"
     )
 
