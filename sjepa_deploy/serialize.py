@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, TypeVar, Union
 
 T = TypeVar("T")
@@ -17,14 +18,26 @@ T = TypeVar("T")
 _JSON_TYPES: dict[type, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
 
 
+_TAGGED: dict[type, tuple[str, Mapping[str, type]]] = {}
+
+
 class DecodeError(ValueError):
     """Reports that a value does not fit the dataclass that it is decoded to."""
+
+
+def tagged(base: type, key: str, table: Mapping[str, type]) -> None:
+    """Store the subclasses of `base` with their name in `table` under `key`, so that they are told apart."""
+    _TAGGED[base] = key, table
 
 
 def encode(value: Any) -> Any:
     """Return `value` (a dataclass, mapping, sequence or scalar) as plain JSON types."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        for base, (key, table) in _TAGGED.items():
+            if isinstance(value, base):
+                return {key: next(name for name, cls in table.items() if cls is type(value))} | fields
+        return fields
     if isinstance(value, dict):
         return {str(k): encode(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -52,6 +65,12 @@ def _decode(hint: Any, data: Any, place: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(data, dict):
             raise DecodeError(f"{here} must be an object, not {type(data).__name__}")
+        if hint in _TAGGED:
+            key, table = _TAGGED[typing.cast(type, hint)]
+            tag = data.get(key)
+            if not isinstance(tag, str) or tag not in table:
+                raise DecodeError(f"{here} has the unknown {key} {tag!r}; known are {', '.join(table)}")
+            hint, data = table[tag], {name: value for name, value in data.items() if name != key}
         hints = typing.get_type_hints(hint)
         fields = {f.name: f for f in dataclasses.fields(hint)}
         if unknown := sorted(set(data) - set(fields)):
@@ -117,6 +136,14 @@ def _schema(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         name = typing.cast(Any, hint).__name__
+        if hint in _TAGGED:
+            key, table = _TAGGED[typing.cast(type, hint)]
+            for tag, each in table.items():
+                _schema(each, definitions)
+                made = definitions[each.__name__]
+                made["properties"] = {key: {"const": tag}} | made["properties"]
+                made["required"] = [key, *(field for field in made["required"] if field != key)]
+            return {"oneOf": [{"$ref": f"#/$defs/{each.__name__}"} for each in table.values()]}
         if name not in definitions:
             definitions[name] = {}
             hints = typing.get_type_hints(hint)

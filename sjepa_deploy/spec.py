@@ -1,17 +1,24 @@
-"""Describes a model: `ModelSpec` is the frozen contract that models, exporters, bundles and runtimes share."""
+"""Describes a model: `ModelSpec` is the frozen contract that models, exporters, bundles and runtimes share.
+
+Its part `SignalSpec` is all that a reader, a filter or a stream needs.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args
 
+from sjepa_deploy.eeg.steps import BandPass, Channels, Goal, Phase, Resample, Step, WindowStep
+from sjepa_deploy.eeg.steps import Reference as ReferenceStep
 from sjepa_deploy.errors import SpecError
+from sjepa_deploy.serialize import decode, encode
 
 Variant = Literal["prelocal", "postlocal", "contextual", "base"]
 Unit = Literal["nV", "uV", "mV", "V"]
 Reference = Literal["average", "none"]
+Task = Literal["classification", "regression", "features"]
 Precision = Literal["fp32", "fp16", "bf16"]
 RunPrecision = Literal["fp32", "tf32", "fp16", "bf16"]
 
@@ -113,7 +120,7 @@ class EncoderSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """Says what a recording must go through before its windows reach the model.
+    """Names band and reference: the short way to say the standard steps (`Preprocessing.steps`).
 
     The defaults are those of the published pretraining (Guetschel et al. 2024): average reference, 0.5 to 40 Hz.
 
@@ -130,18 +137,148 @@ class Preprocessing:
     h_freq: float | None = 40.0
 
     def __post_init__(self) -> None:
-        edges = [f for f in (self.l_freq, self.h_freq) if f is not None]
-        if any(not (math.isfinite(f) and f > 0) for f in edges) or edges != sorted(set(edges)):
-            raise SpecError(
-                f"The band {self.l_freq} to {self.h_freq} Hz is not one.",
-                "Use positive edges with the lower one below the upper one, or none.",
-            )
+        BandPass(l_freq=self.l_freq, h_freq=self.h_freq)  # refuses what is no band
 
     @classmethod
     def default(cls, sfreq: float) -> Preprocessing:
         """Return the defaults for models at `sfreq` Hz, without the edges that this rate cannot hold."""
         nyquist = sfreq / 2
         return cls(l_freq=0.5 if nyquist > 0.5 else None, h_freq=40.0 if nyquist > 40.0 else None)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Return the standard steps: band-pass, rate, channels, reference."""
+        band = () if self.l_freq is self.h_freq is None else (BandPass(l_freq=self.l_freq, h_freq=self.h_freq),)
+        average = (ReferenceStep(),) if self.reference == "average" else ()
+        return (*band, Resample(), Channels(), *average)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventWindow:
+    """Says where a window lies after its event.
+
+    Attributes
+    ----------
+    start : float
+        Start of the window in seconds after the event; may be negative. The window's first sample is the one at
+        ``round(start * sfreq)`` samples from the sample of the event, see `sjepa_deploy.eeg.recording.place_windows`.
+    events : tuple of str
+        Descriptions of the events that the model learned from; empty where they are not known.
+    """
+
+    start: float = 0.0
+    events: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.start):
+            raise SpecError(f"The event window starts at {self.start} s.", "Use a finite time after the event.")
+        if len(set(self.events)) < len(self.events) or not all(self.events):
+            raise SpecError("An event of the event window is named twice, or has no name.", "Name every event once.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignalSpec:
+    """Describes the signal that a model takes, and the steps from a recording or a stream to it.
+
+    Attributes
+    ----------
+    n_chans, n_times : int
+        Shape of one window.
+    sfreq : float
+        Rate of the window in Hz.
+    unit : {"nV", "uV", "mV", "V"}
+        Unit of the signal that enters the steps. The spec holds the unit because volts in place of microvolts change the outputs
+        without any error.
+    ch_names : tuple of str or None
+        Names of the channels in the order of the input. None if only the number of channels is known.
+    positions : tuple of (float, float, float) or None
+        Positions of these channels in metres in the head frame (MNE's).
+    steps : tuple of Step
+        What is done to the signal, in this order (`sjepa_deploy.eeg.steps.STEPS`). "resample" and "channels" stand there once
+        each, and steps on windows last.
+    phase : {"causal", "zero-phase"}
+        Form of the steps that made the windows that the model learned from. Live decoding is causal in both cases.
+    event_window : EventWindow or None
+        Place of the windows after their events. None where windows belong to no events, or where this is not known.
+    """
+
+    n_chans: int
+    n_times: int
+    sfreq: float
+    unit: Unit = "uV"
+    ch_names: tuple[str, ...] | None = None
+    positions: tuple[Position, ...] | None = None
+    steps: tuple[Step, ...] = field(default_factory=lambda: Preprocessing().steps)
+    phase: Phase = "causal"
+    event_window: EventWindow | None = None
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS_IN_VOLTS:
+            raise SpecError(f"{self.unit!r} is not a unit.", f"Use one of {', '.join(UNITS_IN_VOLTS)}.")
+        if self.phase not in get_args(Phase):
+            raise SpecError(f"{self.phase!r} is not a phase.", f"Use {' or '.join(get_args(Phase))}.")
+        for name in ("n_chans", "n_times"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"{name} is {getattr(self, name)}.", "Use 1 or more.")
+        if not (math.isfinite(self.sfreq) and self.sfreq > 0):
+            raise SpecError(f"sfreq is {self.sfreq} Hz.", "Use a positive sampling rate.")
+        if self.ch_names is not None:
+            _check_ch_names(self.ch_names, self.n_chans)
+        if self.positions is not None:
+            _check_positions(self.positions, self.n_chans)
+        for kind in (Resample, Channels):
+            if sum(isinstance(step, kind) for step in self.steps) != 1:
+                raise SpecError(f"The steps do not hold {kind.name!r} exactly once.", f"List {kind.name!r} once among them.")
+        on_windows = [isinstance(step, WindowStep) for step in self.steps]
+        if on_windows != sorted(on_windows):
+            late = self.steps[on_windows.index(True)].name
+            raise SpecError(f"The step {late!r} works on windows and stands before steps on samples.", "List it last.")
+        for step in self.steps:
+            step.check(self.goal)
+
+    @property
+    def goal(self) -> Goal:
+        """What the steps end with."""
+        start = None if self.event_window is None else self.event_window.start
+        return Goal(n_chans=self.n_chans, n_times=self.n_times, sfreq=self.sfreq, ch_names=self.ch_names, start=start)
+
+    @property
+    def stream_steps(self) -> tuple[Step, ...]:
+        """The steps on samples."""
+        return tuple(step for step in self.steps if not isinstance(step, WindowStep))
+
+    @property
+    def window_steps(self) -> tuple[WindowStep, ...]:
+        """The steps on windows."""
+        return tuple(step for step in self.steps if isinstance(step, WindowStep))
+
+    def uses(self, name: str, other_than_eeg: bool) -> bool:
+        """Return whether a reference that stands before the channels are picked uses the channel `name` of a recording.
+
+        The average over all channels leaves out what is `other_than_eeg` by its name.
+        """
+        for step in self.steps:
+            if isinstance(step, Channels):
+                return False
+            if isinstance(step, ReferenceStep):
+                named = None if step.channels is None else {each.casefold() for each in step.channels}
+                if name.casefold() in named if named is not None else not other_than_eeg:
+                    return True
+        return False
+
+    @property
+    def input_shape(self) -> tuple[int, int]:
+        """Shape of one window: (n_chans, n_times)."""
+        return (self.n_chans, self.n_times)
+
+    @property
+    def seconds(self) -> float:
+        """Length of a window in seconds."""
+        return self.n_times / self.sfreq
+
+    def replace(self, **changes: Any) -> SignalSpec:
+        """Return a copy with `changes`."""
+        return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,49 +289,50 @@ class ModelSpec:
     ----------
     variant : {"prelocal", "postlocal", "contextual", "base"}
         The fine-tuned architecture, or the base model, which outputs features.
-    n_chans, n_times : int
-        Shape of one input window.
-    sfreq : float
-        Sampling rate of the input in Hz.
-    unit : {"nV", "uV", "mV", "V"}
-        Unit of the input. The spec holds the unit because volts in place of microvolts change the outputs without any error.
+    signal : SignalSpec
+        The signal that the model takes. "contextual" and "base" need its positions.
     n_outputs, n_spat_filters : int
         Outputs, and spatial filters ("virtual channels"). The base model has neither and ignores both.
-    ch_names : tuple of str or None
-        Names of the channels in the order of the input. None if only the number of channels is known.
-    positions : tuple of (float, float, float) or None
-        Positions of these channels in metres in the head frame (MNE's). "contextual" and "base" need them.
+    task : {"classification", "regression", "features"}
+        What the outputs are for. By default "features" of the base model, "classification" where classes are named, else
+        "regression".
     class_names : tuple of str or None
-        Names of the outputs of a classifier.
-    preprocessing : Preprocessing
-        Preprocessing of recordings.
+        Names of the classes of a classifier: one an output, or two for a single output, the second one for values above 0.
+    output_unit : str or None
+        Unit of a regression's outputs, such as "s".
     encoder : EncoderSpec
         Sizes of the encoder.
     """
 
     variant: Variant
-    n_chans: int
-    n_times: int
-    sfreq: float
-    unit: Unit = "uV"
+    signal: SignalSpec
     n_outputs: int = 1
     n_spat_filters: int = 4
-    ch_names: tuple[str, ...] | None = None
-    positions: tuple[Position, ...] | None = None
+    task: Task = None  # type: ignore[assignment]  # settled below
     class_names: tuple[str, ...] | None = None
-    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    output_unit: str | None = None
     encoder: EncoderSpec = field(default_factory=EncoderSpec)
+
+    @classmethod
+    def of(cls, **fields: Any) -> ModelSpec:
+        """Return the spec of `fields` of both `ModelSpec` and `SignalSpec`, side by side."""
+        signal = {name: fields.pop(name) for name in SIGNAL_FIELDS if name in fields}
+        return cls(signal=SignalSpec(**signal), **fields) if "signal" not in fields else cls(**fields).replace(**signal)
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise SpecError(f"{self.variant!r} is not a variant.", f"Use one of {', '.join(VARIANTS)}.")
-        if self.unit not in UNITS_IN_VOLTS:
-            raise SpecError(f"{self.unit!r} is not a unit.", f"Use one of {', '.join(UNITS_IN_VOLTS)}.")
-        for name in ("n_chans", "n_outputs", "n_spat_filters"):
+        for name in ("n_outputs", "n_spat_filters"):
             if getattr(self, name) < 1:
                 raise SpecError(f"{name} is {getattr(self, name)}.", "Use 1 or more.")
-        if not (math.isfinite(self.sfreq) and self.sfreq > 0):
-            raise SpecError(f"sfreq is {self.sfreq} Hz.", "Use a positive sampling rate.")
+        if self.task is None:
+            task = "features" if self.variant == "base" else "regression" if self.class_names is None else "classification"
+            object.__setattr__(self, "task", task)
+        if self.task not in get_args(Task) or (self.task == "features") != (self.variant == "base"):
+            raise SpecError(
+                f"{self.task!r} is no task of the {self.variant} model.",
+                "Use features for the base model, else classification or regression.",
+            )
         if self.n_times < self.encoder.min_n_times:
             raise SpecError(
                 f"n_times is {self.n_times}, but the first time token needs {self.encoder.min_n_times} samples.",
@@ -206,24 +344,51 @@ class ModelSpec:
                 f"({self.max_n_tokens}).",
                 "Use shorter windows.",
             )
-        if self.ch_names is not None:
-            _check_ch_names(self.ch_names, self.n_chans)
-        if self.positions is not None:
-            _check_positions(self.positions, self.n_chans)
-        if self.class_names is not None and len(self.class_names) != self.n_outputs:
-            raise SpecError(
-                f"There are {len(self.class_names)} class names for {self.n_outputs} outputs.", "Name every output once."
-            )
-        if self.class_names is not None and len({*self.class_names, ""}) <= self.n_outputs:
+        if self.class_names is not None:
+            self._check_class_names(self.class_names)
+        if self.output_unit is not None and self.task != "regression":
+            raise SpecError(f"The outputs of a {self.task} have the unit {self.output_unit!r}.", "Leave the unit out.")
+
+    def _check_class_names(self, names: tuple[str, ...]) -> None:
+        if self.task != "classification":
+            raise SpecError(f"The {self.task} model has class names.", "Leave them out, or set the task to classification.")
+        n_classes = len(names)
+        if n_classes != self.n_outputs and not (self.n_outputs == 1 and n_classes == 2):
+            raise SpecError(f"There are {n_classes} class names for {self.n_outputs} outputs.", "Name every output once.")
+        if len({*names, ""}) <= n_classes:
             raise SpecError("A class has an empty name, or that of another one.", "Name every output once.")
-        if strange := [name for name in self.class_names or () if not name.isprintable()]:
+        if strange := [name for name in names if not name.isprintable()]:
             raise SpecError(f"The class name {strange[0]!r} breaks the lines of a table.", "Leave tabs and line ends out.")
-        for side, edge in (("lower", self.preprocessing.l_freq), ("upper", self.preprocessing.h_freq)):
-            if edge is not None and edge >= self.sfreq / 2:
-                raise SpecError(
-                    f"The {side} band edge of {edge:g} Hz is not below half the sampling rate of {self.sfreq:g} Hz.",
-                    "Lower it, or leave it open (the resampler sets the upper one).",
-                )
+
+    @property
+    def n_chans(self) -> int:
+        """Channels of one window."""
+        return self.signal.n_chans
+
+    @property
+    def n_times(self) -> int:
+        """Samples of one window."""
+        return self.signal.n_times
+
+    @property
+    def sfreq(self) -> float:
+        """Rate of the window in Hz."""
+        return self.signal.sfreq
+
+    @property
+    def unit(self) -> Unit:
+        """Unit of the signal that enters the steps."""
+        return self.signal.unit
+
+    @property
+    def ch_names(self) -> tuple[str, ...] | None:
+        """Names of the channels."""
+        return self.signal.ch_names
+
+    @property
+    def positions(self) -> tuple[Position, ...] | None:
+        """Positions of the channels in metres in the head frame."""
+        return self.signal.positions
 
     @property
     def needs_positions(self) -> bool:
@@ -275,9 +440,30 @@ class ModelSpec:
             return (self.n_chans * self.n_tokens_per_channel, self.encoder.emb_dim)
         return (self.n_outputs,)
 
-    def replace(self, **changes: object) -> ModelSpec:
-        """Return a copy with `changes`."""
-        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+    def replace(self, **changes: Any) -> ModelSpec:
+        """Return a copy with `changes` of its own fields and of the signal's."""
+        signal = {name: changes.pop(name) for name in SIGNAL_FIELDS if name in changes}
+        if signal:
+            changes["signal"] = changes.get("signal", self.signal).replace(**signal)
+        return dataclasses.replace(self, **changes)
+
+
+SIGNAL_FIELDS = tuple(f.name for f in dataclasses.fields(SignalSpec))
+"""Names of the fields of `SignalSpec`."""
+
+
+def upgraded(spec: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON form of a `ModelSpec`, from that of this release or of version 1, which had no `SignalSpec`.
+
+    Version 1 means: zero-phase offline, the causal forms live, and an event window that is not known.
+    """
+    if "signal" in spec:
+        return spec
+    own = dict(spec)
+    signal = {name: own.pop(name) for name in SIGNAL_FIELDS if name in own}
+    stored = own.pop("preprocessing", None)
+    settings = decode(Preprocessing, {} if stored is None else stored, "preprocessing")
+    return own | {"signal": signal | {"steps": encode(settings.steps), "phase": "zero-phase"}}
 
 
 def _check_ch_names(ch_names: tuple[str, ...], n_chans: int) -> None:

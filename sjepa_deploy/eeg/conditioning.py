@@ -1,25 +1,25 @@
 """Conditions a live stream: samples as they were received become samples as the model expects them.
 
-The same steps as `sjepa_deploy.eeg.recording.fit_recording` takes offline, with causal filters, and with the faults of live
-channels. There is no clock: the output depends on the samples alone, and not on how they were cut into chunks.
+`sjepa_deploy.eeg.recording.fit_recording` conditions recordings with the same code where the phase is causal. There is no clock:
+the output depends on the samples alone, and not on how they were cut into chunks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sjepa_deploy.eeg.causal import Preprocessor
+from sjepa_deploy.eeg.chain import Chain, settling_time
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.interpolation import LEAST_GOOD, match_channels, mixing_matrix
 from sjepa_deploy.eeg.quality import REASONS, ROUNDING_V, ChannelQuality, ChannelState
-from sjepa_deploy.eeg.recording import PLAUSIBLE_RMS
-from sjepa_deploy.eeg.units import conversion, volts_in
+from sjepa_deploy.eeg.units import PLAUSIBLE_RMS, conversion, volts_in
 from sjepa_deploy.errors import StreamError, listed
-from sjepa_deploy.spec import ModelSpec
+from sjepa_deploy.spec import SignalSpec
 
 BadChannels = Literal["flag", "repair", "stop"]
 """Says what happens to channels that turn bad: they are named; also interpolated while they are bad; or they end the stream."""
@@ -35,8 +35,8 @@ class Conditioner:
 
     Parameters
     ----------
-    spec : ModelSpec
-        The model.
+    signal : SignalSpec
+        The signal of the model.
     info : StreamInfo
         The stream.
     interpolate : float
@@ -55,7 +55,9 @@ class Conditioner:
     ch_names, missing : tuple of str
         Channels of the stream that are used, and channels of the model that are made from them.
     delay : AlgorithmicDelay
-        Delay of the filters.
+        Delay of the steps.
+    n_settling : int
+        Samples at the model's rate after a start in which the steps settle, see `settling_time`.
     codes : ndarray of int8, shape (len(ch_names),)
         The `ChannelState` of each channel now.
     interpolated : tuple of str
@@ -71,7 +73,7 @@ class Conditioner:
 
     def __init__(
         self,
-        spec: ModelSpec,
+        signal: SignalSpec,
         info: StreamInfo,
         *,
         interpolate: float = 0.0,
@@ -80,17 +82,18 @@ class Conditioner:
         check_unit: bool = True,
         report: Callable[[str], object],
     ) -> None:
-        self._spec, self._info, self._report = spec, info, report
-        self._columns, self.ch_names, self.missing = match_channels(spec, info, interpolate=interpolate, bads=bads)
+        self._signal, self._info, self._report = signal, info, report
+        self._columns, self.ch_names, self.missing = match_channels(signal, info, interpolate=interpolate, bads=bads)
         self._all_columns = np.array_equal(self._columns, np.arange(len(info.ch_names)))
         self._policy: BadChannels = bad_channels
-        if bad_channels == "repair" and spec.positions is None:
+        if bad_channels == "repair" and signal.positions is None:
             raise StreamError("The bundle holds no positions to repair channels by.", "Use `--bad-channels flag`.")
-        matrix, self.interpolated = mixing_matrix(self.ch_names, spec)
-        self._preprocess = Preprocessor(spec, info.sfreq, matrix)
-        self.delay, self.ratio = self._preprocess.delay, self._preprocess.ratio
-        self._scale = np.float64(conversion(info.unit, spec.unit))
-        self._quality = ChannelQuality(len(self.ch_names), info.sfreq, 1 / volts_in(spec.unit))
+        matrix, self.interpolated = mixing_matrix(self.ch_names, signal)
+        self._chain = Chain(signal, self.ch_names, info.sfreq, matrix)
+        self.delay, self.ratio = self._chain.delay, self._chain.ratio
+        self.n_settling = math.ceil(settling_time(signal, info.sfreq) * signal.sfreq)
+        self._scale = np.float64(conversion(info.unit, signal.unit))
+        self._quality = ChannelQuality(len(self.ch_names), info.sfreq, 1 / volts_in(signal.unit))
         n = len(self.ch_names)
         self.codes = np.zeros(n, np.int8)
         self.n_non_finite = 0
@@ -132,9 +135,9 @@ class Conditioner:
         if self._any_non_finite or not finite.all():
             piece = self._without_non_finite(piece, finite)
         if not self._started:
-            self._preprocess.start(piece[0])
+            self._chain.start(piece[0])
             self._started = True
-        made, rows = self._preprocess(piece)
+        made, rows = self._chain(piece)
         self._n_made += len(made)
         if self._any_bad:
             self._bad_until[self.codes != ChannelState.OK] = self._any_bad_until = self._n_made
@@ -208,13 +211,13 @@ class Conditioner:
             )
         self._any_bad = bool(bad)
         if recovered:
-            self._preprocess.restart_channels(recovered, sample)
+            self._chain.restart_channels(recovered, sample)
         if self._policy == "repair":
             if len(self.ch_names) - len(bad) < LEAST_GOOD:
                 self._report(f"{len(bad)} channels are bad, too many to repair.")
                 bad = []
-            matrix, self.interpolated = mixing_matrix(self.ch_names, self._spec, bad)
-            self._preprocess.set_matrix(matrix)
+            matrix, self.interpolated = mixing_matrix(self.ch_names, self._signal, bad)
+            self._chain.set_matrix(matrix)
 
     def _check_unit(self) -> None:
         """Refuse amplitudes that no EEG has in the stream's unit: volts taken for microvolts change outputs without any error."""

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from sjepa_deploy.eeg.montage import require_mne
 from sjepa_deploy.eeg.names import find_channels
 from sjepa_deploy.eeg.readers import heard, reading
-from sjepa_deploy.eeg.reference import average_reference
-from sjepa_deploy.eeg.resample import check_rate, resample
+from sjepa_deploy.eeg.chain import apply_to_cut
+from sjepa_deploy.eeg.steps.rate import check_rate, resample
 from sjepa_deploy.eeg.units import check_unit, volts_in
 from sjepa_deploy.errors import RecordingError, listed
-from sjepa_deploy.spec import ModelSpec, Unit
+from sjepa_deploy.spec import SignalSpec, Unit
 
 if TYPE_CHECKING:
     import mne
@@ -89,15 +89,15 @@ def epochs_at(
     return window
 
 
-def read_windows(path: Path, spec: ModelSpec, *, unit: Unit | None = None, tmin: float | None = None) -> CutWindows:
+def read_windows(path: Path, signal: SignalSpec, *, unit: Unit | None = None, tmin: float | None = None) -> CutWindows:
     """Read windows for a model. The windows were filtered before they were cut: nothing is filtered here.
 
     Parameters
     ----------
     path : Path
         See `holds_windows`. An array has the shape (n_windows, n_chans, n_times) and the rate and channels of the model.
-    spec : ModelSpec
-        The model.
+    signal : SignalSpec
+        The signal of the model.
     unit : {"nV", "uV", "mV", "V"} or None
         Unit of an array.
     tmin : float or None
@@ -115,25 +115,23 @@ def read_windows(path: Path, spec: ModelSpec, *, unit: Unit | None = None, tmin:
         check_unit(unit)
         with reading(path.name), path.open("rb") as file:
             array = np.lib.format.read_array(file, allow_pickle=False)
-        if array.shape[1:] != spec.input_shape or array.dtype.kind not in "fiu" or not len(array):
+        if array.shape[1:] != signal.input_shape or array.dtype.kind not in "fiu" or not len(array):
             raise RecordingError(
                 f"{path.name} holds an array of shape {array.shape} and type {array.dtype}.",
-                f"Save real numbers of shape (n_windows, {spec.n_chans}, {spec.n_times}), or (n_chans, n_samples).",
+                f"Save real numbers of shape (n_windows, {signal.n_chans}, {signal.n_times}), or (n_chans, n_samples).",
             )
         volts, times = array.astype(np.float64) * volts_in(unit), np.arange(len(array), dtype=np.float64)
     else:
-        if spec.ch_names is None:
+        if signal.ch_names is None:
             raise RecordingError("The model has no channel names.", "Export the bundle with `--montage` or `--channels`.")
         with reading(path.name), heard(steps):
             epochs = require_mne().read_epochs(path, preload=True, verbose="warning").pick("eeg")
         start = epochs.tmin if tmin is None else tmin
-        volts = epochs_at(epochs, spec.ch_names, spec.sfreq, start, spec.n_times, path.name)
+        volts = epochs_at(epochs, signal.ch_names, signal.sfreq, start, signal.n_times, path.name)
         onset = (epochs.events[:, 0] - epochs.events[:1, 0]) / epochs.info["sfreq"]
-        times = onset + start + (spec.n_times - 1) / spec.sfreq
+        times = onset + start + (signal.n_times - 1) / signal.sfreq
     if not np.isfinite(volts).all():
         raise RecordingError(f"{path.name} holds samples that are not finite.", "Leave these windows out.")
-    if spec.preprocessing.reference == "average":
-        volts = average_reference(volts, axis=1)
-        steps.append(f"re-referenced to the average of {spec.n_chans} channels")
-    steps.append(f"scaled to {spec.unit}")
-    return CutWindows(eeg=np.ascontiguousarray(volts / volts_in(spec.unit), dtype=np.float32), times=times, steps=tuple(steps))
+    steps.append(f"scaled to {signal.unit}")
+    eeg = apply_to_cut(signal, volts / volts_in(signal.unit), steps)
+    return CutWindows(eeg=eeg, times=times, steps=tuple(steps))

@@ -13,7 +13,7 @@ from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.montage import fit_sphere, read_montage
 from sjepa_deploy.eeg.names import find_channels, says_other_than_eeg
 from sjepa_deploy.errors import StreamError, listed
-from sjepa_deploy.spec import ModelSpec, Position
+from sjepa_deploy.spec import Position, SignalSpec
 
 Matrix = NDArray[np.float64]
 
@@ -56,15 +56,15 @@ def spline_weights(sources: Matrix, targets: Matrix) -> Matrix:
     return weights
 
 
-def mixing_matrix(ch_names: Sequence[str], spec: ModelSpec, bads: Sequence[str] = ()) -> tuple[Matrix, tuple[str, ...]]:
+def mixing_matrix(ch_names: Sequence[str], signal: SignalSpec, bads: Sequence[str] = ()) -> tuple[Matrix, tuple[str, ...]]:
     """Return the matrix from a stream's channels to a model's, and the names of those that are interpolated.
 
     Parameters
     ----------
     ch_names : sequence of str
         The stream's channels.
-    spec : ModelSpec
-        The model.
+    signal : SignalSpec
+        The signal of the model.
     bads : sequence of str
         Channels of the stream that are not to be used.
 
@@ -81,24 +81,24 @@ def mixing_matrix(ch_names: Sequence[str], spec: ModelSpec, bads: Sequence[str] 
     StreamError
         If there are no positions, or fewer than four channels to interpolate from.
     """
-    assert spec.ch_names is not None, "the contract was checked"
+    assert signal.ch_names is not None, "the contract was checked"
     without = {name.casefold() for name in bads}
     column = {name.casefold(): i for i, name in enumerate(ch_names) if name.casefold() not in without}
-    matrix = np.zeros((spec.n_chans, len(ch_names)))
-    rows = [i for i, name in enumerate(spec.ch_names) if name.casefold() in column]
-    missing = [i for i in range(spec.n_chans) if i not in rows]
+    matrix = np.zeros((signal.n_chans, len(ch_names)))
+    rows = [i for i, name in enumerate(signal.ch_names) if name.casefold() in column]
+    missing = [i for i in range(signal.n_chans) if i not in rows]
     for i in rows:
-        matrix[i, column[spec.ch_names[i].casefold()]] = 1.0
+        matrix[i, column[signal.ch_names[i].casefold()]] = 1.0
     if not missing:
         return matrix, ()
-    names = tuple(spec.ch_names[i] for i in missing)
-    if spec.positions is None:
+    names = tuple(signal.ch_names[i] for i in missing)
+    if signal.positions is None:
         raise StreamError(
             f"{listed(names)} cannot be interpolated: the bundle holds no positions.", "Export it with `--montage`."
         )
-    placed = on_sphere(spec.positions)
+    placed = on_sphere(signal.positions)
     if len(rows) >= LEAST_GOOD:
-        names_of_sources, sources = [spec.ch_names[i].casefold() for i in rows], placed[rows]
+        names_of_sources, sources = [signal.ch_names[i].casefold() for i in rows], placed[rows]
     else:
         template = read_montage("standard_1005")
         known = dict(zip(map(str.casefold, template.ch_names), template.positions, strict=True))
@@ -115,14 +115,14 @@ def mixing_matrix(ch_names: Sequence[str], spec: ModelSpec, bads: Sequence[str] 
 
 
 def match_channels(
-    spec: ModelSpec, info: StreamInfo, *, interpolate: float, bads: Sequence[str]
+    signal: SignalSpec, info: StreamInfo, *, interpolate: float, bads: Sequence[str]
 ) -> tuple[NDArray[np.intp], tuple[str, ...], tuple[str, ...]]:
     """Compare a stream's channels with a model's by name, see `sjepa_deploy.eeg.names.find_channels`.
 
     Parameters
     ----------
-    spec : ModelSpec
-        The model.
+    signal : SignalSpec
+        The signal of the model.
     info : StreamInfo
         The stream.
     interpolate : float
@@ -145,7 +145,7 @@ def match_channels(
         If names are missing or twice, more channels of the model are not there than may be interpolated, or one that is used is
         in no voltage.
     """
-    if spec.ch_names is None:
+    if signal.ch_names is None:
         raise StreamError(
             "The model has no channel names, so the stream's channels cannot be checked against it.",
             "Export the bundle with `--montage` or `--channels`.",
@@ -155,32 +155,33 @@ def match_channels(
     if unknown := sorted(without - set(folded)):
         raise StreamError(f"{info.name} has no channels {listed(unknown)}, which were named as bad.", "Mend `--bads`.")
     good = [i for i, name in enumerate(folded) if name not in without]
-    match = find_channels(spec.ch_names, [info.ch_names[i] for i in good])
+    match = find_channels(signal.ch_names, [info.ch_names[i] for i in good])
     if twice := sorted({name for _, several in match.doubtful for name in several if folded.count(name.casefold()) > 1}):
         raise StreamError(
             f"{info.name} has the channels {listed(twice)} twice.", "Give every channel of the stream its own name."
         )
-    found = {mine: good[i] for mine, i in zip(spec.ch_names, match.columns, strict=True) if i is not None}
-    missing = tuple(name for name in spec.ch_names if name not in found)
+    found = {mine: good[i] for mine, i in zip(signal.ch_names, match.columns, strict=True) if i is not None}
+    missing = tuple(name for name in signal.ch_names if name not in found)
     there = f"it has {listed(info.ch_names, 64)}" + "".join(
         f"; {name} could be each of {listed(several)}" for name, several in match.doubtful
     )
     if missing and not interpolate:
         raise StreamError(
-            f"{info.name} lacks {len(missing)} of the model's {spec.n_chans} channels: {listed(missing)}; {there}.",
+            f"{info.name} lacks {len(missing)} of the model's {signal.n_chans} channels: {listed(missing)}; {there}.",
             "Name its channels as the model does, give them these names with `--rename THEIRS=MINE`, or make them from the "
             "others with `--interpolate`.",
         )
-    if len(missing) > interpolate * spec.n_chans + 1e-9:
-        share = math.ceil(100 * len(missing) / spec.n_chans) / 100
+    if len(missing) > interpolate * signal.n_chans + 1e-9:
+        share = math.ceil(100 * len(missing) / signal.n_chans) / 100
         raise StreamError(
-            f"{len(missing)} of the model's {spec.n_chans} channels would be interpolated, more than a share of {interpolate:g}; "
+            f"{len(missing)} of the model's {signal.n_chans} channels would be interpolated, more than a share of {interpolate:g}; "
             f"{there}.",
             f"Use a model of the stream's channels, `--rename`, or `--interpolate {share:g}` to take such EEG all the same.",
         )
     columns = list(found.values())
     if missing and len(columns) < LEAST_GOOD:  # mixing_matrix takes all channels whose names have a position
         columns = [i for i in good if i in columns or not says_other_than_eeg(info.ch_names[i])]
+    columns += [i for i in good if i not in columns and signal.uses(info.ch_names[i], says_other_than_eeg(info.ch_names[i]))]
     if wrong := [info.ch_names[i] for i in columns if info.ch_names[i] in info.other_units]:
         raise StreamError(
             f"{info.name} states for {listed(wrong)} another unit than {info.unit}, or none.",

@@ -11,7 +11,7 @@ import numpy as np
 from sjepa_deploy.eeg.montage import fit_sphere, read_montage, require_mne
 from sjepa_deploy.eeg.names import canonical, says_other_than_eeg
 from sjepa_deploy.errors import RecordingError, listed
-from sjepa_deploy.spec import ModelSpec, Position
+from sjepa_deploy.spec import Position, SignalSpec
 
 if TYPE_CHECKING:
     import mne
@@ -95,15 +95,15 @@ def difference_of_places(these: Mapping[str, Position], those: Mapping[str, Posi
     return float(np.degrees(np.median(np.abs(one - other))))
 
 
-def check_places(raw: mne.io.BaseRaw, spec: ModelSpec, found: Mapping[str, str]) -> None:
+def check_places(raw: mne.io.BaseRaw, signal: SignalSpec, found: Mapping[str, str]) -> None:
     """Refuse a recording whose electrodes have the names of the model's and are others.
 
     Parameters
     ----------
     raw : mne.io.BaseRaw
         The recording.
-    spec : ModelSpec
-        The model; without positions nothing can be compared.
+    signal : SignalSpec
+        The signal of the model; without positions nothing can be compared.
     found : mapping of str to str
         Channels of the model, and what they are called in the recording.
 
@@ -112,10 +112,10 @@ def check_places(raw: mne.io.BaseRaw, spec: ModelSpec, found: Mapping[str, str])
     RecordingError
         If they lie elsewhere, by `OTHER_ELECTRODES_DEG`.
     """
-    if spec.ch_names is None or spec.positions is None:
+    if signal.ch_names is None or signal.positions is None:
         return
     theirs, source = places_of(raw)
-    ours = dict(zip(spec.ch_names, spec.positions, strict=True))
+    ours = dict(zip(signal.ch_names, signal.positions, strict=True))
     pairs = [(name, mine) for mine, name in found.items() if name in theirs]
     difference = difference_of_places(theirs, ours, pairs)
     if difference > OTHER_ELECTRODES_DEG:
@@ -127,8 +127,15 @@ def check_places(raw: mne.io.BaseRaw, spec: ModelSpec, found: Mapping[str, str])
         )
 
 
-def interpolated(raw: mne.io.BaseRaw, spec: ModelSpec, steps: list[str]) -> NDArray[np.float64]:
-    """Return a recording at all positions of a model, by spherical splines from its good EEG channels, in volts.
+def interpolation_of(raw: mne.io.BaseRaw, signal: SignalSpec, steps: list[str]) -> tuple[tuple[str, ...], NDArray[np.float64]]:
+    """Return the weights that make all channels of a model from the good EEG channels of a recording, by spherical splines.
+
+    Returns
+    -------
+    sources : tuple of str
+        Channels of the recording that have a place.
+    weights : ndarray, shape (n_chans of the model, len(sources))
+        What MNE's `interpolate_to` multiplies them with.
 
     Raises
     ------
@@ -136,7 +143,7 @@ def interpolated(raw: mne.io.BaseRaw, spec: ModelSpec, steps: list[str]) -> NDAr
         If the model has no positions, or fewer than four channels of the recording have.
     """
     mne = require_mne()
-    if spec.ch_names is None or spec.positions is None:
+    if signal.ch_names is None or signal.positions is None:
         raise RecordingError("The model has no channel positions to interpolate to.", "Export it with `--montage`.")
     placed, source = places_of(raw)
     if source:
@@ -148,14 +155,14 @@ def interpolated(raw: mne.io.BaseRaw, spec: ModelSpec, steps: list[str]) -> NDAr
             f"{listed(raw.ch_names, 64)}.",
             "Give a recording with positions, or with 10-05 names for at least 4 channels and half of them.",
         )
-    sources = raw.copy().pick(list(placed)).load_data(verbose="error")
-    sources.set_channel_types(dict.fromkeys(placed, "eeg"), verbose="error")
+    with mne.use_log_level("error"):  # one sample for each channel alone
+        sources = mne.io.RawArray(np.eye(len(placed)), mne.create_info(list(placed), raw.info["sfreq"], "eeg"))
     sources.set_montage(_centred(placed, placed.values()), verbose="error")
-    target = _centred(spec.ch_names, spec.positions)
+    target = _centred(signal.ch_names, signal.positions)
     with mne.use_log_level("error"):
         made = sources.interpolate_to(target, origin=(0.0, 0.0, 0.0), method="spline")
-    volts: NDArray[np.float64] = made.get_data()
-    return volts
+    weights: NDArray[np.float64] = made.get_data()
+    return tuple(placed), weights
 
 
 def _centred(ch_names: Iterable[str], positions: Iterable[Position]) -> mne.channels.DigMontage:

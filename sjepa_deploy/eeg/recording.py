@@ -11,25 +11,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from sjepa_deploy.eeg.chain import finish_windows, flows_of, zero_phase
+from sjepa_deploy.eeg.conditioning import Conditioner
+from sjepa_deploy.eeg.events import nearest_sample, window_start
+from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.montage import require_mne
-from sjepa_deploy.eeg.names import find_channels, renamed
+from sjepa_deploy.eeg.names import find_channels, renamed, says_other_than_eeg
 from sjepa_deploy.eeg.pauses import Segment, Told, segments_of, told
-from sjepa_deploy.eeg.places import check_places, interpolated
+from sjepa_deploy.eeg.places import check_places, interpolation_of
 from sjepa_deploy.eeg.quality import ROUNDING_V, flat_seconds
 from sjepa_deploy.eeg.readers import read_edf, read_npy, read_with_mne, reading
-from sjepa_deploy.eeg.reference import average_reference
-from sjepa_deploy.eeg.resample import check_rate, resample
-from sjepa_deploy.eeg.units import check_unit, volts_in
+from sjepa_deploy.eeg.steps import BandPass, Flow, Phase
+from sjepa_deploy.eeg.steps.filters import Filter
+from sjepa_deploy.eeg.steps.rate import check_rate
+from sjepa_deploy.eeg.units import PLAUSIBLE_RMS, check_unit, volts_in
 from sjepa_deploy.eeg.xdf import read_xdf
-from sjepa_deploy.errors import InputError, RecordingError, TooShortError, listed
-from sjepa_deploy.spec import ModelSpec, Unit
+from sjepa_deploy.errors import InputError, RecordingError, StreamError, TooShortError, listed
+from sjepa_deploy.spec import SignalSpec, Unit
 
 if TYPE_CHECKING:
     import mne
     from numpy.typing import NDArray
-
-PLAUSIBLE_RMS = (1e-7, 1e-2)
-"""Volts between which the RMS of EEG lies, from far below an amplifier's noise to far above a large artefact."""
 
 UNIT_MEND = (
     "State the unit they are stored in with `--unit` (volts passed as microvolts?), or take them as they are with "
@@ -46,23 +48,42 @@ class FittedRecording:
     ----------
     data : ndarray of float32, shape (n_chans, n_samples)
         Contiguous samples in the unit and the channel order of the model, one segment after the other.
-    sfreq : float
-        The model's sampling rate in Hz.
+    signal : SignalSpec
+        The signal of the model.
     segments : tuple of Segment
         The stretches of `data` that were recorded without a pause, in which windows lie.
+    source_sfreq : float
+        Rate of the recording in Hz.
     n_found : int
         Channels of the model that the recording has; the others are interpolated.
+    n_settling : int
+        Samples at the start of each segment in which causal steps settle; 0 in zero phase.
     steps : tuple of str
         Sentences that say what was done to the recording, in order.
     """
 
     data: NDArray[np.float32]
-    sfreq: float
+    signal: SignalSpec
     segments: tuple[Segment, ...]
+    source_sfreq: float
     n_found: int
+    n_settling: int
     steps: tuple[str, ...]
 
-    def window_starts(self, n_times: int, hop: int) -> NDArray[np.intp]:
+    @property
+    def sfreq(self) -> float:
+        """Return the rate of `data` in Hz."""
+        return self.signal.sfreq
+
+    def cut(self, starts: NDArray[np.intp]) -> NDArray[np.float32]:
+        """Return the windows that begin at samples of `data`, with all steps, shape (n_windows, n_chans, n_times)."""
+        n_times = self.signal.n_times
+        if not len(starts):
+            return np.empty((0, *self.signal.input_shape), np.float32)
+        cut = np.stack([self.data[:, start : start + n_times] for start in starts])
+        return finish_windows(self.signal, cut)
+
+    def window_starts(self, hop: int) -> NDArray[np.intp]:
         """Return the first sample of every whole window, shape (n_windows,): each segment starts with one.
 
         Raises
@@ -70,41 +91,51 @@ class FittedRecording:
         InputError
             See `window_starts`, the function.
         """
+        n_times = self.signal.n_times
         longest = max(segment.stop - segment.start for segment in self.segments)
         window_starts(longest, n_times, hop)  # refuses what there is no window of
         return np.concatenate([np.arange(s.start, s.stop - n_times + 1, hop) for s in self.segments])
 
-    def windows(self, n_times: int, hop: int) -> list[NDArray[np.float32]]:
-        """Return the windows of each segment that has one as a read-only view, see `windows`, the function."""
-        pieces = [self.data[:, segment.start : segment.stop] for segment in self.segments]
-        return [windows(piece, n_times, hop) for piece in pieces if piece.shape[1] >= n_times]
+    def windows(self, hop: int) -> list[NDArray[np.float32]]:
+        """Return the windows of each segment that has one, see `windows`, the function.
 
-    def starts_after(self, onsets: NDArray[np.float64], delay: float, n_times: int) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
-        """Place windows after events.
+        They are a read-only view where the signal has no steps on windows.
+        """
+        n_times = self.signal.n_times
+        pieces = [self.data[:, segment.start : segment.stop] for segment in self.segments]
+        return [finish_windows(self.signal, windows(piece, n_times, hop)) for piece in pieces if piece.shape[1] >= n_times]
+
+    def place_windows(self, onsets: NDArray[np.float64], start: float) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+        """Place windows after events, see `sjepa_deploy.eeg.events`.
 
         Parameters
         ----------
         onsets : ndarray, shape (n_events,)
             When the events were, in seconds of the recording's own time.
-        delay : float
-            Seconds from an event to the start of its window; may be negative.
-        n_times : int
-            Samples of a window.
+        start : float
+            Start of a window in seconds after its event; may be negative.
 
         Returns
         -------
         starts : ndarray of int, shape (n_events,)
-            The sample of `data` that is nearest to each start.
+            The first sample of each window in `data`.
         whole : ndarray of bool, shape (n_events,)
             Whether event and window lie in one segment.
         """
-        first = np.array([segment.onset for segment in self.segments]) - 0.5 / self.sfreq
+        n_times, rate = self.signal.n_times, self.source_sfreq
+        first = np.array([segment.onset for segment in self.segments]) - 0.5 / rate
         which = np.searchsorted(first, onsets, side="right") - 1
-        start, stop, onset = (np.array([getattr(s, name) for s in self.segments])[which] for name in ("start", "stop", "onset"))
-        at_event = start + (onsets - onset) * self.sfreq
-        starts = np.rint(start + (onsets - onset + delay) * self.sfreq).astype(np.intp)
-        whole = (which >= 0) & (at_event < stop) & (starts >= start) & (starts + n_times <= stop)
+        begin, stop, onset = (np.array([getattr(s, name) for s in self.segments])[which] for name in ("start", "stop", "onset"))
+        samples = nearest_sample(onsets - onset, rate)
+        starts = begin + window_start(samples, rate, start=start, sfreq_model=self.sfreq)
+        whole = (which >= 0) & (begin + samples * (self.sfreq / rate) < stop) & (starts >= begin) & (starts + n_times <= stop)
         return starts, whole
+
+    def settling(self, starts: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """Return which windows begin at samples of `data` in which the steps settle."""
+        which = np.searchsorted([segment.start for segment in self.segments], starts, side="right") - 1
+        begin = np.array([segment.start for segment in self.segments])[which]
+        return np.asarray(starts - begin < self.n_settling)
 
     def times(self, samples: NDArray[np.intp]) -> NDArray[np.float64]:
         """Return the times at which samples of `data` were taken, in seconds of the recording's own time."""
@@ -184,64 +215,72 @@ def read_recording(
     return raw
 
 
-def fit_recording(raw: mne.io.BaseRaw, spec: ModelSpec, *, interpolate: float = 0.0, check_unit: bool = True) -> FittedRecording:
-    """Bring a recording to the channels, band, rate, reference and unit of a model.
+def fit_recording(
+    raw: mne.io.BaseRaw, signal: SignalSpec, *, interpolate: float = 0.0, check_unit: bool = True, phase: Phase | None = None
+) -> FittedRecording:
+    """Take a recording through the steps of a signal.
 
-    In this order: channels by name (see `sjepa_deploy.eeg.names.find_channels`; channels marked bad count as missing), zero-phase
-    FIR band-pass, resampling, average reference, unit. The spec decides which of the last four happen. Each stretch without a
-    pause is filtered and resampled by itself; those that are shorter than a window or than the band-pass are left out.
+    In the causal phase the samples go through the very code that runs live (`sjepa_deploy.eeg.conditioning`), and each stretch
+    without a pause starts anew. In zero phase each stretch goes through the zero-phase forms; stretches that are shorter than the
+    band-pass are left out. Stretches that are shorter than a window are always left out. Channels are taken by name (see
+    `sjepa_deploy.eeg.names.find_channels`); channels marked bad count as missing.
 
     Parameters
     ----------
     raw : mne.io.BaseRaw
         The recording in volts, as `read_recording` returns it. The recording is left as it is.
-    spec : ModelSpec
-        The model.
+    signal : SignalSpec
+        The signal of the model.
     interpolate : float
-        Largest share of the model's channels, 0 to 1, that is made by spherical splines (Perrin et al. 1989) from all good EEG
-        channels. The recording's positions and the model's are each taken about the centre of their best sphere, since montages
-        come in frames whose origins lie centimetres apart. The tilt of these frames (up to 6 degrees between MNE's templates and
-        its head frame) remains. A recording without positions takes those of the 10-05 system, or of its net, by name.
+        Largest share of the model's channels, 0 to 1, that is made by spherical splines (Perrin et al. 1989). In the causal phase
+        from the model's other channels, as live. In zero phase from all good EEG channels: the recording's positions and the
+        model's are each taken about the centre of their best sphere, since montages come in frames whose origins lie centimetres
+        apart. The tilt of these frames (up to 6 degrees between MNE's templates and its head frame) remains. A recording without
+        positions takes those of the 10-05 system, or of its net, by name.
     check_unit : bool
         Whether amplitudes that no EEG has are refused.
+    phase : {"causal", "zero-phase"} or None
+        Form of the steps; None is the signal's.
 
     Raises
     ------
     RecordingError
         If the recording lacks more channels of the model than `interpolate` allows; has other electrodes under the model's names;
         is slower than the model; has no stretch of one window, or of the length of the band-pass; holds samples of these channels
-        that are not finite; or is in another unit by the looks of it, see `check_amplitude`.
+        that are not finite; is in another unit by the looks of it, see `check_amplitude`; or does not suit a step.
         `TooShortError` where the band-pass is longer.
     """
-    check_rate(raw.info["sfreq"], spec.sfreq)
+    check_rate(raw.info["sfreq"], signal.sfreq)
+    phase = phase or signal.phase
     steps: list[str] = list(told(raw).notes)
-    segments = _long_enough(raw, spec, steps)
-    volts, n_found = _fit_channels(raw, spec, interpolate, steps)
-    pieces, fitted, start = [], [], 0
-    for segment in segments:
-        piece = volts[:, segment.start : segment.stop]
-        pieces.append(resample(_band_passed(piece, raw.info["sfreq"], spec), raw.info["sfreq"], spec.sfreq))
-        stop = start + pieces[-1].shape[1]
-        fitted.append(Segment(start=start, stop=stop, onset=segment.onset))
-        start = stop
-    steps += _told_of(spec, raw.info["sfreq"])
-    volts = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
-    if spec.preprocessing.reference == "average":
-        if spec.n_chans == 1:
-            raise RecordingError(
-                "Nothing is left of one channel that is referenced to the average of one.",
-                "Set the reference to none (`--reference none`, in a configuration data.preprocessing), or use more channels.",
-            )
-        volts = average_reference(volts, axis=0)
-        steps.append(f"re-referenced to the average of {spec.n_chans} channels")
-    if check_unit:
-        check_amplitude(volts, spec.sfreq, UNIT_MEND)
-    flat = flat_seconds(volts, spec.sfreq)
+    segments = _long_enough(raw, signal, phase, steps)
+    source = _match_channels(raw, signal, interpolate, steps)
+    flat = flat_seconds(raw.get_data(picks=list(source.picks)), raw.info["sfreq"])
     if flat.any():
         steps.append(f"is flat in {flat.sum()} of its {len(flat)} seconds, the first of them number {flat.argmax()}")
-    data = np.ascontiguousarray(volts / volts_in(spec.unit), dtype=np.float32)
-    steps.append(f"scaled to {spec.unit}")
-    return FittedRecording(data=data, sfreq=spec.sfreq, segments=tuple(fitted), n_found=n_found, steps=tuple(steps))
+    make = _causal if phase == "causal" else _zero_phase
+    pieces, n_settling = make(raw, signal, source, segments, check_unit, interpolate, steps)
+    fitted, start = [], 0
+    for segment, piece in zip(segments, pieces, strict=True):
+        stop = start + piece.shape[1]
+        fitted.append(Segment(start=start, stop=stop, onset=segment.onset))
+        start = stop
+    flow = Flow(ch_names=source.names, sfreq=raw.info["sfreq"], goal=signal.goal)
+    for step, at in zip(signal.steps, flows_of(signal, flow), strict=True):
+        if phrase := step.told(at):
+            form = {"causal": ", causal", "zero-phase": ", zero-phase FIR"}[phase] if isinstance(step, Filter) else ""
+            steps.append(f"{phrase}{form}")
+    steps.append(f"scaled to {signal.unit}")
+    data = np.ascontiguousarray(pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1), dtype=np.float32)
+    return FittedRecording(
+        data=data,
+        signal=signal,
+        segments=tuple(fitted),
+        source_sfreq=float(raw.info["sfreq"]),
+        n_found=source.n_found,
+        n_settling=n_settling,
+        steps=tuple(steps),
+    )
 
 
 def check_amplitude(samples: NDArray[np.floating[Any]], sfreq: float, mend: str, *, unit: Unit = "V") -> None:
@@ -261,14 +300,14 @@ def check_amplitude(samples: NDArray[np.floating[Any]], sfreq: float, mend: str,
     Raises
     ------
     RecordingError
-        If the median over channels and windows of the RMS about the mean lies outside `PLAUSIBLE_RMS`, or is none.
+        If the median over channels and over windows, or seconds, of the RMS about the mean lies outside `PLAUSIBLE_RMS`.
     """
-    rms = float(np.median(samples.std(axis=-1))) * volts_in(unit)
-    if not math.isfinite(rms) or PLAUSIBLE_RMS[0] <= rms <= PLAUSIBLE_RMS[1]:
-        return
     n = max(1, round(sfreq)) if samples.ndim == 2 else samples.shape[2]
     pieces = windows(samples, n, n) if samples.ndim == 2 and samples.shape[1] >= n else samples.reshape(-1, *samples.shape[-2:])
     each = np.median(pieces.std(axis=2), axis=1) * volts_in(unit)
+    rms = float(np.median(each))
+    if not math.isfinite(rms) or PLAUSIBLE_RMS[0] <= rms <= PLAUSIBLE_RMS[1]:
+        return
     out = np.flatnonzero((each < PLAUSIBLE_RMS[0]) | (each > PLAUSIBLE_RMS[1]))
     what = "seconds" if samples.ndim == 2 else "windows"
     where = f" ({len(out)} of its {len(each)} {what}, the first of them number {out[0]})" if 0 < len(out) < len(each) else ""
@@ -324,11 +363,91 @@ def windows(data: NDArray[Any], n_times: int, hop: int) -> NDArray[Any]:
     return sliding_window_view(data, n_times, axis=1)[:, ::hop].swapaxes(0, 1)
 
 
-def _long_enough(raw: mne.io.BaseRaw, spec: ModelSpec, steps: list[str]) -> list[Segment]:
-    """Return the stretches without a pause that hold a window and the filter."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Source:
+    """Holds which channels of a recording are used.
+
+    Attributes
+    ----------
+    picks, names : tuple of str
+        The channels, and their names as the model writes them.
+    matrix : ndarray, shape (n_chans of the model, len(picks))
+        The model's channels from these, in zero phase.
+    n_found : int
+        Channels of the model that are among them.
+    """
+
+    picks: tuple[str, ...]
+    names: tuple[str, ...]
+    matrix: NDArray[np.float64]
+    n_found: int
+
+
+def _zero_phase(
+    raw: mne.io.BaseRaw,
+    signal: SignalSpec,
+    source: _Source,
+    segments: Sequence[Segment],
+    check_unit: bool,
+    interpolate: float,
+    steps: list[str],
+) -> tuple[list[NDArray[np.float64]], int]:
+    data = raw.get_data(picks=list(source.picks))
+    if check_unit:
+        check_amplitude(data, raw.info["sfreq"], UNIT_MEND)
+    data /= volts_in(signal.unit)
+    flow = Flow(ch_names=source.names, sfreq=raw.info["sfreq"], goal=signal.goal)
+    single = ((source.matrix != 0).sum(axis=1) == 1) & (source.matrix.max(axis=1) == 1.0)
+
+    def fit_channels(data: NDArray[np.float64], at: Flow) -> NDArray[np.float64]:
+        fitted = data[source.matrix.argmax(axis=1)]
+        fitted[~single] = source.matrix[~single] @ data
+        return fitted
+
+    return [zero_phase(signal, data[:, s.start : s.stop], flow, fit_channels) for s in segments], 0
+
+
+def _causal(
+    raw: mne.io.BaseRaw,
+    signal: SignalSpec,
+    source: _Source,
+    segments: Sequence[Segment],
+    check_unit: bool,
+    interpolate: float,
+    steps: list[str],
+) -> tuple[list[NDArray[np.float64]], int]:
+    info = StreamInfo(name="The recording", ch_names=tuple(raw.ch_names), sfreq=raw.info["sfreq"], unit="V")
+    reports: list[str] = []
+    pieces: list[NDArray[np.float64]] = []
+    try:
+        conditioner = Conditioner(
+            signal, info, interpolate=interpolate, bads=raw.info["bads"], check_unit=check_unit, report=reports.append
+        )
+        for segment in segments:
+            conditioner.restart()
+            samples = conditioner.pick(np.ascontiguousarray(raw.get_data(start=segment.start, stop=segment.stop).T))
+            made, done = [], 0
+            while done < len(samples):
+                out, _, n_taken = conditioner.take(samples[done:])
+                conditioner.judge()
+                made.append(out)
+                done += n_taken
+            pieces.append(np.concatenate(made).T)
+    except StreamError as e:
+        raise RecordingError(e.problem, e.mend) from e
+    steps += dict.fromkeys(reports[:20])
+    if len(reports) > 20:
+        steps.append(f"{len(reports) - 20} more changes of channels")
+    return pieces, conditioner.n_settling
+
+
+def _long_enough(raw: mne.io.BaseRaw, signal: SignalSpec, phase: Phase, steps: list[str]) -> list[Segment]:
+    """Return the stretches without a pause that hold a window and, in zero phase, the filter."""
     sfreq = raw.info["sfreq"]
     segments = segments_of(raw)
-    length, filter_s = spec.n_times / spec.sfreq, _filter_seconds(sfreq, spec)
+    bands = [step for step in signal.steps if isinstance(step, BandPass)] if phase == "zero-phase" else []
+    filter_s, band = max(((step.length(sfreq), step.band) for step in bands), default=(0.0, ""))
+    length = signal.seconds
     kept = [s for s in segments if (s.stop - s.start) / sfreq >= max(length, filter_s) - 1e-9]
     if not kept:
         longest = max((s.stop - s.start for s in segments), default=0) / sfreq
@@ -336,7 +455,7 @@ def _long_enough(raw: mne.io.BaseRaw, spec: ModelSpec, steps: list[str]) -> list
         if longest < length - 1e-9:
             raise RecordingError(f"The {what} {longest:g} s, one window of the model {length:g} s.", "Give a longer recording.")
         raise TooShortError(
-            f"The filter for {_band(spec)} lasts {filter_s:.3g} s, the {what.removesuffix(' lasts')} {longest:.3g} s.",
+            f"The filter for {band} lasts {filter_s:.3g} s, the {what.removesuffix(' lasts')} {longest:.3g} s.",
             "Give a longer recording.",
         )
     if len(segments) > 1:
@@ -347,17 +466,17 @@ def _long_enough(raw: mne.io.BaseRaw, spec: ModelSpec, steps: list[str]) -> list
     return kept
 
 
-def _fit_channels(raw: mne.io.BaseRaw, spec: ModelSpec, interpolate: float, steps: list[str]) -> tuple[NDArray[np.float64], int]:
-    """Return the channels of the model in volts, and how many of them the recording has."""
-    if spec.ch_names is None:
+def _match_channels(raw: mne.io.BaseRaw, signal: SignalSpec, interpolate: float, steps: list[str]) -> _Source:
+    """Return which channels of a recording make the model's."""
+    if signal.ch_names is None:
         raise RecordingError(
             "The model has no channel names, so the recording's montage cannot be checked against it.",
             "Export the bundle with `--montage` or `--channels`.",
         )
     good = [name for name in raw.ch_names if name not in raw.info["bads"]]
-    match = find_channels(spec.ch_names, good)
-    found = {mine: good[i] for mine, i in zip(spec.ch_names, match.columns, strict=True) if i is not None}
-    missing = [name for name in spec.ch_names if name not in found]
+    match = find_channels(signal.ch_names, good)
+    found = {mine: good[i] for mine, i in zip(signal.ch_names, match.columns, strict=True) if i is not None}
+    missing = [name for name in signal.ch_names if name not in found]
     for name, several in match.doubtful:
         if len({one.casefold() for one in several}) == 1:
             raise RecordingError(
@@ -369,67 +488,43 @@ def _fit_channels(raw: mne.io.BaseRaw, spec: ModelSpec, interpolate: float, step
     notes = "".join(f"; {note}" for note in told(raw).notes)
     if missing and not interpolate:
         raise RecordingError(
-            f"The recording lacks, or marks as bad, {len(missing)} of the model's {spec.n_chans} channels: {listed(missing)}; "
+            f"The recording lacks, or marks as bad, {len(missing)} of the model's {signal.n_chans} channels: {listed(missing)}; "
             f"{there}{doubts}{notes}.",
             "Record with the model's montage, give channels the model's names with `--rename THEIRS=MINE`, or make them from the "
             "others with `--interpolate`.",
         )
-    if len(missing) > interpolate * spec.n_chans + 1e-9:
-        share = math.ceil(100 * len(missing) / spec.n_chans) / 100
+    if len(missing) > interpolate * signal.n_chans + 1e-9:
+        share = math.ceil(100 * len(missing) / signal.n_chans) / 100
         raise RecordingError(
-            f"{len(missing)} of the model's {spec.n_chans} channels would be interpolated, more than a share of {interpolate:g}; "
+            f"{len(missing)} of the model's {signal.n_chans} channels would be interpolated, more than a share of {interpolate:g}; "
             f"{there}{doubts}{notes}.",
             f"Use a model of the recording's channels, `--rename`, or `--interpolate {share:g}` to take such EEG all the same.",
         )
-    check_places(raw, spec, found)
+    check_places(raw, signal, found)
     if match.aliases:
         steps.append(f"took {listed(f'{theirs} as {mine}' for theirs, mine in match.aliases)}")
+    theirs = {name: mine for mine, name in found.items()}
+    picks = [name for name in good if name in theirs or signal.uses(name, says_other_than_eeg(name))]
     if not missing:
-        if unused := [name for name in good if name not in found.values()]:
+        if unused := [name for name in good if name not in picks]:
             steps.append(f"left out {len(unused)} channels: {listed(unused)}")
-        volts = raw.get_data(picks=list(found.values()))
+        matrix = np.zeros((signal.n_chans, len(picks)))
     else:
-        volts = interpolated(raw, spec, steps)
-        if found:
-            volts[[i for i, name in enumerate(spec.ch_names) if name in found]] = raw.get_data(picks=list(found.values()))
-        steps.append(f"interpolated {len(missing)} of {spec.n_chans} channels: {listed(missing)}")
-    finite = np.isfinite(volts).all(axis=1)
+        sources, weights = interpolation_of(raw, signal, steps)
+        picks += [name for name in sources if name not in picks]
+        matrix = np.zeros((signal.n_chans, len(picks)))
+        matrix[:, [picks.index(name) for name in sources]] = weights
+        steps.append(f"interpolated {len(missing)} of {signal.n_chans} channels: {listed(missing)}")
+    for row, mine in enumerate(signal.ch_names):
+        if mine in found:
+            matrix[row] = 0.0
+            matrix[row, picks.index(found[mine])] = 1.0
+    finite = np.isfinite(raw.get_data(picks=picks)).all(axis=1)
     if not finite.all():
-        broken = [name for name, ok in zip(spec.ch_names, finite, strict=True) if not ok]
+        broken = [theirs.get(name, name) for name, ok in zip(picks, finite, strict=True) if not ok]
         raise RecordingError(
             f"The recording holds samples that are not finite (NaN or infinite) in {listed(broken)}.",
             "Cut these stretches out, or mark these channels as bad.",
         )
-    return volts, len(found)
-
-
-def _band(spec: ModelSpec) -> str:
-    low, high = spec.preprocessing.l_freq, spec.preprocessing.h_freq
-    return f"{low or 0:g} Hz up" if high is None else f"{low or 0:g} to {high:g} Hz"
-
-
-def _filter_seconds(sfreq: float, spec: ModelSpec) -> float:
-    """Return the length of the band-pass in seconds; a shorter recording would hold only the filter's edges."""
-    low, high = spec.preprocessing.l_freq, spec.preprocessing.h_freq
-    if low is None and high is None:
-        return 0.0
-    return len(require_mne().filter.create_filter(None, sfreq, low, high, phase="zero", verbose="error")) / sfreq
-
-
-def _band_passed(volts: NDArray[np.float64], sfreq: float, spec: ModelSpec) -> NDArray[np.float64]:
-    """Return `volts` in the band, zero-phase. The upper edge is below its Nyquist frequency, because it is below the model's."""
-    low, high = spec.preprocessing.l_freq, spec.preprocessing.h_freq
-    if low is None and high is None:
-        return volts
-    filtered: NDArray[np.float64] = require_mne().filter.filter_data(volts, sfreq, low, high, phase="zero", verbose="error")
-    return filtered
-
-
-def _told_of(spec: ModelSpec, sfreq: float) -> list[str]:
-    """Return sentences that say what filtering and resampling do."""
-    told_of = []
-    if spec.preprocessing.l_freq is not None or spec.preprocessing.h_freq is not None:
-        told_of.append(f"band-passed {_band(spec)}, zero-phase FIR")
-    if not math.isclose(sfreq, spec.sfreq):
-        told_of.append(f"resampled from {sfreq:g} to {spec.sfreq:g} Hz")
-    return told_of
+    names = tuple(theirs.get(name, name) for name in picks)
+    return _Source(picks=tuple(picks), names=names, matrix=matrix, n_found=len(found))

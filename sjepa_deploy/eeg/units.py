@@ -17,6 +17,10 @@ _NAMES: dict[str, Unit] = {
 }
 
 
+PLAUSIBLE_RMS = (1e-7, 1e-2)
+"""Volts between which the RMS of EEG lies, from far below an amplifier's noise to far above a large artefact."""
+
+
 def unit_named(text: str) -> Unit | None:
     """Return the unit that a file or stream calls `text`, or None for another quantity or an unknown word."""
     return _NAMES.get(text.strip().casefold())

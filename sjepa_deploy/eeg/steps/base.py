@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -77,9 +76,6 @@ class Running(ABC):
     @abstractmethod
     def __call__(self, samples: FloatArray) -> FloatArray:
         """Take the samples that follow, shape (n_samples, n_chans_in), and return theirs, (n_samples, n_chans_out)."""
-
-    def restart_channels(self, channels: Sequence[int], sample: FloatArray) -> None:
-        """Start some channels anew on their values in `sample`, shape (n_chans_in,), where channels do not touch each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +158,21 @@ def scipy_signal() -> Any:
     except ImportError as error:
         raise MissingDependencyError("SciPy", "stream") from error
     return scipy.signal
+
+
+def mne_filter() -> Any:
+    """Return `mne.filter`.
+
+    Raises
+    ------
+    MissingDependencyError
+        If MNE is not installed.
+    """
+    try:
+        import mne.filter
+    except ImportError as error:
+        raise MissingDependencyError("MNE-Python", "eeg") from error
+    return mne.filter
 
 
 def run_offline(running: Running, data: FloatArray) -> FloatArray:
