@@ -39,7 +39,7 @@ class NoBackend(Backend):
 
 
 def open_bundle(n_chans: int, n_times: int, folder: Path) -> Bundle:
-    spec = ModelSpec(variant="prelocal", n_chans=n_chans, n_times=n_times, sfreq=100.0)
+    spec = ModelSpec.of(variant="prelocal", n_chans=n_chans, n_times=n_times, sfreq=100.0)
     weights = Provenance(source="random", format="initialisation", seed=0)
     return to_bundle(build_model(spec, seed=0), folder, weights=weights, precisions=("fp32",))
 

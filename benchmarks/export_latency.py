@@ -43,7 +43,7 @@ MULTIPLY_ADDS = {"prelocal": 0.223e6, "postlocal": 3.90e6, "contextual": 308.4e6
 
 def spec_of(variant: str) -> ModelSpec:
     montage = read_montage("GSN-HydroCel-129")
-    return ModelSpec(
+    return ModelSpec.of(
         variant=variant, n_chans=129, n_times=200, sfreq=100.0, ch_names=montage.ch_names, positions=montage.positions
     )
 

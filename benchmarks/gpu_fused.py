@@ -77,7 +77,7 @@ def make_case(variant: str, shape: tuple[int, int, int, int] = GRID[0], seed: in
     n_chans, n_times, n_filters, n_outputs = shape
     points = np.random.default_rng(1).standard_normal((n_chans, 3))
     points /= 10 * np.linalg.norm(points, axis=1, keepdims=True)
-    spec = ModelSpec(
+    spec = ModelSpec.of(
         variant=variant, n_chans=n_chans, n_times=n_times, sfreq=100.0, n_outputs=n_outputs, n_spat_filters=n_filters,
         positions=tuple(tuple(map(float, point)) for point in points),
     )  # fmt: skip

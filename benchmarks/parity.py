@@ -63,7 +63,7 @@ def main() -> None:
     rows = []
     for variant in VARIANTS:
         for seed, (n_chans, n_times, n_filters, n_outputs) in enumerate(GRID):
-            spec = ModelSpec(
+            spec = ModelSpec.of(
                 variant=variant,
                 n_chans=n_chans,
                 n_times=n_times,
@@ -76,7 +76,9 @@ def main() -> None:
             rows += [{"variant": variant, "case": case} | r for r in judge(spec, seed, max_batch=8 if n_times > 1000 else 64)]
         raw = read_recording(args.recording)
         positions = tuple(tuple(map(float, ch["loc"][:3])) for ch in raw.info["chs"])
-        spec = ModelSpec(variant=variant, n_chans=32, n_times=256, sfreq=128.0, ch_names=tuple(raw.ch_names), positions=positions)
+        spec = ModelSpec.of(
+            variant=variant, n_chans=32, n_times=256, sfreq=128.0, ch_names=tuple(raw.ch_names), positions=positions
+        )
         real = windows(fit_recording(raw, spec).data, spec.n_times, spec.n_times)
         rows += [{"variant": variant, "case": f"{args.recording.name}, 32 x 256"} | r for r in judge(spec, 9, 64, real)]
     lines = [

@@ -39,7 +39,7 @@ Spoil = Callable[[Predict, FloatArray], FloatArray]
 def make_bundle(variant: str, folder: Path) -> Bundle:
     montage = read_montage("sjepa-62")
     names = montage.ch_names[:N_CHANS]
-    spec = ModelSpec(
+    spec = ModelSpec.of(
         variant=variant, n_chans=N_CHANS, n_times=N_TIMES, sfreq=100.0, n_outputs=N_OUTPUTS,
         ch_names=names, positions=montage.pick(names).positions,
     )  # fmt: skip

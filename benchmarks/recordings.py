@@ -203,7 +203,7 @@ def compare(path: Path, unit: Unit | None, outcome: Outcome) -> ModelSpec | None
         return None
     outcome.n_chans, outcome.sfreq, outcome.seconds = len(names), sfreq, n_samples / sfreq
     band = dataclasses.replace(Preprocessing.default(sfreq), reference="average" if len(names) > 1 else "none")
-    spec = ModelSpec(
+    spec = ModelSpec.of(
         variant="prelocal", n_chans=len(names), n_times=N_TIMES, sfreq=sfreq, ch_names=tuple(names), preprocessing=band
     )
     assert hand is not None, "read here, and not by hand"

@@ -257,7 +257,7 @@ def one_client(bundle: Bundle, server: Server, model: str, n: int = 500) -> dict
 
 def measure(variant: str, seconds: float) -> dict[str, Any]:
     montage = read_montage("GSN-HydroCel-129")
-    spec = ModelSpec(
+    spec = ModelSpec.of(
         variant=variant, n_chans=129, n_times=200, sfreq=100.0, ch_names=montage.ch_names, positions=montage.positions
     )
     with tempfile.TemporaryDirectory() as name:

@@ -163,7 +163,7 @@ def build(network: str, shape: tuple[int, int], batch: int, args: argparse.Names
     family, _, mode = network.partition(" ")
     montage = read_montage(MONTAGES[n_chans])
     encoder = EncoderSpec(n_layers=args.layers, n_decoder_layers=min(4, args.layers))
-    spec = ModelSpec(
+    spec = ModelSpec.of(
         variant="base",
         n_chans=n_chans,
         n_times=n_times,

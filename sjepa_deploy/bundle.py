@@ -10,15 +10,16 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from sjepa_deploy.errors import BundleError, ExportError, listed
 from sjepa_deploy.files import canonical_json, exchange, file_hash, folder_beside, json_file, load_json, seal, write_atomically
 from sjepa_deploy.onnx_file import has_external_data, metadata_of
 from sjepa_deploy.parity import ParityResult, Reference
 from sjepa_deploy.serialize import DecodeError, decode, encode
-from sjepa_deploy.spec import ModelSpec, Precision, RunPrecision, graph_precision
+from sjepa_deploy.spec import ModelSpec, Precision, RunPrecision, graph_precision, upgraded
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 REFERENCE_FILE = "reference.npz"
 CHECKPOINT_FOLDER = "checkpoint"
@@ -297,12 +298,14 @@ def _check_graph(file: Path, graph: Graph, manifest: Manifest) -> None:
         static_batch=graph.static_batch,
         weights=graph.weights_sha256,
     )
-    if stored == contract:
-        return
+    if isinstance(theirs, dict) and _has_spec(theirs):
+        theirs = theirs | {"spec": upgraded(theirs["spec"])}
+        if canonical_json(theirs) == contract:
+            return
     differs = "it has none"
     if stored:
         ours = load_json(contract.encode())
-        ours, theirs = ours | ours.pop("spec"), theirs | theirs.pop("spec", {})
+        ours, theirs = (side | spec | spec.pop("signal", {}) for side in (ours, theirs) for spec in [side.pop("spec", {})])
         differs = "it differs in " + ", ".join(sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k)))
     raise BundleError(f"The contract inside {graph.file} is not the manifest's: {differs}.", "Copy or export the bundle again.")
 
@@ -324,13 +327,17 @@ def _read_manifest(path: Path) -> Manifest:
             "Upgrade sjepa-deploy, or export with this release.",
         )
     try:
-        manifest = decode(Manifest, data)
+        manifest = decode(Manifest, data | {"spec": upgraded(data["spec"])} if _has_spec(data) else data)
     except ValueError as e:  # DecodeError, or a spec that describes no model
         problem = str(e) if isinstance(e, DecodeError) else f"its spec is invalid ({e})"
         raise BundleError(f"{file} does not fit the schema: {problem}.", "Copy or export the bundle again.") from e
     if manifest.digest != seal(data):
         raise BundleError(f"{file} was changed after it was written (its digest differs).", "Copy or export the bundle again.")
     return manifest
+
+
+def _has_spec(data: Any) -> bool:
+    return isinstance(data, dict) and isinstance(data.get("spec"), dict)
 
 
 def _inside(path: Path, name: str) -> Path:

@@ -248,6 +248,17 @@ class SignalSpec:
         return tuple(step for step in self.steps if not isinstance(step, WindowStep))
 
     @property
+    def in_unit(self) -> bool:
+        """Whether the steps leave the signal in its unit: no step standardises or scales it."""
+        return not any(step.changes_unit for step in self.steps)
+
+    @property
+    def ends_with_average(self) -> bool:
+        """Whether the last step on samples is the average reference, which may be applied twice."""
+        last = self.stream_steps[-1]
+        return isinstance(last, ReferenceStep) and last.channels is None
+
+    @property
     def window_steps(self) -> tuple[WindowStep, ...]:
         """The steps on windows."""
         return tuple(step for step in self.steps if isinstance(step, WindowStep))
@@ -315,9 +326,8 @@ class ModelSpec:
 
     @classmethod
     def of(cls, **fields: Any) -> ModelSpec:
-        """Return the spec of `fields` of both `ModelSpec` and `SignalSpec`, side by side."""
-        signal = {name: fields.pop(name) for name in SIGNAL_FIELDS if name in fields}
-        return cls(signal=SignalSpec(**signal), **fields) if "signal" not in fields else cls(**fields).replace(**signal)
+        """Return the spec of `fields` of both `ModelSpec` and `SignalSpec`, side by side. `preprocessing` gives its steps."""
+        return cls(signal=SignalSpec(**_take_signal(fields)), **fields)
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -441,15 +451,24 @@ class ModelSpec:
         return (self.n_outputs,)
 
     def replace(self, **changes: Any) -> ModelSpec:
-        """Return a copy with `changes` of its own fields and of the signal's."""
-        signal = {name: changes.pop(name) for name in SIGNAL_FIELDS if name in changes}
-        if signal:
+        """Return a copy with `changes`, see `of`."""
+        if signal := _take_signal(changes):
             changes["signal"] = changes.get("signal", self.signal).replace(**signal)
+        if {"variant", "class_names"} & set(changes):
+            changes.setdefault("task", None)  # follows from them
         return dataclasses.replace(self, **changes)
 
 
 SIGNAL_FIELDS = tuple(f.name for f in dataclasses.fields(SignalSpec))
 """Names of the fields of `SignalSpec`."""
+
+
+def _take_signal(fields: dict[str, Any]) -> dict[str, Any]:
+    """Take the fields of `SignalSpec` out of `fields`."""
+    signal = {name: fields.pop(name) for name in SIGNAL_FIELDS if name in fields}
+    if "preprocessing" in fields:
+        signal["steps"] = fields.pop("preprocessing").steps
+    return signal
 
 
 def upgraded(spec: dict[str, Any]) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def make_report(*, bundles=("prelocal", "contextual"), n=4000, **changes):
     key = CellKey(scenario="back-to-back", bundle=bundles[0], backend=HARNESS, precision="fp32")
     add(Cell(id="c000", key=key, parity=None, latency=latency(values), windows_per_s=Estimate(value=1e6)), values)
     for bundle, kind in zip(bundles, MEDIANS, strict=False):
-        spec = ModelSpec(variant="prelocal", n_chans=129, n_times=200, sfreq=100.0)
+        spec = ModelSpec.of(variant="prelocal", n_chans=129, n_times=200, sfreq=100.0)
         for backend, median in MEDIANS[kind].items():
             right = (kind, backend) != WRONG
             careful = (kind, backend) == CAREFUL

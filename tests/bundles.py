@@ -26,8 +26,9 @@ def small_spec(variant="prelocal", **changes) -> ModelSpec:
         "ch_names": MONTAGE.ch_names,
         "positions": MONTAGE.positions,
         "encoder": EncoderSpec(n_layers=2, n_decoder_layers=1),
+        "phase": "zero-phase",
     }
-    return ModelSpec(variant=variant, **known | changes)
+    return ModelSpec.of(variant=variant, **known | changes)
 
 
 def export_small(path, spec, *, model_seed=0, **options) -> Bundle:

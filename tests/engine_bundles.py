@@ -20,7 +20,7 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="sjepa-engine-tests-")
 def small_bundle(variant: Variant) -> Bundle:
     """Return a bundle of a model with 10 channels, two transformer layers and three outputs."""
     positions = tuple(map(tuple, np.random.default_rng(0).uniform(-0.1, 0.1, (10, 3)).tolist()))
-    spec = ModelSpec(
+    spec = ModelSpec.of(
         variant=variant,
         n_chans=10,
         n_times=200,

@@ -58,7 +58,7 @@ def make_spec(variant: str, n_chans: int = 5, n_times: int = 200, **changes) -> 
         "ch_names": tuple(f"C{i}" for i in range(n_chans)),
         "positions": tuple((float(x), float(y), float(z)) for x, y, z in places),
     }
-    return ModelSpec(variant=variant, n_chans=n_chans, n_times=n_times, **(defaults | changes))
+    return ModelSpec.of(variant=variant, n_chans=n_chans, n_times=n_times, **(defaults | changes))
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

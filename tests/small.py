@@ -8,7 +8,7 @@ from sjepa_deploy.learning.finetune import FinetuneConfig
 from sjepa_deploy.learning.loop import Engine
 from sjepa_deploy.learning.masking import Masking
 from sjepa_deploy.learning.pretrain import PretrainConfig
-from sjepa_deploy.spec import EncoderSpec, ModelSpec, Preprocessing
+from sjepa_deploy.spec import EncoderSpec, ModelSpec
 
 ENCODER = EncoderSpec(
     conv_layers=((8, 32, 8), (16, 2, 2), (16, 2, 2), (16, 2, 2), (16, 2, 2)),
@@ -42,7 +42,7 @@ def make_spec(variant="base", ch_names=CH_NAMES, **changes) -> ModelSpec:
         "sfreq": 100.0,
         "ch_names": montage.ch_names,
         "positions": montage.positions,
-        "preprocessing": Preprocessing(),
+        "phase": "zero-phase",
         "encoder": ENCODER,
     }
-    return ModelSpec(**(fields | changes))
+    return ModelSpec.of(**(fields | changes))

@@ -78,7 +78,7 @@ def test_reaction_times_equal_a_search_by_hand_through_the_events(recorded):
     assert windows.ch_names == tuple(
         name for name in raw.ch_names if name not in ("EOG1", "EOG2")
     )  # typed as EEG, named otherwise
-    spec = ModelSpec(variant="postlocal", n_chans=30, n_times=200, sfreq=100.0, ch_names=windows.ch_names)
+    spec = ModelSpec.of(variant="postlocal", n_chans=30, n_times=200, sfreq=100.0, ch_names=windows.ch_names)
     fitted = fit_recording(raw, spec)
     assert windows.eeg.shape[1:] == (30, 200)
     assert "left out 2 channels: EOG1, EOG2" in windows.steps

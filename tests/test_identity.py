@@ -24,7 +24,7 @@ UNTOUCHED = Preprocessing(reference="none", l_freq=None, h_freq=None)
 
 
 def spec_of(ch_names, positions=None, *, sfreq=100.0):
-    return ModelSpec(
+    return ModelSpec.of(
         variant="prelocal",
         n_chans=len(ch_names),
         n_times=200,

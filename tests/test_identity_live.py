@@ -5,8 +5,8 @@ import pylsl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from sjepa_deploy.eeg.causal import HALF_TAPS, Preprocessor, design_sos
+
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.interpolation import match_channels
 from sjepa_deploy.eeg.montage import read_montage
@@ -19,7 +19,7 @@ UNTOUCHED = Preprocessing(reference="none", l_freq=None, h_freq=None)
 
 
 def spec_of(ch_names=NAMES, **changes):
-    return ModelSpec(variant="prelocal", n_chans=len(ch_names), n_times=200, sfreq=100.0, ch_names=tuple(ch_names), **changes)
+    return ModelSpec.of(variant="prelocal", n_chans=len(ch_names), n_times=200, sfreq=100.0, ch_names=tuple(ch_names), **changes)
 
 
 def info_of(ch_names, **changes):

@@ -309,7 +309,7 @@ def test_positions_are_asked_for_where_they_are_needed(variant):
 
 @pytest.mark.parametrize("variant", ["prelocal", "postlocal"])
 def test_a_channel_count_is_enough_without_a_position_encoder(variant):
-    spec = ModelSpec(variant=variant, n_chans=3, n_times=200, sfreq=100.0)
+    spec = ModelSpec.of(variant=variant, n_chans=3, n_times=200, sfreq=100.0)
     assert outputs(build_model(spec), eeg(spec)).shape == (2, 1)
 
 

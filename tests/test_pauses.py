@@ -25,7 +25,7 @@ from sjepa_deploy.spec import ModelSpec, Preprocessing
 
 NAMES = ("Fz", "Cz", "Pz", "Oz")
 UNTOUCHED = Preprocessing(reference="none", l_freq=None, h_freq=None)
-SPEC = ModelSpec(variant="prelocal", n_chans=4, n_times=200, sfreq=100.0, ch_names=NAMES, preprocessing=UNTOUCHED)
+SPEC = ModelSpec.of(variant="prelocal", n_chans=4, n_times=200, sfreq=100.0, ch_names=NAMES, preprocessing=UNTOUCHED)
 SFREQ = 250
 
 

@@ -24,7 +24,7 @@ XDF_NAMES = tuple(f"X{i}" for i in range(8))
 
 def make_spec(ch_names, *, sfreq=100.0, preprocessing=UNTOUCHED, **changes) -> ModelSpec:
     kwargs = {"variant": "postlocal", "n_times": 200} | changes
-    return ModelSpec(n_chans=len(ch_names), ch_names=tuple(ch_names), sfreq=sfreq, preprocessing=preprocessing, **kwargs)
+    return ModelSpec.of(n_chans=len(ch_names), ch_names=tuple(ch_names), sfreq=sfreq, preprocessing=preprocessing, **kwargs)
 
 
 def make_raw(data, ch_names, sfreq=100.0) -> mne.io.RawArray:
@@ -377,7 +377,7 @@ def test_names_that_differ_in_case_only():
 
 
 def test_a_model_without_channel_names(eeglab):
-    spec = ModelSpec(variant="prelocal", n_chans=32, n_times=200, sfreq=100.0)
+    spec = ModelSpec.of(variant="prelocal", n_chans=32, n_times=200, sfreq=100.0)
     with pytest.raises(RecordingError, match=r"no channel names.*`--montage` or `--channels`"):
         fit_recording(eeglab, spec)
 

@@ -186,8 +186,8 @@ def test_what_a_reader_must_know_first_comes_first(made):
 def test_the_decision_age_takes_the_recommended_backend_at_the_slowest_paced_rate(made):
     report, _ = made
     specs = {
-        "prelocal": ModelSpec(variant="prelocal", n_chans=129, n_times=200, sfreq=100.0),
-        "contextual": ModelSpec(variant="prelocal", n_chans=129, n_times=152, sfreq=100.0),
+        "prelocal": ModelSpec.of(variant="prelocal", n_chans=129, n_times=200, sfreq=100.0),
+        "contextual": ModelSpec.of(variant="prelocal", n_chans=129, n_times=152, sfreq=100.0),
     }
     ages = decision_ages(report, specs)
     assert [age.bundle for age in ages] == ["prelocal", "prelocal, --n-times 152", "contextual"]
@@ -201,7 +201,7 @@ def test_the_decision_age_takes_the_recommended_backend_at_the_slowest_paced_rat
 
 def test_without_a_paced_run_the_decision_age_takes_the_closed_loop_and_without_a_p99_there_is_none(made):
     report, _ = made
-    spec = ModelSpec(variant="prelocal", n_chans=129, n_times=152, sfreq=100.0)
+    spec = ModelSpec.of(variant="prelocal", n_chans=129, n_times=152, sfreq=100.0)
     closed = dataclasses.replace(report, cells=tuple(c for c in report.cells if c.key.scenario == "back-to-back"))
     (age, _) = decision_ages(closed, dict.fromkeys(MEDIANS, spec))
     assert age.parts[-1].source == "measured: p99, back to back"
@@ -693,7 +693,7 @@ def test_without_matplotlib_there_are_tables_and_the_command_that_adds_the_page(
 
 def test_without_scipy_a_report_says_why_it_has_no_ages(monkeypatch, made):
     report = dataclasses.replace(made[0], decision_age=())
-    spec = ModelSpec(variant="prelocal", n_chans=129, n_times=200, sfreq=100.0)
+    spec = ModelSpec.of(variant="prelocal", n_chans=129, n_times=200, sfreq=100.0)
     monkeypatch.setitem(sys.modules, "scipy", None)
     monkeypatch.setitem(sys.modules, "scipy.signal", None)
     without = with_decision_ages(report, dict.fromkeys(MEDIANS, spec))

@@ -43,7 +43,7 @@ def random_model(variant, n_chans=5, n_times=290, encoder=SMALL, seed=0, **field
     """Return a float64 model whose norms and biases are random too: at their initial values a wrong rewrite could hide."""
     rng = np.random.default_rng(seed)
     positions = tuple(map(tuple, rng.uniform(-0.1, 0.1, (n_chans, 3)).tolist()))
-    spec = ModelSpec(
+    spec = ModelSpec.of(
         variant=variant, n_chans=n_chans, n_times=n_times, sfreq=100.0, positions=positions, encoder=encoder, **fields
     )
     model = build_model(spec, seed=seed).double()

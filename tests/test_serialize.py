@@ -65,7 +65,7 @@ def specs(draw):
     printed = st.text(min_size=1).filter(str.isprintable)  # a class heads a column of a table
     classes = st.lists(printed, min_size=n_outputs, max_size=n_outputs, unique=True).map(tuple)
     positions = st.tuples(*[st.tuples(coordinate, coordinate, coordinate)] * n_chans)
-    return ModelSpec(
+    return ModelSpec.of(
         variant=draw(st.sampled_from(["prelocal", "postlocal", "contextual", "base"])),
         n_chans=n_chans,
         n_times=draw(st.integers(100, 600)),

@@ -155,9 +155,9 @@ def test_bands_with_open_sides(band):
 def test_models_that_cannot_be(fields, message):
     known = {"variant": "contextual", "n_chans": 129, "n_times": 200, "sfreq": 100.0}
     known |= {"ch_names": HYDROCEL.ch_names, "positions": HYDROCEL.positions}
-    ModelSpec(**known)
+    ModelSpec.of(**known)
     with pytest.raises(SpecError, match=re.escape(message)) as caught:
-        ModelSpec(**known | fields)
+        ModelSpec.of(**known | fields)
     assert str(caught.value) == f"{caught.value.problem} {caught.value.mend}"
 
 
@@ -169,4 +169,6 @@ def test_an_encoder_has_at_least_one_of_each(name):
 
 def test_a_lower_band_edge_above_nyquist_is_refused():
     with pytest.raises(SpecError, match="lower band edge of 60 Hz"):
-        ModelSpec(variant="prelocal", n_chans=2, n_times=200, sfreq=100.0, preprocessing=Preprocessing(l_freq=60.0, h_freq=None))
+        ModelSpec.of(
+            variant="prelocal", n_chans=2, n_times=200, sfreq=100.0, preprocessing=Preprocessing(l_freq=60.0, h_freq=None)
+        )

@@ -18,11 +18,11 @@ import scipy.signal
 from bundles import export_small, small_spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sjepa_deploy.eeg.causal import Preprocessor, RateReducer, design_sos
 from streams import ScriptedSource, Wrapped, chunks_of, decode, decode_samples, eeg, info_of, predictions, replay, run_stream
 
 import sjepa_deploy
 from sjepa_deploy.eeg import causal as filters
-from sjepa_deploy.eeg.causal import Preprocessor, RateReducer, design_sos
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.interpolation import mixing_matrix, on_sphere, spline_weights
 from sjepa_deploy.eeg.montage import fit_sphere, read_montage

@@ -27,7 +27,7 @@ TYPES = ("fp32", "fp16", "bf16")
 
 def spec_of(variant, n_chans=6, n_times=200, encoder=SMALL, **fields):
     montage = read_montage("GSN-HydroCel-129")
-    return ModelSpec(
+    return ModelSpec.of(
         variant=variant,
         n_chans=n_chans,
         n_times=n_times,

@@ -12,11 +12,11 @@ import torch
 from bundles import small_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sjepa_deploy.eeg.causal import Preprocessor, algorithmic_delay, design_sos
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import _command, run_command
 from sjepa_deploy.cli.export import _length_note
-from sjepa_deploy.eeg.causal import Preprocessor, algorithmic_delay, design_sos
 from sjepa_deploy.eeg.recording import fit_recording, read_recording, windows
 from sjepa_deploy.eeg.synthetic import eeg_windows
 from sjepa_deploy.errors import StreamError

@@ -36,7 +36,7 @@ def make_spec(n_chans: int, n_times: int, variant: Any = "contextual") -> ModelS
     """Return a model with electrodes on a sphere."""
     points = np.random.default_rng(1).standard_normal((n_chans, 3))
     points /= 10 * np.linalg.norm(points, axis=1, keepdims=True)
-    return ModelSpec(
+    return ModelSpec.of(
         variant=variant, n_chans=n_chans, n_times=n_times, sfreq=100.0, n_outputs=2, n_spat_filters=4,
         positions=tuple(tuple(map(float, point)) for point in points),
     )  # fmt: skip

@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from fractions import Fraction
 
-from sjepa_deploy.eeg.causal import algorithmic_delay, design_sos, ratio_of_rates
+from sjepa_deploy.eeg.chain import flows_of
+from sjepa_deploy.eeg.steps import Flow
+from sjepa_deploy.eeg.steps.rate import ratio_of_rates
 from sjepa_deploy.errors import MissingDependencyError
 from sjepa_deploy.runtime.bench.results import AgePart, BenchReport, DecisionAge, LeftOut, Recommendation
 from sjepa_deploy.spec import ModelSpec, RunPrecision
@@ -153,7 +154,7 @@ def low_latency(age: DecisionAge, spec: ModelSpec) -> DecisionAge | None:
 
 
 def filter_delays(spec: ModelSpec, sfreq: float) -> tuple[AgePart, ...]:
-    """Return the group delays at `DELAY_AT_HZ` of the live filters and, where the rate is reduced, of the decimator.
+    """Return the group delay at `DELAY_AT_HZ` of each step that delays the signal, from the code that runs live.
 
     Parameters
     ----------
@@ -169,17 +170,10 @@ def filter_delays(spec: ModelSpec, sfreq: float) -> tuple[AgePart, ...]:
     MissingDependencyError
         If SciPy is not installed.
     """
-    ratio = ratio_of_rates(sfreq, spec.sfreq)
-    hertz, whole = _delay(spec, sfreq, spec.sfreq, ratio)
-    parts = {"filters": whole}
-    if ratio != 1:
-        _, band = _delay(spec, sfreq, sfreq, Fraction(1))
-        parts = {"filters": band, "decimator": whole - band}
+    ratio_of_rates(sfreq, spec.sfreq)  # refuses a source that is slower
+    hertz = min(DELAY_AT_HZ, 0.4 * min(sfreq, spec.sfreq))
+    signal = spec.signal
+    flows = flows_of(signal, Flow(ch_names=signal.ch_names or (), sfreq=sfreq, goal=signal.goal))
+    delays = [(step.name, step.delay(hertz, flow)) for step, flow in zip(signal.steps, flows, strict=True)]
     source = f"group delay at {hertz:g} Hz"
-    return tuple(AgePart(name=name, seconds=seconds, source=source) for name, seconds in parts.items() if seconds > 0)
-
-
-def _delay(spec: ModelSpec, sfreq_in: float, sfreq_out: float, ratio: Fraction) -> tuple[float, float]:
-    """Return the delay at `DELAY_AT_HZ`, or at the highest frequency below it that the model's rate holds."""
-    found = algorithmic_delay(design_sos(spec.preprocessing, sfreq_in, sfreq_out), sfreq_in, ratio).at_hz
-    return max(((hertz, delay) for hertz, delay in found if hertz <= DELAY_AT_HZ), default=(0.0, 0.0))
+    return tuple(AgePart(name=name, seconds=seconds, source=source) for name, seconds in delays if seconds > 0)

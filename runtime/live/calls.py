@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from sjepa_deploy.eeg.chain import finish_windows
 from sjepa_deploy.errors import RefusedError, StreamError, UnansweredError
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
 from sjepa_deploy.runtime.keep_warm import KeepWarm
@@ -69,6 +70,7 @@ class BackendCalls:
         self._predict, self._windows, self._late = predict, windows, config.late
         self._clock, self._counters, self._report, self._layer = clock, counters, report, layer
         self._hop, self._n_times = config.hop_samples(predict.spec), predict.spec.n_times
+        self._signal = predict.spec.signal
         self._sfreq, self._deadline = predict.spec.sfreq, config.deadline_s(predict.spec)
         self._last: Decision | None = None
         why_whole = _why_whole_windows(predict, config)
@@ -187,7 +189,7 @@ class BackendCalls:
 
     def _call(self, window: Window) -> NDArray[np.float32]:
         if not self._rolls:
-            return self._predict(self._windows.eeg())
+            return self._predict(finish_windows(self._signal, self._windows.eeg()))
         # Between windows that were due one after the other there is no gap, as after one the next window is not whole.
         follows = self._rolled == (window.index - 1, self._predict.n_rolls)
         outputs = self._predict.roll(self._windows.newest(self._hop if follows else self._n_times))
@@ -211,6 +213,10 @@ def _why_whole_windows(predict: Predictor, config: StreamConfig) -> StreamError 
     if predict.rolling is None:
         return StreamError(
             f"The backend {predict.backend.name} keeps no window of a stream.", "Use the backend cuda, or leave roll out."
+        )
+    if predict.spec.signal.window_steps:
+        return StreamError(
+            f"The step {predict.spec.signal.window_steps[0].name!r} changes a whole window at every decision.", "Leave roll out."
         )
     if predict.rolling.persistent and config.keep_warm is not None:
         return StreamError(

@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sjepa_deploy.eeg.causal import HALF_TAPS, design_sos, ratio_of_rates
+from sjepa_deploy.eeg.chain import finish_windows, flows_of
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.interpolation import match_channels, mixing_matrix
 from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.eeg.pauses import segments_of
 from sjepa_deploy.eeg.quality import ChannelQuality, ChannelState
 from sjepa_deploy.eeg.recording import fit_recording, read_recording, windows
+from sjepa_deploy.eeg.steps import Channels, Flow, Resample, StreamStep
+from sjepa_deploy.eeg.steps.base import run_offline
+from sjepa_deploy.eeg.steps.filters import Filter
+from sjepa_deploy.eeg.steps.rate import HALF_TAPS, ratio_of_rates
 from sjepa_deploy.eeg.units import conversion
 from sjepa_deploy.errors import StreamError, TooShortError
 from sjepa_deploy.parity import TOLERANCE
@@ -27,7 +31,7 @@ from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.sources import ReplaySource
 from sjepa_deploy.runtime.predictor import Predictor
-from sjepa_deploy.spec import ModelSpec, Unit
+from sjepa_deploy.spec import SignalSpec, Unit
 
 if TYPE_CHECKING:
     import mne
@@ -143,8 +147,8 @@ def check_streaming(
         runs.append(np.array([decision.prediction for decision in decoder]))
     if not len(runs[0]):
         raise StreamError(f"{recording.name} holds no window of {spec.n_times / spec.sfreq:g} s.", "Give a longer recording.")
-    causal = causal_preprocessing(samples, info, spec, interpolate=config.share)
-    cut = np.ascontiguousarray(windows(causal, spec.n_times, decoder.hop))
+    causal = causal_preprocessing(samples, info, spec.signal, interpolate=config.share)
+    cut = finish_windows(spec.signal, np.ascontiguousarray(windows(causal, spec.n_times, decoder.hop)))
     offline = np.array([predict(window[None])[0] for window in cut])
     identical = all(run.shape == offline.shape and run.tobytes() == offline.tobytes() for run in runs)
     reference = open_backend(predict.bundle, "torch", "fp32")
@@ -169,7 +173,7 @@ def check_streaming(
 
 
 def causal_preprocessing(
-    samples: NDArray[np.float64], info: StreamInfo, spec: ModelSpec, *, interpolate: float = 0.0
+    samples: NDArray[np.float64], info: StreamInfo, signal: SignalSpec, *, interpolate: float = 0.0
 ) -> NDArray[np.float32]:
     """Return a whole stream, shape (n_samples, n_chans of it), as the live path gives it to the model, without that path.
 
@@ -177,41 +181,69 @@ def causal_preprocessing(
     -------
     ndarray of float32, shape (n_chans of the model, n_samples at its rate)
     """
+    columns, names, _ = match_channels(signal, info, interpolate=interpolate, bads=())
+    eeg = samples[:, columns] * conversion(info.unit, signal.unit)
+    eeg, restarts = _held_and_restarted(eeg, info.sfreq, conversion("V", signal.unit))
+    before = eeg[0]  # what was there for ever before the stream
+    sections: list[NDArray[np.float64]] = []
+    flow = Flow(ch_names=names, sfreq=info.sfreq, goal=signal.goal)
+    for step, at in zip(signal.steps, flows_of(signal, flow), strict=True):
+        if isinstance(step, (Filter, Resample)):
+            sections.append(step.sections(at))
+            if isinstance(step, Filter):
+                continue
+        if sections:
+            eeg, before = _filtered(eeg, np.concatenate(sections), before, restarts)
+            sections, restarts = [], []
+        if isinstance(step, Resample):
+            ratio = ratio_of_rates(at.sfreq, signal.sfreq)
+            if ratio.numerator == 1:
+                eeg = eeg[:: ratio.denominator]
+            else:
+                eeg = _between_samples(np.concatenate([np.tile(before, (2 * HALF_TAPS, 1)), eeg]), ratio)
+        elif isinstance(step, Channels):
+            eeg = _mixed(eeg, mixing_matrix(names, signal)[0])
+            before = eeg[0]
+        elif isinstance(step, StreamStep):
+            eeg = run_offline(step.causal(at), eeg.T).T
+            before = eeg[0]
+    if sections:
+        eeg, _ = _filtered(eeg, np.concatenate(sections), before, restarts)
+    return np.ascontiguousarray(eeg.T, dtype=np.float32)
+
+
+def _filtered(
+    eeg: NDArray[np.float64],
+    sos: NDArray[np.float64],
+    before: NDArray[np.float64],
+    restarts: list[tuple[int, NDArray[np.intp], NDArray[np.float64]]],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return a stretch through second-order sections, with restarts of channels, and what comes out of `before` for ever."""
     from scipy.signal import sosfilt, sosfilt_zi
 
-    columns, names, _ = match_channels(spec, info, interpolate=interpolate, bads=())
-    signal = samples[:, columns] * conversion(info.unit, spec.unit)
-    sos, gain = design_sos(spec.preprocessing, info.sfreq, spec.sfreq), 1.0
-    signal, restarts = _held_and_restarted(signal, info.sfreq, conversion("V", spec.unit))
-    first = signal[0]
-    if len(sos):
-        gain = float(np.prod(sos[:, :3].sum(axis=1) / sos[:, 3:].sum(axis=1)))
-        steady = sosfilt_zi(sos)[:, :, None]
-        state, filtered, rows = steady * first, [], [*(row for row, _, _ in restarts), len(signal)]
-        pieces = np.split(signal, rows[:-1])
-        for k, piece in enumerate(pieces):
-            if len(piece):
-                piece, state = sosfilt(sos, piece, axis=0, zi=state)
-            filtered.append(piece)
-            if k < len(restarts):
-                _, channels, sample = restarts[k]
-                state = state.copy()
-                state[:, :, channels] = steady * sample[channels]
-        signal = np.concatenate(filtered)
-    ratio = ratio_of_rates(info.sfreq, spec.sfreq)
-    if ratio.numerator == 1:
-        reduced = signal[:: ratio.denominator]
-    else:
-        reduced = _between_samples(np.concatenate([np.tile(gain * first, (2 * HALF_TAPS, 1)), signal]), ratio)
-    matrix, _ = mixing_matrix(names, spec)
-    fitted = np.empty((len(reduced), spec.n_chans))
+    if not len(sos):
+        return eeg, before
+    steady = sosfilt_zi(sos)[:, :, None]
+    state, filtered, rows = steady * before, [], [*(row for row, _, _ in restarts), len(eeg)]
+    for k, piece in enumerate(np.split(eeg, rows[:-1])):
+        if len(piece):
+            piece, state = sosfilt(sos, piece, axis=0, zi=state)
+        filtered.append(piece)
+        if k < len(restarts):
+            _, channels, sample = restarts[k]
+            state = state.copy()
+            state[:, :, channels] = steady * sample[channels]
+    return np.concatenate(filtered), float(np.prod(sos[:, :3].sum(axis=1) / sos[:, 3:].sum(axis=1))) * before
+
+
+def _mixed(eeg: NDArray[np.float64], matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the model's channels, shape (n_samples, n_chans of the model)."""
+    mixed = np.empty((len(eeg), len(matrix)))
     for channel, weights in enumerate(matrix):
         used = np.flatnonzero(weights)
         alone = len(used) == 1 and weights[used[0]] == 1.0
-        fitted[:, channel] = reduced[:, used[0]] if alone else (np.ascontiguousarray(reduced) * weights).sum(axis=1)
-    if spec.preprocessing.reference == "average":
-        fitted = fitted - fitted.mean(axis=1, keepdims=True)
-    return np.ascontiguousarray(fitted.T, dtype=np.float32)
+        mixed[:, channel] = eeg[:, used[0]] if alone else (np.ascontiguousarray(eeg) * weights).sum(axis=1)
+    return mixed
 
 
 def _held_and_restarted(
@@ -272,10 +304,10 @@ def _beside_zero_phase(
 ) -> dict[str, Any]:
     spec = predict.spec
     try:
-        fitted = fit_recording(raw, spec, interpolate=interpolate)
+        fitted = fit_recording(raw, spec.signal, interpolate=interpolate, phase="zero-phase")
     except TooShortError:
         return {"correlation": None, "difference": None, "flips": None}
-    zero_phase = predict.predict(np.ascontiguousarray(windows(fitted.data, spec.n_times, hop))).astype(np.float64)
+    zero_phase = predict.predict(np.ascontiguousarray(np.concatenate(fitted.windows(hop)))).astype(np.float64)
     n = min(len(live), len(zero_phase))
     a, b = live[:n].reshape(n, -1), zero_phase[:n].reshape(n, -1)
     centred_a, centred_b = a - a.mean(axis=0), b - b.mean(axis=0)

@@ -95,7 +95,7 @@ class WindowStream:
         self._spec, self._info, self._bridge = spec, info, config.bridge
         self._counters, self._report = counters, report
         self._conditioner = Conditioner(
-            spec,
+            spec.signal,
             info,
             interpolate=config.share,
             bads=config.bads,

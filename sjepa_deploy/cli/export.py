@@ -386,7 +386,9 @@ def _parity_eeg(path: Path, spec: ModelSpec) -> FloatArray:
         except (OSError, ValueError, EOFError) as e:
             raise RecordingError(f"{path} is missing or no array ({e}).", "Give a .npy of windows, or a recording.") from e
         return real_eeg(array, spec)
-    return fit_recording(read_recording(path), spec, interpolate=True).data  # parity asks for real EEG, not for the right place
+    return fit_recording(
+        read_recording(path), spec.signal, interpolate=True
+    ).data  # parity asks for real EEG, not for the right place
 
 
 def _stretches(eeg: FloatArray, n_times: int, hop: int) -> FloatArray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,7 +65,7 @@ def run(
     if holds_windows(recording):
         if hop is not None:
             raise click.UsageError(f"{recording.name} holds windows, which are decoded as they are. Leave out --hop.")
-        cut = read_windows(recording, spec, unit=facts.unit)
+        cut = read_windows(recording, spec.signal, unit=facts.unit)
         if check_unit:
             check_amplitude(cut.eeg, spec.sfreq, UNIT_MEND, unit=spec.unit)
         pieces, times, steps = [cut.eeg], cut.times, cut.steps
@@ -80,9 +79,9 @@ def run(
             row_names=spec.ch_names,
             rename=parse_rename(facts.rename, RecordingError),
         )
-        fitted = fit_recording(raw, spec, interpolate=interpolate or 0.0, check_unit=check_unit)
-        pieces, steps = fitted.windows(spec.n_times, step), fitted.steps
-        times = fitted.times(fitted.window_starts(spec.n_times, step) + spec.n_times - 1)
+        fitted = fit_recording(raw, spec.signal, interpolate=interpolate or 0.0, check_unit=check_unit)
+        pieces, steps = fitted.windows(step), fitted.steps
+        times = fitted.times(fitted.window_starts(step) + spec.n_times - 1)
         told = [f"has {fitted.n_found} of the model's {spec.n_chans} channels", *steps]
     with choice.load(opened, check_unit=False) as predict:  # the recording was judged as a whole
         for note in told:
@@ -111,7 +110,7 @@ def run(
                 "out": str(out),
                 "n_windows": len(times),
                 "hop": step / spec.sfreq,
-                "preprocessing": dataclasses.asdict(spec.preprocessing),
+                "signal": spec.signal,
                 "steps": steps,
                 "random_weights": opened.manifest.weights.random,
             }

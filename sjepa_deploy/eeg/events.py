@@ -1,8 +1,8 @@
 """Places windows after events: one rule for training, offline decoding and live decoding.
 
 An event is at the sample of its source that is nearest to it. Ties go to the even sample, as in MNE (`numpy.rint`). Resampling
-moves the event to the nearest sample at the model's rate, by half a sample at most, as `mne.io.Raw.resample` does with events. The
-window starts a whole number of samples after that.
+moves the event to the nearest sample at the model's rate, by half a sample at most, as `mne.io.Raw.resample` does with events.
+The window starts a whole number of samples after that.
 """
 
 from __future__ import annotations
@@ -42,4 +42,5 @@ def window_start(events: ArrayLike, sfreq: float, *, start: float, sfreq_model: 
         Samples at the model's rate from the first one of the stretch; negative where a window begins before the stretch.
     """
     at_event = np.rint(np.asarray(events, dtype=np.float64) * sfreq_model / sfreq)
-    return (at_event + np.rint(start * sfreq_model)).astype(np.intp)
+    starts: NDArray[np.intp] = (at_event + np.rint(start * sfreq_model)).astype(np.intp)
+    return starts

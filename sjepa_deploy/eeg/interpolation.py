@@ -174,7 +174,7 @@ def match_channels(
     if len(missing) > interpolate * signal.n_chans + 1e-9:
         share = math.ceil(100 * len(missing) / signal.n_chans) / 100
         raise StreamError(
-            f"{len(missing)} of the model's {signal.n_chans} channels would be interpolated, more than a share of {interpolate:g}; "
+            f"{len(missing)} of {signal.n_chans} channels of the model would be interpolated, more than {interpolate:g}; "
             f"{there}.",
             f"Use a model of the stream's channels, `--rename`, or `--interpolate {share:g}` to take such EEG all the same.",
         )

@@ -400,7 +400,7 @@ def _zero_phase(
     single = ((source.matrix != 0).sum(axis=1) == 1) & (source.matrix.max(axis=1) == 1.0)
 
     def fit_channels(data: NDArray[np.float64], at: Flow) -> NDArray[np.float64]:
-        fitted = data[source.matrix.argmax(axis=1)]
+        fitted: NDArray[np.float64] = data[source.matrix.argmax(axis=1)]
         fitted[~single] = source.matrix[~single] @ data
         return fitted
 
@@ -496,7 +496,7 @@ def _match_channels(raw: mne.io.BaseRaw, signal: SignalSpec, interpolate: float,
     if len(missing) > interpolate * signal.n_chans + 1e-9:
         share = math.ceil(100 * len(missing) / signal.n_chans) / 100
         raise RecordingError(
-            f"{len(missing)} of the model's {signal.n_chans} channels would be interpolated, more than a share of {interpolate:g}; "
+            f"{len(missing)} of {signal.n_chans} channels of the model would be interpolated, more than {interpolate:g}; "
             f"{there}{doubts}{notes}.",
             f"Use a model of the recording's channels, `--rename`, or `--interpolate {share:g}` to take such EEG all the same.",
         )

@@ -1,6 +1,6 @@
 """Holds labelled windows of EEG, and splits them into training, validation and test parts.
 
-Windows are in microvolts and in memory. The steps done to a recording are a `Preprocessing`, which goes into the checkpoint so
+Windows are in microvolts and in memory. The steps done to a recording are a `SignalSpec`, which goes into the checkpoint so
 that export and live decoding do the same. `sjepa_deploy.learning.loading` gets windows out of files.
 """
 
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from sjepa_deploy.eeg.interpolation import INTERPOLATED_SHARE
 from sjepa_deploy.eeg.names import parse_rename
+from sjepa_deploy.eeg.steps import Phase, Step
 from sjepa_deploy.errors import DataError, listed
-from sjepa_deploy.spec import Position, Preprocessing, Unit
+from sjepa_deploy.spec import EventWindow, Preprocessing, SignalSpec, Unit
 
 SYNTHETIC = "synthetic"
 Task = Literal["regression", "classification"]
@@ -145,6 +146,11 @@ class DataConfig:
         Seconds from one unlabelled window to the next; by default they adjoin.
     preprocessing : Preprocessing or None
         Band and reference; by default those of the published pretraining. Of ``.npz`` files it says what was done to them.
+    steps : tuple of Step or None
+        All steps of the signal, in place of `preprocessing`.
+    phase : {"causal", "zero-phase"}
+        Form of the steps. "causal" is what runs live; live, a model of zero-phase windows meets
+        other signals than it learned from.
     target : Target or None
         The labels.
     split : {"auto", "subject", "session", "block"}
@@ -179,6 +185,8 @@ class DataConfig:
     n_times: int = 200
     hop: float | None = None
     preprocessing: Preprocessing | None = None
+    steps: tuple[Step, ...] | None = None
+    phase: Phase = "causal"
     target: Target | None = None
     split: Literal["auto", "subject", "session", "block"] = "auto"
     n_folds: int = 5
@@ -199,6 +207,8 @@ class DataConfig:
                 raise DataError(f"{name} is {value:g}.", "Use a positive number.")
         if not 0 <= self.interpolate_share <= 1:
             raise DataError(f"interpolate_share is {self.interpolate_share:g}.", "Use a share from 0 to 1.")
+        if self.steps is not None and self.preprocessing is not None:
+            raise DataError("Both steps and preprocessing are given.", "Leave preprocessing out: it is short for standard steps.")
         if self.gap is not None and not self.gap >= 0:
             raise DataError(f"gap is {self.gap:g} s.", "Use 0 or more.")
         if self.n_folds < 3 or not 0 <= self.fold < self.n_folds:
@@ -220,9 +230,14 @@ class DataConfig:
         return parse_rename(self.rename, DataError)
 
     @property
-    def prepared(self) -> Preprocessing:
-        """Return the preprocessing that recordings go through."""
-        return self.preprocessing or Preprocessing.default(self.sfreq)
+    def signal_steps(self) -> tuple[Step, ...]:
+        """Return the steps that recordings go through."""
+        return self.steps or (self.preprocessing or Preprocessing.default(self.sfreq)).steps
+
+    @property
+    def event_window(self) -> EventWindow | None:
+        """Return where windows lie after the events that are learned from."""
+        return None if self.target is None else EventWindow(start=self.target.tmin, events=self.target.stimulus)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -241,8 +256,8 @@ class Windows:
         Origin of each window.
     onset : ndarray, shape (n_windows,)
         Start of each window in its recording in seconds; NaN where it is not known.
-    ch_names, positions, sfreq, preprocessing
-        As in `ModelSpec`.
+    signal : SignalSpec
+        What they are, and what was done to them.
     steps : tuple of str
         Sentences that say what was done to the recordings.
     hashes : dict of str to str
@@ -258,10 +273,7 @@ class Windows:
     session: NDArray[np.str_]
     recording: NDArray[np.str_]
     onset: NDArray[np.float64]
-    ch_names: tuple[str, ...]
-    positions: tuple[Position, ...] | None
-    sfreq: float
-    preprocessing: Preprocessing
+    signal: SignalSpec
     steps: tuple[str, ...] = ()
     hashes: dict[str, str] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
@@ -275,16 +287,9 @@ class Windows:
         return f"{self.targets[i]:.6g}" if self.class_names is None else self.class_names[self.targets[i]]
 
     @property
-    def model_fields(self) -> dict[str, Any]:
-        """Return the fields of `ModelSpec` that the data settle."""
-        return {
-            "n_chans": self.eeg.shape[1],
-            "n_times": self.eeg.shape[2],
-            "sfreq": self.sfreq,
-            "ch_names": self.ch_names,
-            "positions": self.positions,
-            "preprocessing": self.preprocessing,
-        }
+    def sfreq(self) -> float:
+        """Return the rate of the windows in Hz."""
+        return self.signal.sfreq
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

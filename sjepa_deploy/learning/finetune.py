@@ -357,8 +357,7 @@ def _build(config: FinetuneConfig, windows: Windows, base: Checkpoint | None) ->
         encoder, assumed = base_encoder(base, config.encoder)
         if config.encoder not in (None, encoder):
             raise TrainingError("The configuration's encoder is not the base model's.", "Leave it out: the base model's is used.")
-    fields = windows.model_fields
-    if config.variant == "contextual" and fields["positions"] is None:
+    if config.variant == "contextual" and windows.signal.positions is None:
         raise DataError("The channels have no positions, which the position encoder needs.", "Name their montage with --montage.")
     spec = ModelSpec(
         variant=config.variant,
@@ -366,7 +365,7 @@ def _build(config: FinetuneConfig, windows: Windows, base: Checkpoint | None) ->
         n_spat_filters=config.n_spat_filters,
         class_names=windows.class_names,
         encoder=encoder,
-        **fields,
+        signal=windows.signal,
     )
     if base is None:
         return build_model(spec, seed=config.engine.seed), None

@@ -19,7 +19,7 @@ from sjepa_deploy.eeg.names import find_channels, renamed, says_other_than_eeg
 from sjepa_deploy.eeg.pauses import PAUSE, Told, sample_time, segments_of, time_of, told
 from sjepa_deploy.eeg.readers import heard, reading
 from sjepa_deploy.eeg.recording import check_amplitude, fit_recording, read_recording
-from sjepa_deploy.eeg.reference import average_reference
+from sjepa_deploy.eeg.steps.reference import average_reference
 from sjepa_deploy.eeg.synthetic import planted_eeg
 from sjepa_deploy.eeg.units import check_unit, conversion, volts_in
 from sjepa_deploy.errors import DataError, MissingDependencyError, NoWindowsError, RecordingError, TooShortError, listed
@@ -28,7 +28,7 @@ from sjepa_deploy.learning.origin import check_twins, samples_hash
 from sjepa_deploy.learning.store import WindowStore, mapped_member, pieces_of
 from sjepa_deploy.learning.targets import class_events, reaction_times, read_column, read_tsv
 from sjepa_deploy.parity import UNREADABLE_NPZ
-from sjepa_deploy.spec import ModelSpec, Position, Preprocessing, Unit
+from sjepa_deploy.spec import Position, Preprocessing, Reference, SignalSpec, Unit
 
 if TYPE_CHECKING:
     import mne
@@ -74,9 +74,9 @@ def load_windows(config: DataConfig) -> Windows:
         )
     first = parts[0]
     for part in parts:
-        if part.preprocessing != first.preprocessing:
+        if (part.signal.steps, part.signal.phase) != (first.signal.steps, first.signal.phase):
             raise DataError(
-                f"{part.recording[0]} and {first.recording[0]} were filtered or referenced in different ways.",
+                f"{part.recording[0]} and {first.recording[0]} went through different steps.",
                 "Learn from one kind.",
             )
     check_twins(pair for part in parts for pair in part.hashes.items())
@@ -96,10 +96,7 @@ def load_windows(config: DataConfig) -> Windows:
         targets=targets,
         class_names=class_names,
         **{name: joined(name) for name in ("subject", "session", "recording", "onset")},
-        ch_names=first.ch_names,
-        positions=first.positions,
-        sfreq=first.sfreq,
-        preprocessing=first.preprocessing,
+        signal=first.signal,
         steps=steps,
         hashes={name: digest for part in parts for name, digest in part.hashes.items()},
         skipped=tuple(e.problem for e in skipped),
@@ -110,7 +107,7 @@ def _check(part: Windows, config: DataConfig) -> None:
     """Refuse samples that are not finite, and amplitudes that no EEG has: of many windows, evenly spaced ones are judged."""
     if not all(np.isfinite(piece).all() for piece in pieces_of(part.eeg)):
         raise DataError("Windows hold samples that are not finite.", "Leave these windows out.")
-    if config.check_unit:
+    if config.check_unit and part.signal.in_unit:
         mend = "State the unit they are stored in (`unit` of an .npz; volts passed as microvolts?)."
         step = -(-len(part) // JUDGED_WINDOWS)
         check_amplitude(part.eeg[::step], part.sfreq, mend, unit="uV")
@@ -173,19 +170,15 @@ def _load_synthetic(config: DataConfig, first: Windows | None) -> Windows:
         slow = np.where(planted.latent > 0, "slow", "fast")
         targets = slow if config.target.task == "classification" else planted.reaction_time
     subject = np.char.add("synthetic-", planted.subject.astype(str))
-    return _made(
-        planted.eeg, targets, subject, montage.ch_names, montage.positions, config.sfreq, config.prepared, ("synthetic EEG",)
-    )
+    signal = _signal(config, montage.ch_names, montage.positions)
+    return _made(planted.eeg, targets, subject, signal, ("synthetic EEG",))
 
 
 def _made(
     eeg: NDArray[np.float32],
     targets: NDArray[Any] | None,
     subject: NDArray[np.str_],
-    ch_names: tuple[str, ...],
-    positions: tuple[Position, ...] | None,
-    sfreq: float,
-    preprocessing: Preprocessing,
+    signal: SignalSpec,
     steps: tuple[str, ...],
     hashes: dict[str, str] | None = None,
     **known: NDArray[Any],
@@ -194,7 +187,7 @@ def _made(
 
     Without `hashes` of the recordings, the windows are hashed.
     """
-    places = {"session": subject, "recording": subject, "onset": np.arange(len(eeg)) * eeg.shape[2] / sfreq} | known
+    places = {"session": subject, "recording": subject, "onset": np.arange(len(eeg)) * signal.seconds} | known
     if hashes is None:
         rows = {str(name): np.flatnonzero(places["recording"] == name) for name in np.unique(places["recording"])}
         hashes = {name: samples_hash(eeg[some] for some in pieces_of(of_it, eeg[0].nbytes)) for name, of_it in rows.items()}
@@ -204,10 +197,7 @@ def _made(
         class_names=None,
         subject=subject,
         **places,
-        ch_names=ch_names,
-        positions=positions,
-        sfreq=sfreq,
-        preprocessing=preprocessing,
+        signal=signal,
         steps=steps,
         hashes=hashes,
     )
@@ -233,12 +223,11 @@ def _load_raw(
     label: Any = None,
 ) -> Windows:
     """Cut windows out of a recording: around events where there is a target of each, else one after the other."""
-    spec = _fitting_spec(raw.info, config, first)
-    assert spec.ch_names is not None
+    signal = _fitting_signal(raw.info, config, first)
     digest = samples_hash([raw.get_data()])
     try:
         share = config.interpolate_share if config.interpolate else 0.0
-        fitted = fit_recording(raw, spec, interpolate=share, check_unit=config.check_unit)
+        fitted = fit_recording(raw, signal, interpolate=share, check_unit=config.check_unit)
         events = [] if config.target is None or label is not None else _events(raw, table, config.target)
     except (RecordingError, DataError) as e:
         raise type(e)(f"{name}: {e.problem}", e.mend) from e  # one of many
@@ -246,13 +235,13 @@ def _load_raw(
     values: list[Any] | None = None
     if config.target is None or label is not None:
         hop = config.n_times if config.hop is None else max(1, round(config.hop * config.sfreq))
-        starts = fitted.window_starts(config.n_times, hop)
+        starts = fitted.window_starts(hop)
         whole = np.ones(len(starts), dtype=np.bool_)
         values = None if label is None else [label] * len(starts)
     else:
         values = [value for _, value in events]
         onsets = np.array([onset for onset, _ in events], dtype=np.float64)
-        starts, whole = fitted.starts_after(onsets, config.target.tmin, config.n_times)
+        starts, whole = fitted.place_windows(onsets, config.target.tmin)
         steps.append(f"cut windows {config.target.tmin:g} s after events")
     onset = fitted.times(starts)
     good = ~_marked_bad(raw, onset, config.n_times / config.sfreq)
@@ -265,13 +254,10 @@ def _load_raw(
             "Check the events' names, the table and the annotations.",
         )
     return _made(
-        np.stack([fitted.data[:, start : start + config.n_times] for start in starts[kept]]),
+        fitted.cut(starts[kept]),
         None if values is None else np.array([values[i] for i in kept]),
         np.full(len(kept), subject),
-        spec.ch_names,
-        spec.positions,
-        config.sfreq,
-        config.prepared,
+        signal,
         tuple(steps),
         {name: digest},
         session=np.full(len(kept), session),
@@ -300,16 +286,29 @@ def _marked_bad(raw: mne.io.BaseRaw, onset: NDArray[np.float64], length: float) 
     return np.asarray(overlaps.any(axis=1))
 
 
-def _fitting_spec(info: mne.Info, config: DataConfig, first: Windows | None) -> ModelSpec:
-    """Return the spec that recordings are fitted to. Its channels are the first recording's, the montage's, or those of `info`.
+def _signal(config: DataConfig, ch_names: tuple[str, ...], positions: tuple[Position, ...] | None) -> SignalSpec:
+    return SignalSpec(
+        n_chans=len(ch_names),
+        n_times=config.n_times,
+        sfreq=config.sfreq,
+        ch_names=ch_names,
+        positions=positions,
+        steps=config.signal_steps,
+        phase=config.phase,
+        event_window=config.event_window,
+    )
+
+
+def _fitting_signal(info: mne.Info, config: DataConfig, first: Windows | None) -> SignalSpec:
+    """Return the signal that recordings are fitted to. Its channels are the first recording's, the montage's, or those of `info`.
 
     Of `info`, those that are marked bad and those whose names say that they are no EEG ("EOG1") are left out.
     """
     bads = info["bads"]
     positions: tuple[Position, ...] | None
     if first is not None:
-        ch_names, positions = first.ch_names, first.positions
-    elif config.montage is not None:
+        return first.signal
+    if config.montage is not None:
         montage = read_montage(config.montage)
         match = find_channels(montage.ch_names, [name for name in info["ch_names"] if name not in bads])
         there = [name for name, column in zip(montage.ch_names, match.columns, strict=True) if column is not None]
@@ -323,15 +322,7 @@ def _fitting_spec(info: mne.Info, config: DataConfig, first: Windows | None) -> 
         places = [place.get(name.casefold(), (math.nan,) * 3) for name in ch_names]
         known = all(any(p) and all(map(math.isfinite, p)) for p in places)
         positions = tuple((p[0], p[1], p[2]) for p in places) if known else None
-    return ModelSpec(
-        variant="postlocal",
-        n_chans=len(ch_names),
-        n_times=config.n_times,
-        sfreq=config.sfreq,
-        ch_names=ch_names,
-        positions=positions,
-        preprocessing=config.prepared,
-    )
+    return _signal(config, ch_names, positions)
 
 
 def _readers_of_bids(root: Path, config: DataConfig, prefix: str) -> Iterator[Reader]:
@@ -421,17 +412,16 @@ def _load_epochs(path: Path, name: str, config: DataConfig, first: Windows | Non
     mne = require_mne()
     with reading(path.name):
         epochs = mne.read_epochs(path, preload=True, verbose="error").pick("eeg")
-    spec = _fitting_spec(epochs.info, config, first)
-    assert spec.ch_names is not None
+    signal = _fitting_signal(epochs.info, config, first)
+    assert signal.ch_names is not None
     onset = (epochs.events[:, 0] - epochs.events[:1, 0]) / epochs.info["sfreq"]
     low, high = epochs.info["highpass"] or None, epochs.info["lowpass"]
     tmin = config.target.tmin if config.target is not None else epochs.tmin
-    volts = epochs_at(epochs, spec.ch_names, spec.sfreq, tmin, config.n_times, path.name)
-    if spec.preprocessing.reference == "average":
+    volts = epochs_at(epochs, signal.ch_names, signal.sfreq, tmin, config.n_times, path.name)
+    reference: Reference = "average" if signal.ends_with_average else "none"
+    if reference == "average":
         volts = average_reference(volts, axis=1)
-    band = Preprocessing(
-        reference=spec.preprocessing.reference, l_freq=low, h_freq=high if high and high < spec.sfreq / 2 else None
-    )
+    band = Preprocessing(reference=reference, l_freq=low, h_freq=high if high and high < signal.sfreq / 2 else None)
     targets, kept = None, np.arange(len(volts))
     if config.target is not None:
         labels = _labels_of_epochs(epochs, config.target, name)
@@ -445,11 +435,8 @@ def _load_epochs(path: Path, name: str, config: DataConfig, first: Windows | Non
         np.ascontiguousarray(volts[kept] / volts_in("uV"), dtype=np.float32),
         targets,
         np.full(len(kept), name),
-        spec.ch_names,
-        spec.positions,
-        spec.sfreq,
-        band,
-        ("epochs as they were cut and filtered", f"reference: {spec.preprocessing.reference}", "scaled to uV"),
+        signal.replace(steps=band.steps, phase="zero-phase"),
+        ("epochs as they were cut and filtered", f"reference: {reference}", "scaled to uV"),
         onset=onset[kept],
     )
 
@@ -503,16 +490,17 @@ def _load_npz(path: Path, name: str, config: DataConfig, first: Windows | None) 
             f"{path.name} holds {n_times} samples at {sfreq:g} Hz, not {config.n_times} at {config.sfreq:g}.",
             f"Use --n-times {n_times} --sfreq {sfreq:g}.",
         )
-    if config.preprocessing is None:
+    if config.preprocessing is None and config.steps is None:
         raise DataError(
             f"{path.name} does not say how its windows were filtered and referenced.",
-            "State it in the configuration's data.preprocessing: the checkpoint passes it on to decoding.",
+            "State it in the configuration's data.preprocessing or data.steps: the checkpoint passes it on to decoding.",
         )
     unit = str(arrays.get("unit", "uV"))
     check_unit(unit, DataError, f" of {path.name}")
     places = arrays.get("positions", np.zeros((len(ch_names), 3)))
     saved = Montage(ch_names=ch_names, positions=tuple((float(x), float(y), float(z)) for x, y, z in places))
-    chosen = saved.pick(first.ch_names if first is not None else config.ch_names or ch_names)
+    theirs = None if first is None else first.signal.ch_names
+    chosen = saved.pick(theirs or config.ch_names or ch_names)
     rows = [ch_names.index(name) for name in chosen.ch_names]
     positions = chosen.positions if "positions" in arrays else None
     if config.montage is not None:
@@ -531,10 +519,7 @@ def _load_npz(path: Path, name: str, config: DataConfig, first: Windows | None) 
         _in_microvolts(eeg, kept, rows, conversion(cast(Unit, unit), "uV"), config),
         arrays["targets"] if config.target is not None else None,
         subject,
-        first.ch_names if first is not None else chosen.ch_names,
-        positions,
-        config.sfreq,
-        config.preprocessing,
+        first.signal if first is not None else _signal(config, chosen.ch_names, positions),
         ("windows as they were saved",),
         session=session,
         recording=np.char.add(np.char.add(np.char.add(f"{name}/", subject), "/"), session),

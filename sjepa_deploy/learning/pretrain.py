@@ -367,13 +367,13 @@ def pretrain(
         config = as_begun(config, out / "training")
     check_run(out / "training", config, resume=resume, replace=replace)
     windows = load_windows(config.data)
-    if windows.positions is None:
+    if windows.signal.positions is None:
         raise DataError(
             "The channels have no positions, which the masks and the position encoder need.", "Name their montage with --montage."
         )
     split = split_windows(windows, config.data)
     check_enough(split, config.engine)
-    spec = ModelSpec(variant="base", encoder=config.encoder, **windows.model_fields)
+    spec = ModelSpec(variant="base", encoder=config.encoder, signal=windows.signal)
     origin = origin_of(windows, split)
     report = report_on(windows, split, config.engine.batch_size * config.engine.world_size)
     tell(report)

@@ -31,7 +31,7 @@ from sjepa_deploy.models.encoder_sizes import EMBEDDING, Told
 from sjepa_deploy.models.networks import SignalJEPAModule, build_model
 from sjepa_deploy.models.weight_files import check_left_out, find_model, read_file
 from sjepa_deploy.serialize import DecodeError, decode, encode
-from sjepa_deploy.spec import ModelSpec, Variant
+from sjepa_deploy.spec import ModelSpec, Variant, upgraded
 
 WEIGHTS_FILE = "model.safetensors"
 SPEC_KEY = "sjepa_deploy"
@@ -322,10 +322,15 @@ def _told_by(config: dict[str, Any], variant: Variant, place: str) -> Told:
     if SPEC_KEY not in config:
         return told_by_braindecode(config, variant, place)
     try:
-        spec = decode(ModelSpec, config[SPEC_KEY])
+        spec = decode(ModelSpec, upgraded(config[SPEC_KEY]))
     except DecodeError as e:
         raise CheckpointError(f"{place} has a spec that does not fit: {e}.", "Get the file again.") from e
-    known = {f.name: value for f in dataclasses.fields(spec) if (value := getattr(spec, f.name)) is not None}
+    known = {
+        f.name: value
+        for part in (spec, spec.signal)
+        for f in dataclasses.fields(part)
+        if f.name != "signal" and (value := getattr(part, f.name)) is not None
+    }
     known["encoder"] = {f.name: getattr(spec.encoder, f.name) for f in dataclasses.fields(spec.encoder)}
     return Told(known=known, activation=True, max_norm=math.inf)
 

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from sjepa_deploy.eeg import montage
+from sjepa_deploy.eeg.steps import BandPass, Channels, Reference, Step
 from sjepa_deploy.errors import CheckpointError, SpecError, listed
 from sjepa_deploy.models.checkpoint import Checkpoint
 from sjepa_deploy.models.encoder_sizes import FLAGS, PUBLISHED, settle_encoder
@@ -48,7 +49,7 @@ def resolve_spec(
     known = dict(checkpoint.known) if checkpoint else {}
     assumed: list[str] = []
     asked = dict(asked)
-    asked_preprocessing: dict[str, Any] = asked.pop("preprocessing", {})  # another one contradicts nothing
+    asked_preprocessing: dict[str, Any] = asked.pop("preprocessing", {})  # other steps contradict nothing
     asked_encoder: Any = asked.pop("encoder", {})
     known.pop("encoder", None)
     if asked_montage is not None:
@@ -70,15 +71,20 @@ def resolve_spec(
     if "sfreq" not in fields:
         fields["sfreq"] = DEFAULT_SFREQ
         assumed.append(f"the sampling rate is {DEFAULT_SFREQ:g} Hz")
-    if "preprocessing" not in fields:
+    if "steps" in fields:
+        fields["steps"] = _with_band_and_reference(fields["steps"], asked_preprocessing)
+    else:
         alone = fields.get("n_chans") == 1  # nothing would be left of it
         default = Preprocessing.default(fields["sfreq"])
-        fields["preprocessing"] = dataclasses.replace(default, reference="none" if alone else default.reference)
+        default = dataclasses.replace(default, reference="none" if alone else default.reference)
+        fields["steps"] = dataclasses.replace(default, **asked_preprocessing).steps
         if not {"l_freq", "h_freq"} <= set(asked_preprocessing):
             assumed.append("recordings are filtered as in the published pretraining")
         if "reference" not in asked_preprocessing:
             assumed.append("one channel keeps its reference" if alone else "recordings are referenced to their average")
-    fields["preprocessing"] = dataclasses.replace(fields["preprocessing"], **asked_preprocessing)
+    if "phase" not in fields:
+        fields["phase"] = "zero-phase"
+        assumed.append("the model learned from zero-phase filtered recordings")
     if checkpoint is None:
         fields["encoder"] = asked_encoder if isinstance(asked_encoder, EncoderSpec) else _random_encoder(asked_encoder)
     else:
@@ -91,7 +97,7 @@ def resolve_spec(
             file_name=checkpoint.file_name,
         )
         assumed += assumed_sizes
-    spec = ModelSpec(**fields)
+    spec = ModelSpec.of(**fields)
     if spec.needs_positions and spec.positions is None:
         raise SpecError(
             f"The {spec.variant} model needs the positions of its {spec.n_chans} channels, which nothing settles.",
@@ -104,6 +110,23 @@ def resolve_spec(
             f"Use --n-times from {_n_times_for(spec, checkpoint.n_tokens)}{_or_strides(assumed)}.",
         )
     return spec, tuple(assumed)
+
+
+def _with_band_and_reference(steps: tuple[Step, ...], asked: dict[str, Any]) -> tuple[Step, ...]:
+    """Return `steps` with the band and the reference of the fields of `Preprocessing` that a user named."""
+    changed = list(steps)
+    edges = {name: asked[name] for name in ("l_freq", "h_freq") if name in asked}
+    if edges:
+        bands = [i for i, step in enumerate(changed) if isinstance(step, BandPass)]
+        if bands:
+            changed[bands[0]] = dataclasses.replace(changed[bands[0]], **edges)
+        else:
+            changed.insert(0, BandPass(l_freq=edges.get("l_freq"), h_freq=edges.get("h_freq")))
+    if "reference" in asked:
+        changed = [step for step in changed if not isinstance(step, Reference)]
+        if asked["reference"] == "average":
+            changed.insert(next(i for i, step in enumerate(changed) if isinstance(step, Channels)) + 1, Reference())
+    return tuple(changed)
 
 
 def _random_encoder(asked: dict[str, Any]) -> EncoderSpec:

@@ -203,8 +203,10 @@ def _compare_inputs(base: Checkpoint, spec: ModelSpec, accept_sfreq: bool) -> tu
         notes.append(f"filters learned at {sfreq:g} Hz are used at {spec.sfreq:g} Hz")
     if (length := known.get("n_times")) not in (None, spec.n_times):
         notes.append(f"pretrained on windows of {length} samples, fine-tuned on {spec.n_times}")
-    if "preprocessing" in known and known["preprocessing"] != spec.preprocessing:
-        notes.append("pretrained on recordings with another band or reference")
+    if "steps" in known and known["steps"] != spec.signal.steps:
+        notes.append("pretrained on recordings that went through other steps")
+    if known.get("phase", spec.signal.phase) != spec.signal.phase:
+        notes.append(f"pretrained on {known['phase']} recordings, fine-tuned on {spec.signal.phase} ones")
     return tuple(notes)
 
 

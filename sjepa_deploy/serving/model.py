@@ -15,7 +15,8 @@ from typing import Any, cast
 import numpy as np
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.eeg.reference import average_reference
+from sjepa_deploy.eeg.chain import finish_windows
+from sjepa_deploy.eeg.steps.reference import average_reference
 from sjepa_deploy.eeg.units import conversion
 from sjepa_deploy.errors import InputError, ServingError
 from sjepa_deploy.runtime.backend import Backend, BackendOptions, FloatArray
@@ -124,13 +125,14 @@ class WindowPreparation(TritonPythonModel):
         self._predict = Predictor(self._bundle, _NoBackend(self._contract.precision))
         self._output = WINDOWS
         self._scale = conversion(self._contract.unit, spec.unit)
-        self._average = spec.preprocessing.reference == "average"
+        self._signal = spec.signal
+        self._average = spec.signal.ends_with_average
 
     def _prepare(self, eeg: FloatArray, *, checked: bool) -> FloatArray:
         scaled = eeg * np.float64(self._scale)  # electrode offsets are a thousand times larger than the EEG
         if self._average:
             scaled = average_reference(scaled, axis=1)
-        windows = scaled.astype(np.float32)
+        windows = finish_windows(self._signal, scaled.astype(np.float32))
         return windows if checked else self._predict.check(windows)
 
     def _run(self, eeg: FloatArray) -> FloatArray:

@@ -67,11 +67,11 @@ class Flow:
 
 
 class Running(ABC):
-    """Runs the causal form of a step: samples go in as they come, and the output does not depend on how they are cut into chunks."""
+    """Runs the causal form of a step. Samples go in as they come, and no bit of the output depends on their chunks."""
 
     @abstractmethod
     def start(self, sample: FloatArray) -> FloatArray:
-        """Start anew as if `sample`, shape (n_chans_in,), had been there for ever, and return what would come out, (n_chans_out,)."""
+        """Start anew as if `sample`, shape (n_chans_in,), had been there for ever, and return what then comes out."""
 
     @abstractmethod
     def __call__(self, samples: FloatArray) -> FloatArray:
@@ -92,7 +92,10 @@ class Step(ABC):
     memory: ClassVar[bool] = True
     """Whether the output depends on earlier samples. Steps without memory are also applied to windows that were cut before."""
 
-    def check(self, goal: Goal) -> None:
+    changes_unit: ClassVar[bool] = False
+    """Whether the output is in another unit than the input, or in none."""
+
+    def check(self, goal: Goal) -> None:  # noqa: B027  # most steps suit every model
         """Refuse a step that does not fit the model.
 
         Raises

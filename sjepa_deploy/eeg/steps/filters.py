@@ -39,7 +39,7 @@ class CausalFilter(Running):
         self._state = np.zeros((len(sos), 2, n_chans))
 
     def start(self, sample: FloatArray) -> FloatArray:
-        """Start as if `sample`, shape (n_chans,), had been there for ever; what comes out is the gain at 0 Hz times the sample."""
+        """Start as if `sample`, shape (n_chans,), had been there for ever, and return its product with the gain at 0 Hz."""
         self._state[:] = self._zi[:, :, None] * sample
         return self._of_constant(sample)
 
@@ -172,9 +172,7 @@ class BandPass(Filter):
         """Return the zero-phase form. The upper edge is below the stretch's Nyquist frequency, as it is below the model's."""
         if self.open:
             return data
-        filtered: FloatArray = mne_filter().filter_data(
-            data, flow.sfreq, self.l_freq, self.h_freq, phase="zero", verbose="error"
-        )
+        filtered: FloatArray = mne_filter().filter_data(data, flow.sfreq, self.l_freq, self.h_freq, phase="zero", verbose="error")
         return filtered
 
 
@@ -192,4 +190,3 @@ def group_delay(sos: FloatArray, sfreq: float, hertz: float) -> float:
     for b0, b1, b2, a0, a1, a2 in sos:
         response *= (b0 + b1 * turn + b2 * turn**2) / (a0 + a1 * turn + a2 * turn**2)
     return -float(np.angle(response[1] / response[0])) / (2 * np.pi * 2 * step)
-

@@ -65,7 +65,7 @@ class Reference(StreamStep):
             if len(flow.ch_names) == 1:
                 raise RecordingError(
                     "Nothing is left of one channel that is referenced to the average of one.",
-                    "Set the reference to none (`--reference none`, in a configuration data.preprocessing), or use more channels.",
+                    "Set the reference to none (`--reference none`, in a configuration data.preprocessing), or use more.",
                 )
             return None
         column = {name.casefold(): i for i, name in enumerate(flow.ch_names)}
