@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -437,6 +438,23 @@ class ModelSpec:
     def output_name(self) -> str:
         """Name of the exported graph's output."""
         return "features" if self.variant == "base" else "prediction"
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of all numbers that one window gives: the classes', or numbered ones."""
+        n = math.prod(self.output_shape)
+        if self.class_names is not None and len(self.class_names) == n:
+            return self.class_names
+        return (self.output_name,) if n == 1 else tuple(f"{self.output_name}_{i}" for i in range(n))
+
+    def class_of(self, outputs: Sequence[float]) -> str:
+        """Return the class that the outputs of one window name: of a single output the second class for values above 0.
+
+        Without class names the class is its number.
+        """
+        assert self.task == "classification"
+        chosen = int(outputs[0] > 0) if len(outputs) == 1 else max(range(len(outputs)), key=outputs.__getitem__)
+        return str(chosen) if self.class_names is None else self.class_names[chosen]
 
     @property
     def input_shape(self) -> tuple[int, int]:

@@ -4,23 +4,79 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 from rich.markup import escape
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, options, print_json
 from sjepa_deploy.eeg.epochs import holds_windows, read_windows
+from sjepa_deploy.eeg.events import ALL, Events, events_of, read_events
 from sjepa_deploy.eeg.names import parse_rename
-from sjepa_deploy.eeg.recording import UNIT_MEND, check_amplitude, fit_recording, read_recording
+from sjepa_deploy.eeg.recording import UNIT_MEND, FittedRecording, check_amplitude, fit_recording, read_recording
 from sjepa_deploy.errors import RecordingError
 from sjepa_deploy.files import written_whole
 from sjepa_deploy.runtime.backend import FloatArray
 from sjepa_deploy.spec import ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Says which windows of a recording are decoded.
+
+    Attributes
+    ----------
+    hop : float or None
+        Seconds from one window to the next.
+    events : tuple of str
+        Names of events, `ALL`, or the path of one table of events; empty where windows follow each other.
+    tmin : float or None
+        Start of the windows in seconds after their events; None is the model's.
+    """
+
+    hop: float | None
+    events: tuple[str, ...]
+    tmin: float | None
+
+    def start(self, spec: ModelSpec) -> float:
+        """Return the start of the windows in seconds after their events."""
+        if self.tmin is not None:
+            return self.tmin
+        if spec.signal.event_window is None:
+            raise click.UsageError(
+                "The bundle does not say where its windows lie after events. Name their start with --tmin, in seconds."
+            )
+        return spec.signal.event_window.start
+
+    def step(self, spec: ModelSpec) -> int:
+        """Return the samples from one window to the next."""
+        window = spec.signal.event_window
+        if self.hop is not None:
+            return _samples(self.hop, spec)
+        if window is not None:
+            which = f" ({', '.join(window.events)})" if window.events else ""
+            raise click.UsageError(
+                f"The model learned from windows at {window.start:g} s after events{which}. Decode them with --events NAME,.. (or "
+                "all, or FILE.tsv). Windows that slide over the recording (--hop SECONDS) show it signals that it never saw."
+            )
+        return spec.n_times
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Decodable:
+    """Holds the windows to decode, and the columns of the table that stand before the predictions."""
+
+    pieces: list[FloatArray]
+    columns: dict[str, Sequence[str]]
+    told: list[str]
+    steps: tuple[str, ...]
+    what: str
 
 
 @options.command
@@ -28,7 +84,13 @@ from sjepa_deploy.spec import ModelSpec
 @click.argument("recording", type=options.path)
 @options.out_file
 @options.force
-@click.option("--hop", type=float, help="Seconds from one window to the next.  [default: one window]")
+@options.fills(
+    "cut",
+    Cut,
+    click.option("--hop", type=float, help="Seconds from one window to the next.  [default: one window]"),
+    options.several("--events", help="Decode the window of each event: names of events, all, or a table FILE.tsv."),
+    click.option("--tmin", type=float, help="Start of a window after its event in seconds.  [default: the model's]"),
+)
 @options.interpolate
 @options.check_unit
 @options.signal_facts
@@ -40,7 +102,7 @@ def run(
     *,
     out: Path | None,
     force: bool,
-    hop: float | None,
+    cut: Cut,
     interpolate: float | None,
     check_unit: bool,
     facts: options.SignalFacts,
@@ -49,28 +111,30 @@ def run(
 ) -> None:
     """Decode RECORDING with BUNDLE into a table of time and prediction.
 
-    The table is tab-separated. Without --out it goes to standard output. The recording passes the preprocessing that the bundle
-    asks for: channels picked by name, zero-phase band-pass, resampling, reference, unit. No window reaches over a pause. The time
-    of a row is that of the window's last sample, in seconds from the start of the recording. Of windows that are cut already
-    (*-epo.fif, or an array of windows) each gives a row.
+    The table is tab-separated. Without --out it goes to standard output. The recording goes through the steps of the bundle's
+    signal, in the phase that the model learned from. No window reaches over a pause.
+
+    With --events each row is an event: its onset in seconds, its description, its own columns, the prediction and, of a
+    classifier, the class. Without it each row is a window: the time of its last sample in seconds from the start of the
+    recording, and the prediction. Of windows that are cut already (*-epo.fif, or an array of windows) each gives a row.
     """
     out = None if out == options.STDOUT else out
     if json_output and out is None:
         raise click.UsageError("--json needs --out: standard output cannot hold both.")
     options.check_file(out, force=force)
+    if cut.events and cut.hop is not None:
+        raise click.UsageError("--events and --hop contradict each other: a window belongs to its event.")
+    if cut.tmin is not None and not cut.events:
+        raise click.UsageError("--tmin is the place of windows after events. Name these with --events.")
     screen = console(json_output or out is None)
     opened = Bundle.open(bundle)
     spec = opened.spec
-    step = spec.n_times if hop is None else _samples(hop, spec)
     if holds_windows(recording):
-        if hop is not None:
-            raise click.UsageError(f"{recording.name} holds windows, which are decoded as they are. Leave out --hop.")
-        cut = read_windows(recording, spec.signal, unit=facts.unit)
-        if check_unit:
-            check_amplitude(cut.eeg, spec.sfreq, UNIT_MEND, unit=spec.unit)
-        pieces, times, steps = [cut.eeg], cut.times, cut.steps
-        told = [*steps]
+        found = _cut_before(recording, spec, cut, facts)
+        if check_unit and spec.signal.in_unit:
+            check_amplitude(np.concatenate(found.pieces), spec.sfreq, UNIT_MEND, unit=spec.unit)
     else:
+        start, step = (cut.start(spec), 0) if cut.events else (0.0, cut.step(spec))
         raw = read_recording(
             recording,
             sfreq=facts.sfreq,
@@ -79,18 +143,21 @@ def run(
             row_names=spec.ch_names,
             rename=parse_rename(facts.rename, RecordingError),
         )
+        table = cut.events[0] if len(cut.events) == 1 and cut.events[0].endswith(".tsv") else None
+        events = None
+        if cut.events:
+            events = read_events(Path(table)).named((ALL,)) if table else events_of(raw).named(cut.events)
         fitted = fit_recording(raw, spec.signal, interpolate=interpolate or 0.0, check_unit=check_unit)
-        pieces, steps = fitted.windows(step), fitted.steps
-        times = fitted.times(fitted.window_starts(step) + spec.n_times - 1)
-        told = [f"has {fitted.n_found} of the model's {spec.n_chans} channels", *steps]
+        found = _of_events(fitted, events, start) if events is not None else _one_after_the_other(fitted, step)
+        found.told.insert(0, f"has {fitted.n_found} of the model's {spec.n_chans} channels")
     with choice.load(opened, check_unit=False) as predict:  # the recording was judged as a whole
-        for note in told:
+        for note in found.told:
             screen.print(f"recording: {escape(note)}", soft_wrap=True)
         with screen.status("decoding"):
-            outputs = np.concatenate([predict.predict(piece) for piece in pieces])
+            outputs = np.concatenate([predict.predict(piece) for piece in found.pieces])
     try:
         with contextlib.nullcontext(sys.stdout) if out is None else _whole_file(out) as stream:
-            _write(stream, times, outputs, spec)
+            _write(stream, found.columns, outputs, spec, with_class=bool(cut.events))
     except BrokenPipeError:
         raise  # click ends quietly where a reader like `head` has seen enough
     except OSError as e:
@@ -100,21 +167,92 @@ def run(
     if opened.manifest.weights.random:
         screen.print("[bold yellow]The weights of this bundle are random: the predictions mean nothing.[/]")
     where = "" if out is None else f" in [bold]{escape(str(out))}[/]"
-    every = "" if holds_windows(recording) else f" every {step / spec.sfreq:g} s"
-    screen.print(f"{len(times)} windows of {spec.n_times / spec.sfreq:g} s{every} decoded{where}", soft_wrap=True)
+    screen.print(f"{len(outputs)} {found.what} of {spec.signal.seconds:g} s decoded{where}", soft_wrap=True)
     if json_output:
         print_json(
             {
                 "bundle": str(bundle),
                 "recording": str(recording),
                 "out": str(out),
-                "n_windows": len(times),
-                "hop": step / spec.sfreq,
+                "n_windows": len(outputs),
+                "hop": cut.hop,
+                "events": cut.events,
                 "signal": spec.signal,
-                "steps": steps,
+                "steps": found.steps,
                 "random_weights": opened.manifest.weights.random,
             }
         )
+
+
+def _cut_before(recording: Path, spec: ModelSpec, cut: Cut, facts: options.SignalFacts) -> _Decodable:
+    """Return windows that were cut before; of Epochs with --events, the chosen ones at the model's place."""
+    if cut.hop is not None:
+        raise click.UsageError(f"{recording.name} holds windows, which are decoded as they are. Leave out --hop.")
+    tmin = cut.start(spec) if cut.events or spec.signal.event_window is not None else None
+    windows = read_windows(recording, spec.signal, unit=facts.unit, tmin=tmin)
+    if not cut.events:
+        return _Decodable(
+            pieces=[windows.eeg],
+            columns={"time": _seconds(windows.times)},
+            told=[*windows.steps],
+            steps=windows.steps,
+            what="windows",
+        )
+    if windows.events is None:
+        raise click.UsageError(f"{recording.name} holds windows without events. Leave out --events.")
+    kept = windows.events.named(cut.events)
+    rows = np.flatnonzero([name in kept.description for name in windows.events.description])
+    return _Decodable(
+        pieces=[windows.eeg[rows]],
+        columns=_of(windows.events[rows]),
+        told=[*windows.steps],
+        steps=windows.steps,
+        what="windows of events",
+    )
+
+
+def _one_after_the_other(fitted: FittedRecording, step: int) -> _Decodable:
+    starts = fitted.window_starts(step)
+    return _Decodable(
+        pieces=fitted.windows(step),
+        columns={"time": _seconds(fitted.times(starts + fitted.signal.n_times - 1))},
+        told=[*fitted.steps, *_settling(fitted, starts)],
+        steps=fitted.steps,
+        what=f"windows every {step / fitted.sfreq:g} s",
+    )
+
+
+def _of_events(fitted: FittedRecording, events: Events, start: float) -> _Decodable:
+    starts, whole = fitted.place_windows(events.onset, start)
+    if not whole.any():
+        raise RecordingError(
+            f"No window at {start:g} s after an event lies within the recording or within one of its stretches.",
+            "Mend the onsets or --tmin, or give a longer recording.",
+        )
+    told = [*fitted.steps, *_settling(fitted, starts[whole])]
+    if n := int((~whole).sum()):
+        told.append(f"left out {n} of {len(whole)} events: their windows reach beyond the recording or over a pause")
+    return _Decodable(
+        pieces=[fitted.cut(starts[whole])],
+        columns=_of(events[whole]),
+        told=told,
+        steps=fitted.steps,
+        what=f"windows at {start:g} s after events",
+    )
+
+
+def _settling(fitted: FittedRecording, starts: NDArray[np.intp]) -> list[str]:
+    n, seconds = int(fitted.settling(starts).sum()), fitted.n_settling / fitted.sfreq
+    return [f"{n} windows begin in the {seconds:.2g} s in which the steps settle"] if n else []
+
+
+def _of(events: Events) -> dict[str, Sequence[str]]:
+    columns: dict[str, Sequence[str]] = {"onset": _seconds(events.onset), "description": events.description}
+    return columns | {name: values for name, values in events.columns.items() if name not in columns}
+
+
+def _seconds(values: NDArray[np.float64]) -> list[str]:
+    return [f"{value:.6f}" for value in values]
 
 
 def _samples(hop: float, spec: ModelSpec) -> int:
@@ -135,17 +273,17 @@ def _whole_file(path: Path) -> Iterator[IO[str]]:
         yield stream
 
 
-def _write(stream: IO[str], times: np.ndarray[tuple[int], np.dtype[np.float64]], outputs: FloatArray, spec: ModelSpec) -> None:
+def _write(stream: IO[str], columns: dict[str, Sequence[str]], outputs: FloatArray, spec: ModelSpec, *, with_class: bool) -> None:
+    """Write one row for each window: what is known of it, its outputs and, of events and a classifier, its class."""
     rows = outputs.reshape(len(outputs), -1)
-    if spec.class_names is not None:
-        names = list(spec.class_names)
-    elif rows.shape[1] == 1:
-        names = [spec.output_name]
-    else:
-        names = [f"{spec.output_name}_{i}" for i in range(rows.shape[1])]
-    stream.write("\t".join(["time", *names]) + "\n")
-    for time, row in zip(times, rows, strict=True):
-        stream.write("\t".join([f"{time:.6f}", *(f"{value:.9g}" for value in row)]) + "\n")
+    names = list(spec.output_names)
+    cells = [*columns.values(), *([f"{value:.9g}" for value in column] for column in rows.T)]
+    if with_class and spec.task == "classification":
+        names.append("class")
+        cells.append([spec.class_of(row.tolist()) for row in rows])
+    stream.write("\t".join([*columns, *names]) + "\n")
+    for row in zip(*cells, strict=True):
+        stream.write("\t".join(cell.replace("\t", " ").replace("\n", " ") for cell in row) + "\n")
     stream.flush()
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.eeg.chain import apply_to_cut
+from sjepa_deploy.eeg.events import Events
 from sjepa_deploy.eeg.montage import require_mne
 from sjepa_deploy.eeg.names import find_channels
 from sjepa_deploy.eeg.readers import heard, reading
@@ -38,11 +39,14 @@ class CutWindows:
         The last sample of each in seconds after the first window's event, or where no event is known, number of the window.
     steps : tuple of str
         Sentences that say what was done to the windows.
+    events : Events or None
+        The event of each window, where Epochs tell.
     """
 
     eeg: NDArray[np.float32]
     times: NDArray[np.float64]
     steps: tuple[str, ...]
+    events: Events | None = None
 
 
 def holds_windows(path: Path) -> bool:
@@ -109,6 +113,7 @@ def read_windows(path: Path, signal: SignalSpec, *, unit: Unit | None = None, tm
         If they do not fit the model.
     """
     steps = ["windows as they were cut and filtered"]
+    events = None
     if path.suffix.lower() == ".npy":
         if unit is None:
             raise RecordingError(f"{path.name} is a bare array that does not state its unit.", "Give --unit.")
@@ -130,8 +135,15 @@ def read_windows(path: Path, signal: SignalSpec, *, unit: Unit | None = None, tm
         volts = epochs_at(epochs, signal.ch_names, signal.sfreq, start, signal.n_times, path.name)
         onset = (epochs.events[:, 0] - epochs.events[:1, 0]) / epochs.info["sfreq"]
         times = onset + start + (signal.n_times - 1) / signal.sfreq
+        name_of = {number: name for name, number in epochs.event_id.items()}
+        metadata = {} if epochs.metadata is None else {str(name): epochs.metadata[name] for name in epochs.metadata}
+        events = Events(
+            onset=onset,
+            description=tuple(name_of[number] for number in epochs.events[:, 2]),
+            columns={name: tuple(map(str, values)) for name, values in metadata.items()},
+        )
     if not np.isfinite(volts).all():
         raise RecordingError(f"{path.name} holds samples that are not finite.", "Leave these windows out.")
     steps.append(f"scaled to {signal.unit}")
     eeg = apply_to_cut(signal, volts / volts_in(signal.unit), steps)
-    return CutWindows(eeg=eeg, times=times, steps=tuple(steps))
+    return CutWindows(eeg=eeg, times=times, steps=tuple(steps), events=events)

@@ -28,7 +28,7 @@ from sjepa_deploy.learning.origin import check_twins, samples_hash
 from sjepa_deploy.learning.store import WindowStore, mapped_member, pieces_of
 from sjepa_deploy.learning.targets import class_events, reaction_times, read_column, read_tsv
 from sjepa_deploy.parity import UNREADABLE_NPZ
-from sjepa_deploy.spec import Position, Preprocessing, Reference, SignalSpec, Unit
+from sjepa_deploy.spec import EventWindow, Position, Preprocessing, Reference, SignalSpec, Unit
 
 if TYPE_CHECKING:
     import mne
@@ -223,7 +223,7 @@ def _load_raw(
     label: Any = None,
 ) -> Windows:
     """Cut windows out of a recording: around events where there is a target of each, else one after the other."""
-    signal = _fitting_signal(raw.info, config, first)
+    signal = _fitting_signal(raw.info, config, first, of_events=label is None)
     digest = samples_hash([raw.get_data()])
     try:
         share = config.interpolate_share if config.interpolate else 0.0
@@ -286,7 +286,12 @@ def _marked_bad(raw: mne.io.BaseRaw, onset: NDArray[np.float64], length: float) 
     return np.asarray(overlaps.any(axis=1))
 
 
-def _signal(config: DataConfig, ch_names: tuple[str, ...], positions: tuple[Position, ...] | None) -> SignalSpec:
+def _signal(
+    config: DataConfig,
+    ch_names: tuple[str, ...],
+    positions: tuple[Position, ...] | None,
+    event_window: EventWindow | None = None,
+) -> SignalSpec:
     return SignalSpec(
         n_chans=len(ch_names),
         n_times=config.n_times,
@@ -295,11 +300,11 @@ def _signal(config: DataConfig, ch_names: tuple[str, ...], positions: tuple[Posi
         positions=positions,
         steps=config.signal_steps,
         phase=config.phase,
-        event_window=config.event_window,
+        event_window=event_window,
     )
 
 
-def _fitting_signal(info: mne.Info, config: DataConfig, first: Windows | None) -> SignalSpec:
+def _fitting_signal(info: mne.Info, config: DataConfig, first: Windows | None, *, of_events: bool) -> SignalSpec:
     """Return the signal that recordings are fitted to. Its channels are the first recording's, the montage's, or those of `info`.
 
     Of `info`, those that are marked bad and those whose names say that they are no EEG ("EOG1") are left out.
@@ -322,7 +327,7 @@ def _fitting_signal(info: mne.Info, config: DataConfig, first: Windows | None) -
         places = [place.get(name.casefold(), (math.nan,) * 3) for name in ch_names]
         known = all(any(p) and all(map(math.isfinite, p)) for p in places)
         positions = tuple((p[0], p[1], p[2]) for p in places) if known else None
-    return _signal(config, ch_names, positions)
+    return _signal(config, ch_names, positions, config.event_window if of_events else None)
 
 
 def _readers_of_bids(root: Path, config: DataConfig, prefix: str) -> Iterator[Reader]:
@@ -412,7 +417,7 @@ def _load_epochs(path: Path, name: str, config: DataConfig, first: Windows | Non
     mne = require_mne()
     with reading(path.name):
         epochs = mne.read_epochs(path, preload=True, verbose="error").pick("eeg")
-    signal = _fitting_signal(epochs.info, config, first)
+    signal = _fitting_signal(epochs.info, config, first, of_events=True)
     assert signal.ch_names is not None
     onset = (epochs.events[:, 0] - epochs.events[:1, 0]) / epochs.info["sfreq"]
     low, high = epochs.info["highpass"] or None, epochs.info["lowpass"]
