@@ -123,6 +123,7 @@ class BackendCalls:
                 held=False,
                 bridged=window.bridged,
                 doubtful=window.doubtful,
+                settling=window.settling,
                 bad_channels=bool(window.bad_channels),
             )
             state = self._layer.step(prediction, window.stamp, flags)
@@ -138,6 +139,7 @@ class BackendCalls:
             window.bridged,
             window.bad_channels,
             window.doubtful,
+            window.settling,
             state,
         )
         return decision

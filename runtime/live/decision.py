@@ -33,6 +33,8 @@ class Decision:
         Channels that were bad somewhere in the window.
     doubtful : bool
         Whether samples may be missing in the window: its newest ones are later than any jitter so far.
+    settling : bool
+        Whether the window begins where the steps of the signal still settle, after the start of the stream or after a loss.
     state : State or None
         What the decision layer says: class, probability and reason. None without a layer.
     """
@@ -48,6 +50,7 @@ class Decision:
     bridged: bool
     bad_channels: tuple[str, ...]
     doubtful: bool = False
+    settling: bool = False
     state: State | None = None
 
     @property
@@ -67,19 +70,29 @@ class Decision:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Return what to know before relying on the decision: "late", "held", "bridged", "doubtful", "bad channels"."""
+        """Return what to know before relying on the decision: "late", "held", "bridged", "settling", ..."""
         return flags_of(
             late=self.decided > self.due,
             held=self.held,
             bridged=self.bridged,
             doubtful=self.doubtful,
+            settling=self.settling,
             bad_channels=bool(self.bad_channels),
         )
 
 
-def flags_of(*, late: bool, held: bool, bridged: bool, doubtful: bool, bad_channels: bool) -> tuple[str, ...]:
+def flags_of(
+    *, late: bool, held: bool, bridged: bool, doubtful: bool, settling: bool, bad_channels: bool
+) -> tuple[str, ...]:
     """Return the names of the flags that are set."""
-    if not (late or held or bridged or doubtful or bad_channels):
+    if not (late or held or bridged or doubtful or settling or bad_channels):
         return ()
-    flags = {"late": late, "held": held, "bridged": bridged, "doubtful": doubtful, "bad channels": bad_channels}
+    flags = {
+        "late": late,
+        "held": held,
+        "bridged": bridged,
+        "doubtful": doubtful,
+        "settling": settling,
+        "bad channels": bad_channels,
+    }
     return tuple(name for name, holds in flags.items() if holds)

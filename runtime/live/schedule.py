@@ -22,23 +22,25 @@ class Schedule:
         Samples so far, with those that were lost.
     due_in : int
         Samples until the next window is due, at least 1.
+    unbroken : int
+        Samples since the start or the last loss.
     """
 
     def __init__(self, n_times: int, hop: int) -> None:
         self._n_times, self._hop = n_times, hop
         self.elapsed = 0
         self.due_in = n_times
-        self._unbroken = 0
+        self.unbroken = 0
 
     @property
     def whole(self) -> bool:
         """Return whether a window that ends with the newest sample lacks none."""
-        return self._unbroken >= self._n_times
+        return self.unbroken >= self._n_times
 
     def advance(self, n: int) -> bool:
         """Count `n` samples that came, at most `due_in`, and return whether a window is due after the last of them."""
         self.elapsed += n
-        self._unbroken += n
+        self.unbroken += n
         self.due_in -= n
         if self.due_in:
             return False
@@ -51,7 +53,7 @@ class Schedule:
         Also a loss of 0 samples, as when a stream starts anew, breaks the windows across it.
         """
         self.elapsed += n
-        self._unbroken = 0
+        self.unbroken = 0
         n_windows = max(0, 1 + (n - self.due_in) // self._hop)
         self.due_in += n_windows * self._hop - n
         return n_windows

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from sjepa_deploy.runtime.decisions.state import STATES, State
 from sjepa_deploy.runtime.live.decision import Decision, flags_of
 
-STATE_FIELDS = ("doubtful", "state", "class", "probability")
+STATE_FIELDS = ("doubtful", "settling", "state", "class", "probability")
 """Columns of a record behind the outputs, where there is a decision layer."""
 
 
@@ -51,7 +51,11 @@ def numbers_of(state: State, class_names: Sequence[str]) -> tuple[float, float, 
 
 def columns_of(decision: Decision, class_names: Sequence[str]) -> tuple[float, ...]:
     """Return the values of `STATE_FIELDS`; nothing without a decision layer."""
-    return () if decision.state is None else (float(decision.doubtful), *numbers_of(decision.state, class_names))
+    return () if decision.state is None else (
+        float(decision.doubtful),
+        float(decision.settling),
+        *numbers_of(decision.state, class_names),
+    )
 
 
 def recorded_state(fields: Mapping[str, float], columns: Sequence[float], stamp: float) -> RecordedState:
@@ -66,12 +70,13 @@ def recorded_state(fields: Mapping[str, float], columns: Sequence[float], stamp:
     stamp : float
         Stamp of the row.
     """
-    doubtful, *numbers = columns
+    doubtful, settling, *numbers = columns
     flags = flags_of(
         late=fields["decided"] > fields["due"],
         held=fields["held"] != 0,
         bridged=fields["bridged"] != 0,
         doubtful=doubtful != 0,
+        settling=settling != 0,
         bad_channels=fields["n_bad_channels"] > 0,
     )
     return RecordedState(index=int(fields["index"]), time=stamp, flags=flags, numbers=tuple(numbers))

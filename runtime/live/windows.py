@@ -42,6 +42,8 @@ class Window:
         Channels of the stream that were bad somewhere in it, repaired or not.
     doubtful : bool
         Whether samples may be missing in it: its newest ones are later than any jitter so far, and it is not known yet for good.
+    settling : bool
+        Whether it begins where the steps of the signal still settle, after the start of the stream or after a loss.
     """
 
     index: int
@@ -49,6 +51,7 @@ class Window:
     bridged: bool
     bad_channels: tuple[str, ...]
     doubtful: bool
+    settling: bool
 
 
 class WindowStream:
@@ -233,8 +236,11 @@ class WindowStream:
                 counters.skipped_gap += 1
                 continue
             bads = self._conditioner.bad_in_newest(n_times + len(made) - position)
+            settling = schedule.unbroken - n_times < self._conditioner.n_settling
             bridged = schedule.elapsed - self._bridged_until < n_times
-            yield Window(counters.windows - 1, stamps[position - 1] + self._arrival.offset, bridged, bads, self._doubtful)
+            yield Window(
+                counters.windows - 1, stamps[position - 1] + self._arrival.offset, bridged, bads, self._doubtful, settling
+            )
 
     def _check_rate(self) -> None:
         timeline = self._continuity.timeline
