@@ -81,9 +81,7 @@ class Decision:
         )
 
 
-def flags_of(
-    *, late: bool, held: bool, bridged: bool, doubtful: bool, settling: bool, bad_channels: bool
-) -> tuple[str, ...]:
+def flags_of(*, late: bool, held: bool, bridged: bool, doubtful: bool, settling: bool, bad_channels: bool) -> tuple[str, ...]:
     """Return the names of the flags that are set."""
     if not (late or held or bridged or doubtful or settling or bad_channels):
         return ()

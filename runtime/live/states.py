@@ -51,10 +51,14 @@ def numbers_of(state: State, class_names: Sequence[str]) -> tuple[float, float, 
 
 def columns_of(decision: Decision, class_names: Sequence[str]) -> tuple[float, ...]:
     """Return the values of `STATE_FIELDS`; nothing without a decision layer."""
-    return () if decision.state is None else (
-        float(decision.doubtful),
-        float(decision.settling),
-        *numbers_of(decision.state, class_names),
+    return (
+        ()
+        if decision.state is None
+        else (
+            float(decision.doubtful),
+            float(decision.settling),
+            *numbers_of(decision.state, class_names),
+        )
     )
 
 

@@ -62,8 +62,8 @@ class Cut:
         if window is not None:
             which = f" ({', '.join(window.events)})" if window.events else ""
             raise click.UsageError(
-                f"The model learned from windows at {window.start:g} s after events{which}. Decode them with --events NAME,.. (or "
-                "all, or FILE.tsv). Windows that slide over the recording (--hop SECONDS) show it signals that it never saw."
+                f"The model learned from windows at {window.start:g} s after events{which}. Decode them with --events NAME,.. "
+                "(or all, or FILE.tsv). Windows that slide over the recording (--hop SECONDS) show it signals that it never saw."
             )
         return spec.n_times
 

@@ -381,6 +381,18 @@ def _announce(screen: Console, decoder: Decoder) -> None:
     )
     delays = ", ".join(f"{seconds * 1e3:.0f} ms at {hertz:g} Hz" for hertz, seconds in decoder.windows.delay.at_hz)
     screen.print(f"delay of the causal filters: {delays or 'none'}", soft_wrap=True)
+    if spec.signal.phase == "zero-phase":
+        screen.print(
+            "[bold yellow]The model learned from zero-phase filtered windows; live filters are causal.[/] "
+            "--check RECORDING --events NAME,.. measures what it costs; a model trained with --phase causal pays nothing.",
+            soft_wrap=True,
+        )
+    if (window := spec.signal.event_window) is not None:
+        screen.print(
+            f"[bold yellow]The model learned from windows at {window.start:g} s after events.[/] "
+            "Windows that slide show it other signals too.",
+            soft_wrap=True,
+        )
     if decoder.layer is not None:
         for line in _told_of_layer(decoder.layer, decoder.hop / spec.sfreq):
             screen.print(line, soft_wrap=True)

@@ -16,7 +16,7 @@ from sjepa_deploy.cli import options
 from sjepa_deploy.errors import MissingDependencyError
 from sjepa_deploy.spec import ModelSpec, Unit
 
-DATA_FLAGS = ("montage", "sfreq", "n_times", "split", "fold", "n_folds", "split_seed", "memory")
+DATA_FLAGS = ("montage", "sfreq", "n_times", "phase", "split", "fold", "n_folds", "split_seed", "memory")
 BIDS_FLAGS = ("subjects", "sessions", "tasks", "runs")
 ENGINE_FLAGS = (
     "seed",
@@ -81,6 +81,11 @@ training_options = options.added(
         options.check_unit,
         options.model_sfreq,
         options.n_times,
+        click.option(
+            "--phase",
+            type=click.Choice(["causal", "zero-phase"]),
+            help="Form of the filters. Live decoding is causal: learn from causal windows to decode live.",
+        ),
         click.option(
             "--split",
             type=click.Choice(["auto", "subject", "session", "block"]),
