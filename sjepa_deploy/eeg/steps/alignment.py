@@ -64,6 +64,7 @@ class Alignment(StreamStep):
     """
 
     name: ClassVar[str] = "alignment"
+    changes_unit: ClassVar[bool] = True
     memory: ClassVar[bool] = False
 
     ch_names: tuple[str, ...]
@@ -161,6 +162,7 @@ class RunningAlignment(StreamStep):
     """
 
     name: ClassVar[str] = "running-alignment"
+    changes_unit: ClassVar[bool] = True
 
     block: float = 10.0
     half_life: float = 60.0

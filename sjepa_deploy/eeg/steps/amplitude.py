@@ -58,6 +58,7 @@ class Scale(StreamStep):
     """
 
     name: ClassVar[str] = "scale"
+    changes_unit: ClassVar[bool] = True
     memory: ClassVar[bool] = False
 
     factors: tuple[float, ...]

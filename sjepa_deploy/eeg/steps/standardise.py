@@ -42,6 +42,7 @@ class ExponentialStandardise(StreamStep):
     """
 
     name: ClassVar[str] = "exponential-standardise"
+    changes_unit: ClassVar[bool] = True
 
     factor_new: float = 1e-3
     eps: float = 1e-4
@@ -128,6 +129,7 @@ class ZScore(WindowStep):
     """
 
     name: ClassVar[str] = "z-score"
+    changes_unit: ClassVar[bool] = True
 
     start: float | None = None
     stop: float | None = None
