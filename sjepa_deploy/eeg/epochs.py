@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,38 +112,47 @@ def read_windows(path: Path, signal: SignalSpec, *, unit: Unit | None = None, tm
     RecordingError
         If they do not fit the model.
     """
-    steps = ["windows as they were cut and filtered"]
-    events = None
-    if path.suffix.lower() == ".npy":
-        if unit is None:
-            raise RecordingError(f"{path.name} is a bare array that does not state its unit.", "Give --unit.")
-        check_unit(unit)
-        with reading(path.name), path.open("rb") as file:
-            array = np.lib.format.read_array(file, allow_pickle=False)
-        if array.shape[1:] != signal.input_shape or array.dtype.kind not in "fiu" or not len(array):
-            raise RecordingError(
-                f"{path.name} holds an array of shape {array.shape} and type {array.dtype}.",
-                f"Save real numbers of shape (n_windows, {signal.n_chans}, {signal.n_times}), or (n_chans, n_samples).",
-            )
-        volts, times = array.astype(np.float64) * volts_in(unit), np.arange(len(array), dtype=np.float64)
-    else:
-        if signal.ch_names is None:
-            raise RecordingError("The model has no channel names.", "Export the bundle with `--montage` or `--channels`.")
+    if path.suffix.lower() != ".npy":
+        steps: list[str] = []
         with reading(path.name), heard(steps):
             epochs = require_mne().read_epochs(path, preload=True, verbose="warning").pick("eeg")
-        start = epochs.tmin if tmin is None else tmin
-        volts = epochs_at(epochs, signal.ch_names, signal.sfreq, start, signal.n_times, path.name)
-        onset = (epochs.events[:, 0] - epochs.events[:1, 0]) / epochs.info["sfreq"]
-        times = onset + start + (signal.n_times - 1) / signal.sfreq
-        name_of = {number: name for name, number in epochs.event_id.items()}
-        metadata = {} if epochs.metadata is None else {str(name): epochs.metadata[name] for name in epochs.metadata}
-        events = Events(
-            onset=onset,
-            description=tuple(name_of[number] for number in epochs.events[:, 2]),
-            columns={name: tuple(map(str, values)) for name, values in metadata.items()},
+        cut = windows_of_epochs(epochs, signal, epochs.tmin if tmin is None else tmin, path.name)
+        return replace(cut, steps=(*steps, *cut.steps))
+    if unit is None:
+        raise RecordingError(f"{path.name} is a bare array that does not state its unit.", "Give --unit.")
+    check_unit(unit)
+    with reading(path.name), path.open("rb") as file:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+    if array.shape[1:] != signal.input_shape or array.dtype.kind not in "fiu" or not len(array):
+        raise RecordingError(
+            f"{path.name} holds an array of shape {array.shape} and type {array.dtype}.",
+            f"Save real numbers of shape (n_windows, {signal.n_chans}, {signal.n_times}), or (n_chans, n_samples).",
         )
+    times = np.arange(len(array), dtype=np.float64)
+    return _finished(array.astype(np.float64) * volts_in(unit), signal, times, None, path.name)
+
+
+def windows_of_epochs(epochs: mne.BaseEpochs, signal: SignalSpec, start: float, name: str) -> CutWindows:
+    """Return the window of every epoch that begins `start` seconds after its event, see `read_windows`."""
+    if signal.ch_names is None:
+        raise RecordingError("The model has no channel names.", "Export the bundle with `--montage` or `--channels`.")
+    volts = epochs_at(epochs, signal.ch_names, signal.sfreq, start, signal.n_times, name)
+    onset = (epochs.events[:, 0] - epochs.events[:1, 0]) / epochs.info["sfreq"]
+    name_of = {number: each for each, number in epochs.event_id.items()}
+    metadata = {} if epochs.metadata is None else {str(each): epochs.metadata[each] for each in epochs.metadata}
+    events = Events(
+        onset=onset,
+        description=tuple(name_of[number] for number in epochs.events[:, 2]),
+        columns={each: tuple(map(str, values)) for each, values in metadata.items()},
+    )
+    return _finished(volts, signal, onset + start + (signal.n_times - 1) / signal.sfreq, events, name)
+
+
+def _finished(
+    volts: NDArray[np.float64], signal: SignalSpec, times: NDArray[np.float64], events: Events | None, name: str
+) -> CutWindows:
     if not np.isfinite(volts).all():
-        raise RecordingError(f"{path.name} holds samples that are not finite.", "Leave these windows out.")
-    steps.append(f"scaled to {signal.unit}")
+        raise RecordingError(f"{name} holds samples that are not finite.", "Leave these windows out.")
+    steps = ["windows as they were cut and filtered", f"scaled to {signal.unit}"]
     eeg = apply_to_cut(signal, volts / volts_in(signal.unit), steps)
     return CutWindows(eeg=eeg, times=times, steps=tuple(steps), events=events)
