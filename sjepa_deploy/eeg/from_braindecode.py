@@ -179,8 +179,8 @@ def _standardise(name: str, arguments: dict[str, Any]) -> Step:
     _only(name, arguments, "factor_new", "init_block_size", "eps")
     if (block := arguments.get("init_block_size")) is not None:
         warnings.warn(
-            f"The first {block} samples of each training recording were standardised with samples that come later. Live, they are "
-            "not: windows in them differ.",
+            f"The first {block} samples of each training recording were standardised with samples that come later. Live "
+            "they are not: windows in them differ.",
             UserWarning,
             stacklevel=4,
         )
