@@ -94,8 +94,8 @@ def lossy(rng, kind=None, *, seconds=12.0, rate=None):
 
 def spec_for(spec, sfreq):
     """Return a model's spec at another rate, without filters, for windows of 200 samples or a second."""
-    plain = dataclasses.replace(spec.preprocessing, l_freq=None, h_freq=None, reference="none")
-    return dataclasses.replace(spec, sfreq=sfreq, n_times=max(200, round(sfreq)), preprocessing=plain)
+    plain = Preprocessing(l_freq=None, h_freq=None, reference="none")
+    return spec.replace(sfreq=sfreq, n_times=max(200, round(sfreq)), preprocessing=plain)
 
 
 def judge(spec, stream, rng):

@@ -1,4 +1,4 @@
-"""Resamples by hand: the sum of sincs in a Kaiser window that `sjepa_deploy.eeg.resample` documents, sample by sample."""
+"""Resamples by hand: the sum of sincs in a Kaiser window that `sjepa_deploy.eeg.steps.rate` documents, sample by sample."""
 
 import numpy as np
 

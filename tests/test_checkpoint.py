@@ -510,18 +510,20 @@ def test_configurations_that_are_unsupported_or_contradict_the_weights(tmp_path,
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
-        ({"n_chans": 7}, SpecError, "6 channel names for 7 channels"),
-        ({"variant": "base"}, CheckpointError, "says variant = base, but the weights have contextual"),
+        ({"signal": {"n_chans": 7}}, SpecError, "6 channel names for 7 channels"),
+        ({"variant": "base", "task": "features"}, CheckpointError, "says variant = base, but the weights have contextual"),
         ({"n_outputs": 2}, CheckpointError, "says n_outputs = 2, but the weights have 3"),
-        ({"unit": "kV"}, CheckpointError, "unit must be one of nV, uV, mV, V"),
+        ({"signal": {"unit": "kV"}}, CheckpointError, "unit must be one of nV, uV, mV, V"),
         ({"colour": "red"}, CheckpointError, "unknown key 'colour'"),
-        ({"n_times": 10}, SpecError, "first time token needs 152"),
+        ({"signal": {"colour": "red"}}, CheckpointError, "signal has the unknown key 'colour'"),
+        ({"signal": {"n_times": 10}}, SpecError, "first time token needs 152"),
     ],
 )
 def test_our_own_spec_is_checked(tmp_path, changes, error, match):
     write_checkpoint(small_model("contextual"), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["sjepa_deploy"] |= changes
+    stored = config["sjepa_deploy"]
+    config["sjepa_deploy"] = stored | changes | {"signal": stored["signal"] | changes.get("signal", {})}
     (tmp_path / "config.json").write_text(json.dumps(config))
     refusal(tmp_path, match, error)
 

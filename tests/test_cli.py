@@ -132,7 +132,7 @@ def test_every_flag_of_the_contract_arrives(sjepa, tmp_path):
     spec = Bundle.open(tmp_path / "a[b]/out").spec
     assert (spec.input_shape, spec.sfreq, spec.unit, spec.n_outputs, spec.n_spat_filters) == ((5, 300), 120.0, "V", 2, 2)
     assert (spec.class_names, spec.ch_names) == (("left", "right"), None)
-    assert (spec.preprocessing.reference, spec.preprocessing.l_freq, spec.preprocessing.h_freq) == ("none", 1.0, None)
+    assert spec.signal.steps == Preprocessing(reference="none", l_freq=1.0, h_freq=None).steps
     summary = json.loads(out)
     (graph,), (parity,) = summary["graphs"], summary["parity"]
     assert (graph["opset"], graph["static_batch"], graph["max_batch"]) == (19, 3, 3)

@@ -17,7 +17,7 @@ from sjepa_deploy.learning.data import DataConfig, Synthetic, Target, encode_tar
 from sjepa_deploy.learning.loading import load_windows
 from sjepa_deploy.learning.store import is_mapped
 from sjepa_deploy.learning.targets import reaction_times
-from sjepa_deploy.spec import ModelSpec, Preprocessing
+from sjepa_deploy.spec import Preprocessing, SignalSpec
 
 UNTOUCHED = Preprocessing(reference="none", l_freq=None, h_freq=None)
 REACTION = Target(stimulus=("square",), response=("rt",))
@@ -25,7 +25,7 @@ REACTION = Target(stimulus=("square",), response=("rt",))
 
 @pytest.fixture(scope="module")
 def eeglab(written):
-    return DataConfig(source=(str(written("eeglab_data.set").path),), target=REACTION)
+    return DataConfig(source=(str(written("eeglab_data.set").path),), phase="zero-phase", target=REACTION)
 
 
 def make_raw(n_samples, ch_names=("Fz", "Cz", "Pz", "Oz"), sfreq=100.0, seed=0):
@@ -56,7 +56,7 @@ def test_reaction_times_equal_those_that_were_written(written):
 
 
 def test_reaction_times_equal_a_search_by_hand_through_the_events(recorded):
-    eeglab = DataConfig(source=(str(recorded("eeglab_data.set")),), target=REACTION)
+    eeglab = DataConfig(source=(str(recorded("eeglab_data.set")),), phase="zero-phase", target=REACTION)
     raw = read_recording(eeglab.source[0])
     events, ids = mne.events_from_annotations(raw, verbose="error")
     expected = []
@@ -75,14 +75,15 @@ def test_reaction_times_equal_a_search_by_hand_through_the_events(recorded):
     assert fast == [(onset, seconds) for onset, seconds in reaction_times(raw, REACTION) if seconds <= 0.4]
     assert 0 < len(fast) < len(expected)
     windows = load_windows(eeglab)
-    assert windows.ch_names == tuple(
+    assert windows.signal.ch_names == tuple(
         name for name in raw.ch_names if name not in ("EOG1", "EOG2")
     )  # typed as EEG, named otherwise
-    spec = ModelSpec.of(variant="postlocal", n_chans=30, n_times=200, sfreq=100.0, ch_names=windows.ch_names)
-    fitted = fit_recording(raw, spec)
+    steps = Preprocessing().steps
+    signal = SignalSpec(n_chans=30, n_times=200, sfreq=100.0, ch_names=windows.signal.ch_names, steps=steps, phase="zero-phase")
+    fitted = fit_recording(raw, signal)
     assert windows.eeg.shape[1:] == (30, 200)
     assert "left out 2 channels: EOG1, EOG2" in windows.steps
-    assert windows.preprocessing == spec.preprocessing
+    assert (windows.signal.steps, windows.signal.phase) == (steps, "zero-phase")
     for i in (0, 10, len(windows) - 1):
         start = round((reaction_times(raw, REACTION)[i][0] + 0.5) * 100)
         np.testing.assert_array_equal(windows.eeg[i], fitted.data[:, start : start + 200])
@@ -106,27 +107,29 @@ def test_windows_in_stretches_marked_bad_are_left_out(tmp_path):
     raw = make_raw(2000)
     raw.set_annotations(mne.Annotations([3.0, 8.5, 15.0], [2.0, 0.0, 1.0], ["BAD_movement", "EDGE boundary", "blink"]))
     raw.crop(1.0)  # the marks lie at 2 to 4 s and at 7.5 s now
-    windows = load_windows(DataConfig(source=(save_raw(raw, tmp_path / "one_raw.fif"),), hop=1.0, preprocessing=UNTOUCHED))
+    windows = load_windows(
+        DataConfig(source=(save_raw(raw, tmp_path / "one_raw.fif"),), hop=1.0, preprocessing=UNTOUCHED, phase="zero-phase")
+    )
     assert windows.onset.tolist() == [0.0, 4.0, 5.0, *np.arange(7.5, 17)]  # "EDGE boundary" is a pause: windows start anew
     assert "left out 3 windows in stretches marked bad" in windows.steps
     raw.set_annotations(mne.Annotations([0.0], [19.0], ["bad"]))
     with pytest.raises(DataError, match="two_raw has no whole window that is not marked bad"):
-        load_windows(DataConfig(source=(save_raw(raw, tmp_path / "two_raw.fif"),), preprocessing=UNTOUCHED))
+        load_windows(DataConfig(source=(save_raw(raw, tmp_path / "two_raw.fif"),), preprocessing=UNTOUCHED, phase="zero-phase"))
 
 
 def test_all_recordings_get_the_channels_of_the_first(tmp_path):
     names = ("Fz", "T7", "Cz", "T8", "Oz")
     first, second = make_raw(1000, names), make_raw(1000, ("Oz", "POz", "T8", "T7", "Cz", "Fz"), seed=1)
     sources = (save_raw(first, tmp_path / "one_raw.fif"), save_raw(second, tmp_path / "two_raw.fif"))
-    windows = load_windows(DataConfig(source=sources, preprocessing=UNTOUCHED))
-    assert windows.ch_names == names
+    windows = load_windows(DataConfig(source=sources, preprocessing=UNTOUCHED, phase="zero-phase"))
+    assert windows.signal.ch_names == names
     expected = second.get_data(picks=list(names))[:, :200] * 1e6
     np.testing.assert_allclose(windows.eeg[windows.recording == "two_raw"][0], expected, rtol=1e-6)
     second.info["bads"] = ["Cz"]
     save_raw(second, tmp_path / "two_raw.fif")
     with pytest.raises(RecordingError, match="^two_raw: The recording lacks, or marks as bad, 1 of the model's 5 channels: Cz"):
-        load_windows(DataConfig(source=sources, preprocessing=UNTOUCHED))
-    windows = load_windows(DataConfig(source=sources, preprocessing=UNTOUCHED, interpolate=True))
+        load_windows(DataConfig(source=sources, preprocessing=UNTOUCHED, phase="zero-phase"))
+    windows = load_windows(DataConfig(source=sources, preprocessing=UNTOUCHED, phase="zero-phase", interpolate=True))
     np.testing.assert_allclose(windows.eeg[windows.recording == "two_raw"][0][[0, 1, 3, 4]], expected[[0, 1, 3, 4]], rtol=1e-6)
 
 
@@ -135,20 +138,26 @@ def test_a_column_of_a_tsv_gives_targets(tmp_path):
     source = save_raw(raw, tmp_path / "one_raw.fif")
     (tmp_path / "one_raw.tsv").write_text("onset\tspeed\n1.0\t3.5\n4.0\t2.5\n19.5\t1.0\n")
     target = Target(kind="column", column="speed", tmin=0.0)
-    windows = load_windows(DataConfig(source=(source,), target=target, preprocessing=UNTOUCHED))
+    windows = load_windows(DataConfig(source=(source,), target=target, preprocessing=UNTOUCHED, phase="zero-phase"))
     assert windows.targets.tolist() == [3.5, 2.5]  # the last event has no whole window
     np.testing.assert_allclose(windows.eeg[1], raw.get_data()[:, 400:600] * 1e6, rtol=1e-6)
-    np.testing.assert_allclose(windows.positions, [ch["loc"][:3] for ch in raw.info["chs"]])
+    np.testing.assert_allclose(windows.signal.positions, [ch["loc"][:3] for ch in raw.info["chs"]])
     (tmp_path / "one_raw.tsv").write_text("onset\tspeed\ttrial_type\n1.0\t3.5\tgo\n2.0\tn/a\trest\n4.0\t2.5\tgo\n")
     with pytest.raises(DataError, match="1 of 3 labels are missing"):
-        load_windows(DataConfig(source=(source,), target=target, preprocessing=UNTOUCHED))
+        load_windows(DataConfig(source=(source,), target=target, preprocessing=UNTOUCHED, phase="zero-phase"))
     picked = dataclasses.replace(target, stimulus=("go",))
-    assert load_windows(DataConfig(source=(source,), target=picked, preprocessing=UNTOUCHED)).targets.tolist() == [3.5, 2.5]
+    assert load_windows(
+        DataConfig(source=(source,), target=picked, preprocessing=UNTOUCHED, phase="zero-phase")
+    ).targets.tolist() == [3.5, 2.5]
     (tmp_path / "one_raw.tsv").write_text("onset\tspeed\nn/a\t3.5\n")
     with pytest.raises(DataError, match="An onset in one_raw.tsv is no number"):
-        load_windows(DataConfig(source=(source,), target=target, preprocessing=UNTOUCHED))
+        load_windows(DataConfig(source=(source,), target=target, preprocessing=UNTOUCHED, phase="zero-phase"))
     with pytest.raises(DataError, match="has no columns onset and pace"):
-        load_windows(DataConfig(source=(source,), target=dataclasses.replace(target, column="pace"), preprocessing=UNTOUCHED))
+        load_windows(
+            DataConfig(
+                source=(source,), target=dataclasses.replace(target, column="pace"), preprocessing=UNTOUCHED, phase="zero-phase"
+            )
+        )
 
 
 @pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame.set_index")  # MNE's own use of pandas
@@ -168,7 +177,7 @@ def test_epochs_keep_their_band_and_give_the_channels_in_order(tmp_path):
     data = epochs.get_data(picks=["Pz", "Cz"], copy=True)[:, :, 70:270] * 1e6
     np.testing.assert_allclose(windows.eeg, data - data.mean(axis=1, keepdims=True), atol=1e-4)
     np.testing.assert_allclose(windows.targets, metadata["reaction_time"], rtol=1e-6)
-    assert windows.preprocessing == Preprocessing(reference="average", l_freq=1.0, h_freq=30.0)
+    assert windows.signal.steps == Preprocessing(reference="average", l_freq=1.0, h_freq=30.0).steps
     target = Target(kind="column", column="event", task="classification", tmin=0.0)
     windows = load_windows(DataConfig(source=(str(path),), target=target))
     assert windows.class_names == ("left", "right")
@@ -200,7 +209,11 @@ def test_a_bids_folder_gives_subjects_sessions_and_columns(tmp_path):
             warnings.simplefilter("ignore")
             mne_bids.write_raw_bids(raw, path, format="BrainVision", allow_preload=True, verbose="error")
     config = DataConfig(
-        source=(str(tmp_path),), target=Target(stimulus=("stim",), response=("press",)), preprocessing=UNTOUCHED, n_folds=3
+        source=(str(tmp_path),),
+        target=Target(stimulus=("stim",), response=("press",)),
+        preprocessing=UNTOUCHED,
+        phase="zero-phase",
+        n_folds=3,
     )
     windows = load_windows(config)
     np.testing.assert_allclose(windows.targets, [0.4, 0.7] * 3, atol=0.011)
@@ -237,15 +250,15 @@ def save_npz(path, **changes):
         "subject": np.repeat(["a", "b", "c"], 4),
     }
     np.savez(path, **{k: v for k, v in (arrays | changes).items() if v is not None})
-    return DataConfig(source=(str(path),), preprocessing=UNTOUCHED, target=Target())
+    return DataConfig(source=(str(path),), preprocessing=UNTOUCHED, phase="zero-phase", target=Target())
 
 
 def test_an_npz_file_gives_what_was_saved(tmp_path):
     windows = load_windows(save_npz(tmp_path / "w.npz"))
     assert windows.eeg.std() == pytest.approx(10, rel=0.05)
     assert windows.targets.tolist() == list(range(12))
-    assert windows.positions is None
-    assert windows.preprocessing == UNTOUCHED
+    assert windows.signal.positions is None
+    assert windows.signal.steps == UNTOUCHED.steps
 
 
 @pytest.mark.parametrize(
@@ -280,8 +293,8 @@ def test_channels_of_an_npz_file_are_picked_and_placed_by_name(tmp_path):
     places = np.array([[0.0, 0.07, 0.05], [0.0, 0.0, 0.1], [0.0, -0.07, 0.05]])
     config = dataclasses.replace(save_npz(tmp_path / "w.npz", positions=places), ch_names=("Pz", "fz"))
     windows = load_windows(config)
-    assert windows.ch_names == ("Pz", "Fz")
-    assert windows.positions == (tuple(places[2]), tuple(places[0]))
+    assert windows.signal.ch_names == ("Pz", "Fz")
+    assert windows.signal.positions == (tuple(places[2]), tuple(places[0]))
     np.testing.assert_allclose(windows.eeg, np.load(tmp_path / "w.npz")["eeg"][:, [2, 0]] * 1e6, rtol=1e-6)
 
 

@@ -10,7 +10,7 @@ from sjepa_deploy.cli import _command, run_command
 from sjepa_deploy.eeg.epochs import holds_windows, read_windows
 from sjepa_deploy.errors import RecordingError
 
-SPEC = small_spec()
+SPEC = small_spec().signal
 
 
 def epochs_of(sfreq=100.0, n=6, tmin=-0.2, tmax=2.4):

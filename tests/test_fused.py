@@ -710,7 +710,7 @@ def test_a_decoder_sends_new_samples_alone_and_decides_the_same(gpu, make_model,
     _, decisions, _ = decode_samples(predict, samples, hop=0.1, late="queue", roll=True)
     backend.close()
     assert sizes == [200, 10, 200, 10, 10, 10, 10]  # the first two warm up
-    filtered = causal_preprocessing(samples, info_of(bundle.spec), bundle.spec)
+    filtered = causal_preprocessing(samples, info_of(bundle.spec), bundle.spec.signal)
     windows = np.stack([filtered[:, 10 * i : 10 * i + 200] for i in range(5)])
     np.testing.assert_allclose([d.prediction for d in decisions], run_reference(model.double(), windows), rtol=1e-4, atol=1e-5)
 

@@ -1,7 +1,5 @@
 """Which channels are which: names, electrodes, units and rates as real files state them."""
 
-import dataclasses
-
 import mne
 import numpy as np
 import pytest
@@ -17,21 +15,21 @@ from sjepa_deploy.eeg.recording import fit_recording, read_recording
 from sjepa_deploy.errors import RecordingError
 from sjepa_deploy.learning.data import DataConfig
 from sjepa_deploy.learning.loading import load_windows
-from sjepa_deploy.spec import ModelSpec, Preprocessing
+from sjepa_deploy.spec import Preprocessing, SignalSpec
 
 NAMES = ["EEG Fz", "EEG Cz", "EEG Pz", "EEG Oz"]
 UNTOUCHED = Preprocessing(reference="none", l_freq=None, h_freq=None)
 
 
 def spec_of(ch_names, positions=None, *, sfreq=100.0):
-    return ModelSpec.of(
-        variant="prelocal",
+    return SignalSpec(
         n_chans=len(ch_names),
         n_times=200,
         sfreq=sfreq,
         ch_names=tuple(ch_names),
         positions=positions,
-        preprocessing=UNTOUCHED,
+        steps=UNTOUCHED.steps,
+        phase="zero-phase",
     )
 
 
@@ -99,12 +97,12 @@ def test_channels_that_say_that_they_are_no_eeg_are_learned_from_only_if_they_ar
     assert says_other_than_eeg(name)
     raw = raw_of(["Fz", "Cz", name])
     raw.save(tmp_path / "a_raw.fif", verbose="error")
-    config = DataConfig(source=(str(tmp_path / "a_raw.fif"),), preprocessing=UNTOUCHED)
+    config = DataConfig(source=(str(tmp_path / "a_raw.fif"),), preprocessing=UNTOUCHED, phase="zero-phase")
     windows = load_windows(config)
-    assert windows.ch_names == ("Fz", "Cz")
+    assert windows.signal.ch_names == ("Fz", "Cz")
     assert f"left out 1 channels: {name}" in windows.steps
     named = DataConfig(source=config.source, preprocessing=UNTOUCHED, ch_names=("Fz", name))
-    assert load_windows(named).ch_names == ("Fz", name)
+    assert load_windows(named).signal.ch_names == ("Fz", name)
 
 
 def test_no_electrode_of_a_standard_montage_says_that_it_is_no_eeg():
@@ -242,7 +240,7 @@ def test_the_unit_guard_says_where_and_can_be_switched_off():
 def test_a_flat_recording_is_called_flat_and_no_other_unit():
     names = ["Fz", "Cz", "Pz", "Oz"]
     raw = mne.io.RawArray(np.full((4, 3000), 3e-3), mne.create_info(names, 100.0, "eeg"), verbose="error")
-    for spec in (spec_of(names), dataclasses.replace(spec_of(names), preprocessing=Preprocessing())):
+    for spec in (spec_of(names), spec_of(names).replace(steps=Preprocessing().steps)):
         with pytest.raises(RecordingError, match="median channel is flat") as caught:
             fit_recording(raw, spec)
         assert "unit" not in str(caught.value)

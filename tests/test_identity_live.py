@@ -5,21 +5,23 @@ import pylsl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sjepa_deploy.eeg.causal import HALF_TAPS, Preprocessor, design_sos
 
+from sjepa_deploy.eeg.chain import Chain
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.interpolation import match_channels
 from sjepa_deploy.eeg.montage import read_montage
+from sjepa_deploy.eeg.steps import Flow, Resample
+from sjepa_deploy.eeg.steps.rate import HALF_TAPS
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.live.lsl import read_info
-from sjepa_deploy.spec import ModelSpec, Preprocessing
+from sjepa_deploy.spec import Preprocessing, SignalSpec
 
 NAMES = ("Fz", "T7", "Pz", "Oz")
 UNTOUCHED = Preprocessing(reference="none", l_freq=None, h_freq=None)
 
 
 def spec_of(ch_names=NAMES, **changes):
-    return ModelSpec.of(variant="prelocal", n_chans=len(ch_names), n_times=200, sfreq=100.0, ch_names=tuple(ch_names), **changes)
+    return SignalSpec(n_chans=len(ch_names), n_times=200, sfreq=100.0, ch_names=tuple(ch_names), **changes)
 
 
 def info_of(ch_names, **changes):
@@ -124,14 +126,14 @@ def test_channels_of_a_stream_are_renamed_by_the_user():
 @pytest.mark.parametrize("sfreq", [500.02, 600.614990234375, 999.4121105232217, 1024 / 7, 511.9987, 99.995, 100.0003])
 def test_rates_without_a_ratio_of_integers_work_live(sfreq):
     """A sine comes out as the sine at k / 100, late by what the low-pass and half the interpolation take, without drift."""
-    spec = spec_of(("Fz",), preprocessing=UNTOUCHED)
-    pre = Preprocessor(spec, sfreq, np.eye(1))
+    spec = spec_of(("Fz",), steps=UNTOUCHED.steps)
+    chain = Chain(spec, spec.ch_names, sfreq, np.eye(1))
     t = np.arange(round(60 * sfreq)) / sfreq
     x = np.sin(2 * np.pi * 5 * t)[:, None]
-    pre.start(x[0])
-    out, _ = pre(x)
+    chain.start(x[0])
+    out, _ = chain(x)
     assert len(out) == np.count_nonzero(np.arange(len(out) + 5) / 100 * sfreq < len(t) - 1e-6)
-    sos = design_sos(UNTOUCHED, sfreq, 100.0)
+    sos = Resample().sections(Flow(ch_names=spec.ch_names, sfreq=sfreq, goal=spec.goal))
     gain, turn = 1.0 + 0j, np.exp(-2j * np.pi * 5 / sfreq)
     for b0, b1, b2, a0, a1, a2 in sos:
         gain *= (b0 + b1 * turn + b2 * turn**2) / (a0 + a1 * turn + a2 * turn**2)
@@ -149,7 +151,7 @@ def test_rates_without_a_ratio_of_integers_work_live(sfreq):
 def test_no_bit_depends_on_the_chunks_at_any_rate(sfreq, cuts, seed):
     x = np.random.default_rng(seed).normal(size=(3000, 2))
     spec = spec_of(("Fz", "Cz"))
-    whole, parts = Preprocessor(spec, sfreq, np.eye(2)), Preprocessor(spec, sfreq, np.eye(2))
+    whole, parts = (Chain(spec, spec.ch_names, sfreq, np.eye(2)) for _ in range(2))
     whole.start(x[0])
     parts.start(x[0])
     expected, _ = whole(x)
@@ -159,4 +161,4 @@ def test_no_bit_depends_on_the_chunks_at_any_rate(sfreq, cuts, seed):
 
 def test_a_stream_that_is_slower_than_the_model_is_refused():
     with pytest.raises(StreamError, match="The stream has 99 Hz, the model 100 Hz"):
-        Preprocessor(spec_of(("Fz",), preprocessing=UNTOUCHED), 99.0, np.eye(1))
+        Chain(spec_of(("Fz",), steps=UNTOUCHED.steps), ("Fz",), 99.0, np.eye(1))

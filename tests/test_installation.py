@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import small_spec
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -65,8 +64,7 @@ def empty(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bundle(make_bundle):
     """Return a bundle with causal filters, which SciPy runs."""
-    spec = small_spec(preprocessing=Preprocessing(l_freq=0.5, h_freq=40.0, reference="average"))
-    return make_bundle(preprocessing=spec.preprocessing).path
+    return make_bundle(preprocessing=Preprocessing(l_freq=0.5, h_freq=40.0, reference="average")).path
 
 
 def pip(python, line, *, cwd, **changes):

@@ -297,7 +297,7 @@ def test_check_knows_channels_that_are_bad_for_a_while(predict, tmp_path, kind, 
     states = []
     decoder.on_incident(lambda incident: states.append(incident.kind))
     live = [decision.prediction.tobytes() for decision in decoder]
-    causal = causal_preprocessing(samples, info, spec)
+    causal = causal_preprocessing(samples, info, spec.signal)
     offline = [predict(np.ascontiguousarray(w)[None])[0].tobytes() for w in windows(causal, spec.n_times, decoder.hop)]
     assert "channel" in states
     assert live == offline

@@ -21,11 +21,11 @@ from sjepa_deploy.learning.data import DataConfig, Target
 from sjepa_deploy.learning.loading import load_windows
 from sjepa_deploy.learning.targets import reaction_times
 from sjepa_deploy.runtime.live.open_source import SourceOptions, open_source
-from sjepa_deploy.spec import ModelSpec, Preprocessing
+from sjepa_deploy.spec import ModelSpec, Preprocessing, SignalSpec
 
 NAMES = ("Fz", "Cz", "Pz", "Oz")
 UNTOUCHED = Preprocessing(reference="none", l_freq=None, h_freq=None)
-SPEC = ModelSpec.of(variant="prelocal", n_chans=4, n_times=200, sfreq=100.0, ch_names=NAMES, preprocessing=UNTOUCHED)
+SIGNAL = SignalSpec(n_chans=4, n_times=200, sfreq=100.0, ch_names=NAMES, steps=UNTOUCHED.steps, phase="zero-phase")
 SFREQ = 250
 
 
@@ -85,11 +85,11 @@ def interrupted(folder):
 )
 def test_no_window_reaches_over_a_pause_and_times_are_right_after_it(make, after, tmp_path):
     raw = read_recording(make(tmp_path))
-    fitted = fit_recording(raw, SPEC)
+    fitted = fit_recording(raw, SIGNAL)
     assert [segment.onset for segment in fitted.segments] == [0.0, pytest.approx(after)]
-    starts = fitted.window_starts(200, 130)
-    assert len(starts) == sum(map(len, fitted.windows(200, 130)))
-    for window in (w for piece in fitted.windows(200, 130) for w in piece):
+    starts = fitted.window_starts(130)
+    assert len(starts) == sum(map(len, fitted.windows(130)))
+    for window in (w for piece in fitted.windows(130) for w in piece):
         assert np.ptp(window, axis=1).max() < 400  # 3,000 uV where it would reach over the pause
     times = fitted.times(starts)
     np.testing.assert_allclose(times[times < 20], 1.3 * np.arange((times < 20).sum()), atol=1e-9)
@@ -148,8 +148,8 @@ def test_events_of_edf_files_are_those_that_were_written(suffix, is_interrupted,
 
 def test_filters_do_not_reach_over_a_pause(tmp_path):
     """Each half is filtered as MNE filters it alone."""
-    spec = SPEC.replace(preprocessing=Preprocessing(reference="none"), sfreq=250.0, n_times=500)
-    fitted = fit_recording(read_recording(concatenated(tmp_path)), spec)
+    signal = SIGNAL.replace(steps=Preprocessing(reference="none").steps, sfreq=250.0, n_times=500)
+    fitted = fit_recording(read_recording(concatenated(tmp_path)), signal)
     for i, half in enumerate((slice(0, 5000), slice(5000, 10000))):
         alone = mne.filter.filter_data(joined()[:, half], SFREQ, 0.5, 40.0, phase="zero", verbose="error") * 1e6
         np.testing.assert_allclose(fitted.data[:, fitted.segments[i].start : fitted.segments[i].stop], alone, atol=1e-3)
@@ -158,12 +158,12 @@ def test_filters_do_not_reach_over_a_pause(tmp_path):
 def test_stretches_that_are_too_short_are_left_out_and_told(tmp_path):
     raw = raw_of(joined()).set_annotations(mne.Annotations([1.0, 20.0, 25.0], 0, ["BAD boundary"] * 3))
     path = save(tmp_path / "a_raw.fif", raw)
-    fitted = fit_recording(read_recording(path), SPEC.replace(preprocessing=Preprocessing()))
+    fitted = fit_recording(read_recording(path), SIGNAL.replace(steps=Preprocessing().steps))
     assert [round(segment.onset, 6) for segment in fitted.segments] == [1.0, 25.0]  # 5 s do not hold the filter of 6.6 s
     assert any("left out 2 stretches between pauses (6 s)" in step for step in fitted.steps)
     raw.set_annotations(mne.Annotations(np.arange(1.0, 40.0), 0, ["BAD boundary"] * 39))
     with pytest.raises(RecordingError, match="longest of 40 stretches between pauses lasts 1 s, one window of the model 2 s"):
-        fit_recording(read_recording(save(path, raw)), SPEC)
+        fit_recording(read_recording(save(path, raw)), SIGNAL)
 
 
 @pytest.mark.parametrize("gap", [0, 3])
@@ -178,7 +178,7 @@ def test_windows_of_events_of_an_interrupted_recording_begin_with_their_event(ga
         events += [(starts[second] + 0.2, "stim"), (starts[second] + 0.2 + answers[-1] + gap * (second == 39), "resp")]
     path = write_edf(tmp_path / "a.edf", NAMES, data, [SFREQ] * 4, onsets=starts, events=sorted(events))
     target = Target(stimulus=("stim",), response=("resp",), tmin=0.0, max_reaction_time=5.0)
-    windows = load_windows(DataConfig(source=(str(path),), preprocessing=UNTOUCHED, target=target))
+    windows = load_windows(DataConfig(source=(str(path),), preprocessing=UNTOUCHED, phase="zero-phase", target=target))
     steps = np.abs(windows.eeg[:, 0, :9] - windows.eeg[:, 0, 15:24]).min(axis=1)
     assert (steps > 200).all()
     expected = [answer for second, answer in zip([*range(2, 116, 6), 39], answers, strict=True) if second not in (38, 39)]
@@ -196,10 +196,12 @@ def test_an_event_before_a_pause_has_no_window_after_it(tmp_path):
     path = save(tmp_path / "a_raw.fif", raw)
     (tmp_path / "a_raw.tsv").write_text("onset\tspeed\n5.0\t1\n19.8\t2\n25.0\t3\n")
     target = Target(kind="column", column="speed", tmin=0.5)
-    windows = load_windows(DataConfig(source=(str(path),), preprocessing=UNTOUCHED, target=target))
+    windows = load_windows(DataConfig(source=(str(path),), preprocessing=UNTOUCHED, phase="zero-phase", target=target))
     assert windows.targets.tolist() == [1, 3]
     assert load_windows(
-        DataConfig(source=(str(path),), preprocessing=UNTOUCHED, target=dataclasses.replace(target, tmin=-2.0))
+        DataConfig(
+            source=(str(path),), preprocessing=UNTOUCHED, phase="zero-phase", target=dataclasses.replace(target, tmin=-2.0)
+        )
     ).targets.tolist() == [1, 2, 3]
 
 
@@ -210,7 +212,7 @@ def test_what_readers_warn_of_reaches_the_user(tmp_path):
     path.write_bytes(whole[:236] + b"-1      " + whole[244:])  # never closed
     raw = read_recording(path)
     assert any("Inferring from the file size" in note for note in told(raw).notes)
-    fitted = fit_recording(raw, SPEC.replace(n_chans=1, ch_names=("Fz",)))
+    fitted = fit_recording(raw, SIGNAL.replace(n_chans=1, ch_names=("Fz",)))
     assert fitted.steps[: len(told(raw).notes)] == told(raw).notes
     raw = read_recording(eeglab(tmp_path))
     assert any("'boundary' events" in note for note in told(raw).notes)
@@ -241,7 +243,8 @@ def test_a_recording_without_a_pause_is_one_segment():
 
 def test_a_file_that_is_streamed_is_interrupted_at_its_pauses(tmp_path):
     """Every chunk lies in one segment, and the first of each but the first says that the stream was interrupted."""
-    source = open_source(f"file:{skipped(tmp_path)}", SPEC, SourceOptions(speed=float("inf"), chunk=300))
+    spec = ModelSpec(variant="prelocal", signal=SIGNAL)
+    source = open_source(f"file:{skipped(tmp_path)}", spec, SourceOptions(speed=float("inf"), chunk=300))
     chunks = []
     while not source.ended:
         chunks.append(source.read(0.0))

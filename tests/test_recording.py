@@ -16,15 +16,15 @@ from sjepa_deploy.eeg.montage import read_montage
 from sjepa_deploy.eeg.pauses import told
 from sjepa_deploy.eeg.recording import fit_recording, read_recording, window_starts, windows
 from sjepa_deploy.errors import InputError, MissingDependencyError, RecordingError
-from sjepa_deploy.spec import ModelSpec, Preprocessing
+from sjepa_deploy.spec import Preprocessing, SignalSpec
 
 UNTOUCHED = Preprocessing(reference="none", l_freq=None, h_freq=None)
 XDF_NAMES = tuple(f"X{i}" for i in range(8))
 
 
-def make_spec(ch_names, *, sfreq=100.0, preprocessing=UNTOUCHED, **changes) -> ModelSpec:
-    kwargs = {"variant": "postlocal", "n_times": 200} | changes
-    return ModelSpec.of(n_chans=len(ch_names), ch_names=tuple(ch_names), sfreq=sfreq, preprocessing=preprocessing, **kwargs)
+def make_spec(ch_names, *, sfreq=100.0, preprocessing=UNTOUCHED, **changes) -> SignalSpec:
+    fields = {"n_times": 200, "phase": "zero-phase"} | changes
+    return SignalSpec(n_chans=len(ch_names), ch_names=tuple(ch_names), sfreq=sfreq, steps=preprocessing.steps, **fields)
 
 
 def make_raw(data, ch_names, sfreq=100.0) -> mne.io.RawArray:
@@ -377,7 +377,7 @@ def test_names_that_differ_in_case_only():
 
 
 def test_a_model_without_channel_names(eeglab):
-    spec = ModelSpec.of(variant="prelocal", n_chans=32, n_times=200, sfreq=100.0)
+    spec = SignalSpec(n_chans=32, n_times=200, sfreq=100.0)
     with pytest.raises(RecordingError, match=r"no channel names.*`--montage` or `--channels`"):
         fit_recording(eeglab, spec)
 
@@ -548,7 +548,7 @@ def test_samples_in_another_unit_are_noticed(rms):
 def test_one_channel_has_no_average_reference():
     raw = make_raw(noise(1, 400), ["Cz"])
     assert fit_recording(raw, make_spec(["Cz"])).data.std() > 0
-    average = make_spec(["Cz"]).replace(preprocessing=Preprocessing(reference="average", l_freq=None, h_freq=None))
+    average = make_spec(["Cz"], preprocessing=Preprocessing(reference="average", l_freq=None, h_freq=None))
     with pytest.raises(RecordingError, match="Nothing is left of one channel .*`--reference none`"):
         fit_recording(raw, average)
 

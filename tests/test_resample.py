@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sincs import sinc_sums
-from sjepa_deploy.eeg.resample import PASS, check_rate, resample, resampled_n_times
 
+from sjepa_deploy.eeg.steps.rate import PASS, check_rate, resample, resampled_n_times
 from sjepa_deploy.errors import RecordingError
 
 RATES = (200, 250, 256, 512, 1024, 2048, 500, 1000, 480, 300, 220, 128, 125, 600.614990234375, 500.02, 999.4121105232217)

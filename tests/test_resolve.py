@@ -171,14 +171,16 @@ def test_the_default_contract_is_129_channels_of_2_s_and_said(variant):
     hydrocel = read_montage("GSN-HydroCel-129")
     assert (spec.ch_names, spec.positions) == (hydrocel.ch_names, hydrocel.positions)
     assert (spec.n_chans, spec.n_times, spec.sfreq, spec.unit) == (129, 200, 100.0, "uV")
-    assert (spec.n_outputs, spec.n_spat_filters, spec.preprocessing) == (1, 4, Preprocessing())
+    assert (spec.n_outputs, spec.n_spat_filters, spec.signal.steps) == (1, 4, Preprocessing().steps)
     assert assumed == (
         "the channels are those of GSN-HydroCel-129",
         "a window has 200 samples",
         "the sampling rate is 100 Hz",
         "recordings are filtered as in the published pretraining",
         "recordings are referenced to their average",
+        "the model learned from zero-phase filtered recordings",
     )
+    assert spec.signal.phase == "zero-phase"
 
 
 @pytest.mark.parametrize(
@@ -188,21 +190,22 @@ def test_the_default_contract_is_129_channels_of_2_s_and_said(variant):
         ({"sfreq": 128.0}, "the sampling rate"),
         ({"ch_names": NAMES, "n_chans": 4}, "GSN-HydroCel"),
         ({"preprocessing": {"reference": "none"}}, "average"),
-        ({"preprocessing": {"l_freq": 1.0, "h_freq": None}}, "filtered"),
+        ({"preprocessing": {"l_freq": 1.0, "h_freq": None}}, "published pretraining"),
+        ({"phase": "causal"}, "zero-phase"),
     ],
 )
 def test_what_is_asked_for_is_not_assumed(asked, said):
     spec, assumed = resolve_spec({"variant": "postlocal"} | asked, None)
-    assert len(assumed) == 4
+    assert len(assumed) == 5
     assert not [sentence for sentence in assumed if said in sentence]
     preprocessing = asked.pop("preprocessing", {})
-    assert all(getattr(spec, field) == value for field, value in asked.items())
-    assert all(getattr(spec.preprocessing, field) == value for field, value in preprocessing.items())
+    assert all(getattr(spec.signal, field) == value for field, value in asked.items())
+    assert spec.signal.steps == Preprocessing(**preprocessing).steps
 
 
 def test_one_channel_is_not_referenced_to_its_own_average():
     spec, assumed = resolve_spec({"variant": "postlocal", "ch_names": ("Cz",), "n_chans": 1}, None)
-    assert spec.preprocessing == Preprocessing(reference="none")
+    assert spec.signal.steps == Preprocessing(reference="none").steps
     assert "one channel keeps its reference" in assumed
 
 
@@ -254,7 +257,7 @@ def test_a_channel_count_is_enough_where_positions_do_not_matter(bare, variant, 
 @pytest.mark.parametrize(("sfreq", "h_freq"), [(64.0, None), (80.0, None), (80.1, 40.0), (100.0, 40.0), (1000.0, 40.0)])
 def test_a_slow_rate_leaves_the_upper_edge_open(sfreq, h_freq):
     spec, _ = resolve_spec({"variant": "postlocal", "sfreq": sfreq}, None)
-    assert spec.preprocessing == Preprocessing(l_freq=0.5, h_freq=h_freq)
+    assert spec.signal.steps == Preprocessing(l_freq=0.5, h_freq=h_freq).steps
 
 
 @pytest.mark.parametrize("class_names", [("left",), ("left", "right", "rest")])
@@ -266,8 +269,8 @@ def test_class_names_must_be_as_many_as_outputs(class_names):
 
 
 def test_class_names_are_counted_against_the_checkpoints_outputs(bare):
-    with pytest.raises(SpecError, match="There are 2 class names for 1 outputs"):
-        resolve_spec({"class_names": ("left", "right")}, bare("prelocal", 3))
+    with pytest.raises(SpecError, match="There are 3 class names for 1 outputs"):
+        resolve_spec({"class_names": ("left", "right", "rest")}, bare("prelocal", 3))
 
 
 @pytest.mark.parametrize(

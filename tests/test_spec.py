@@ -72,7 +72,7 @@ def test_the_default_preprocessing_suits_any_rate(sfreq):
     preprocessing = Preprocessing.default(sfreq)
     assert preprocessing.h_freq == (40.0 if sfreq > 80 else None)
     assert preprocessing.l_freq == (0.5 if sfreq > 1 else None)
-    assert small_spec(sfreq=sfreq, preprocessing=preprocessing).preprocessing == preprocessing
+    assert small_spec(sfreq=sfreq, preprocessing=preprocessing).signal.steps == preprocessing.steps
 
 
 def test_specs_are_values():
@@ -144,7 +144,8 @@ def test_bands_with_open_sides(band):
         ({"positions": ((0.0, 0.0, 0.0),) * 129}, "The positions are not finite, or all zero. Give positions in metres"),
         ({"positions": ((math.nan, 0.0, 0.1),) * 129}, "The positions are not finite"),
         ({"positions": ((0.0, 0.0, 95.0),) * 129}, "A position is 95 m from the head's centre. Give positions in metres, not in"),
-        ({"class_names": ("left", "right")}, "There are 2 class names for 1 outputs. Name every output once."),
+        ({"class_names": ("left", "right", "rest")}, "There are 3 class names for 1 outputs. Name every output once."),
+        ({"n_outputs": 3, "class_names": ("left", "right")}, "There are 2 class names for 3 outputs. Name every output once."),
         ({"n_outputs": 2, "class_names": ("left", "left")}, "A class has an empty name, or that of another one."),
         ({"n_outputs": 2, "class_names": ("left", "")}, "A class has an empty name"),
         ({"n_outputs": 2, "class_names": ("left", "a\tb")}, r"class name 'a\tb' breaks the lines of a table"),

@@ -18,16 +18,17 @@ import scipy.signal
 from bundles import export_small, small_spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sjepa_deploy.eeg.causal import Preprocessor, RateReducer, design_sos
 from streams import ScriptedSource, Wrapped, chunks_of, decode, decode_samples, eeg, info_of, predictions, replay, run_stream
 
 import sjepa_deploy
-from sjepa_deploy.eeg import causal as filters
+from sjepa_deploy.eeg.chain import Chain, algorithmic_delay
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.interpolation import mixing_matrix, on_sphere, spline_weights
 from sjepa_deploy.eeg.montage import fit_sphere, read_montage
 from sjepa_deploy.eeg.quality import ChannelState
 from sjepa_deploy.eeg.recording import read_recording
+from sjepa_deploy.eeg.steps import BandPass, Flow, Resample
+from sjepa_deploy.eeg.steps.rate import HALF_TAPS, RateReducer, ratio_of_rates
 from sjepa_deploy.errors import BackendError, MissingDependencyError, RecordingError, StreamError
 from sjepa_deploy.runtime.live.check import check_streaming
 from sjepa_deploy.runtime.live.config import StreamConfig
@@ -52,14 +53,15 @@ def predict(make_bundle):
 @pytest.mark.parametrize(("sfreq_in", "sfreq_out"), [(100, 100), (500, 100), (128, 100), (250, 100), (1000, 128)])
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_preprocessing_in_chunks_has_the_bits_of_the_whole(sfreq_in, sfreq_out, chunk):
-    spec = small_spec(sfreq=float(sfreq_out))
+    signal = small_spec(sfreq=float(sfreq_out)).signal
     samples = eeg(3000, sfreq=sfreq_in) + 5000.0
-    matrix, _ = mixing_matrix(spec.ch_names[1:], spec)
+    names = signal.ch_names[1:]
+    matrix, _ = mixing_matrix(names, signal)
 
     def run(size):
-        pre = Preprocessor(spec, float(sfreq_in), matrix)
-        pre.start(samples[0, 1:])
-        parts = [pre(samples[start : start + size, 1:]) for start in range(0, len(samples), size)]
+        chain = Chain(signal, names, float(sfreq_in), matrix)
+        chain.start(samples[0, 1:])
+        parts = [chain(samples[start : start + size, 1:]) for start in range(0, len(samples), size)]
         return np.concatenate([out for out, _ in parts])
 
     whole, cut = run(len(samples)), run(chunk)
@@ -73,26 +75,35 @@ def test_rate_reducer_gives_the_signal_between_samples(sfreq_in):
     ratio = Fraction(100) / Fraction(int(sfreq_in))
     time_in = np.arange(1000) / sfreq_in
     reducer = RateReducer(ratio, 1)
-    out, rows = reducer(np.sin(2 * np.pi * 13 * time_in)[:, None])
-    time_out = np.arange(len(out)) / 100 - filters.HALF_TAPS / sfreq_in
-    later = time_out > 2 * filters.HALF_TAPS / sfreq_in
+    reducer.start(np.zeros(1))
+    out = reducer(np.sin(2 * np.pi * 13 * time_in)[:, None])
+    time_out = np.arange(len(out)) / 100 - HALF_TAPS / sfreq_in
+    later = time_out > 2 * HALF_TAPS / sfreq_in
     np.testing.assert_allclose(out[later, 0], np.sin(2 * np.pi * 13 * time_out[later]), atol=2e-3)
-    assert rows == [math.floor(k / ratio) for k in range(len(out))]
+    assert reducer.rows == [math.floor(k / ratio) for k in range(len(out))]
+
+
+def sections_of(preprocessing, sfreq_in, sfreq_out):
+    """Return the sections of all filters before the rate is reduced."""
+    flow = Flow(ch_names=("Cz",), sfreq=sfreq_in, goal=small_spec(sfreq=sfreq_out).signal.goal)
+    filters = [step for step in preprocessing.steps if isinstance(step, (BandPass, Resample))]
+    return np.concatenate([each.sections(flow) for each in filters])
 
 
 def test_filter_has_the_band_and_stops_what_would_alias():
-    sos = design_sos(Preprocessing(l_freq=0.5, h_freq=40.0), 500.0, 100.0)
+    sos = sections_of(Preprocessing(l_freq=0.5, h_freq=40.0), 500.0, 100.0)
     _, response = scipy.signal.sosfreqz(sos, worN=[0.5, 10, 60, 90, 200], fs=500)
     decibels = 20 * np.log10(np.abs(response))
     assert decibels[0] == pytest.approx(-3.0, abs=0.1)
     assert abs(decibels[1]) < 0.1
     assert max(decibels[2:]) < -39  # from 60 Hz on, what would fold to below 40 Hz
-    assert len(design_sos(Preprocessing(l_freq=None, h_freq=None), 100.0, 100.0)) == 0
+    assert len(sections_of(Preprocessing(l_freq=None, h_freq=None), 100.0, 100.0)) == 0
 
 
 def test_group_delay_is_that_of_scipy():
-    sos = design_sos(Preprocessing(), 500.0, 100.0)
-    delay = filters.algorithmic_delay(sos, 500.0, Fraction(1, 5))
+    sos = sections_of(Preprocessing(), 500.0, 100.0)
+    delay = algorithmic_delay(small_spec(preprocessing=Preprocessing()).signal, 500.0)
+    assert [hertz for hertz, _ in delay.at_hz] == [2.0, 4.0, 10.0, 20.0]
     for hertz, seconds in delay.at_hz:
         step = 1e-3
         _, response = scipy.signal.sosfreqz(sos, worN=[hertz - step, hertz + step], fs=500)
@@ -102,8 +113,8 @@ def test_group_delay_is_that_of_scipy():
 
 def test_rates_that_cannot_be_met_are_refused():
     with pytest.raises(StreamError, match="The stream has 50 Hz, the model 100 Hz"):
-        filters.ratio_of_rates(50.0, 100.0)
-    assert float(filters.ratio_of_rates(math.pi * 100, 100.0)) == pytest.approx(1 / math.pi, rel=1e-15)
+        ratio_of_rates(50.0, 100.0)
+    assert float(ratio_of_rates(math.pi * 100, 100.0)) == pytest.approx(1 / math.pi, rel=1e-15)
 
 
 def test_missing_scipy_names_the_extra(monkeypatch):
@@ -111,7 +122,7 @@ def test_missing_scipy_names_the_extra(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "scipy.signal", None)
     with pytest.raises(MissingDependencyError, match=r"SciPy.*pip install .*'scipy>=.*\[stream\]"):
-        design_sos(Preprocessing(), 100.0, 100.0)
+        sections_of(Preprocessing(), 100.0, 100.0)
 
 
 # ---------------------------------------------------------------- interpolation
@@ -139,17 +150,17 @@ def test_channels_of_another_net_are_interpolated_by_their_names(written):
     from sjepa_deploy.eeg.recording import fit_recording
 
     montage = read_montage("GSN-HydroCel-129")
-    spec = small_spec(
+    signal = small_spec(
         n_chans=129,
         ch_names=montage.ch_names,
         positions=montage.positions,
         sfreq=128.0,
         preprocessing=Preprocessing(reference="none", l_freq=None, h_freq=None),
-    )
+    ).signal
     raw = read_recording(written("eeglab_data.set").path).crop(0, 10)
     raw.set_montage(None)
-    matrix, made = mixing_matrix(raw.ch_names, spec)
-    wanted = fit_recording(raw, spec, interpolate=True).data
+    matrix, made = mixing_matrix(raw.ch_names, signal)
+    wanted = fit_recording(raw, signal, interpolate=True).data
     got = matrix @ raw.get_data() * 1e6
     assert len(made) > 100
     assert np.abs(got - wanted).max() < 1e-3 * wanted.std()
@@ -157,16 +168,16 @@ def test_channels_of_another_net_are_interpolated_by_their_names(written):
 
 def test_one_channel_is_not_referenced_to_itself():
     spec = small_spec("prelocal", n_chans=1, ch_names=("Cz",), positions=None, preprocessing=Preprocessing(reference="average"))
-    with pytest.raises(StreamError, match="Nothing is left of one channel"):
-        Preprocessor(spec, spec.sfreq, np.ones((1, 1)))
+    with pytest.raises(RecordingError, match="Nothing is left of one channel"):
+        Chain(spec.signal, spec.ch_names, spec.sfreq, np.ones((1, 1)))
 
 
 def test_interpolation_needs_positions_and_four_channels(predict):
-    spec = predict.spec.replace(positions=None)
+    signal = predict.spec.signal.replace(positions=None)
     with pytest.raises(StreamError, match="no positions"):
-        mixing_matrix(spec.ch_names[1:], spec)
+        mixing_matrix(signal.ch_names[1:], signal)
     with pytest.raises(StreamError, match="Only 3 good channels"):
-        mixing_matrix(spec.ch_names[:3], predict.spec)
+        mixing_matrix(signal.ch_names[:3], predict.spec.signal)
 
 
 # ---------------------------------------------------------------- parity

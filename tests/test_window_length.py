@@ -2,7 +2,6 @@
 
 import json
 import re
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,13 @@ import torch
 from bundles import small_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sjepa_deploy.eeg.causal import Preprocessor, algorithmic_delay, design_sos
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import _command, run_command
 from sjepa_deploy.cli.export import _length_note
+from sjepa_deploy.eeg.chain import Chain, algorithmic_delay
 from sjepa_deploy.eeg.recording import fit_recording, read_recording, windows
+from sjepa_deploy.eeg.steps import BandPass, Flow
 from sjepa_deploy.eeg.synthetic import eeg_windows
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.export.window_length import compare_window_lengths
@@ -76,7 +76,7 @@ def test_the_default_window_has_a_tail_of_almost_half_a_second():
 
 @pytest.fixture(scope="module")
 def recording(recorded):
-    return fit_recording(read_recording(recorded("eeglab_data.set")), small_spec()).data
+    return fit_recording(read_recording(recorded("eeglab_data.set")), small_spec().signal).data
 
 
 def by_hand(model, eeg):
@@ -184,13 +184,13 @@ def delays(sfreq, source_sfreq, **preprocessing):
 def test_the_filters_delay_the_envelope_of_a_rhythm_by_as_much(sfreq, source_sfreq):
     """The live filters at work on a burst of 10 Hz that rises and falls so slowly that it is narrow in frequency."""
     parts = delays(sfreq, source_sfreq)
-    spec = small_spec(sfreq=sfreq)
+    signal = small_spec(sfreq=sfreq, preprocessing=Preprocessing(reference="none")).signal
     time = np.arange(0, 120, 1 / source_sfreq)
     burst = np.exp(-(((time - 60) / 8) ** 2)) * np.cos(2 * np.pi * 10 * time)
     prepared, rows = [], []
-    preprocessor = Preprocessor(spec.replace(preprocessing=Preprocessing(reference="none")), source_sfreq, np.eye(8))
+    chain = Chain(signal, signal.ch_names, source_sfreq, np.eye(8))
     for start in range(0, len(time), 5000):
-        out, at = preprocessor(np.repeat(burst[start : start + 5000, None], 8, axis=1))
+        out, at = chain(np.repeat(burst[start : start + 5000, None], 8, axis=1))
         prepared.append(out[:, 0])
         rows += [row + start for row in at]
     power = np.abs(scipy.signal.hilbert(np.concatenate(prepared))) ** 2
@@ -202,8 +202,11 @@ def test_the_filters_delay_the_envelope_of_a_rhythm_by_as_much(sfreq, source_sfr
 
 
 def test_the_filter_of_the_published_models_delays_slow_rhythms_more():
-    sos = design_sos(Preprocessing(), 128.0, 128.0)
-    for hertz, seconds in algorithmic_delay(sos, 128.0, Fraction(1)).at_hz:
+    signal = small_spec(sfreq=128.0, preprocessing=Preprocessing()).signal
+    sos = BandPass().sections(Flow(ch_names=signal.ch_names, sfreq=128.0, goal=signal.goal))
+    told = algorithmic_delay(signal, 128.0).at_hz
+    assert len(told) == 4
+    for hertz, seconds in told:
         sections = [scipy.signal.group_delay((s[:3], s[3:]), w=[hertz], fs=128)[1][0] for s in sos]
         assert seconds == pytest.approx(sum(sections) / 128, rel=1e-4)
 
