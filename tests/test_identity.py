@@ -165,7 +165,7 @@ def test_more_than_the_share_is_not_interpolated():
     montage = read_montage("sjepa-62")
     raw = raw_of(montage.ch_names[:40])
     spec = spec_of(montage.ch_names, montage.positions)
-    with pytest.raises(RecordingError, match=r"22 of the model's 62 channels would be interpolated, more than a share of 0.25.*"
+    with pytest.raises(RecordingError, match=r"22 of 62 channels of the model would be interpolated, more than 0.25.*"
                                              r"`--interpolate 0.36`"):  # fmt: skip
         fit_recording(raw, spec, interpolate=0.25)
     fitted = fit_recording(raw, spec, interpolate=0.36)

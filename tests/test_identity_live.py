@@ -67,7 +67,7 @@ def test_no_more_than_the_share_is_interpolated_live():
     montage = read_montage("sjepa-62")
     spec = spec_of(montage.ch_names, positions=montage.positions)
     info = info_of(montage.ch_names[:46])  # 16 of 62 are missing: 0.258
-    with pytest.raises(StreamError, match="16 of the model's 62 channels would be interpolated.*`--interpolate 0.26`"):
+    with pytest.raises(StreamError, match="16 of 62 channels of the model would be interpolated.*`--interpolate 0.26`"):
         match_channels(spec, info, interpolate=0.25, bads=())
     assert len(match_channels(spec, info, interpolate=0.26, bads=())[2]) == 16
 

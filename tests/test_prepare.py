@@ -145,7 +145,9 @@ def test_braindecodes_preprocessors_are_read():
 
 
 def test_strings_name_preprocessors_too():
-    found = signal_from_braindecode([Preprocessor("filter", apply_on_array=False, l_freq=None, h_freq=30.0)], **PLACE, event_locked=False)
+    found = signal_from_braindecode(
+        [Preprocessor("filter", apply_on_array=False, l_freq=None, h_freq=30.0)], **PLACE, event_locked=False
+    )
     assert found.steps == (Channels(), BandPass(l_freq=None, h_freq=30.0), ResampleStep())
     assert (found.unit, found.event_window) == ("V", None)
 

@@ -197,7 +197,7 @@ def test_the_filters_delay_the_envelope_of_a_rhythm_by_as_much(sfreq, source_sfr
     delay = (time[rows] * power).sum() / power.sum() - 60
     assert sum(part.seconds for part in parts.values()) == pytest.approx(delay, abs=1e-3)
     assert delay > 0.003
-    assert set(parts) == ({"filters"} if sfreq == source_sfreq else {"filters", "decimator"})
+    assert set(parts) == ({"band-pass"} if sfreq == source_sfreq else {"band-pass", "resample"})
     assert {part.source for part in parts.values()} == {"group delay at 10 Hz"}
 
 
@@ -213,11 +213,11 @@ def test_the_filter_of_the_published_models_delays_slow_rhythms_more():
 
 def test_a_band_that_is_open_on_both_sides_delays_nothing():
     assert delays(100.0, 100.0, l_freq=None, h_freq=None) == {}
-    assert list(delays(100.0, 500.0, l_freq=None, h_freq=None)) == ["decimator"]
+    assert list(delays(100.0, 500.0, l_freq=None, h_freq=None)) == ["resample"]
 
 
 def test_a_rate_that_does_not_hold_10_hz_is_stated_at_what_it_holds():
-    assert delays(12.0, 12.0, l_freq=0.5, h_freq=None)["filters"].source == "group delay at 4 Hz"
+    assert delays(12.0, 12.0, l_freq=0.5, h_freq=None)["band-pass"].source == "group delay at 4 Hz"
 
 
 def test_a_source_that_is_slower_than_the_model_is_refused():
@@ -231,9 +231,9 @@ INFERENCE = AgePart(name="inference", seconds=0.005, source="measured")
 def test_the_decision_age_of_the_default_window():
     age = decision_age(small_spec(), bundle="b", backend="ort-cpu", precision="fp32", hop=0.1, inference=INFERENCE)
     parts = {part.name: part.seconds for part in age.parts}
-    assert list(parts) == ["window", "model", "filters", "hop", "transport", "inference"]
+    assert list(parts) == ["window", "model", "band-pass", "hop", "transport", "inference"]
     assert (parts["window"], parts["model"], parts["hop"], parts["inference"]) == (0.755, 0.48, 0.1, 0.005)
-    assert parts["filters"] == delays(100.0, 100.0)["filters"].seconds
+    assert parts["band-pass"] == delays(100.0, 100.0)["band-pass"].seconds
     assert age.total_s == pytest.approx(sum(parts.values()))
 
 

@@ -237,7 +237,11 @@ class DataConfig:
     @property
     def event_window(self) -> EventWindow | None:
         """Return where windows lie after the events that are learned from."""
-        return None if self.target is None else EventWindow(start=self.target.tmin, events=self.target.stimulus)
+        return (
+            None
+            if self.target is None
+            else EventWindow(start=self.target.tmin, events=self.target.stimulus or tuple(self.target.events))
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
