@@ -26,6 +26,10 @@ CHECKPOINT_FOLDER = "checkpoint"
 CHECKPOINT_FILES = (f"{CHECKPOINT_FOLDER}/config.json", f"{CHECKPOINT_FOLDER}/model.safetensors")
 ENGINE_FOLDER = "engines"
 DECISION_FOLDER = "decisions"
+TASK_FOLDER = "task"
+"""Folder of the results of `sjepa_deploy.evaluation.task`."""
+LATER = tuple(f"{folder}/" for folder in (ENGINE_FOLDER, DECISION_FOLDER, TASK_FOLDER))
+"""Folders of what is made of a bundle later: the manifest does not name their files."""
 MAX_BATCH = 65_536
 """Largest batch of any graph. So many default windows take 6.8 GB."""
 MAX_OPENINGS = 5
@@ -430,11 +434,11 @@ def _looks_like_a_bundle(path: Path) -> bool:
 
 
 def _not_of_the_bundle(path: Path) -> list[str]:
-    """Return the files at `path` that its manifest does not name, except engines and decision layers, which are of one bundle."""
+    """Return the files at `path` that its manifest does not name, except what is made of the bundle later."""
     named = load_json((path / MANIFEST_FILE).read_bytes()).get("files")
     known = {MANIFEST_FILE, *(named if isinstance(named, dict) else ())}
     files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
-    return [name for name in files if name not in known and not name.startswith((f"{ENGINE_FOLDER}/", f"{DECISION_FOLDER}/"))]
+    return [name for name in files if name not in known and not name.startswith(LATER)]
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.sources import Chunk
 from sjepa_deploy.runtime.live.windows import WindowStream
 from sjepa_deploy.spec import Preprocessing
-from sjepa_deploy.spec import Preprocessing
 
 KINDS = ("exact", "rounded", "late", "uniform", "normal", "packets", "one stamp a packet", "held up")
 

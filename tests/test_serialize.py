@@ -7,10 +7,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sjepa_deploy.bundle import Graph, Manifest, Provenance
+from sjepa_deploy.eeg.steps import (
+    BandPass,
+    Baseline,
+    Channels,
+    Clip,
+    ExponentialStandardise,
+    Notch,
+    Reference,
+    Resample,
+    RunningAlignment,
+    Scale,
+    ZScore,
+)
 from sjepa_deploy.errors import SpecError
 from sjepa_deploy.parity import ParityResult
 from sjepa_deploy.serialize import DecodeError, decode, encode, json_schema
-from sjepa_deploy.spec import EncoderSpec, ModelSpec, Preprocessing
+from sjepa_deploy.spec import EncoderSpec, EventWindow, ModelSpec, Preprocessing, SignalSpec
 
 SCHEMA = json_schema(Manifest)
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
@@ -50,33 +63,58 @@ encoders = st.builds(
     n_heads=st.sampled_from([1, 2, 4, 8]),
     drop_prob=st.floats(0, 0.9),
 )
-bands = st.builds(
-    Preprocessing,
-    reference=st.sampled_from(["average", "none"]),
-    l_freq=st.none() | st.floats(0.1, 5),
-    h_freq=st.none() | st.floats(10, 40),
+edges = {"l_freq": st.none() | st.floats(0.1, 5), "h_freq": st.none() | st.floats(10, 40)}
+named = st.lists(st.text(min_size=1), min_size=1, max_size=3, unique_by=str.casefold).map(tuple)
+on_samples = st.one_of(
+    st.builds(BandPass, **edges, order=st.integers(1, 8), design=st.sampled_from(["butterworth", "bessel"])),
+    st.builds(Notch, freq=st.floats(5, 40), harmonics=st.none() | st.integers(1, 9), quality=st.floats(1, 100)),
+    st.builds(Reference, channels=st.none() | named),
+    st.builds(ExponentialStandardise, factor_new=st.floats(1e-5, 0.5), eps=st.floats(1e-9, 1)),
+    st.builds(Clip, limit=st.floats(1e-6, 1e6)),
+    st.builds(Scale, factors=st.tuples(st.floats(1e-6, 1e6))),
+    st.builds(RunningAlignment, block=st.floats(1, 60), half_life=st.floats(1, 600), shrinkage=st.floats(0, 1)),
+)
+z_scores = st.builds(ZScore, eps=st.floats(1e-12, 1))
+event_windows = st.builds(
+    EventWindow, start=st.floats(-5, 5), events=st.lists(st.text(min_size=1), max_size=3, unique=True).map(tuple)
 )
 
 
 @st.composite
-def specs(draw):
-    n_chans, n_outputs = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+def signals(draw):
+    n_chans, event_window = draw(st.integers(1, 5)), draw(st.none() | event_windows)
     names = st.lists(st.text(min_size=1), min_size=n_chans, max_size=n_chans, unique_by=str.casefold).map(tuple)
-    printed = st.text(min_size=1).filter(str.isprintable)  # a class heads a column of a table
-    classes = st.lists(printed, min_size=n_outputs, max_size=n_outputs, unique=True).map(tuple)
     positions = st.tuples(*[st.tuples(coordinate, coordinate, coordinate)] * n_chans)
-    return ModelSpec.of(
-        variant=draw(st.sampled_from(["prelocal", "postlocal", "contextual", "base"])),
+    some = st.lists(on_samples, max_size=2)
+    on_windows = z_scores if event_window is None else z_scores | st.just(Baseline(tmin=None, tmax=None))
+    return SignalSpec(
         n_chans=n_chans,
         n_times=draw(st.integers(100, 600)),
         sfreq=draw(st.floats(81, 1000)),
         unit=draw(st.sampled_from(["nV", "uV", "mV", "V"])),
-        n_outputs=n_outputs,
-        n_spat_filters=draw(positive),
         ch_names=draw(st.none() | names),
         positions=draw(st.none() | positions),
-        class_names=draw(st.none() | classes),
-        preprocessing=draw(bands),
+        steps=(*draw(some), Resample(), *draw(some), Channels(), *draw(some), *draw(st.lists(on_windows, max_size=2))),
+        phase=draw(st.sampled_from(["causal", "zero-phase"])),
+        event_window=event_window,
+    )
+
+
+@st.composite
+def specs(draw):
+    variant, n_outputs = draw(st.sampled_from(["prelocal", "postlocal", "contextual", "base"])), draw(st.integers(1, 4))
+    task = "features" if variant == "base" else draw(st.sampled_from(["classification", "regression"]))
+    printed = st.text(min_size=1).filter(str.isprintable)  # a class heads a column of a table
+    n_classes = draw(st.sampled_from([1, 2])) if n_outputs == 1 else n_outputs
+    classes = st.lists(printed, min_size=n_classes, max_size=n_classes, unique=True).map(tuple)
+    return ModelSpec(
+        variant=variant,
+        signal=draw(signals()),
+        n_outputs=n_outputs,
+        n_spat_filters=draw(positive),
+        task=task,
+        class_names=draw(st.none() | classes) if task == "classification" else None,
+        output_unit=draw(st.none() | st.text()) if task == "regression" else None,
         encoder=draw(encoders),
     )
 
@@ -181,8 +219,9 @@ def test_every_key_is_needed_and_no_other_is_known(manifest_json):
         "seed",
         "notes",
     }
-    defaults |= {"unit", "n_outputs", "n_spat_filters", "ch_names", "positions", "class_names", "preprocessing", "encoder"}
-    defaults |= whole["spec"]["preprocessing"].keys() | whole["spec"]["encoder"].keys()
+    defaults |= {"n_outputs", "n_spat_filters", "task", "class_names", "output_unit", "encoder"}
+    defaults |= {"unit", "ch_names", "positions", "steps", "phase", "event_window"}
+    defaults |= {"l_freq", "h_freq", "order", "design", "channels"} | whole["spec"]["encoder"].keys()
     free = ("tools", "files")
     n_needed = 0
     for place in places(whole):
@@ -205,14 +244,21 @@ def test_every_key_is_needed_and_no_other_is_known(manifest_json):
         (("graphs", 0, "precision"), "fp8", r"graphs\[0\].precision must be one of fp32, fp16, bf16, not 'fp8'"),
         (("graphs", 0, "precision"), True, r"graphs\[0\].precision must be one of"),
         (("graphs", 0, "max_batch"), "64", r"graphs\[0\].max_batch must be of type integer, not str"),
-        (("spec", "n_chans"), 2.5, "spec.n_chans must be of type integer, not float"),
-        (("spec", "n_chans"), True, "spec.n_chans must be of type integer, not bool"),
-        (("spec", "sfreq"), False, "spec.sfreq must be of type number, not bool"),
-        (("spec", "sfreq"), None, "spec.sfreq must be of type number, not NoneType"),
-        (("spec", "positions", 3), [0.1, 0.2], r"spec.positions\[3\] must have 3 items, not 2"),
+        (("spec", "signal", "n_chans"), 2.5, "spec.signal.n_chans must be of type integer, not float"),
+        (("spec", "signal", "n_chans"), True, "spec.signal.n_chans must be of type integer, not bool"),
+        (("spec", "signal", "sfreq"), False, "spec.signal.sfreq must be of type number, not bool"),
+        (("spec", "signal", "sfreq"), None, "spec.signal.sfreq must be of type number, not NoneType"),
+        (("spec", "signal", "positions", 3), [0.1, 0.2], r"spec.signal.positions\[3\] must have 3 items, not 2"),
         (("spec", "encoder", "conv_layers", 0), [8, 32, 8, 1], r"spec.encoder.conv_layers\[0\] must have 3 items, not 4"),
-        (("spec", "ch_names"), "Cz", "spec.ch_names must be an array, not str"),
-        (("spec", "ch_names", 1), 1, r"spec.ch_names\[1\] must be of type string"),
+        (("spec", "signal", "ch_names"), "Cz", "spec.signal.ch_names must be an array, not str"),
+        (("spec", "signal", "ch_names", 1), 1, r"spec.signal.ch_names\[1\] must be of type string"),
+        (
+            ("spec", "signal", "steps", 0, "step"),
+            "cubic",
+            r"spec.signal.steps\[0\] has the unknown step 'cubic'; known are band-pass",
+        ),
+        (("spec", "signal", "steps", 0, "colour"), "blue", r"spec.signal.steps\[0\] has the unknown key 'colour'"),
+        (("spec", "signal", "steps", 0), "band-pass", r"spec.signal.steps\[0\] must be an object, not str"),
         (("weights",), None, "weights must be an object, not NoneType"),
         (("weights", "colour"), "blue", "weights has the unknown key 'colour'"),
         (("tools", "torch"), 2, r"tools\['torch'\] must be of type string"),

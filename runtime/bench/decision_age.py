@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from sjepa_deploy.eeg.chain import flows_of
+from sjepa_deploy.eeg.chain import DELAYS_AT_HZ, flows_of
 from sjepa_deploy.eeg.steps import Flow
 from sjepa_deploy.eeg.steps.rate import ratio_of_rates
 from sjepa_deploy.errors import MissingDependencyError
@@ -156,6 +156,8 @@ def low_latency(age: DecisionAge, spec: ModelSpec) -> DecisionAge | None:
 def filter_delays(spec: ModelSpec, sfreq: float) -> tuple[AgePart, ...]:
     """Return the group delay at `DELAY_AT_HZ` of each step that delays the signal, from the code that runs live.
 
+    The delay is stated at the highest of `DELAYS_AT_HZ` up to there that the rates hold.
+
     Parameters
     ----------
     spec : ModelSpec
@@ -171,8 +173,10 @@ def filter_delays(spec: ModelSpec, sfreq: float) -> tuple[AgePart, ...]:
         If SciPy is not installed.
     """
     ratio_of_rates(sfreq, spec.sfreq)  # refuses a source that is slower
-    hertz = min(DELAY_AT_HZ, 0.4 * min(sfreq, spec.sfreq))
-    signal = spec.signal
+    held = [hertz for hertz in DELAYS_AT_HZ if hertz <= DELAY_AT_HZ and hertz < 0.4 * min(sfreq, spec.sfreq)]
+    if not held:
+        return ()
+    hertz, signal = held[-1], spec.signal
     flows = flows_of(signal, Flow(ch_names=signal.ch_names or (), sfreq=sfreq, goal=signal.goal))
     delays = [(step.name, step.delay(hertz, flow)) for step, flow in zip(signal.steps, flows, strict=True)]
     source = f"group delay at {hertz:g} Hz"

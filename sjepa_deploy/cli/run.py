@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from rich.markup import escape
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.cli import console, entry, options, print_json
+from sjepa_deploy.cli import console, entry, options, print_json, task
+from sjepa_deploy.cli.task import EventChoice
 from sjepa_deploy.eeg.epochs import holds_windows, read_windows
-from sjepa_deploy.eeg.events import ALL, Events, events_of, read_events
+from sjepa_deploy.eeg.events import Events
 from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.eeg.recording import UNIT_MEND, FittedRecording, check_amplitude, fit_recording, read_recording
 from sjepa_deploy.errors import RecordingError
@@ -27,32 +28,18 @@ from sjepa_deploy.spec import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
+class Cut(EventChoice):
     """Says which windows of a recording are decoded.
 
     Attributes
     ----------
     hop : float or None
         Seconds from one window to the next.
-    events : tuple of str
-        Names of events, `ALL`, or the path of one table of events; empty where windows follow each other.
-    tmin : float or None
-        Start of the windows in seconds after their events; None is the model's.
     """
 
     hop: float | None
-    events: tuple[str, ...]
-    tmin: float | None
-
-    def start(self, spec: ModelSpec) -> float:
-        """Return the start of the windows in seconds after their events."""
-        if self.tmin is not None:
-            return self.tmin
-        if spec.signal.event_window is None:
-            raise click.UsageError(
-                "The bundle does not say where its windows lie after events. Name their start with --tmin, in seconds."
-            )
-        return spec.signal.event_window.start
+    classes: tuple[str, ...] | None = None
+    column: str | None = None
 
     def step(self, spec: ModelSpec) -> int:
         """Return the samples from one window to the next."""
@@ -88,8 +75,8 @@ class _Decodable:
     "cut",
     Cut,
     click.option("--hop", type=float, help="Seconds from one window to the next.  [default: one window]"),
-    options.several("--events", help="Decode the window of each event: names of events, all, or a table FILE.tsv."),
-    click.option("--tmin", type=float, help="Start of a window after its event in seconds.  [default: the model's]"),
+    task.which,
+    task.tmin,
 )
 @options.interpolate
 @options.check_unit
@@ -143,10 +130,7 @@ def run(
             row_names=spec.ch_names,
             rename=parse_rename(facts.rename, RecordingError),
         )
-        table = cut.events[0] if len(cut.events) == 1 and cut.events[0].endswith(".tsv") else None
-        events = None
-        if cut.events:
-            events = read_events(Path(table)).named((ALL,)) if table else events_of(raw).named(cut.events)
+        events = cut.find(raw) if cut.events else None
         fitted = fit_recording(raw, spec.signal, interpolate=interpolate or 0.0, check_unit=check_unit)
         found = _of_events(fitted, events, start) if events is not None else _one_after_the_other(fitted, step)
         found.told.insert(0, f"has {fitted.n_found} of the model's {spec.n_chans} channels")

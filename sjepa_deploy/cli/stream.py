@@ -15,8 +15,11 @@ from rich.markup import escape
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, options, print_json
+from sjepa_deploy.cli import task as event_options
 from sjepa_deploy.cli.live import live_view, summary_table
+from sjepa_deploy.cli.task import EventChoice
 from sjepa_deploy.errors import OutputError, ParityError, SjepaError
+from sjepa_deploy.evaluation.task import read_tasks
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
 from sjepa_deploy.runtime.decisions.stored import layers_of
 from sjepa_deploy.runtime.live.config import StreamConfig
@@ -41,6 +44,8 @@ class Task:
         Address of a live stream.
     check : Path or None
         Recording on which the live path is compared with PyTorch.
+    events : EventChoice
+        Events of that recording about which decisions are compared.
     replay : Path or None
         Record whose decisions are made again and compared.
     """
@@ -48,6 +53,11 @@ class Task:
     source: str | None
     check: Path | None
     replay: Path | None
+    events: EventChoice
+
+
+def _task(source: str | None, check: Path | None, replay: Path | None, **events: Any) -> Task:
+    return Task(source=source, check=check, replay=replay, events=EventChoice(**events))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,10 +136,13 @@ NO_LAYER = "none"
 @options.bundle
 @options.fills(
     "task",
-    Task,
+    _task,
     click.option("--source", help="Stream to decode: lsl:NAME, lsl:type=EEG, lsl:source_id=..., file:RECORDING or synthetic."),
     click.option("--check", type=options.path, help="Instead: compare the live path on this recording with PyTorch."),
     click.option("--replay", type=options.path, help="Instead: decode a record again and compare its decisions."),
+    event_options.which,
+    event_options.tmin,
+    event_options.labels,
 )
 @options.signal_facts
 @options.fills(
@@ -226,8 +239,24 @@ def stream(
     outputs.check()
     screen = console(json_output or outputs.out == options.STDOUT)
     opened = Bundle.open(bundle)
+    if task.check is None and task.events.events:
+        raise click.UsageError("--events is of --check. A live stream is decoded every --hop seconds.")
     if task.check is not None:
         with choice.load(opened, check_unit=False) as predict:
+            if task.events.events:
+                result = event_options.judge_task(
+                    screen,
+                    predict,
+                    task.check,
+                    task.events,
+                    facts,
+                    interpolate=config.share,
+                    check_unit=config.check_unit,
+                )
+                if json_output:
+                    print_json(result)
+                event_options.require_passed(result)
+                return
             _check(screen, predict, task.check, config, facts, json_output)
         return
     if task.replay is not None:
@@ -387,6 +416,13 @@ def _announce(screen: Console, decoder: Decoder) -> None:
             "--check RECORDING --events NAME,.. measures what it costs; a model trained with --phase causal pays nothing.",
             soft_wrap=True,
         )
+        for known in read_tasks(decoder.predict.bundle):
+            if known.loss is not None:
+                screen.print(
+                    f"measured on {escape(known.recording)}: {known.metric.replace('_', ' ')} {known.loss.value:+.3f} "
+                    f"({known.loss.low:+.3f} to {known.loss.high:+.3f}), other decisions in {known.ways[-1].differ:.1%}",
+                    soft_wrap=True,
+                )
     if (window := spec.signal.event_window) is not None:
         screen.print(
             f"[bold yellow]The model learned from windows at {window.start:g} s after events.[/] "

@@ -1,0 +1,1 @@
+"""Evaluates decoders: scores with intervals, and whether the live decoder decodes what the model learned."""
