@@ -1,0 +1,213 @@
+"""The live decoder decodes what the model learned: a model that was trained elsewhere, on events of a recording, three ways."""
+
+import json
+from pathlib import Path
+
+import mne
+import numpy as np
+import oracle
+import pytest
+import torch
+from sklearn.metrics import balanced_accuracy_score
+from skorch import NeuralNetClassifier
+
+from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.cli import _command, run_command
+from sjepa_deploy.eeg import prepare
+from sjepa_deploy.eeg.events import Events, events_of
+from sjepa_deploy.eeg.recording import read_recording
+from sjepa_deploy.eeg.steps import BandPass, Channels, Reference, Resample
+from sjepa_deploy.errors import BundleError, RecordingError
+from sjepa_deploy.evaluation.task import check_task, read_tasks, write_task
+from sjepa_deploy.export.to_bundle import to_bundle
+from sjepa_deploy.models.networks import build_model
+from sjepa_deploy.runtime.predictor import load
+from sjepa_deploy.spec import EventWindow, ModelSpec, SignalSpec
+
+from bundles import RANDOM  # isort: skip
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory) -> Path:
+    """Return 200 s of eight channels at 128 Hz: after each "left" a wave on the left, after each "right" one on the right.
+
+    The waves are locked to their events: 8 Hz that begins 0.2 s after them, of opposite phase on the two sides.
+    """
+    rng = np.random.default_rng(5)
+    names, rate = ["F3", "F4", "C3", "C4", "P3", "P4", "O1", "O2"], 128.0
+    volts = np.cumsum(rng.normal(size=(8, 25600)), axis=1) * 1e-6 + rng.normal(size=(8, 25600)) * 4e-6
+    raw = mne.io.RawArray(volts, mne.create_info(names, rate, "eeg"), verbose="error")
+    onsets = 6.0 + 2.4 * np.arange(80)
+    kinds = rng.permutation(["left", "right"] * 40)
+    time = np.arange(100) / rate
+    wave = 9e-6 * np.sin(2 * np.pi * 8 * time) * np.hanning(100)
+    for onset, kind in zip(onsets, kinds, strict=True):
+        first = round((onset + 0.2) * rate)
+        volts[:, first : first + 100] += np.outer([1, -1] * 4, wave if kind == "left" else -wave)
+    raw = mne.io.RawArray(volts, raw.info, verbose="error")
+    raw.set_annotations(mne.Annotations(onsets, 0.0, kinds), verbose="error")
+    path = tmp_path_factory.mktemp("task") / "planted_raw.fif"
+    raw.save(path, verbose="error")
+    return path
+
+
+def sjepa(name, *arguments) -> int:
+    return run_command(_command(name), f"sjepa-{name}", list(map(str, arguments)))
+
+
+def signal_of(raw, phase) -> SignalSpec:
+    return SignalSpec(
+        n_chans=8,
+        n_times=160,
+        sfreq=100.0,
+        ch_names=tuple(raw.ch_names),
+        steps=(BandPass(l_freq=0.5, h_freq=40.0), Resample(), Channels(), Reference()),
+        phase=phase,
+        event_window=EventWindow(start=0.0, events=("left", "right")),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(recording, tmp_path_factory):
+    """Return a function from a phase to a bundle: skorch trains braindecode's PostLocal on windows of `prepare`."""
+    raw = read_recording(recording)
+    made = {}
+
+    def train(phase):
+        if phase in made:
+            return made[phase]
+        signal = signal_of(raw, phase)
+        prepared = prepare(raw, signal)
+        classes = ("left", "right")
+        targets = np.array([classes.index(name) for name in prepared.events.description])
+        torch.manual_seed(1)
+        module = oracle.CLASSES["postlocal"](n_outputs=2, n_chans=8, n_times=160, sfreq=100.0, n_spat_filters=4)
+        net = NeuralNetClassifier(
+            module,
+            criterion=torch.nn.CrossEntropyLoss,
+            optimizer=torch.optim.AdamW,
+            lr=2e-3,
+            max_epochs=40,
+            batch_size=16,
+            iterator_train__shuffle=True,
+            train_split=None,
+            verbose=0,
+        ).fit(prepared.eeg, targets)
+        spec = ModelSpec(variant="postlocal", signal=signal, n_outputs=2, class_names=classes)
+        model = build_model(spec, seed=0)
+        model.load_state_dict(net.module_.state_dict())
+        folder = tmp_path_factory.mktemp(phase) / "bundle"
+        bundle = to_bundle(model.eval(), folder, weights=RANDOM, precisions=("fp32",), max_batch=64)
+        made[phase] = bundle, net, prepared, targets
+        return made[phase]
+
+    return train
+
+
+def test_a_causal_model_decides_live_as_it_did_in_training(trained, recording):
+    bundle, net, prepared, targets = trained("causal")
+    raw = read_recording(recording)
+    with load(bundle, check_unit=False) as predict:
+        outputs = predict.predict(prepared.eeg)
+        result = check_task(predict, raw, events_of(raw), recording="planted", start=0.0, labels=prepared.events.description)
+    with torch.no_grad():
+        theirs = net.module_.eval()(torch.as_tensor(prepared.eeg)).numpy()
+    np.testing.assert_allclose(outputs, theirs, atol=1e-4 * np.abs(theirs).max())
+    assert result.passed
+    assert result.identical == 1.0
+    accuracy = balanced_accuracy_score(targets, theirs.argmax(axis=1))
+    assert accuracy > 0.8
+    for way in result.ways:
+        assert way.differ == 0.0
+        assert way.score.value == pytest.approx(accuracy)
+        assert way.score.low <= way.score.value <= way.score.high
+    assert (result.loss.value, result.loss.low, result.loss.high) == (0.0, 0.0, 0.0)
+
+
+def test_a_zero_phase_model_is_caught(trained, recording, capsys):
+    """The command ends with status 1 and says why; the result lies in the bundle, whose digest stays."""
+    bundle, *_ = trained("zero-phase")
+    digest = bundle.manifest.digest
+    status = sjepa("stream", bundle.path, "--check", str(recording), "--events", "left,right", "--json")
+    captured = capsys.readouterr()
+    assert status == 1
+    assert "zero-phase" in captured.err
+    assert "delay" in captured.err
+    found = json.loads(captured.out)
+    assert not found["passed"]
+    assert found["ways"][2]["differ"] > 0.01
+    assert found["identical"] == 1.0  # the steps are right, their phase is not
+    opened = Bundle.open(bundle.path)
+    assert opened.manifest.digest == digest
+    assert read_tasks(opened)[0].phase == "zero-phase"
+
+
+def test_the_command_passes_a_causal_model(trained, recording, capsys):
+    bundle, *_ = trained("causal")
+    assert sjepa("stream", bundle.path, "--check", str(recording), "--events", "all") == 0
+    shown = capsys.readouterr().out
+    assert "balanced accuracy" in shown
+    assert "all" in shown
+
+
+def test_events_of_a_table_are_decoded_the_same(trained, recording, tmp_path, capsys):
+    """sjepa-run gives each event of a table a row, with its own columns and its class."""
+    bundle, _, prepared, _ = trained("causal")
+    rows = [
+        f"{onset:.6f}\tcue\t{name}\t{i}"
+        for i, (onset, name) in enumerate(zip(prepared.events.onset, prepared.events.description, strict=True))
+    ]
+    table = tmp_path / "events.tsv"
+    table.write_text("\n".join(["onset\ttrial_type\tside\ttrial", *rows]) + "\n")
+    out = tmp_path / "out.tsv"
+    assert sjepa("run", bundle.path, str(recording), "--events", str(table), "--out", str(out)) == 0
+    header, *lines = [line.split("\t") for line in out.read_text().splitlines()]
+    assert header == ["onset", "description", "side", "trial", "left", "right", "class"]
+    assert [line[2] for line in lines] == list(prepared.events.description)
+    with load(bundle, check_unit=False) as predict:
+        want = predict.predict(prepared.eeg)
+    np.testing.assert_allclose(np.array([line[4:6] for line in lines], dtype=float), want, rtol=1e-6)
+    assert [line[6] for line in lines] == [("left", "right")[row.argmax()] for row in want]
+    by_column = ["--check", str(recording), "--events", str(table), "--column", "side"]
+    assert sjepa("stream", bundle.path, *by_column) == 0
+    capsys.readouterr()
+
+
+def test_an_event_locked_bundle_asks_for_events(trained, recording, capsys):
+    bundle, *_ = trained("causal")
+    assert sjepa("run", bundle.path, str(recording)) == 2
+    assert "--events" in capsys.readouterr().err
+    assert sjepa("run", bundle.path, str(recording), "--hop", "0.5", "--events", "left") == 2
+    assert "contradict" in capsys.readouterr().err
+    assert sjepa("run", bundle.path, str(recording), "--events", "nod") == 2
+    assert "left (40), right (40)" in capsys.readouterr().err
+
+
+def test_what_cannot_be_judged_is_refused(trained, recording):
+    bundle, *_ = trained("causal")
+    raw = read_recording(recording)
+    with load(bundle, check_unit=False) as predict:
+        with pytest.raises(RecordingError, match="whole windows"):
+            check_task(predict, raw, events_of(raw), recording="r", start=500.0)
+        with pytest.raises(RecordingError, match="nod"):
+            check_task(predict, raw, events_of(raw), recording="r", start=0.0, labels=["nod"] * 80)
+        far = Events(onset=np.array([1e6, 2e6]), description=("left", "right"), columns={})
+        with pytest.raises(RecordingError, match="0 whole windows"):
+            check_task(predict, raw, far, recording="r", start=0.0)
+
+
+def test_results_of_tasks_are_sealed(trained, recording, tmp_path):
+    bundle, *_ = trained("causal")
+    raw = read_recording(recording)
+    with load(bundle, check_unit=False) as predict:
+        result = check_task(predict, raw, events_of(raw), recording="sealed.fif", start=0.0)
+    assert result.metric == ""
+    file = write_task(bundle, result)
+    assert result in read_tasks(bundle)
+    file.write_text(file.read_text().replace('"n_events": 80', '"n_events": 81'))
+    with pytest.raises(BundleError, match="was changed"):
+        read_tasks(bundle)
+    file.write_text("[" * 100_000)
+    with pytest.raises(BundleError, match="no result"):
+        read_tasks(bundle)
+    file.unlink()
