@@ -77,9 +77,15 @@ def main() -> None:
         raw = read_recording(args.recording)
         positions = tuple(tuple(map(float, ch["loc"][:3])) for ch in raw.info["chs"])
         spec = ModelSpec.of(
-            variant=variant, n_chans=32, n_times=256, sfreq=128.0, ch_names=tuple(raw.ch_names), positions=positions
+            variant=variant,
+            n_chans=32,
+            n_times=256,
+            sfreq=128.0,
+            ch_names=tuple(raw.ch_names),
+            positions=positions,
+            phase="zero-phase",
         )
-        real = windows(fit_recording(raw, spec).data, spec.n_times, spec.n_times)
+        real = windows(fit_recording(raw, spec.signal).data, spec.n_times, spec.n_times)
         rows += [{"variant": variant, "case": f"{args.recording.name}, 32 x 256"} | r for r in judge(spec, 9, 64, real)]
     lines = [
         "| variant | case | precision | max abs | / scale | allowed | / spread | 1 - cosine | flips | passed |",

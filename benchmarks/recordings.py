@@ -136,9 +136,8 @@ def segments(raw: mne.io.BaseRaw) -> list[tuple[int, int]]:
     return [(a, b) for a, b in itertools.pairwise(ends) if not skipped[a]]
 
 
-def windows_by_hand(raw: mne.io.BaseRaw | mne.BaseEpochs, spec: ModelSpec) -> Windows:
+def windows_by_hand(raw: mne.io.BaseRaw | mne.BaseEpochs, spec: ModelSpec, band: Preprocessing) -> Windows:
     """Return all windows of all stretches by MNE in microvolts, shape (n_windows, n_chans, n_times)."""
-    band = spec.preprocessing
     if isinstance(raw, mne.BaseEpochs):  # their filter was there before they were cut
         if spec.n_chans > 1:
             raw = raw.copy().pick("eeg").set_eeg_reference("average", projection=False)
@@ -173,15 +172,15 @@ def read_here(path: Path, unit: Unit | None, ch_names: list[str]) -> tuple[list[
         names = [name for name in epochs.ch_names if name not in epochs.info["bads"]]
 
         def cut(spec: ModelSpec, checked: bool) -> tuple[NDArray[np.float32], tuple[str, ...]]:
-            windows = read_windows(path, spec)
+            windows = read_windows(path, spec.signal)
             return windows.eeg, windows.steps
 
         return names, float(epochs.info["sfreq"]), len(epochs) * len(epochs.times), cut
     raw = read_recording(path, unit=unit, ch_names=ch_names)
 
     def fit(spec: ModelSpec, checked: bool) -> tuple[NDArray[np.float32], tuple[str, ...]]:
-        fitted = fit_recording(raw, spec, check_unit=checked)
-        return np.concatenate(fitted.windows(N_TIMES, N_TIMES)), fitted.steps
+        fitted = fit_recording(raw, spec.signal, check_unit=checked)
+        return np.concatenate(fitted.windows(N_TIMES)), fitted.steps
 
     good = [name for name in raw.ch_names if name not in raw.info["bads"]]
     return good, float(raw.info["sfreq"]), raw.n_times, fit
@@ -204,18 +203,24 @@ def compare(path: Path, unit: Unit | None, outcome: Outcome) -> ModelSpec | None
     outcome.n_chans, outcome.sfreq, outcome.seconds = len(names), sfreq, n_samples / sfreq
     band = dataclasses.replace(Preprocessing.default(sfreq), reference="average" if len(names) > 1 else "none")
     spec = ModelSpec.of(
-        variant="prelocal", n_chans=len(names), n_times=N_TIMES, sfreq=sfreq, ch_names=tuple(names), preprocessing=band
+        variant="prelocal",
+        n_chans=len(names),
+        n_times=N_TIMES,
+        sfreq=sfreq,
+        ch_names=tuple(names),
+        preprocessing=band,
+        phase="zero-phase",
     )
     assert hand is not None, "read here, and not by hand"
     if hand.info["sfreq"] != sfreq:
         hand = read_by_hand(path, unit, only=names)
     try:
-        expected = windows_by_hand(hand, spec)
+        expected = windows_by_hand(hand, spec, band)
     except NoWindowError:
         band = dataclasses.replace(band, l_freq=None, h_freq=None)
-        spec = dataclasses.replace(spec, preprocessing=band)
+        spec = spec.replace(preprocessing=band)
         try:
-            expected = windows_by_hand(hand, spec)
+            expected = windows_by_hand(hand, spec, band)
         except NoWindowError:
             outcome.by_hand += f", no window of {N_TIMES} samples"
             expected = np.empty((0, len(names), N_TIMES))

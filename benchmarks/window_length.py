@@ -95,7 +95,7 @@ def measure(variant: str, args: argparse.Namespace, folder: Path) -> dict[str, A
         "trained on 200, run on 152": r2_score(unseen.targets, run(shortened, start)),
         "trained and run on 152": r2_score(unseen.targets, run(retrained, start)),
     }
-    recording = fit_recording(raw, trained.spec).data
+    recording = fit_recording(raw, trained.spec.signal, phase="zero-phase").data
     change = compare_window_lengths(shortened, LONG, windows(recording, LONG, LONG // 4), "the recording")
     live = run(trained, windows(recording, LONG, HOP)), run(shortened, windows(recording[:, LONG - SHORT :], SHORT, HOP))
     ahead, correlation = lead(*live)

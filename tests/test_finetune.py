@@ -490,7 +490,7 @@ def test_what_cannot_be_learned_is_refused_before_the_first_step(base, tmp_path)
         targets=rare,
     )
     data = DataConfig(
-        source=(str(tmp_path / "w.npz"),), n_times=152, preprocessing=DATA.prepared, target=Target(task="classification")
+        source=(str(tmp_path / "w.npz"),), n_times=152, steps=DATA.signal_steps, target=Target(task="classification")
     )
     small = dataclasses.replace(FINETUNE.engine, batch_size=4)
     with pytest.raises(DataError, match=r"part \(split by subject\) has no window of yes"):

@@ -134,7 +134,7 @@ def test_a_run_writes_a_base_model_that_braindecode_loads_and_the_same_seed_give
 
     checkpoint = read_checkpoint(tmp_path / "a")
     assert checkpoint.variant == "base"
-    assert checkpoint.known["preprocessing"] == PRETRAIN.data.prepared
+    assert (checkpoint.known["steps"], checkpoint.known["phase"]) == (PRETRAIN.data.signal_steps, "causal")
     theirs = braindecode_model(make_spec())
     theirs.load_state_dict(checkpoint.weights)  # strict
 
@@ -227,7 +227,7 @@ def test_what_cannot_be_pretrained_on_is_refused_before_the_first_step(tmp_path)
         sfreq=100.0,
         subject=np.repeat(["x", "y", "z"], 10),
     )
-    nowhere = DataConfig(source=(str(tmp_path / "w.npz"),), n_times=152, preprocessing=DATA.prepared)
+    nowhere = DataConfig(source=(str(tmp_path / "w.npz"),), n_times=152, steps=DATA.signal_steps)
     with pytest.raises(DataError, match=r"have no positions.*--montage"):
         pretrain(dataclasses.replace(PRETRAIN, data=nowhere), tmp_path / "nowhere")
     with pytest.raises(SpecError, match="target_layers is 3"):

@@ -72,7 +72,7 @@ on_samples = st.one_of(
     st.builds(ExponentialStandardise, factor_new=st.floats(1e-5, 0.5), eps=st.floats(1e-9, 1)),
     st.builds(Clip, limit=st.floats(1e-6, 1e6)),
     st.builds(Scale, factors=st.tuples(st.floats(1e-6, 1e6))),
-    st.builds(RunningAlignment, block=st.floats(1, 60), half_life=st.floats(1, 600), shrinkage=st.floats(0, 1)),
+    st.builds(RunningAlignment, block=st.floats(1, 60), half_life=st.floats(1, 600), shrinkage=st.floats(0, 0.99)),
 )
 z_scores = st.builds(ZScore, eps=st.floats(1e-12, 1))
 event_windows = st.builds(

@@ -204,7 +204,7 @@ def event_windows(
     name: str = "recording",
     check_unit: bool = True,
 ) -> CalibrationData:
-    """Decode one window an event of a recording, preprocessed as in training (zero-phase).
+    """Decode one window an event of a recording, through the causal steps that run live.
 
     Parameters
     ----------
@@ -230,15 +230,14 @@ def event_windows(
     DecisionError
         If no event has a whole window.
     """
-    fitted = fit_recording(raw, spec, check_unit=check_unit)
+    fitted = fit_recording(raw, spec.signal, check_unit=check_unit, phase="causal")
     onsets, labels, _ = events_of(raw, number_of, name)
-    starts, whole = fitted.starts_after(onsets, tmin, spec.n_times)
+    starts, whole = fitted.place_windows(onsets, tmin)
     if not whole.any():
         raise DecisionError(f"No event of {name} has a whole window in the recording.", "Check --tmin.")
     starts, labels = starts[whole], labels[whole]
-    eeg = np.stack([fitted.data[:, start : start + spec.n_times] for start in starts])
     return CalibrationData(
-        outputs=predict(eeg).astype(np.float64),
+        outputs=predict(fitted.cut(starts)).astype(np.float64),
         labels=labels,
         targets=None,
         times=fitted.times(starts + spec.n_times - 1),
