@@ -86,7 +86,7 @@ def test_pretrain_finetune_export_verify_run(configs, capsys):
     assert status == 0, err
     summary = json.loads(out)
     assert summary["random_weights"] is False
-    assert summary["steps"] == encode(FINETUNE.data.signal_steps)
+    assert summary["signal"]["steps"] == encode(FINETUNE.data.signal_steps)
     rows = (folder / "predictions.tsv").read_text().splitlines()
     predictions = [float(row.split("\t")[1]) for row in rows[1:]]
     assert rows[0] == "time\tprediction"
