@@ -120,6 +120,11 @@ def test_a_moving_standardisation_is_braindecodes_after_its_initial_block():
     assert np.abs(ours[:, :1000] - theirs[:, :1000]).max() > 0.1  # the block looks ahead
 
 
+def test_a_constant_is_standardised_to_zeros_whatever_the_electrode_offset():
+    data = np.full((2, 50_000), 19_876.54321)
+    np.testing.assert_array_equal(ExponentialStandardise().offline(data, flow_of(2, 500.0)), np.zeros_like(data))
+
+
 @settings(deadline=None, max_examples=25)
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -205,13 +210,16 @@ def test_a_fitted_alignment_is_pyriemanns(seed, n_chans, n_windows):
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_an_average_reference_loses_a_rank_and_no_more(dtype):
-    data = eeg(6, 3000)
+@pytest.mark.parametrize("seed", range(6))
+def test_an_average_reference_loses_a_rank_and_no_more(dtype, seed):
+    data = eeg(6, 3000, seed)
     windows = (data - data.mean(axis=0)).reshape(6, 10, 300).swapaxes(0, 1).astype(dtype)
     flow = flow_of(6, 100.0)
-    aligned = np.stack([Alignment.fit(windows, flow.ch_names).offline(window.astype(float), flow) for window in windows])
+    step = Alignment.fit(windows, flow.ch_names)
+    aligned = np.stack([step.offline(window.astype(float), flow) for window in windows])
     second = pyriemann.utils.covariance.covariances(aligned, estimator="scm", assume_centered=True).mean(axis=0)
     np.testing.assert_allclose(second, np.eye(6) - 1 / 6, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.array(step.matrix) @ np.ones(6), 0, atol=1e-6 * np.abs(step.matrix).max())
 
 
 def test_shrinkage_is_towards_the_mean_variance():
