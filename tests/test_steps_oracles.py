@@ -1,5 +1,6 @@
 """Steps compute what SciPy, MNE, braindecode and pyriemann compute."""
 
+import functools
 import warnings
 
 import mne
@@ -16,7 +17,10 @@ from sjepa_deploy.eeg.steps.alignment import Alignment, RunningAlignment, invers
 from sjepa_deploy.eeg.steps.amplitude import Clip, Scale
 from sjepa_deploy.eeg.steps.base import Flow, Goal, run_offline
 from sjepa_deploy.eeg.steps.baseline import Baseline
+from sjepa_deploy.eeg.steps.filters import BandPass
 from sjepa_deploy.eeg.steps.notch import Notch
+from sjepa_deploy.eeg.steps.rate import Resample
+from sjepa_deploy.eeg.steps.reference import Reference
 from sjepa_deploy.eeg.steps.standardise import ExponentialStandardise, ZScore
 from sjepa_deploy.errors import DataError, SpecError
 
@@ -40,6 +44,55 @@ def eeg(n_chans, n_samples, seed=0, offset=0.0):
     return 10 * scipy.signal.lfilter([1], [1, -0.9], mixed, axis=1) + offset
 
 
+# ---------------------------------------------------------------- band-pass, rate and reference
+
+
+def lfiltered(data, *filters):
+    """Return what SciPy's polynomial filters make of each channel, from the steady state of its first sample on."""
+    out = data.copy()
+    for b, a in filters:
+        for channel in out:
+            channel[:] = scipy.signal.lfilter(b, a, channel, zi=scipy.signal.lfilter_zi(b, a) * channel[0])[0]
+    return out
+
+
+@pytest.mark.parametrize("sfreq", [128.0, 500.0])
+@pytest.mark.parametrize("order", [1, 2, 4])
+@pytest.mark.parametrize(("l_freq", "h_freq"), [(1.0, 40.0), (2.0, None), (None, 30.0)])
+def test_a_causal_band_pass_filters_as_scipy_does(sfreq, order, l_freq, h_freq):
+    data, flow = eeg(3, 3000, offset=200.0), flow_of(3, sfreq)  # lfilter itself loses digits by large offsets
+    for design, make in (("butterworth", scipy.signal.butter), ("bessel", functools.partial(scipy.signal.bessel, norm="mag"))):
+        edges = [(edge, kind) for edge, kind in ((l_freq, "highpass"), (h_freq, "lowpass")) if edge is not None]
+        expected = lfiltered(data, *(make(order, edge, kind, fs=sfreq) for edge, kind in edges))
+        step = BandPass(l_freq=l_freq, h_freq=h_freq, order=order, design=design)
+        np.testing.assert_allclose(run_offline(step.causal(flow), data), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("l_freq", "h_freq"), [(1.0, 40.0), (2.0, None), (None, 30.0)])
+def test_a_band_pass_without_phase_is_mnes(l_freq, h_freq):
+    data, step = eeg(3, 3000, offset=2e4), BandPass(l_freq=l_freq, h_freq=h_freq)
+    raw = mne.io.RawArray(data.copy(), mne.create_info(3, 128.0, "eeg"), verbose="error").filter(l_freq, h_freq, verbose="error")
+    np.testing.assert_allclose(step.offline(data, flow_of(3, 128.0)), raw.get_data(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("factor", [2, 4, 5])
+def test_a_causal_reduction_of_the_rate_is_scipys_low_pass_and_every_nth_sample(factor):
+    data, flow = eeg(3, 3000, offset=2e4), flow_of(3, 100.0).replace(sfreq=100.0 * factor)
+    sos = scipy.signal.cheby2(8, 40.0, 50.0, "lowpass", fs=100.0 * factor, output="sos")
+    zi = scipy.signal.sosfilt_zi(sos)
+    expected = np.stack([scipy.signal.sosfilt(sos, channel, zi=zi * channel[0])[0][::factor] for channel in data])
+    np.testing.assert_allclose(run_offline(Resample().causal(flow), data), expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("named", [None, ("C1",), ("C0", "C3")])
+def test_a_reference_is_mnes(named):
+    data, flow, step = eeg(5, 400, offset=2e4), flow_of(5, 100.0), Reference(channels=named)
+    raw = mne.io.RawArray(data.copy(), mne.create_info(list(flow.ch_names), 100.0, "eeg"), verbose="error")
+    expected = raw.set_eeg_reference("average" if named is None else list(named), verbose="error").get_data()
+    np.testing.assert_allclose(step.offline(data, flow), expected, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(run_offline(step.causal(flow), data), expected, rtol=0, atol=1e-9)
+
+
 # ---------------------------------------------------------------- notch
 
 
@@ -54,11 +107,7 @@ def eeg(n_chans, n_samples, seed=0, offset=0.0):
 )
 def test_a_notch_filters_as_scipy_does_channel_by_channel(notch, sfreq, frequencies):
     data = eeg(3, 2000, offset=2e4)
-    expected = data.copy()
-    for frequency in frequencies:
-        b, a = scipy.signal.iirnotch(frequency, notch.quality, fs=sfreq)
-        for channel in expected:
-            channel[:] = scipy.signal.lfilter(b, a, channel, zi=scipy.signal.lfilter_zi(b, a) * channel[0])[0]
+    expected = lfiltered(data, *(scipy.signal.iirnotch(frequency, notch.quality, fs=sfreq) for frequency in frequencies))
     flow = flow_of(3, sfreq)
     np.testing.assert_allclose(run_offline(notch.causal(flow), data), expected, rtol=0, atol=1e-7)
     assert f"{', '.join(map(str, frequencies))} Hz" in notch.told(flow)

@@ -181,6 +181,7 @@ class RunningAlignment(StreamStep):
         """Return the time of the first whole blocks after which what came before a start would weigh less than `SETTLED`.
 
         A block of b s weighs 2 ^ (-k b / half_life) after k blocks more; k + 1 blocks, as the first one must end.
+        Weights are those of blocks of equal variance: stronger ones before the start, such as artefacts, keep their mark longer.
         """
         n_block = self._n_block(flow)
         return (1 + math.ceil(math.log2(1 / SETTLED) * self.half_life * flow.sfreq / n_block)) * n_block / flow.sfreq
