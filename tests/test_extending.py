@@ -1,17 +1,23 @@
 """The recipes of docs/extending.md: what they name exists, and their code, run as it stands there, extends the toolkit."""
 
+import importlib
+import json
 import re
 import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.signal
 from bundles import export_small, small_spec
 from streams import eeg, info_of, predictions, run_command
 
 import sjepa_deploy
 from sjepa_deploy.cli.verify import verify
-from sjepa_deploy.errors import BackendError, InputError, StreamError
+from sjepa_deploy.eeg.chain import Chain, zero_phase
+from sjepa_deploy.eeg.steps import STEPS as SIGNAL_STEPS
+from sjepa_deploy.eeg.steps import Channels, Flow, Resample
+from sjepa_deploy.errors import BackendError, InputError, SpecError, StreamError
 from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.parity import TOLERANCE
 from sjepa_deploy.runtime.backend import BACKENDS, BackendEntry, BackendOptions
@@ -24,6 +30,8 @@ from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.open_source import SOURCES, SourceEntry, SourceOptions, open_source
 from sjepa_deploy.runtime.live.sources import ReplaySource
+from sjepa_deploy.serialize import decode, encode
+from sjepa_deploy.spec import SignalSpec
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -139,3 +147,35 @@ def test_the_step_of_the_recipe_decides_and_is_stored(monkeypatch):
     states = layer.run(outputs, np.arange(8))
     assert [state.class_name for state in states] == [None, None, "left", None, None, None, None, "right"]
     assert "3 windows in a row" in str(described)
+
+
+@pytest.fixture
+def step(tmp_path, monkeypatch):
+    """The step of the recipe, in a module of its own and in the table."""
+    module, row = code("A preprocessing step")
+    (tmp_path / "drift_removal.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    made = importlib.import_module("drift_removal").DriftRemoval
+    exec(row, {"STEPS": SIGNAL_STEPS, "DriftRemoval": made})
+    yield made
+    del SIGNAL_STEPS[made.name]
+
+
+def test_the_step_of_the_recipe_is_stored_and_runs_in_both_forms(step):
+    signal = SignalSpec(
+        n_chans=2, n_times=100, sfreq=100.0, ch_names=("C3", "C4"), steps=(step(seconds=0.5), Resample(), Channels())
+    )
+    assert decode(SignalSpec, json.loads(json.dumps(encode(signal)))) == signal
+    samples = eeg(600)[:, :2]
+    taps = [1, -1], [1, -np.exp(-1 / 50)]
+    chain = Chain(signal, ("C3", "C4"), 100.0, np.eye(2))
+    chain.start(samples[0])
+    live = np.concatenate([chain(samples[:217])[0], chain(samples[217:])[0]])
+    wanted = scipy.signal.lfilter(*taps, samples - samples[0], axis=0)
+    np.testing.assert_allclose(live, wanted, rtol=0, atol=1e-9)
+    flow = Flow(ch_names=("C3", "C4"), sfreq=100.0, goal=signal.goal)
+    offline = zero_phase(signal, samples.T, flow, lambda data, _: data)
+    np.testing.assert_allclose(offline, scipy.signal.filtfilt(*taps, samples.T), rtol=0, atol=1e-6)
+    assert chain.delay.at_hz[0][1] == pytest.approx(step(seconds=0.5).delay(2.0, flow))
+    with pytest.raises(SpecError, match="time constant"):
+        step(seconds=0.0)
