@@ -300,19 +300,22 @@ def check_amplitude(samples: NDArray[np.floating[Any]], sfreq: float, mend: str,
     Raises
     ------
     RecordingError
-        If the median over channels and over windows, or seconds, of the RMS about the mean lies outside `PLAUSIBLE_RMS`.
+        If all channels are flat, or the median over windows, or seconds, of the RMS about the mean of the median channel that is
+        not flat lies outside `PLAUSIBLE_RMS`.
     """
     n = max(1, round(sfreq)) if samples.ndim == 2 else samples.shape[2]
     pieces = windows(samples, n, n) if samples.ndim == 2 and samples.shape[1] >= n else samples.reshape(-1, *samples.shape[-2:])
-    each = np.median(pieces.std(axis=2), axis=1) * volts_in(unit)
+    spread = pieces.std(axis=2) * volts_in(unit)
+    carrying = (spread > ROUNDING_V) & np.isfinite(spread)
+    if not carrying.any():
+        raise RecordingError("All channels are flat.", "Choose channels, or a recording, that carry EEG.")
+    each = np.array([np.median(row[mask]) for row, mask in zip(spread, carrying, strict=True) if mask.any()])
     rms = float(np.median(each))
-    if not math.isfinite(rms) or PLAUSIBLE_RMS[0] <= rms <= PLAUSIBLE_RMS[1]:
+    if PLAUSIBLE_RMS[0] <= rms <= PLAUSIBLE_RMS[1]:
         return
     out = np.flatnonzero((each < PLAUSIBLE_RMS[0]) | (each > PLAUSIBLE_RMS[1]))
     what = "seconds" if samples.ndim == 2 else "windows"
     where = f" ({len(out)} of its {len(each)} {what}, the first of them number {out[0]})" if 0 < len(out) < len(each) else ""
-    if rms < ROUNDING_V:
-        raise RecordingError(f"The median channel is flat{where}.", "Choose channels, or a recording, that carry EEG.")
     raise RecordingError(
         f"The median channel has an RMS of {rms * 1e6:.3g} uV{where}, which is no EEG: the samples look like another unit's.",
         mend,
