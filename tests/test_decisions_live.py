@@ -3,6 +3,7 @@
 import json
 import math
 
+import mne
 import numpy as np
 import pytest
 from bundles import copy_bundle
@@ -10,6 +11,7 @@ from streams import ScriptedSource, chunks_of, decode, eeg, info_of, run_stream
 
 import sjepa_deploy
 from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.eeg.recording import read_recording
 from sjepa_deploy.errors import DecisionError, StreamError
 from sjepa_deploy.runtime.decisions.description import FitSummary, LayerDescription
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
@@ -20,9 +22,11 @@ from sjepa_deploy.runtime.decisions.smoothing import Exponential
 from sjepa_deploy.runtime.decisions.state import STATES
 from sjepa_deploy.runtime.decisions.stored import write_layer
 from sjepa_deploy.runtime.decisions.threshold import Threshold
+from sjepa_deploy.runtime.live.calibration import stream_windows
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.lines import line_of
+from sjepa_deploy.runtime.live.open_source import SourceOptions
 from sjepa_deploy.runtime.live.recorder import read_record, record
 from sjepa_deploy.runtime.live.replay import replay
 
@@ -246,3 +250,51 @@ def test_an_outlet_sends_state_class_and_probability(predict, bundle):
             if decision.state.probability is None
             else values[5] == pytest.approx(decision.state.probability)
         )
+
+
+# ---------------------------------------------------------------- windows of a recording, for a fit
+
+
+def test_windows_of_a_stream_belong_to_the_events_that_hold_half_of_them(predict, tmp_path):
+    """An oracle that looks at every sample: with a pause, after which the file's events count from the samples before it."""
+    sfreq, n_times = 100.0, predict.spec.n_times
+    volts = eeg(3000).T * 1e-6
+    raw = mne.io.RawArray(volts, mne.create_info(list(predict.spec.ch_names), sfreq, "eeg"), verbose="error")
+    events = [(2.0, 0.0, "left"), (7.0, 4.0, "right"), (14.0, 0.0, "noise"), (21.0, 0.0, "rest"), (24.0, 0.0, "left")]
+    marks = [*events, (15.0, 3.0, "BAD_ACQ_SKIP")]
+    raw.set_annotations(mne.Annotations(*map(list, zip(*marks, strict=True))))
+    raw.save(tmp_path / "a_raw.fif", verbose="error")
+    number_of = {name: i for i, name in enumerate(CLASSES)}
+    data = stream_windows(
+        predict,
+        tmp_path / "a_raw.fif",
+        read_recording(tmp_path / "a_raw.fif"),
+        number_of,
+        SourceOptions(speed=math.inf, chunk=25),
+        StreamConfig(hop=0.25, late="queue"),
+        tmin=0.5,
+    )
+    kept = np.r_[0:1500, 1800:3000]  # samples that are streamed
+    event = np.full(3000, -1)
+    for i, (onset, duration, _) in enumerate(each for each in events if each[2] in number_of):
+        start = round((onset + 0.5) * sfreq)
+        event[start : start + max(round(duration * sfreq), n_times)] = i
+    event = event[kept]
+    truth = [0, 1, 2, 0]
+    assert len(data) > 80
+    assert data.hop == 0.25
+    assert set(data.labels) == {-2, -1, 0, 1, 2}
+    for time, label, found in zip(data.times, data.labels, data.events, strict=True):
+        newest = round(time * sfreq)
+        inside = event[newest - n_times + 1 : newest + 1]
+        most = max(range(4), key=lambda i: (inside == i).sum())
+        share = (inside == most).sum() / n_times
+        assert abs(share - 0.5) < 0.011 or (label >= 0) == (share > 0.5)
+        assert label != -1 or share <= 0.011
+        if label >= 0:
+            assert (label, found) == (truth[most], most)
+    decisions = list(
+        Decoder.open(predict.bundle, f"file:{tmp_path / 'a_raw.fif'}", StreamConfig(hop=0.25, late="queue"), speed=math.inf)
+    )
+    assert np.array_equal(data.outputs.astype(np.float32), np.stack([d.prediction for d in decisions]))
+    assert data.flags == tuple(d.flags for d in decisions)
