@@ -15,17 +15,20 @@ import onnx
 import pytest
 import safetensors.torch
 import torch
-from bundles import MONTAGE, copy_bundle, edit_manifest, flip_byte, listing, rehash, small_spec
+from bundles import MONTAGE, copy_bundle, edit_manifest, export_small, flip_byte, listing, rehash, small_spec
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sincs import sinc_sums
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import COMMANDS, _command, group, run_command
+from sjepa_deploy.cli.doctor import kernel_lines
 from sjepa_deploy.eeg.montage import read_montage
 from sjepa_deploy.eeg.synthetic import eeg_windows
 from sjepa_deploy.models.checkpoint import write_checkpoint
 from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.runtime.backend import BACKENDS
-from sjepa_deploy.runtime.fused.choice import Choices, KernelRecord
+from sjepa_deploy.runtime.fused.choice import Choices, KernelChoice, KernelRecord, size_for
 from sjepa_deploy.spec import EncoderSpec, Preprocessing
 
 SMALL = ("--channels", ",".join(MONTAGE.ch_names), "--montage", "sjepa-62", "--max-batch", "2", "--precision", "fp32")
@@ -409,9 +412,31 @@ def test_doctor_tells_which_kernels_were_faster(sjepa, make_bundle, tmp_path):
     choices.settle(8, {"window": lambda: time.sleep(0.01), "batch": lambda: None})
     choices.settle(2, {"batch": lambda: time.sleep(0.01), "window": lambda: None})
     told = " ".join(sjepa("doctor", tmp_path)[1].split())
-    assert "cuda fp16 on a GPU: kernels of window at batch 2, batch at batch 8" in told
+    assert "cuda fp16 on a GPU, batch 2: one window at a time, " in told
+    assert re.search(
+        r"cuda fp16 on a GPU, batches 5 to 8: many windows at a time, \d us at 8 \(one window at a time 1\d,\d+ us", told
+    )
     ((record,),) = json.loads(sjepa("doctor", "--json", tmp_path)[1])["kernels"].values()
     assert [choice["kernels"] for choice in record["choices"]] == ["window", "batch"]
+
+
+@settings(max_examples=200)
+@given(st.integers(2, 2000), st.integers(2, 2000))
+def test_doctor_tells_the_batches_that_a_measured_size_settles(batch, largest):
+    """Those whose size is the measured one, by the backend's own rule."""
+    size = size_for(min(batch, largest), largest)
+    choice = KernelChoice(batch=size, kernels="batch", medians_us={"batch": 1.0, "window": 2.0})
+    (line,) = kernel_lines(KernelRecord(precision="fp16", gpu="a GPU", driver="580", choices=(choice,), created=""))
+    told = [int(number.replace(",", "")) for number in re.findall(r"[\d,]+", line.partition(":")[0])]
+    assert [told[0], told[-1]] == [min(b for b in range(2, largest + 1) if size_for(b, largest) == size), size]
+
+
+def test_doctor_tells_why_one_window_has_the_only_kernels(sjepa, tmp_path):
+    export_small(tmp_path / "b", small_spec("prelocal", n_outputs=5))
+    reason = "The kernels for batches do not take 5 outputs; those of PreLocal and PostLocal take up to 4."
+    told = " ".join(sjepa("doctor", tmp_path / "b")[1].split())
+    assert f"cuda runs every batch on its kernels of one window. {reason}" in told
+    assert list(json.loads(sjepa("doctor", "--json", tmp_path / "b")[1])["one_kernel_family"].values()) == [reason]
 
 
 def test_doctor_says_how_to_get_a_missing_backend(sjepa, monkeypatch):
