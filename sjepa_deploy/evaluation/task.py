@@ -167,9 +167,9 @@ def check_task(
         "PyTorch": np.concatenate([reference.run(windows[i : i + BATCH]) for i in range(0, len(windows), BATCH)]),
         "offline": predict.predict(windows),
     }
-    live_windows = np.stack(list(_live_windows(raw, causal, live_starts, spec, interpolate=interpolate, seed=seed)))
-    outputs["live"] = np.concatenate([predict(window[None]) for window in live_windows])
-    same = [live.tobytes() == offline.tobytes() for live, offline in zip(live_windows, causal.cut(live_starts), strict=True)]
+    streamed = np.stack(list(live_windows(raw, causal, live_starts, spec, interpolate=interpolate, seed=seed)))
+    outputs["live"] = np.concatenate([predict(window[None]) for window in streamed])
+    same = [live.tobytes() == offline.tobytes() for live, offline in zip(streamed, causal.cut(live_starts), strict=True)]
     decisions = {name: _decisions(out, spec) for name, out in outputs.items()}
     differ = {name: _differ(decisions["PyTorch"], theirs, spec) for name, theirs in decisions.items()}
     scores, loss = _scores(decisions, truth, spec, seed)
@@ -277,7 +277,7 @@ def _targets(labels: Sequence[str], spec: ModelSpec) -> NDArray[Any]:
     return numbers
 
 
-def _live_windows(
+def live_windows(
     raw: mne.io.BaseRaw,
     fitted: FittedRecording,
     starts: NDArray[np.intp],
