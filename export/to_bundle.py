@@ -76,6 +76,7 @@ def to_bundle(
     max_batch: int = 64,
     static_batch: int | None = None,
     parity_windows: FloatArray | None = None,
+    check_unit: bool = True,
     seed: int = 0,
     force: bool = False,
     progress: Callable[[str], None] = lambda _: None,
@@ -96,6 +97,8 @@ def to_bundle(
         See `sjepa_deploy.export.to_onnx.to_onnx`.
     parity_windows : array of float32, shape (n, n_chans, n_times), or None
         Windows of the user's own EEG to judge with, beside the synthetic ones.
+    check_unit : bool
+        Whether windows of the user are refused whose amplitudes no EEG has.
     seed : int
         Seed of the synthetic windows.
     force : bool
@@ -142,7 +145,7 @@ def to_bundle(
             )
             graphs.append(graph)
         progress("computing the float64 reference")
-        reference = make_reference(model, parity_windows, seed=seed)
+        reference = make_reference(model, parity_windows, seed=seed, check_unit=check_unit)
         reference.save(folder / REFERENCE_FILE)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -164,7 +167,9 @@ def to_bundle(
     return Bundle(path=path, manifest=manifest)
 
 
-def make_reference(model: SignalJEPAModule, windows: FloatArray | None = None, *, seed: int = 0) -> Reference:
+def make_reference(
+    model: SignalJEPAModule, windows: FloatArray | None = None, *, seed: int = 0, check_unit: bool = True
+) -> Reference:
     """Run the float64 model on synthetic windows and on the user's own.
 
     Parameters
@@ -175,6 +180,8 @@ def make_reference(model: SignalJEPAModule, windows: FloatArray | None = None, *
         Real windows in the unit of the spec; at most `MAX_PARITY_WINDOWS` are kept.
     seed : int
         Seed of the synthetic windows.
+    check_unit : bool
+        Whether real windows are refused whose amplitudes no EEG has.
 
     Raises
     ------
@@ -183,7 +190,7 @@ def make_reference(model: SignalJEPAModule, windows: FloatArray | None = None, *
     """
     spec = model.spec
     if windows is not None:
-        windows = real_eeg(windows, spec)
+        windows = real_eeg(windows, spec, check_unit=check_unit)
     synthetic = hard_windows(*spec.input_shape, spec.sfreq, np.random.default_rng(seed))
     kinds = list(synthetic)
     inputs = np.stack(list(synthetic.values())) * np.float32(conversion("uV", spec.unit))
@@ -196,8 +203,8 @@ def make_reference(model: SignalJEPAModule, windows: FloatArray | None = None, *
     return Reference(kinds=tuple(kinds), inputs=inputs, outputs=outputs)
 
 
-def real_eeg(windows: NDArray[Any], spec: ModelSpec) -> FloatArray:
-    """Return a user's windows for parity as float32.
+def real_eeg(windows: NDArray[Any], spec: ModelSpec, *, check_unit: bool = True) -> FloatArray:
+    """Return a user's windows for parity as float32. With `check_unit`, their amplitude must be that of EEG.
 
     Raises
     ------
@@ -218,7 +225,9 @@ def real_eeg(windows: NDArray[Any], spec: ModelSpec) -> FloatArray:
         raise InputError(
             f"{(~finite).sum()} of {len(windows)} windows of the parity data hold NaN or infinity.", "Leave them out."
         )
-    check_amplitude(windows, spec.sfreq, f"Give windows in {spec.unit}.", unit=spec.unit)
+    if check_unit:
+        mend = f"Give windows in {spec.unit}, or take them as they are with `--no-check-unit`."
+        check_amplitude(windows, spec.sfreq, mend, unit=spec.unit)
     return np.ascontiguousarray(windows, dtype=np.float32)
 
 

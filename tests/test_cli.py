@@ -24,6 +24,7 @@ from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import COMMANDS, _command, group, run_command
 from sjepa_deploy.cli.doctor import kernel_lines
 from sjepa_deploy.eeg.montage import read_montage
+from sjepa_deploy.eeg.recording import fit_recording
 from sjepa_deploy.eeg.synthetic import eeg_windows
 from sjepa_deploy.models.checkpoint import write_checkpoint
 from sjepa_deploy.models.networks import build_model
@@ -142,6 +143,33 @@ def test_every_flag_of_the_contract_arrives(sjepa, tmp_path):
     assert parity["batch_sizes"] == [3]
     assert parity["n_windows"] == 3 + len([k for k in Bundle.open(tmp_path / "a[b]/out").reference().kinds if "data" not in k])
     assert f"Next: sjepa-verify {tmp_path / 'a[b]/out'}\n" in err  # whole: neither wrapped nor read as markup
+
+
+def test_parity_data_are_renamed_interpolated_and_taken_in_any_unit_on_request(sjepa, tmp_path):
+    """The oracle is what the same recording gives under the model's names, with one channel made from the others."""
+    export = ("export", "--variant", "prelocal", "--montage", "standard_1020", "--channels", ",".join(MONTAGE.ch_names))
+    export += ("--sfreq", 100, "--n-times", 200, "--precision", "fp32", "--max-batch", 2, "--engine", "none", "--force")
+    volts = np.random.default_rng(0).normal(0, 2e-11, (7, 1000))
+    raws = [
+        mne.io.RawArray(volts, mne.create_info(list(names), 100.0, "eeg"), verbose="error")
+        for names in (("mine", *MONTAGE.ch_names[1:7]), MONTAGE.ch_names[:7])
+    ]
+    raws[0].save(tmp_path / "a_raw.fif", fmt="double", verbose="error")
+    data = ("--parity-data", tmp_path / "a_raw.fif", "--out", tmp_path / "out")
+    flags = {"--rename": f"mine={MONTAGE.ch_names[0]}", "--interpolate": 0.125}
+    for missing, message in (("--rename", "more than a share of 0.125"), ("--interpolate", "lacks, or marks as bad, 1 of")):
+        others = [part for name, value in flags.items() if name != missing for part in (name, value)]
+        status, _, err = sjepa(*export, *data, *others, "--no-check-unit")
+        assert (status, message in err) == (2, True), err
+    status, _, err = sjepa(*export, *data, *(part for pair in flags.items() for part in pair))
+    assert (status, "which is no EEG" in err) == (2, True), err
+    status, _, err = sjepa(*export, *data, *(part for pair in flags.items() for part in pair), "--no-check-unit")
+    assert status == 0, err
+    bundle = Bundle.open(tmp_path / "out")
+    fitted = fit_recording(raws[1], bundle.spec, interpolate=0.125, check_unit=False)
+    reference = bundle.reference()
+    rows = [i for i, kind in enumerate(reference.kinds) if "parity data" in kind]
+    np.testing.assert_allclose(reference.inputs[rows], fitted.windows(200, 200)[0], rtol=1e-5, atol=1e-10)
 
 
 # ---------------------------------------------------------------- verify

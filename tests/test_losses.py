@@ -115,12 +115,12 @@ def test_a_loss_is_found_while_a_sender_is_held_up_for_whole_periods(n_held):
     assert n_lost == 3
 
 
-def pushed(chunks, sfreq=100.0):
+def pushed(chunks, sfreq=100.0, **config):
     """Return counters, incidents and the stamps of the windows of a stream in chunks."""
     spec = spec_for(small_spec(), sfreq)
     counters, incidents = Counters(), []
     info = StreamInfo(name="amp", ch_names=spec.ch_names, sfreq=sfreq, unit="uV")
-    stream = WindowStream(spec, info, StreamConfig(), counters=counters, report=lambda *what: incidents.append(what))
+    stream = WindowStream(spec, info, StreamConfig(**config), counters=counters, report=lambda *what: incidents.append(what))
     stamps = [window.stamp for chunk in chunks for window in stream.push(chunk)]
     return counters, incidents, stamps
 
@@ -227,7 +227,8 @@ def test_a_late_packet_is_a_gap_and_no_reset():
     assert (counters.samples_lost, counters.samples_early, counters.clock_resets) == (10, 10, 0)
 
 
-def test_steps_of_the_clock_correction_are_no_loss():
+@pytest.mark.parametrize("bridge", [0, 20])
+def test_steps_of_the_clock_correction_are_no_loss(bridge):
     """Of 0.5 ms at 2 kHz: the sender's own stamps say what follows what, and the correction goes into the result."""
     stamps = 1000 + np.arange(20_000) / 2000
     samples = np.random.default_rng(0).normal(0, 20, (20_000, 8))
@@ -236,9 +237,9 @@ def test_steps_of_the_clock_correction_are_no_loss():
         correction = 5.0 + 0.0005 * (a // 2000 % 3)
         mine = stamps[a : a + 20] + correction
         chunks.append(Chunk(samples[a : a + 20], mine, float(mine[-1]), False, correction))
-    counters, incidents, windows = pushed(chunks, 2000.0)
+    counters, incidents, windows = pushed(chunks, 2000.0, bridge=bridge)
     assert not incidents
-    assert (counters.samples_lost, counters.gaps) == (0, 0)
+    assert (counters.samples_lost, counters.samples_bridged, counters.gaps) == (0, 0, 0)
     assert np.isin(np.round(windows, 7), np.round(np.concatenate([chunk.stamps for chunk in chunks]), 7)).all()
 
 

@@ -133,7 +133,7 @@ def test_the_export_offers_the_shorter_window(export, capsys):
 
 
 def test_the_export_of_the_shorter_window_says_what_it_changes_on_the_recording(export, written, capsys):
-    bundle, printed = export(capsys, "--n-times", 152, "--parity-data", written("eeglab_data.set").path)
+    bundle, printed = export(capsys, "--n-times", 152, "--parity-data", written("eeglab_data.set").path, "--interpolate", 1)
     (note,) = bundle.manifest.weights.notes
     assert re.match(
         r"made for windows of 200 samples, exported for 152: decisions are 0\.48 s younger; where the tokens hold the same EEG "

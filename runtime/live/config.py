@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from sjepa_deploy.eeg.conditioning import BadChannels
 from sjepa_deploy.eeg.continuity import MAX_JITTER_S
+from sjepa_deploy.eeg.interpolation import INTERPOLATED_SHARE
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.spec import ModelSpec
 
@@ -67,7 +68,7 @@ class StreamConfig:
     bridge: int = 0
     bad_channels: BadChannels = "flag"
     interpolate: bool = False
-    interpolate_share: float = 1.0
+    interpolate_share: float = INTERPOLATED_SHARE
     check_unit: bool = True
     bads: tuple[str, ...] = ()
     max_jitter: float = MAX_JITTER_S

@@ -406,7 +406,9 @@ def read_record(path: Path) -> Record:
         raise RecordingError(f"There is no record {path}.", "Check the path.")
     try:
         by_id = {stream["info"]["stream_id"]: stream for stream in load_xdf(path, synchronize=False)}
-        run = decode(RunDescription, json.loads(by_id[_DECISIONS]["info"]["desc"][0]["run"][0]))
+        described = json.loads(by_id[_DECISIONS]["info"]["desc"][0]["run"][0])
+        described["config"].setdefault("interpolate_share", 1.0)  # records of 0.1 made any number of channels
+        run = decode(RunDescription, described)
     except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, struct.error) as error:
         raise RecordingError(
             f"{path.name} is no record of sjepa-stream ({type(error).__name__}: {error}).", "Give a file made by --record."

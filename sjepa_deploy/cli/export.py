@@ -15,6 +15,7 @@ from rich.markup import escape
 from sjepa_deploy.bundle import MAX_BATCH, check_writable
 from sjepa_deploy.cli import console, entry, options, parity_table, print_json
 from sjepa_deploy.eeg.montage import Montage, read_montage
+from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.eeg.units import conversion
 from sjepa_deploy.errors import ExportError, InputError, MissingDependencyError, RecordingError, listed
 from sjepa_deploy.spec import PRECISIONS, RUN_PRECISIONS, UNITS_IN_VOLTS, VARIANTS, ModelSpec, Precision, RunPrecision, Unit
@@ -87,6 +88,12 @@ class Graphs:
         Seed of random weights and of the windows that parity is judged with.
     parity_data : Path or None
         EEG of the user to judge with as well.
+    interpolate : float
+        Largest share of the model's channels that is interpolated where the parity data lack them.
+    rename : tuple of str
+        "THEIRS=MINE": channels of the parity data that get other names.
+    check_unit : bool
+        Whether parity data are refused whose amplitudes no EEG has.
     """
 
     precisions: tuple[Precision, ...]
@@ -95,6 +102,9 @@ class Graphs:
     static_batch: int | None
     seed: int
     parity_data: Path | None
+    interpolate: float
+    rename: tuple[str, ...]
+    check_unit: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +132,13 @@ class Outputs:
     triton_platform: str
 
 
-def _graphs(precisions: tuple[RunPrecision, ...], **values: Any) -> Graphs:
+def _graphs(
+    precisions: tuple[RunPrecision, ...], interpolate: float | None, rename: tuple[str, ...] | None, **values: Any
+) -> Graphs:
     if unknown := [name for name in precisions if name not in PRECISIONS]:
         raise click.UsageError(f"{unknown[0]!r} is not a precision of a graph. Use a list of {listed(PRECISIONS)}.")
-    return Graphs(precisions=tuple(name for name in precisions if name in PRECISIONS) or PRECISIONS, **values)
+    kept = tuple(name for name in precisions if name in PRECISIONS) or PRECISIONS
+    return Graphs(precisions=kept, interpolate=interpolate or 0.0, rename=rename or (), **values)
 
 
 def _outputs(engines: tuple[str, ...], **values: Any) -> Outputs:
@@ -182,6 +195,9 @@ def _outputs(engines: tuple[str, ...], **values: Any) -> Outputs:
     ),
     options.seed,
     click.option("--parity-data", type=options.path, help="Recording, or .npy of windows, to judge with as well."),
+    options.interpolate,
+    options.rename,
+    options.check_unit,
 )
 @options.fills(
     "outputs",
@@ -253,7 +269,7 @@ def _export_one(screen: Console, weights: Weights, contract: Contract, graphs: G
     out = outputs.out or Path(f"sjepa-{spec.variant}")
     check_writable(out, force=outputs.force)
     seed, parity_data = graphs.seed, graphs.parity_data
-    eeg = None if parity_data is None else _parity_eeg(parity_data, spec)
+    eeg = None if parity_data is None else _parity_eeg(parity_data, spec, graphs)
     if read is None:
         model = build_model(spec, seed=seed)
         provenance = Provenance(source="random", format="initialisation", seed=seed, notes=assumed)
@@ -276,6 +292,7 @@ def _export_one(screen: Console, weights: Weights, contract: Contract, graphs: G
                 max_batch=graphs.max_batch,
                 static_batch=graphs.static_batch,
                 parity_windows=None if eeg is None else _stretches(eeg, spec.n_times, spec.n_times),
+                check_unit=graphs.check_unit,
                 seed=seed,
                 force=outputs.force,
                 progress=lambda text: status.update(f"{spec.variant}: {text}"),
@@ -375,7 +392,7 @@ def _length_note(
     return (note if change is None else f"{note}: {change}",)
 
 
-def _parity_eeg(path: Path, spec: ModelSpec) -> FloatArray:
+def _parity_eeg(path: Path, spec: ModelSpec, graphs: Graphs) -> FloatArray:
     """Return EEG in the unit of the spec: windows (n, n_chans, n_times) of an array, or a recording (n_chans, n_samples)."""
     from sjepa_deploy.eeg.recording import fit_recording, read_recording
     from sjepa_deploy.export.to_bundle import real_eeg
@@ -385,10 +402,9 @@ def _parity_eeg(path: Path, spec: ModelSpec) -> FloatArray:
             array = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as e:
             raise RecordingError(f"{path} is missing or no array ({e}).", "Give a .npy of windows, or a recording.") from e
-        return real_eeg(array, spec)
-    return fit_recording(
-        read_recording(path), spec.signal, interpolate=True
-    ).data  # parity asks for real EEG, not for the right place
+        return real_eeg(array, spec, check_unit=graphs.check_unit)
+    raw = read_recording(path, rename=parse_rename(graphs.rename, RecordingError))
+    return fit_recording(raw, spec.signal, interpolate=graphs.interpolate, check_unit=graphs.check_unit).data
 
 
 def _stretches(eeg: FloatArray, n_times: int, hop: int) -> FloatArray:
