@@ -166,6 +166,12 @@ def test_a_loss_and_a_clock_that_is_set_in_one_chunk_are_told_apart():
     assert [kind for kind, _ in incidents] == ["gap", "clock reset"]
     assert (counters.samples_lost, counters.clock_resets) == (235, 1)
     assert windows[-1] == pytest.approx(received[-1], abs=0.12)
+    index = np.r_[0:700, 835:2000]
+    received = 1000 + index / 100 + 0.01
+    stamps = 1000 + index / 100 - np.where(index >= 690, 100.0, 0.0)
+    counters, incidents, _ = pushed(cut(stamps, received, size=40))
+    assert [kind for kind, _ in incidents] == ["clock reset", "gap"]
+    assert (counters.samples_lost, counters.clock_resets) == (135, 1)
 
 
 @pytest.mark.parametrize(

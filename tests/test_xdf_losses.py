@@ -28,8 +28,8 @@ def written(path, index, stamps, rate, *others):
 def windows_of(path, rate):
     """Return what stands in the first channel of each window, shape (n_windows, n_times), and the times of their last samples."""
     spec = spec_for(small_spec(), rate)
-    fitted = fit_recording(read_recording(path), spec)
-    starts = fitted.window_starts(spec.n_times, 10)
+    fitted = fit_recording(read_recording(path), spec.signal)
+    starts = fitted.window_starts(10)
     truth = np.stack([fitted.data[0, start : start + spec.n_times] for start in starts])
     return np.rint(truth).astype(int), fitted.times(starts + spec.n_times - 1)
 

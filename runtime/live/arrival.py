@@ -70,16 +70,16 @@ class Arrival:
         behind = lag - self.offset
         if behind < -MOST_AHEAD_S or (behind > MOST_BEHIND_S and not self.began):
             self._report("clock", f"The stamps are {_words(newest, behind)}; from here on they count from arrival.")
-            self.count_from(chunk, len(chunk.stamps) - 1)
+            self.count_from(chunk)
         self.began = True
         if received > self._turn_at or self._turn_at == math.inf:
             self._least_before, self._least = self._least, math.inf
             self._turn_at = received + REMEMBER_S
         self._least = min(self._least, lag)
 
-    def count_from(self, chunk: Chunk, row: int) -> None:
-        """Let the stamps from a row of `chunk` on count from its arrival."""
-        self.offset = chunk.received - _newest_from(chunk.stamps, row)
+    def count_from(self, chunk: Chunk) -> None:
+        """Let the stamps count from the arrival of `chunk`."""
+        self.offset = chunk.received - float(chunk.stamps[-1])
         self._settled_at = chunk.received + SETTLE_S
         self._least, self._least_before = self.offset, math.inf
         self._turn_at = chunk.received + REMEMBER_S

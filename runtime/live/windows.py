@@ -173,7 +173,7 @@ class WindowStream:
                 n_lost = max(0, verdict)
                 if verdict == RESET or self._arrival.jumped(chunk, i, n_lost):
                     counters.clock_resets += 1
-                    self._arrival.count_from(chunk, i)
+                    self._arrival.count_from(chunk)
                     self._interrupt(0, "clock reset", "The clock of the stamps was set; from here on they count from arrival.")
                 elif 0 < n_lost <= self._bridge and not restarted and self._last_row is not None:
                     yield from self._bridge_to(samples, stamps, i, n_lost)
