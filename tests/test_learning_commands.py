@@ -105,7 +105,8 @@ def test_events_of_edf_files_are_learned_as_classes(configs, capsys):
     status, out, err = call(capsys, "finetune", *arguments, "--max-epochs", 1, "--out", configs / "model", "--json")
     assert status == 0, err
     result = json.loads(out)["result"]
-    assert (result["spec"]["class_names"], result["spec"]["n_times"], result["split"]) == (["left", "right"], 160, "subject")
+    spec = result["spec"]
+    assert (spec["class_names"], spec["signal"]["n_times"], result["split"]) == (["left", "right"], 160, "subject")
     assert sorted(result[f"n_{part}"] for part in ("train", "val", "test")) == [16, 24, 24]
 
 

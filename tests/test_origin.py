@@ -163,13 +163,14 @@ def test_names_of_sources_are_the_shortest_that_differ(tmp_path):
     assert source_names(given) == ["a/x/run", "b/x/run", "other", "both.edf", "both.fif", "with.dot"]
 
 
-def test_a_run_that_an_older_release_began_keeps_its_folds(tmp_path):
-    """Its seed dealt them. The file of the run has no `split_seed`."""
+def test_a_run_that_an_older_release_began_keeps_its_folds_and_its_phase(tmp_path):
+    """Its seed dealt the folds, and its windows were zero-phase. The file of the run has neither `split_seed` nor `phase`."""
     config = overridden(FINETUNE, ONE_EPOCH | {"variant": "postlocal", "engine.seed": 3})
-    finetune(overridden(config, {"data.split_seed": 3}), tmp_path)
+    finetune(overridden(config, {"data.split_seed": 3, "data.phase": "zero-phase"}), tmp_path)
     stored = encode(config)
-    del stored["data"]["split_seed"], stored["allow_overlap"], stored["class_weights"]
+    del stored["data"]["split_seed"], stored["data"]["phase"], stored["allow_overlap"], stored["class_weights"]
     (tmp_path / "training/run.json").write_text(json.dumps(stored))
     before = rows_of(tmp_path), torch.load(tmp_path / "training/best.ckpt", weights_only=True)["epoch"]
-    finetune(dataclasses.replace(config, class_weights="balanced"), tmp_path, resume=True)
+    result = finetune(dataclasses.replace(config, class_weights="balanced"), tmp_path, resume=True)
+    assert result.spec.signal.phase == "zero-phase"
     assert (rows_of(tmp_path), torch.load(tmp_path / "training/best.ckpt", weights_only=True)["epoch"]) == before

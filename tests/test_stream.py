@@ -22,12 +22,13 @@ from streams import ScriptedSource, Wrapped, chunks_of, decode, decode_samples, 
 
 import sjepa_deploy
 from sjepa_deploy.eeg.chain import Chain, algorithmic_delay
+from sjepa_deploy.eeg.conditioning import Conditioner
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.interpolation import mixing_matrix, on_sphere, spline_weights
 from sjepa_deploy.eeg.montage import fit_sphere, read_montage
 from sjepa_deploy.eeg.quality import ChannelState
 from sjepa_deploy.eeg.recording import read_recording
-from sjepa_deploy.eeg.steps import BandPass, Flow, Resample
+from sjepa_deploy.eeg.steps import BandPass, Channels, Flow, Reference, Resample
 from sjepa_deploy.eeg.steps.rate import HALF_TAPS, RateReducer, ratio_of_rates
 from sjepa_deploy.errors import BackendError, MissingDependencyError, RecordingError, StreamError
 from sjepa_deploy.runtime.live.check import check_streaming
@@ -168,8 +169,17 @@ def test_channels_of_another_net_are_interpolated_by_their_names(written):
 
 def test_one_channel_is_not_referenced_to_itself():
     spec = small_spec("prelocal", n_chans=1, ch_names=("Cz",), positions=None, preprocessing=Preprocessing(reference="average"))
-    with pytest.raises(RecordingError, match="Nothing is left of one channel"):
-        Chain(spec.signal, spec.ch_names, spec.sfreq, np.ones((1, 1)))
+    info = StreamInfo(name="EEG", ch_names=("Cz",), sfreq=500.0, unit="uV")
+    with pytest.raises(StreamError, match="Nothing is left of one channel"):
+        Conditioner(spec.signal, info, report=print)
+
+
+def test_a_stream_without_the_electrodes_of_the_reference_is_refused(predict):
+    """They stand before the channels are picked, and the model has none of them."""
+    signal = predict.spec.signal.replace(steps=(Reference(channels=("M1", "M2")), Resample(), Channels()))
+    info = StreamInfo(name="EEG", ch_names=(*signal.ch_names, "M1"), sfreq=500.0, unit="uV")
+    with pytest.raises(StreamError, match="The reference channels M2 are not there"):
+        Conditioner(signal, info, report=print)
 
 
 def test_interpolation_needs_positions_and_four_channels(predict):

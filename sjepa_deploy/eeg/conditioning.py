@@ -18,7 +18,7 @@ from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.interpolation import LEAST_GOOD, match_channels, mixing_matrix
 from sjepa_deploy.eeg.quality import REASONS, ROUNDING_V, ChannelQuality, ChannelState
 from sjepa_deploy.eeg.units import PLAUSIBLE_RMS, conversion, volts_in
-from sjepa_deploy.errors import StreamError, listed
+from sjepa_deploy.errors import RecordingError, StreamError, listed
 from sjepa_deploy.spec import SignalSpec
 
 BadChannels = Literal["flag", "repair", "stop"]
@@ -89,7 +89,10 @@ class Conditioner:
         if bad_channels == "repair" and signal.positions is None:
             raise StreamError("The bundle holds no positions to repair channels by.", "Use `--bad-channels flag`.")
         matrix, self.interpolated = mixing_matrix(self.ch_names, signal)
-        self._chain = Chain(signal, self.ch_names, info.sfreq, matrix)
+        try:
+            self._chain = Chain(signal, self.ch_names, info.sfreq, matrix)
+        except RecordingError as e:
+            raise StreamError(e.problem, e.mend) from e
         self.delay, self.ratio = self._chain.delay, self._chain.ratio
         self.n_settling = math.ceil(settling_time(signal, info.sfreq) * signal.sfreq)
         self._scale = np.float64(conversion(info.unit, signal.unit))

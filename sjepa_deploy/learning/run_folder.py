@@ -135,6 +135,8 @@ def _untold(stored: Any) -> dict[str, Any]:
     try:
         if "split_seed" not in stored["data"]:
             changes["data.split_seed"] = int(stored["engine"]["seed"])
+        if "phase" not in stored["data"]:
+            changes["data.phase"] = "zero-phase"
         if "variant" in stored and "class_weights" not in stored:
             changes["class_weights"] = "none"
     except (KeyError, TypeError, ValueError):  # it is no configuration, which is told where the run is checked
