@@ -75,7 +75,7 @@ def figures() -> str:
         "Median latency of a call in us over the batch size, windows in pinned memory and predictions back. PyTorch\n"
         f"{batches['torch']} is at its fastest setting: a CUDA graph, the fast path of its transformer on or off. Last column:\n"
         f"windows a second at 1,024; copying the windows alone allows {copied:,.0f}\n"
-        f"([report](benchmarks/results/{BATCHES}.md)):\n\n"
+        f"([report](benchmarks/results/{BATCHES}.md), [curves](benchmarks/results/{BATCHES}.html)):\n\n"
         f"{over_the_batch(batches['cases'])}"
     )
 

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,26 @@ def test_the_figures_of_the_readme_are_those_of_the_results(readme_tables):
     ]  # fmt: skip
     assert cell["latency"]["percentiles"][0]["percent"] == 50.0
     assert rows["TensorRT 8.6"][2] == f"{cell['latency']['percentiles'][0]['value']['value']:.0f}"
+
+
+def test_the_page_of_batches_is_that_of_the_result(tmp_path):
+    """Curves and a table, drawn without a GPU; every median of the result is on the page."""
+    spec = importlib.util.spec_from_file_location("batches_page", FOLDER / "batches_page.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    result = FOLDER / "results/gpu_batches_H100_2026-11-28.json"
+    shutil.copy(result, tmp_path)
+    page = script.write(tmp_path / result.name).read_text()
+    assert page == result.with_suffix(".html").read_text(), "run: python benchmarks/batches_page.py RESULT"
+    cases = json.loads(result.read_text())["cases"]
+    for model in ("contextual fp32", "contextual fp16", "contextual bf16", "postlocal fp32", "prelocal fp32"):
+        assert f"{model}: latency of a call over the batch size</figcaption>" in page
+    shown = [tuple(re.findall(r"<t[dh][^>]*><span>([^<]*)</span>", row)) for row in page.split("<tr")]
+    at = cases["contextual:fp16:curve"]["auto"]
+    (ours,) = [row for row in shown if row[:3] == ("contextual", "fp16", "cuda")]
+    assert [float(text.replace(",", "")) for text in ours[3:]] == [
+        pytest.approx(at[str(1 << i)]["median"], rel=0.01) for i in range(11)
+    ]
 
 
 def test_the_table_of_the_page_of_the_kernels_is_that_of_the_result():

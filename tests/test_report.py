@@ -313,7 +313,7 @@ def test_there_is_a_latency_curve_for_each_bundle_and_precision_and_one_table(ma
     write_html(report, samples, tmp_path / "a.html")
     curves = re.findall(r"(\w+ \w+): latency of a call over the batch size</figcaption>", (tmp_path / "a.html").read_text())
     assert curves == ["prelocal fp32", "prelocal fp16", "contextual fp32"]
-    table = report_tables.curve_table(report)
+    table = report_tables.curve_table(report.cells)
     assert [c.name for c in table.columns] == ["bundle", "precision", "backend", "1", "8", "64"]
     assert len(table.rows) == 3 * 4
     for row in table.rows:

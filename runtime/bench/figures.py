@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -149,6 +150,20 @@ def label_lines(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 3},
         ).set_in_layout(False)
+
+
+def with_room(sizes: Sequence[int], axes: Axes) -> list[int]:
+    """Return those of the rising `sizes` that have room for their numbers on the logarithmic x axis: each, each second, ...
+
+    The smallest and the largest are always among them.
+    """
+    low, high = axes.get_xlim()
+    points = (72 * axes.figure.get_size_inches()[0] - 50) / math.log(high / low)  # type: ignore[union-attr]
+    for step in (step for step in range(1, len(sizes)) if (len(sizes) - 1) % step == 0):
+        kept = list(sizes[::step])
+        if all(points * math.log(b / a) >= 26 for a, b in itertools.pairwise(kept)):
+            return kept
+    return sorted({sizes[0], sizes[-1]})
 
 
 def apart(wanted: Sequence[float], gap: float) -> list[float]:

@@ -102,7 +102,7 @@ def sections(report: BenchReport, samples: Samples) -> tuple[Section, ...]:
         else:
             shown = report_tables.cell_tables(report, scenario)
             shown += (report_tables.capacity_table(report),) if scenario == "streams" else ()
-            shown += (report_tables.curve_table(report),) if scenario == "throughput" else ()
+            shown += (report_tables.curve_table(cells),) if scenario == "throughput" else ()
         draw = tuple(_drawers(scenario, bundle, cells, samples) for bundle in _bundles(cells))
         found.append(Section(name=scenario, title=title, lead=lead, tables=shown, draw=draw))
     found += [
@@ -211,7 +211,7 @@ def write_html(report: BenchReport, samples: Samples, path: Path) -> None:
         If matplotlib or Jinja2 is not installed.
     """
     drawn = [(section, section.plots()) for section in sections(report, samples)]
-    _write_page(
+    write_page(
         path,
         title=_headline(report),
         warnings=warnings(report),
@@ -235,7 +235,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
     _write_text(path.with_name(f"{path.name}.md"), comparison_to_markdown(comparison))
     table = report_tables.change_table(comparison)
     section = Section(name="changes", title="Changes", lead="", tables=(table,))
-    _write_page(
+    write_page(
         path.with_name(f"{path.name}.html"),
         title=f"{comparison.before} against {comparison.after}",
         warnings=comparison_warnings(comparison),
@@ -298,7 +298,24 @@ def _verdicts(report: BenchReport) -> tuple[str, ...]:
     return tuple(facts)
 
 
-def _write_page(path: Path, **content: object) -> None:
+def write_page(path: Path, **content: object) -> None:
+    """Write a page of tables and plots to one HTML file, whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+        File to write.
+    **content
+        Variables of the template: `title`, `warnings`, `recommendations`, `command`, `facts`, and `sections`, each a pair of a
+        `Section` and its groups of plots.
+
+    Raises
+    ------
+    BenchmarkError
+        If it cannot be written.
+    MissingDependencyError
+        If Jinja2 is not installed.
+    """
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError as e:

@@ -21,6 +21,7 @@ from sjepa_deploy.runtime.bench.figures import (
     label_strip,
     new_figure,
     strips,
+    with_room,
 )
 from sjepa_deploy.runtime.bench.results import DecisionAge
 from sjepa_deploy.runtime.bench.tables import duration, number
@@ -232,8 +233,8 @@ def latency_curve(cells: Sequence[Cell], title: str) -> Plot | None:
         axes.set_xlim(sizes[0] / 1.15, sizes[-1] * 1.15)
         axes.set_ylim(min(medians) / 1.4, max(medians) * 1.4)
         label_lines(axes, [(*curves[name][-1], name, colour) for name, colour in shown.items()])
-        every = -(-len(sizes) // 6)  # as many as have room on a phone
-        axes.set_xticks(sizes[::-1][::every], [number(size) for size in sizes[::-1][::every]])
+        shown_sizes = with_room(sizes, axes)
+        axes.set_xticks(shown_sizes, [number(size) for size in shown_sizes])
         axes.yaxis.set_major_locator(_durations(*axes.get_ylim()))
         axes.yaxis.set_major_formatter(lambda us, _: duration(us / 1e6))
         axes.minorticks_off()

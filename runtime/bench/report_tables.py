@@ -235,9 +235,9 @@ def parity_table(report: BenchReport) -> Table:
     return without_empty_columns(table)
 
 
-def curve_table(report: BenchReport) -> Table:
+def curve_table(cells: Sequence[Cell]) -> Table:
     """Return the table of the median latencies over the batch size: one row a bundle, backend and precision."""
-    cells = [cell for cell in report.cells if cell.key.scenario == "throughput" and cell.key.backend != HARNESS]
+    cells = [cell for cell in cells if cell.key.scenario == "throughput" and cell.key.backend != HARNESS]
     curves: dict[tuple[str, str, str], dict[int, Cell]] = {}
     for cell in cells:
         curves.setdefault((cell.key.bundle, cell.key.precision, cell.key.backend), {})[cell.key.batch] = cell
