@@ -67,6 +67,12 @@ class TrainingError(SjepaError):
     """Reports a training run that cannot start or cannot go on."""
 
 
+class CollapseError(TrainingError):
+    """Reports a pretraining that ended with a model that nobody should use."""
+
+    exit_code = 1
+
+
 class TrainingStoppedError(TrainingError):
     """Reports a training run that was stopped from outside. The run can go on from its last whole epoch.
 

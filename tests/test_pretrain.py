@@ -4,13 +4,16 @@ import logging
 import numpy as np
 import pytest
 import torch
+import yaml
 from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from small import DATA, ENCODER, PRETRAIN, make_spec
 from torch._dynamo.backends.debugging import aot_eager
 
-from sjepa_deploy.errors import DataError, SpecError
+from sjepa_deploy.cli import run_command
+from sjepa_deploy.cli.pretrain import pretrain as command
+from sjepa_deploy.errors import CheckpointError, DataError, SpecError
 from sjepa_deploy.learning import loop as engine
 from sjepa_deploy.learning.data import DataConfig, Synthetic, Target, split_windows
 from sjepa_deploy.learning.finetune import FinetuneConfig, finetune
@@ -19,6 +22,7 @@ from sjepa_deploy.learning.masking import Masking, MaskSampler
 from sjepa_deploy.learning.pretrain import JEPA, PretrainConfig, PretrainModule, pretrain, spread_of
 from sjepa_deploy.models.checkpoint import load_model, read_checkpoint
 from sjepa_deploy.models.networks import build_model, reference_mode
+from sjepa_deploy.serialize import encode
 
 
 def make_jepa(target_layers=1, seed=0):
@@ -107,7 +111,8 @@ def test_the_momentum_rises_linearly_to_its_end(monkeypatch):
 
 def test_the_optimiser_is_adamw_on_everything_but_the_teacher():
     module = PretrainModule(dataclasses.replace(PRETRAIN, engine=PretrainConfig().engine), make_spec())
-    optimiser = module.configure_optimizers()
+    optimiser = module.configure_optimizers()["optimizer"]
+    optimiser.param_groups[0]["lr"] *= 100  # the first of 100 steps of warm-up
     (group,) = optimiser.param_groups
     assert isinstance(optimiser, torch.optim.AdamW)
     assert (group["lr"], group["weight_decay"]) == (1e-3, 0.01)
@@ -184,6 +189,70 @@ def test_collapse_is_reported(tmp_path, caplog):
         module.on_validation_epoch_end()
     assert float(spread) < 0.05
     assert "The embeddings collapse" in caplog.text
+
+
+def test_the_learning_rate_rises_over_the_first_steps():
+    module = PretrainModule(dataclasses.replace(PRETRAIN, warmup_steps=4), make_spec())
+    found = module.configure_optimizers()
+    rates = []
+    for _ in range(6):
+        rates.append(found["optimizer"].param_groups[0]["lr"])
+        found["optimizer"].step()
+        found["lr_scheduler"]["scheduler"].step()
+    np.testing.assert_allclose(rates, [0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+
+
+@pytest.mark.parametrize(
+    ("spread", "losses", "said"), [(0.01, (3.0, 2.0), "vary over windows by 0.01 only"), (0.3, (2.0, 3.0), "2 epochs")]
+)
+def test_a_run_that_fails_ends_with_status_1_and_writes_no_base(spread, losses, said, tmp_path, monkeypatch, capsys):
+    def planted(self):
+        self.spread = torch.tensor(spread)
+        self.log("val_loss", torch.tensor(losses[self.current_epoch]))
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        yaml.safe_dump(encode(dataclasses.replace(PRETRAIN, engine=dataclasses.replace(PRETRAIN.engine, max_epochs=2))))
+    )
+    arguments = ["--config", str(recipe), "--out", str(tmp_path / "base")]
+    with monkeypatch.context() as patched:
+        patched.setattr(PretrainModule, "on_validation_epoch_end", planted)
+        assert run_command(command, "sjepa-pretrain", arguments) == 1
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert said in err
+    assert "base/collapsed" in err
+    assert not (tmp_path / "base/config.json").exists()
+    assert read_checkpoint(tmp_path / "base/collapsed").variant == "base"
+    with pytest.raises(CheckpointError):
+        read_checkpoint(tmp_path / "base")
+    assert run_command(command, "sjepa-pretrain", [*arguments, "--force"]) == 0
+    assert not (tmp_path / "base/collapsed").exists()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_few_steps_on_four_channels_do_not_collapse(seed):
+    """A network of the default depth. benchmarks/collapse.py measures the default network."""
+    config = PretrainConfig()
+    data = dataclasses.replace(DATA, ch_names=("Fz", "Cz", "T7", "Pz"), n_times=200, synthetic=Synthetic(seed=seed))
+    windows = load_windows(data)
+    base = build_model(
+        make_spec(ch_names=data.ch_names, n_times=200, encoder=dataclasses.replace(ENCODER, n_layers=8)), seed=seed
+    )
+    module = PretrainModule(dataclasses.replace(config, encoder=base.spec.encoder, data=data), base.spec)
+    found = module.configure_optimizers()
+    torch.manual_seed(seed)
+    eeg = torch.from_numpy(windows.eeg)
+    parameters = list(module.jepa.base.parameters())
+    for _ in range(120):
+        batch = eeg[torch.randint(len(eeg), (32,))]
+        module.jepa(batch, module.sampler(32)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.engine.gradient_clip)
+        found["optimizer"].step()
+        found["optimizer"].zero_grad()
+        found["lr_scheduler"]["scheduler"].step()
+        module.jepa.follow(config.ema_start)
+    spread, _ = spread_of(module.jepa.target(*module.jepa.tokens(eeg)))
+    assert spread > 0.05
 
 
 def test_pretraining_learns_what_was_planted(tmp_path):

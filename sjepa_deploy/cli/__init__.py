@@ -2,8 +2,8 @@
 
 Results are dataclasses; sentences and tables are made here, where they are printed.
 
-The exit status is 0 when the work is done, 1 when a verification failed, 2 for wrong input or a wrong environment (one line on
-stderr says how to mend it), 130 when the command was interrupted, and 143 when SIGTERM ended a training.
+The exit status is 0 when the work is done, 1 when a verification failed or a pretraining collapsed, 2 for wrong input or a wrong
+environment (one line on stderr says how to mend it), 130 when the command was interrupted, and 143 when SIGTERM ended a training.
 """
 
 from __future__ import annotations

@@ -13,15 +13,15 @@ from sjepa_deploy.cli.training import require_training, shape_of, telling, train
 from sjepa_deploy.serialize import overridden
 
 
-def _masking(mask: str | None, radius: float | None, target_layers: int | None) -> dict[str, Any]:
-    return {"masking.mode": mask, "masking.radius": radius, "target_layers": target_layers}
+def _learning(mask: str | None, radius: float | None, clip: float | None, **values: Any) -> dict[str, Any]:
+    return {"masking.mode": mask, "masking.radius": radius, "engine.gradient_clip": clip, **values}
 
 
 @options.recipe_command
 @training_options
 @options.fills(
-    "masking",
-    _masking,
+    "learning",
+    _learning,
     click.option(
         "--mask",
         type=click.Choice(["block", "fixed"]),
@@ -29,6 +29,11 @@ def _masking(mask: str | None, radius: float | None, target_layers: int | None) 
     ),
     click.option("--radius", type=float, help="Radius of a block in head radii: 0.4, 0.6 and 0.8 in the paper."),
     click.option("--target-layers", type=int, help="Number of the teacher's last layers whose mean is the target."),
+    click.option("--warmup-steps", type=int, help="Steps over which the learning rate rises from 0."),
+    click.option("--clip", type=float, help="Largest norm of the gradient."),
+    click.option("--ema-start", type=float, help="Momentum of the teacher at the start."),
+    click.option("--ema-end", type=float, help="Momentum of the teacher at the end."),
+    click.option("--ema-steps", type=int, help="Steps over which the momentum rises."),
 )
 def pretrain(
     config_file: Path | None,
@@ -37,7 +42,7 @@ def pretrain(
     force: bool,
     resume: bool,
     changes: dict[str, Any],
-    masking: dict[str, Any],
+    learning: dict[str, Any],
     json_output: bool,
 ) -> None:
     """Pretrain a base model, by default on synthetic EEG, and write its checkpoint into --out."""
@@ -46,7 +51,7 @@ def pretrain(
     from sjepa_deploy.learning.pretrain import PretrainConfig
     from sjepa_deploy.learning.pretrain import pretrain as run
 
-    config = overridden(read_config(PretrainConfig, config_file), changes | masking)
+    config = overridden(read_config(PretrainConfig, config_file), changes | learning)
     screen = console(json_output)
     result = run(config, out, resume=resume, replace=force, progress=screen.is_terminal and not json_output, tell=telling(screen))
     if not is_first_process():

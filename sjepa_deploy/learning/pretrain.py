@@ -5,7 +5,7 @@ teacher, a slowly following copy of the encoder, made these embeddings from all 
 shared.
 
 The paper leaves learning rate and EMA open; the defaults are those of its author's later code: AdamW 1e-3, weight decay 0.01,
-EMA from 0.999 to 0.9999, linear over 75,000 steps.
+EMA from 0.999 to 0.9999, linear over 75,000 steps. Warm-up and clipping are ours: without them the embeddings collapse.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Any, Literal
 
 import lightning
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from sjepa_deploy.errors import DataError, SpecError
+from sjepa_deploy.errors import CollapseError, DataError, SpecError
 from sjepa_deploy.files import write_atomically
 from sjepa_deploy.learning import padded
 from sjepa_deploy.learning.data import DataConfig, split_windows
@@ -30,7 +31,7 @@ from sjepa_deploy.learning.loop import Batch, Engine, Fitted, WindowLoaders, che
 from sjepa_deploy.learning.masking import Masking, Masks, MaskSampler
 from sjepa_deploy.learning.origin import ORIGIN_KEY, SPLIT_FILE, Origin, origin_of, split_table
 from sjepa_deploy.learning.report import DataReport, report_on
-from sjepa_deploy.learning.run_folder import as_begun, check_run, saving_to
+from sjepa_deploy.learning.run_folder import COLLAPSED_FOLDER, as_begun, check_run, saving_to
 from sjepa_deploy.models.checkpoint import SPEC_KEY, TRAINING_KEY, write_checkpoint
 from sjepa_deploy.models.networks import SignalJEPA, build_model
 from sjepa_deploy.serialize import encode
@@ -38,6 +39,10 @@ from sjepa_deploy.spec import EncoderSpec, ModelSpec
 
 COLLAPSE_SPREAD = 0.05
 """Spread below which embeddings hardly depend on the EEG; LayerNorm keeps their scale near 1."""
+
+WARMUP_STEPS = 100
+"""Steps of warm-up after which AdamW 1e-3 does not collapse; without warm-up it did in each of 3 runs, and with it in none of 10
+(benchmarks/results/collapse_H200_2026-11-28.md)."""
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +63,8 @@ class PretrainConfig:
         The target is the mean of the teacher's last so many layers (1: the paper, 4: the author's published configuration).
     ema_start, ema_end, ema_steps : float, float, int
         Momentum of the teacher, linear over so many steps.
+    warmup_steps : int
+        Steps over which the learning rate rises from 0 to its value.
     monitor : {"relative_l1", "l1"}
         Validation loss that decides which epoch is the best. "l1" is the paper's. It grows with the teacher's spread while the
         embeddings become richer; "relative_l1" divides it by the L1 of predicting the mean embedding.
@@ -72,8 +79,9 @@ class PretrainConfig:
     ema_start: float = 0.999
     ema_end: float = 0.9999
     ema_steps: int = 75_000
+    warmup_steps: int = WARMUP_STEPS
     monitor: Literal["relative_l1", "l1"] = "relative_l1"
-    engine: Engine = field(default_factory=lambda: Engine(patience=10, weight_decay=0.01))
+    engine: Engine = field(default_factory=lambda: Engine(patience=10, weight_decay=0.01, gradient_clip=1.0))
 
     def __post_init__(self) -> None:
         if not 1 <= self.target_layers <= self.encoder.n_layers:
@@ -82,6 +90,8 @@ class PretrainConfig:
             raise SpecError("Without decoder layers there is no predictor.", "Use n_decoder_layers of 1 or more.")
         if not 0 <= self.ema_start <= self.ema_end <= 1 or self.ema_steps < 1:
             raise SpecError("The EMA's momentum does not rise from 0 or more to 1 or less.", "Use for example 0.999 and 0.9999.")
+        if self.warmup_steps < 0:
+            raise SpecError(f"warmup_steps is {self.warmup_steps}.", "Use 0 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,12 +277,15 @@ class PretrainModule(lightning.LightningModule):
         description = {SPEC_KEY: encode(self.jepa.base.spec), TRAINING_KEY: encode({ORIGIN_KEY: self.origin})}
         checkpoint["hyper_parameters"] = description
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return AdamW on everything but the teacher."""
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Return AdamW on everything but the teacher, and the warm-up of its learning rate."""
         engine = self.config.engine
         parameters = [p for p in self.parameters() if p.requires_grad]
         fused = self.device.type == "cuda"
-        return torch.optim.AdamW(parameters, lr=engine.lr, weight_decay=engine.weight_decay, fused=fused)
+        optimizer = torch.optim.AdamW(parameters, lr=engine.lr, weight_decay=engine.weight_decay, fused=fused)
+        n = self.config.warmup_steps
+        rising = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / n) if n else 1.0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rising, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one batch under fresh masks."""
@@ -317,7 +330,7 @@ class PretrainModule(lightning.LightningModule):
         if self.global_rank == 0 and self.spread < COLLAPSE_SPREAD:
             log.warning(
                 "The embeddings collapse: over windows they vary by %.3g only (epoch %d). "
-                "Lower the learning rate, or raise the EMA's momentum.",
+                "If this lasts, use a smaller --lr or more --warmup-steps.",
                 float(self.spread),
                 self.current_epoch,
             )
@@ -361,6 +374,9 @@ def pretrain(
         If there are too few windows, or channels without positions.
     TrainingError
         If `out` holds a run that is not to be resumed, or another one.
+    CollapseError
+        If the embeddings of the kept epoch hardly depend on the EEG (`COLLAPSE_SPREAD`), or no epoch was better than the first
+        one. The model is in ``out/collapsed`` then.
     """
     out = Path(out)
     if resume:
@@ -390,9 +406,28 @@ def pretrain(
         n_val=len(split.val),
         split=split.by,
     )
+    failure = _failure(result)
     if trainer.is_global_zero:
         training = {"pretraining": config, "data": report, "data_steps": windows.steps, ORIGIN_KEY: origin, "result": result}
         with saving_to(out):
             write_atomically(out / SPLIT_FILE, split_table(windows, split))
-            write_checkpoint(module.jepa.base, out, training=training)
+            write_checkpoint(module.jepa.base, out if failure is None else out / COLLAPSED_FOLDER, training=training)
+    if failure is not None:
+        raise CollapseError(
+            f"{failure} The model is in {out / COLLAPSED_FOLDER}.",
+            "Start again with --force and a smaller --lr, more --warmup-steps or a smaller --clip.",
+        )
     return result
+
+
+def _failure(result: PretrainResult) -> str | None:
+    """Return why a base model is of no use, as a sentence, or None."""
+    fitted = result.fitted
+    if result.spread < COLLAPSE_SPREAD:
+        return (
+            f"The embeddings collapsed: at the best epoch, number {fitted.best_epoch + 1} of {fitted.epochs}, they vary over "
+            f"windows by {result.spread:.2g} only, and {COLLAPSE_SPREAD:g} is the least."
+        )
+    if fitted.best_epoch == 0 and fitted.epochs > 1:
+        return f"None of {fitted.epochs} epochs was better than the first one: nothing was learned."
+    return None

@@ -38,6 +38,9 @@ T = TypeVar("T")
 RUN_FILE = "run.json"
 """The configuration of the run: only a run of the same configuration goes on."""
 
+COLLAPSED_FOLDER = "collapsed"
+"""Folder beside the run that gets the model of a pretraining that failed."""
+
 LAST_FILE = "last.ckpt"
 BEST_FILE = "best.ckpt"
 
@@ -133,6 +136,8 @@ def _untold(stored: Any) -> dict[str, Any]:
     """Return what older releases did, which is not the default of this one, as changes of a configuration."""
     changes: dict[str, Any] = {}
     try:
+        if "masking" in stored and "warmup_steps" not in stored:
+            changes |= {"warmup_steps": 0, "engine.gradient_clip": stored["engine"]["gradient_clip"]}
         if "split_seed" not in stored["data"]:
             changes["data.split_seed"] = int(stored["engine"]["seed"])
         if "phase" not in stored["data"]:
@@ -159,6 +164,7 @@ def start_run(folder: Path, config: object, *, replace: bool) -> None:
             (folder.parent / SPLIT_FILE).unlink(missing_ok=True)
             if (folder / RUN_FILE).is_file():
                 shutil.rmtree(folder)
+                shutil.rmtree(folder.parent / COLLAPSED_FOLDER, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / RUN_FILE, (json.dumps(encode(config), indent=1) + "\n").encode())
     except OSError as e:
