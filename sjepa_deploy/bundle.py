@@ -261,12 +261,15 @@ def replaced(path: Path) -> BundleError:
 
 
 def _stamp_of(path: Path) -> tuple[int, ...] | None:
-    """Return numbers that tell the manifest at `path` from every later manifest there, or None if there is no manifest."""
+    """Return numbers that tell the manifest at `path` from every later manifest there, or None if there is no manifest.
+
+    A copy may have the time of its original (`st_mtime`) and the inode of a manifest that was deleted; `st_ctime` is its own.
+    """
     try:
         found = (path / MANIFEST_FILE).stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+    return found.st_dev, found.st_ino, found.st_ctime_ns, found.st_size
 
 
 def graph_contract(

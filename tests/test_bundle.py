@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -466,6 +467,25 @@ def test_a_bundle_that_is_replaced_while_it_is_opened_is_one_of_both(make_bundle
     assert not opened.current
     with pytest.raises(BundleError, match="was replaced while it was opened"):
         sjepa_deploy.load(opened)
+
+
+def test_a_copy_that_has_inode_and_time_of_what_it_replaced_is_another_bundle(path, monkeypatch):
+    """File systems give the inode of a deleted manifest to the next one, and `copytree` gives a copy the original's time."""
+    real, opened = os.stat, Bundle.open(path)
+    manifest = path / "manifest.json"
+    before = real(manifest)
+
+    class Reused:
+        def __getattr__(self, name):
+            return getattr(before if name in ("st_ino", "st_mtime_ns", "st_mtime") else real(manifest), name)
+
+    time.sleep(0.02)
+    copy = path.with_name("copy")
+    shutil.copytree(path, copy)
+    swap(path, Bundle.open(copy))
+    assert real(manifest).st_mtime_ns == before.st_mtime_ns
+    monkeypatch.setattr(Path, "stat", lambda self, **how: Reused() if self == manifest else real(self, **how))
+    assert not opened.current
 
 
 def test_places_that_cannot_be_written(tmp_path):
