@@ -16,7 +16,7 @@ import json
 import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -366,6 +366,21 @@ def in_another_thread(call: Callable[[], Any]) -> None:
     """Call in a new thread, and raise here what it raises."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         pool.submit(call).result()
+
+
+def check_batch_sizes_share(driver: FakeDriver, call: Callable[[int], object], sizes: Sequence[int], window: int) -> None:
+    """Call a backend with batches of `sizes` windows, and fail if its buffers outgrow four times those of the largest.
+
+    `window` is the size of a window and its outputs in all kinds of memory that the backend keeps for a window, in bytes.
+    """
+    call(sizes[0])
+    others = sum(map(len, driver.allocations.values())) - sizes[0] * window
+    largest = 0
+    for size in sizes:
+        call(size)
+        largest = max(largest, size)
+        held = sum(map(len, driver.allocations.values())) - others
+        assert held < 4 * largest * window, f"{held / window:g} windows are kept for batches to {largest}"
 
 
 def check_nothing_is_left(driver: FakeDriver, open_run_and_close: Callable[[], None]) -> None:

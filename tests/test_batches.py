@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from bundles import small_spec
-from fake_gpu import check_nothing_is_left
+from fake_gpu import check_batch_sizes_share, check_nothing_is_left
 from kernels_on_cpu import compiled_for_cpu
 
 from sjepa_deploy.errors import BackendError, InputError
@@ -196,6 +197,20 @@ def test_a_call_allocates_nothing(gpu, make_model):
     for size in (1, 2, 1):
         backend.run(reference.inputs[:size])
     assert gpu.n_allocated == before
+    backend.close()
+
+
+def test_batch_sizes_share_their_buffers(gpu, make_model):
+    bundle, reference, _ = make_model(SPECS["prelocal"])
+    bundle = SimpleNamespace(**vars(bundle) | {"graph": lambda precision: SimpleNamespace(max_batch=8)})
+    backend = batches_for(gpu, bundle)
+    windows = np.resize(reference.inputs, (8, *reference.inputs.shape[1:]))
+    alone = np.concatenate([backend.run(window[None]).copy() for window in windows])
+
+    def call(size):
+        np.testing.assert_array_equal(backend.run(windows[:size]), alone[:size])
+
+    check_batch_sizes_share(gpu, call, [3, *range(1, 9), 5, 2, 8], 2 * (windows[:1].nbytes + alone[:1].nbytes))
     backend.close()
 
 

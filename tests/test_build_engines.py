@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from bundles import copy_bundle
 from engine_bundles import small_bundle
-from fake_gpu import LAUNCH_FAILED, check_nothing_is_left, in_another_thread
+from fake_gpu import LAUNCH_FAILED, check_batch_sizes_share, check_nothing_is_left, in_another_thread
 from fake_machine import Rig, eeg, outputs
 from hypothesis import given
 from hypothesis import strategies as st
@@ -113,6 +113,20 @@ def test_every_way_to_run_gives_the_same_and_allocates_nothing(rig, bundle, memo
         np.testing.assert_array_equal(backend.run(buffer), outputs(bundle, "fp32", eeg(bundle, n)[::-1].copy()))
     assert rig.driver.n_allocated == allocated
     assert (rig.driver.n_launched - launched) == (10 if cuda_graph else 0)
+    backend.close()
+
+
+@pytest.mark.parametrize("memory", ["mapped", "copy"])
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_batch_sizes_share_their_buffers(rig, bundle, memory, cuda_graph):
+    build_engine(bundle, "fp32")
+    backend = open_backend(bundle, "tensorrt", "fp32", BackendOptions(memory=memory, cuda_graph=cuda_graph))
+
+    def call(size):
+        np.testing.assert_array_equal(backend.run(eeg(bundle, size)), outputs(bundle, "fp32", eeg(bundle, size)))
+
+    window = (eeg(bundle, 1).nbytes + outputs(bundle, "fp32", eeg(bundle, 1)).nbytes) * (2 if memory == "copy" else 1)
+    check_batch_sizes_share(rig.driver, call, [3, *range(1, 9), 5, 2, 8], window)
     backend.close()
 
 

@@ -211,6 +211,28 @@ def test_a_call_allocates_nothing(gpu, make_model):
     backend.close()
 
 
+@pytest.mark.parametrize("memory", ["mapped", "copy"])
+def test_batch_sizes_share_their_buffers_and_scratch_memory_is_bounded(gpu, make_model, monkeypatch, memory):
+    """A lane that was closed for others is made again. Its buffers stay where callers may hold them."""
+    monkeypatch.setattr(fused, "LEAST_KEPT", 2)
+    bundle, reference, _ = make_model(SPECS["prelocal"])
+    bundle = SimpleNamespace(**vars(bundle) | {"graph": lambda precision: SimpleNamespace(max_batch=8)})
+    backend = backend_for(gpu, bundle, options=BackendOptions(memory=memory))
+    windows = np.resize(reference.inputs, (8, *reference.inputs.shape[1:]))
+    alone = np.concatenate([backend.run(window[None]).copy() for window in windows])
+    first = backend.input_buffer(1)
+    addresses = {size: backend.input_buffer(size).ctypes.data for size in range(1, 9)}
+    for size in (8, 1, 7, 6, 5, 4, 3, 2, 8, 1):
+        np.testing.assert_array_equal(backend.run(windows[:size]), alone[:size])
+        buffer = backend.input_buffer(size)
+        assert buffer.ctypes.data == addresses[size]
+        lanes = backend._lanes
+        assert sum(lanes) <= 4 * max(lanes)
+    first[...] = windows[3]
+    np.testing.assert_array_equal(backend.run(first), alone[3:4])
+    backend.close()
+
+
 def test_a_second_thread_is_refused_while_the_first_is_inside(gpu, make_model):
     bundle, reference, _ = make_model(SPECS["prelocal"])
     backend = backend_for(gpu, bundle)

@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from engine_bundles import small_bundle
-from fake_gpu import FakeDriver, check_nothing_is_left, in_another_thread
+from fake_gpu import FakeDriver, check_batch_sizes_share, check_nothing_is_left, in_another_thread
 
 from sjepa_deploy.errors import BackendError
 from sjepa_deploy.runtime.backend import BackendOptions, open_backend
@@ -54,6 +54,22 @@ def test_bound_buffers_decode_and_nothing_is_allocated_per_call(opened, memory):
         buffer[...] = windows[3 : 3 + n]
         np.testing.assert_array_equal(backend.run(buffer), on_cpu.run(windows[3 : 3 + n]))
     assert opened["driver"].n_allocated == allocated
+    backend.close()
+    assert not opened["driver"].allocations
+
+
+@pytest.mark.parametrize("memory", ["mapped", "copy"])
+def test_batch_sizes_share_their_buffers(opened, memory):
+    bundle = small_bundle("prelocal")
+    windows = bundle.reference().inputs[:8]
+    backend = open_backend(bundle, "ort-cuda", "fp32", BackendOptions(memory=memory))
+    on_cpu = open_backend(bundle, "ort-cpu", "fp32")
+
+    def call(size):
+        np.testing.assert_array_equal(backend.run(windows[:size]), on_cpu.run(windows[:size]))
+
+    window = (windows[:1].nbytes + on_cpu.run(windows[:1]).nbytes) * (2 if memory == "copy" else 1)
+    check_batch_sizes_share(opened["driver"], call, [3, *range(1, 9), 5, 2, 8], window)
     backend.close()
     assert not opened["driver"].allocations
 

@@ -12,8 +12,8 @@ from typing import Any
 from sjepa_deploy.errors import BackendError, EngineError, InputError, listed
 from sjepa_deploy.runtime.backend import BackendOptions
 from sjepa_deploy.runtime.backends.tensorrt_api import TensorRT
-from sjepa_deploy.runtime.gpu.backend import GpuBackend
-from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, Graph, HostBuffer, Stream, check
+from sjepa_deploy.runtime.gpu.backend import GpuBackend, LaneBuffers, SharedBuffers
+from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, Graph, Stream, check
 from sjepa_deploy.runtime.gpu.timing import Step
 from sjepa_deploy.spec import ModelSpec
 
@@ -67,7 +67,8 @@ class EngineRunner(GpuBackend["_Lane"]):
             size = max(api.memory_size(engine) for engine in self._engines)
             scratch = DeviceBuffer(device, size)  # shared: contexts run one after another
             self._scratch = opened.enter_context(closing(scratch))
-            super().__init__(device, stream, spec, opened.pop_all())
+            buffers = SharedBuffers(device, spec, max(high for _, _, high in self._profiles), copies=options.memory == "copy")
+            super().__init__(device, stream, buffers, spec, opened.pop_all())
         self._from_gpu: OrderedDict[tuple[int, int], _Launch] = OrderedDict()
 
     def _release(self) -> None:
@@ -88,8 +89,10 @@ class EngineRunner(GpuBackend["_Lane"]):
                 f"The batch has {batch} windows, the engine's profile is {takes}.",
                 "Split it, or build an engine with sjepa-build --max-batch.",
             )
-        context = self._api.create_context(self._engines[which], self._scratch.address, self._scratch.nbytes, self._stream.handle)
-        return _Lane(self._device, self._stream, context, batch, self._spec, self._options, self._api, self._from_gpu)
+        with self._buffers.opening(batch) as buffers:
+            engine = self._engines[which]
+            context = self._api.create_context(engine, self._scratch.address, self._scratch.nbytes, self._stream.handle)
+            return _Lane(buffers, self._stream, context, batch, self._spec, self._options, self._api, self._from_gpu)
 
 
 class CaptureError(BackendError):
@@ -125,7 +128,7 @@ class _Lane:
 
     def __init__(
         self,
-        device: Device,
+        buffers: LaneBuffers,
         stream: Stream,
         context: Any,
         batch: int,
@@ -138,15 +141,9 @@ class _Lane:
         self._batch, self._cuda_graph, self._wait = batch, options.cuda_graph, stream.wait
         self._from_gpu = from_gpu  # by batch and address, the least recently made first
         with contextlib.ExitStack() as opened:
-            self._in, self._out = (
-                opened.enter_context(closing(HostBuffer(device, (batch, *shape))))
-                for shape in (spec.input_shape, spec.output_shape)
-            )
+            self._in, self._out = buffers.input, buffers.output
             self.input, self.output = self._in.array, self._out.array
-            self._copies: tuple[DeviceBuffer, ...] = ()
-            if options.memory == "copy":
-                sizes = (self._in.nbytes, self._out.nbytes)
-                self._copies = tuple(opened.enter_context(closing(DeviceBuffer(device, size))) for size in sizes)
+            self._copies = buffers.copies
             if not context.set_input_shape(spec.input_name, self.input.shape):
                 raise EngineError(
                     f"The engine refuses batch {batch}: {api.last_error}.", "Build it again with sjepa-build --rebuild."
@@ -195,7 +192,7 @@ class _Lane:
 
     def enqueue_from(self, source: int) -> Callable[[], None]:
         """Return a function that enqueues one call on the input at the device address `source`."""
-        target = self._copies[1].address if self._copies else self._out.address
+        target = self._copies[1] if self._copies else self._out.address
 
         def enqueue() -> None:
             self._execute(source, target)
@@ -206,10 +203,11 @@ class _Lane:
         return enqueue
 
     def _enqueue_with_copies(self) -> None:
+        assert self._copies is not None
         source, target = self._copies
-        self._stream.upload(source.address, self._in)
-        self._execute(source.address, target.address)
-        self._stream.download(self._out, target.address)
+        self._stream.upload(source, self._in)
+        self._execute(source, target)
+        self._stream.download(self._out, target)
         self._stream.finish()
 
     def steps(self) -> tuple[dict[str, Step], str]:
@@ -218,9 +216,9 @@ class _Lane:
             return {"compute": lambda: check(self.launch())}, "as measured, in mapped memory"
         source, target = self._copies
         return {
-            "h2d": lambda: self._stream.upload(source.address, self._in),
-            "compute": lambda: self._execute(source.address, target.address),
-            "d2h": lambda: self._stream.download(self._out, target.address),
+            "h2d": lambda: self._stream.upload(source, self._in),
+            "compute": lambda: self._execute(source, target),
+            "d2h": lambda: self._stream.download(self._out, target),
         }, "step by step, without a graph"
 
     def _execute(self, source: int, target: int) -> None:

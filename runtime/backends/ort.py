@@ -18,8 +18,8 @@ import onnxruntime as ort
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError
 from sjepa_deploy.runtime.backend import Backend, BackendOptions, FloatArray, Turn
-from sjepa_deploy.runtime.gpu.backend import GpuBackend
-from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, HostBuffer, Stream
+from sjepa_deploy.runtime.gpu.backend import GpuBackend, LaneBuffers, SharedBuffers
+from sjepa_deploy.runtime.gpu.cuda import Device, Stream
 from sjepa_deploy.runtime.gpu.timing import Step
 from sjepa_deploy.spec import RunPrecision
 
@@ -52,7 +52,8 @@ def open_session(bundle: Bundle, precision: RunPrecision, settings: Any, provide
     """
     graph = bundle.graph(precision)
     try:
-        session = ort.InferenceSession(str(bundle.graph_path(precision)), settings, providers=[(provider, options)])
+        content = bundle.graph_path(precision).read_bytes()  # ONNX Runtime opens no path that is not UTF-8
+        session = ort.InferenceSession(content, settings, providers=[(provider, options)])
     except Exception as e:
         reason = str(e).splitlines()[0]
         if ALLOCATION_FAILED.search(reason):
@@ -167,7 +168,7 @@ class OrtCudaBackend(GpuBackend["_Lane"]):
     memory_kind = "cuda"
 
     def __init__(self, bundle: Bundle, precision: RunPrecision, options: BackendOptions) -> None:
-        bundle.graph(precision)
+        max_batch = bundle.graph(precision).max_batch
         self.precision = precision
         self._spec, self._options = bundle.spec, options
         self._probe()
@@ -183,7 +184,8 @@ class OrtCudaBackend(GpuBackend["_Lane"]):
                 **self._provider_options(bundle),
             }
             self._session = open_session(bundle, precision, settings, self.provider, provider_options)
-            super().__init__(device, stream, bundle.spec, opened.pop_all(), keeps=self._session._sess)
+            buffers = SharedBuffers(device, bundle.spec, max_batch, copies=options.memory == "copy")
+            super().__init__(device, stream, buffers, bundle.spec, opened.pop_all(), keeps=self._session._sess)
         self._from_gpu: dict[tuple[int, int], tuple[Any, Any]] = {}  # by batch and address
         self._n_graphs = 0
 
@@ -197,17 +199,18 @@ class OrtCudaBackend(GpuBackend["_Lane"]):
         }
 
     def _open(self, batch: int) -> _Lane:
-        lane = _Lane(self, batch)
-        try:
-            for _ in range(3):  # ONNX Runtime runs once, then captures, then replays
-                lane.run()
-        except Exception as e:  # ONNX Runtime raises its own kinds, which share no base
-            lane.close()
-            raise BackendError(
-                f"ONNX Runtime {ort.__version__} cannot run {batch} windows on {self.provider}: {str(e).splitlines()[0]}",
-                "Free device memory, or use smaller batches.",
-            ) from e
-        return lane
+        with self._buffers.opening(batch) as buffers:
+            lane = _Lane(self, batch, buffers)
+            try:
+                for _ in range(3):  # ONNX Runtime runs once, then captures, then replays
+                    lane.run()
+            except Exception as e:  # ONNX Runtime raises its own kinds, which share no base
+                lane.close()
+                raise BackendError(
+                    f"ONNX Runtime {ort.__version__} cannot run {batch} windows on {self.provider}: {str(e).splitlines()[0]}",
+                    "Free device memory, or use smaller batches.",
+                ) from e
+            return lane
 
     def _io_binding(self, batch: int, source: int, target: int) -> Any:
         spec, device = self._spec, self._options.device
@@ -230,24 +233,16 @@ class OrtCudaBackend(GpuBackend["_Lane"]):
 
 
 class _Lane:
-    """Holds the buffers of one batch size, and the session's binding to these buffers."""
+    """Holds the session's binding to the buffers of one batch size."""
 
-    def __init__(self, backend: OrtCudaBackend, batch: int) -> None:
-        self._backend, self._batch, self._stream, spec = backend, batch, backend._stream, backend._spec
-        with contextlib.ExitStack() as opened:
-            shapes = ((batch, *spec.input_shape), (batch, *spec.output_shape))
-            self._in, self._out = (opened.enter_context(closing(HostBuffer(backend._device, shape))) for shape in shapes)
-            self.input, self.output = self._in.array, self._out.array
-            self._copies = backend._options.memory == "copy"
-            self._source, self._target = self._in.address, self._out.address
-            if self._copies:
-                self._source, self._target = (
-                    opened.enter_context(closing(DeviceBuffer(backend._device, host.nbytes))).address
-                    for host in (self._in, self._out)
-                )
-            self._binding = backend._io_binding(batch, self._source, self._target)
-            self._options = backend._run_options()
-            self._closing = opened.pop_all()
+    def __init__(self, backend: OrtCudaBackend, batch: int, buffers: LaneBuffers) -> None:
+        self._backend, self._batch, self._stream = backend, batch, backend._stream
+        self._in, self._out = buffers.input, buffers.output
+        self.input, self.output = self._in.array, self._out.array
+        self._copies = buffers.copies is not None
+        self._source, self._target = buffers.copies or (self._in.address, self._out.address)
+        self._binding = backend._io_binding(batch, self._source, self._target)
+        self._options = backend._run_options()
 
     def run(self) -> None:
         """Run on what is in `input`."""
@@ -287,9 +282,8 @@ class _Lane:
         self._stream.download(self._out, self._target)
 
     def close(self) -> None:
-        """Free the buffers."""
+        """Release the binding."""
         del self._binding
-        self._closing.close()
 
 
 class OrtTensorRTBackend(OrtCudaBackend):

@@ -27,7 +27,7 @@ from sjepa_deploy.runtime.fused.module import Module
 from sjepa_deploy.runtime.fused.program import Layout, best_layout, make_program, refuse_spec
 from sjepa_deploy.runtime.fused.weights import WEIGHTS_FILE, read_safetensors
 from sjepa_deploy.runtime.gpu import nvrtc
-from sjepa_deploy.runtime.gpu.backend import GpuBackend
+from sjepa_deploy.runtime.gpu.backend import GpuBackend, SharedBuffers
 from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, Stream, check
 from sjepa_deploy.spec import RunPrecision
 
@@ -37,6 +37,9 @@ OLDEST_CAPABILITY = 80
 
 MAX_ELEMENTS = 2**31
 """The kernels count in 32 bits."""
+
+MOST_SCRATCH, LEAST_KEPT = 4, 64
+"""Lanes of the kernels of one window keep scratch memory for at most 4 times the windows of the largest batch, or of 64."""
 
 
 def probe() -> None:
@@ -75,7 +78,9 @@ def architecture_of(device: Device) -> int:
 class FusedBackend(GpuBackend[Lane | BatchLane], RollingBackend):
     """Runs a bundle on the fused kernels.
 
-    Buffers are made once for each batch size and each number of new samples, so that a call allocates nothing.
+    Buffers are made at the first call of a batch size or of a number of new samples, so that later calls allocate nothing. Only
+    the kernels of one window need scratch memory for each batch size: if many sizes are called, those that were not called for
+    longest are made again (`MOST_SCRATCH`).
     `BackendOptions.wait` "spin" and "flag" are the same here: both watch the word that the kernel writes. One thread at a time: a
     second one gets an error.
 
@@ -127,7 +132,9 @@ class FusedBackend(GpuBackend[Lane | BatchLane], RollingBackend):
             stream = opened.enter_context(closing(Stream(device, "block" if options.wait == "block" else "spin")))
             if self._kernels != "batch":
                 self._launcher = self._load(stream, layout, opened)
-            super().__init__(device, stream, self._spec, opened.pop_all())
+            copies = self._kernels != "window" or options.memory == "copy"
+            buffers = SharedBuffers(device, self._spec, self._max_batch, copies=copies)
+            super().__init__(device, stream, buffers, self._spec, opened.pop_all())
         self._batches: BatchKernel | BackendError | None = None  # or why there is none
         self._choices: Choices | None = None
         self._rolling: dict[int, Lane] = {}  # by number of new samples
@@ -251,6 +258,7 @@ class FusedBackend(GpuBackend[Lane | BatchLane], RollingBackend):
         lane = self._lanes.get(batch)
         if lane is None or lane is not self._latest:
             lane = self._enter(lane, lambda: self._open(batch))
+            self._lanes[batch] = self._lanes.pop(batch)  # the least recently used stands first
         return lane
 
     def _enter(self, lane: Lane | BatchLane | None, opened: Callable[[], Lane | BatchLane]) -> Lane | BatchLane:
@@ -266,15 +274,25 @@ class FusedBackend(GpuBackend[Lane | BatchLane], RollingBackend):
         if batch * self._spec.n_chans * self._spec.n_times >= MAX_ELEMENTS:
             raise _too_large(batch)
         lane = self._lanes[batch] = self._open_with(self._kernels_for(batch), batch)
+        with_scratch = [size for size, known in self._lanes.items() if isinstance(known, Lane)]
+        too_many = sum(with_scratch) - MOST_SCRATCH * max([LEAST_KEPT, *with_scratch])
+        for size in with_scratch[:-1]:
+            if too_many <= 0:
+                break
+            self._lanes.pop(size).close()
+            too_many -= size
         return lane
 
     def _open_with(self, kernels: Kernels, batch: int) -> Lane | BatchLane:
         if kernels == "batch":
-            return BatchLane(self._batch_kernel(), self._spec, self._options, batch)
+            kernel = self._batch_kernel()
+            with self._buffers.opening(batch) as buffers:
+                return BatchLane(kernel, buffers, self._options, batch)
         assert self._launcher is not None
         if batch * max(size for _, size in self._launcher.program.buffers) >= MAX_ELEMENTS:
             raise _too_large(batch)
-        return Lane(self._launcher, self._spec, self._options, batch)
+        with self._buffers.opening(batch) as buffers:
+            return Lane(self._launcher, self._spec, self._options, batch, buffers)
 
     def _kernels_for(self, batch: int) -> Kernels:
         """Return which kernels serve `batch` windows; the first call of a size measures."""
@@ -335,7 +353,7 @@ class FusedBackend(GpuBackend[Lane | BatchLane], RollingBackend):
 
     def _open_rolling(self, n: int) -> Lane:
         self._roller = self._roller or self._load_rolling()
-        lane = self._rolling[n] = Lane(self._roller, self._spec, self._options, 1, n)
+        lane = self._rolling[n] = Lane(self._roller, self._spec, self._options, 1, fresh=n)
         return lane
 
     def _load_rolling(self) -> Launcher:

@@ -14,9 +14,9 @@ from typing import Any
 from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
 from sjepa_deploy.runtime.fused.batch_program import BatchProgram
 from sjepa_deploy.runtime.fused.module import Module
-from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, Graph, HostBuffer, Stream, check
+from sjepa_deploy.runtime.gpu.backend import LaneBuffers
+from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, Graph, Stream, check
 from sjepa_deploy.runtime.gpu.timing import Step
-from sjepa_deploy.spec import ModelSpec
 
 MOST_CHUNKS, LEAST_WINDOWS = 32, 16
 """Most chunks of a call, and fewest windows of a chunk: starting a smaller copy takes longer than the copy."""
@@ -91,8 +91,8 @@ class BatchLane:
     ----------
     kernel : BatchKernel
         What is launched.
-    spec : ModelSpec
-        The model.
+    buffers : LaneBuffers
+        Buffers of this batch size.
     options : BackendOptions
         Whether a call replays a graph.
     batch : int
@@ -104,16 +104,14 @@ class BatchLane:
         Pinned windows and predictions.
     """
 
-    def __init__(self, kernel: BatchKernel, spec: ModelSpec, options: BackendOptions, batch: int) -> None:
+    def __init__(self, kernel: BatchKernel, buffers: LaneBuffers, options: BackendOptions, batch: int) -> None:
         self._kernel, self._batch, self._cu = kernel, batch, kernel.device.cu
         self._graph: Graph | None = None
+        assert buffers.copies is not None, "these kernels read device memory"
+        self._host, self._out, (self._copy, _) = buffers.input, buffers.output, buffers.copies
+        self.input: FloatArray = self._host.array
+        self.output: FloatArray = self._out.array
         with contextlib.ExitStack() as opened:
-            host = opened.enter_context(closing(HostBuffer(kernel.device, (batch, *spec.input_shape))))
-            out = opened.enter_context(closing(HostBuffer(kernel.device, (batch, *spec.output_shape))))
-            self._device = opened.enter_context(closing(DeviceBuffer(kernel.device, host.nbytes)))
-            self._host, self._out = host, out
-            self.input: FloatArray = host.array
-            self.output: FloatArray = out.array
             self._chunks = chunks_of(batch, kernel.module.blocks_at_once * kernel.program.windows)
             self._begun, self._copied = self._event(opened), [self._event(opened) for _ in self._chunks]
             self._computed = [self._event(opened) for _ in kernel.workers]
@@ -137,11 +135,11 @@ class BatchLane:
         check(cu.cuStreamWaitEvent(copies.stream, self._begun, 0))
         for i, (first, end) in enumerate(self._chunks):
             source, size = self._host.pointer + first * window, (end - first) * window
-            check(cu.cuMemcpyHtoDAsync(cu.CUdeviceptr(self._device.address + first * window), source, size, copies.stream))
+            check(cu.cuMemcpyHtoDAsync(cu.CUdeviceptr(self._copy + first * window), source, size, copies.stream))
             check(cu.cuEventRecord(self._copied[i], copies.stream))
             worker = workers[i % len(workers)]
             check(cu.cuStreamWaitEvent(worker.stream, self._copied[i], 0))
-            kernel.launch(worker, end - first, self._device.address + first * window, self._out.address + first * outputs)
+            kernel.launch(worker, end - first, self._copy + first * window, self._out.address + first * outputs)
         for worker, event in zip(workers, self._computed, strict=False):
             check(cu.cuEventRecord(event, worker.stream))
             check(cu.cuStreamWaitEvent(kernel.stream.stream, event, 0))
@@ -172,7 +170,7 @@ class BatchLane:
 
     def steps(self) -> tuple[dict[str, Step], str] | None:
         """Return the steps of a call, one after the other. In a real call, copies and kernels overlap."""
-        stream, window = self._kernel.stream, self._device.address
+        stream, window = self._kernel.stream, self._copy
         steps: dict[str, Step] = {
             "h2d": lambda: stream.upload(window, self._host),
             "compute": lambda: self._kernel.launch(stream, self._batch, window, self._out.address),

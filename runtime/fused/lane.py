@@ -1,6 +1,6 @@
 """Runs the calls of one size of the fused backend in a lane.
 
-A lane serves one batch size, or one number of new samples of a stream. It owns pinned input and output, scratch memory and a
+A lane serves one batch size, or one number of new samples of a stream. It has pinned input and output, scratch memory and a
 captured graph, so that a call allocates nothing.
 
 A call starts with a launch, mostly from a CUDA graph, or with a number that the host writes for a kernel that stays on the GPU.
@@ -24,7 +24,8 @@ import numpy as np
 from sjepa_deploy.errors import BackendError, InputError
 from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
 from sjepa_deploy.runtime.fused.program import LINE, Program
-from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, Graph, HostBuffer, Stream, check
+from sjepa_deploy.runtime.gpu.backend import LaneBuffers
+from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, Graph, HostBuffer, HostPart, Stream, check
 from sjepa_deploy.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,8 @@ class Lane:
         The lane reads `memory`, `cuda_graph`, `wait` and `persistent`.
     batch : int
         Windows of a call.
+    buffers : LaneBuffers or None
+        Buffers of this batch size. None: the lane makes its own.
     fresh : int
         New samples of a call, for a program that rolls. 0 for whole windows.
 
@@ -124,7 +127,15 @@ class Lane:
         Scratch memory.
     """
 
-    def __init__(self, launcher: Launcher, spec: ModelSpec, options: BackendOptions, batch: int, fresh: int = 0) -> None:
+    def __init__(
+        self,
+        launcher: Launcher,
+        spec: ModelSpec,
+        options: BackendOptions,
+        batch: int,
+        buffers: LaneBuffers | None = None,
+        fresh: int = 0,
+    ) -> None:
         self._cu, self._stream = launcher.device.cu, launcher.stream
         self.persistent = options.persistent and batch == 1
         self._alignment = 16 if spec.n_times % 4 == 0 else 1  # the kernels then load four samples at once
@@ -133,17 +144,30 @@ class Lane:
         self._graph: Graph | None = None
         self._closing = contextlib.ExitStack()
         try:
-            self._allocate(launcher, spec, options, batch, fresh)
+            self._allocate(launcher, spec, options, batch, buffers, fresh)
             self._prepare(launcher, options, batch)
             self._begin(options, fresh)
         except BaseException:
             self._release()
             raise
 
-    def _allocate(self, launcher: Launcher, spec: ModelSpec, options: BackendOptions, batch: int, fresh: int) -> None:
+    def _allocate(
+        self,
+        launcher: Launcher,
+        spec: ModelSpec,
+        options: BackendOptions,
+        batch: int,
+        buffers: LaneBuffers | None,
+        fresh: int,
+    ) -> None:
         device, program, keep = launcher.device, launcher.program, self._closing.enter_context
-        shape = (spec.n_chans, -(-fresh // LINE) * LINE) if fresh else (batch, *spec.input_shape)
-        self._in, self._out = (keep(closing(HostBuffer(device, s))) for s in (shape, (batch, *spec.output_shape)))
+        self._in: HostBuffer | HostPart
+        self._out: HostBuffer | HostPart
+        if buffers is None:
+            shape = (spec.n_chans, -(-fresh // LINE) * LINE) if fresh else (batch, *spec.input_shape)
+            self._in, self._out = (keep(closing(HostBuffer(device, s))) for s in (shape, (batch, *spec.output_shape)))
+        else:
+            self._in, self._out = buffers.input, buffers.output
         self.input = self._in.array[:, :fresh] if fresh else self._in.array
         n_outputs = self._out.nbytes // 4
         self._report_buffer, request = (keep(closing(HostBuffer(device, (2,)))) for _ in range(2))
@@ -164,13 +188,16 @@ class Lane:
         for buffer in self.buffers.values():  # counters begin at zero, and no old mark is taken for a new one
             check(self._cu.cuMemsetD8(self._cu.CUdeviceptr(buffer.address), 0, buffer.nbytes))
         device.synchronize()  # it may return before, and our stream does not wait for the default one
-        self._upload = keep(closing(DeviceBuffer(device, self._in.nbytes))) if options.memory == "copy" else None
+        self._upload: int | None = None  # device address
+        if options.memory == "copy":
+            known = buffers.copies if buffers is not None else None
+            self._upload = known[0] if known else keep(closing(DeviceBuffer(device, self._in.nbytes))).address
 
     def _prepare(self, launcher: Launcher, options: BackendOptions, batch: int) -> None:
         """Lay out the arguments of a launch."""
         program = launcher.program
         self._arguments = program.arguments()(
-            input=self._upload.address if self._upload else self._in.address,
+            input=self._upload or self._in.address,
             output=self._out.address,
             weights=launcher.weights.address,
             marked=self._marked.address if self._marked else 0,
@@ -251,7 +278,7 @@ class Lane:
 
     def _enqueue(self) -> tuple[Any]:
         if self._upload:
-            self._stream.upload(self._upload.address, self._in)
+            self._stream.upload(self._upload, self._in)
         return self._launch()
 
     def _launch(self) -> tuple[Any]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from sjepa_deploy.runtime.backend import Backend, FloatArray, Split, Turn
-from sjepa_deploy.runtime.gpu.cuda import Device, Stream, address_on_gpu, current
+from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, HostBuffer, HostPart, Stream, address_on_gpu, current
 from sjepa_deploy.runtime.gpu.timing import Step, split_calls
 from sjepa_deploy.spec import ModelSpec
 
@@ -41,7 +43,7 @@ class GpuTurn(Turn):
 
 
 class Lane(Protocol):
-    """Runs the calls of one batch size. A lane makes pinned input and output once, and starts each call.
+    """Runs the calls of one batch size. A lane keeps pinned input and output, and starts each call.
 
     Attributes
     ----------
@@ -62,22 +64,92 @@ class Lane(Protocol):
         """Return the steps of a call and their mode (see `split_calls`), or None if a call cannot be split."""
 
     def close(self) -> None:
-        """Free the buffers."""
+        """Release what is not shared with other lanes."""
 
 
 L = TypeVar("L", bound=Lane)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LaneBuffers:
+    """Holds the buffers of one batch size.
+
+    Attributes
+    ----------
+    input, output : HostPart
+        Pinned windows and predictions.
+    copies : tuple of int or None
+        Device addresses for copies of both. None: kernels read and write the pinned memory.
+    """
+
+    input: HostPart
+    output: HostPart
+    copies: tuple[int, int] | None
+
+
+class SharedBuffers:
+    """Makes the buffers of batch sizes. All sizes above one power of two, up to the next one, share the same buffers.
+
+    So the buffers of all sizes together are smaller than four times those of the largest batch so far. Buffers stay where they
+    are, since captured graphs hold their addresses, and callers may hold the arrays.
+
+    Parameters
+    ----------
+    device : Device
+        The GPU.
+    spec : ModelSpec
+        The model.
+    max_batch : int
+        Largest batch.
+    copies : bool
+        Whether there is device memory for copies.
+    """
+
+    def __init__(self, device: Device, spec: ModelSpec, max_batch: int, *, copies: bool) -> None:
+        self._device, self._spec, self._max_batch, self._copies = device, spec, max_batch, copies
+        self._made: dict[int, tuple[ExitStack, HostBuffer, HostBuffer, tuple[int, int] | None]] = {}
+
+    @contextmanager
+    def opening(self, batch: int) -> Iterator[LaneBuffers]:
+        """Give the buffers of `batch` windows to a lane that opens. If the lane fails, buffers that are new are freed."""
+        size = min(1 << (batch - 1).bit_length(), self._max_batch)
+        is_new = size not in self._made
+        if is_new:
+            with ExitStack() as opened:
+                shapes = ((size, *shape) for shape in (self._spec.input_shape, self._spec.output_shape))
+                into, out = (opened.enter_context(closing(HostBuffer(self._device, shape))) for shape in shapes)
+                copies = None
+                if self._copies:
+                    on_gpu = (opened.enter_context(closing(DeviceBuffer(self._device, host.nbytes))) for host in (into, out))
+                    copies = next(on_gpu).address, next(on_gpu).address
+                self._made[size] = (opened.pop_all(), into, out, copies)
+        _, into, out, copies = self._made[size]
+        try:
+            yield LaneBuffers(input=into.first(batch), output=out.first(batch), copies=copies)
+        except BaseException:
+            if is_new:
+                self._made.pop(size)[0].close()
+            raise
+
+    def close(self) -> None:
+        """Free all buffers, after the lanes."""
+        for closing_all, *_ in self._made.values():
+            closing_all.close()
+        self._made.clear()
+
+
 class GpuBackend(Backend, Generic[L]):
     """Runs a model on a GPU. A subclass opens a `Lane` for each new batch size (`_open`).
 
-    A call at a known batch size allocates nothing. A second thread that calls at the same time gets an error: load the bundle
-    once in each thread.
+    A call at a known batch size allocates nothing. Batch sizes share buffers (`SharedBuffers`). A second thread that calls at the
+    same time gets an error: load the bundle once in each thread.
 
     Parameters
     ----------
     device, stream : Device, Stream
         GPU and stream of the calls.
+    buffers : SharedBuffers
+        Buffers of the lanes.
     spec : ModelSpec
         The model.
     closing : ExitStack
@@ -86,8 +158,10 @@ class GpuBackend(Backend, Generic[L]):
         What a forked child must never free.
     """
 
-    def __init__(self, device: Device, stream: Stream, spec: ModelSpec, closing: ExitStack, keeps: object = None) -> None:
-        self._device, self._stream, self._spec, self._closing = device, stream, spec, closing
+    def __init__(
+        self, device: Device, stream: Stream, buffers: SharedBuffers, spec: ModelSpec, closing: ExitStack, keeps: object = None
+    ) -> None:
+        self._device, self._stream, self._buffers, self._spec, self._closing = device, stream, buffers, spec, closing
         self._lanes: dict[int, L] = {}  # by batch size
         self._turn = GpuTurn(device, keeps)
 
@@ -134,7 +208,10 @@ class GpuBackend(Backend, Generic[L]):
             self._turn.end()
 
     def input_buffer(self, batch: int) -> FloatArray:
-        """Return the pinned buffer that `run` reads, shape (batch, n_chans, n_times). Fill the buffer and pass it to `run`."""
+        """Return the pinned buffer that `run` reads, shape (batch, n_chans, n_times). Fill the buffer and pass it to `run`.
+
+        Buffers of other batch sizes may share this memory: pass one to `run` before another one is filled.
+        """
         self._turn.begin()
         try:
             return self._lane(batch).input
@@ -172,6 +249,7 @@ class GpuBackend(Backend, Generic[L]):
         for lane in self._lanes.values():
             lane.close()
         self._lanes.clear()
+        self._buffers.close()
         self._closing.close()
 
     def _release(self) -> None:

@@ -187,6 +187,26 @@ def driver_version() -> str | None:
     return file.read_text().strip() if file.is_file() else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class HostPart:
+    """Describes the first rows of a `HostBuffer`.
+
+    Attributes
+    ----------
+    array : array of float32
+        The rows as an array for the host.
+    address, pointer : int
+        Address of the rows for the GPU, and for the host.
+    nbytes : int
+        Size of the rows.
+    """
+
+    array: FloatArray
+    address: int
+    pointer: int
+    nbytes: int
+
+
 class HostBuffer:
     """Holds pinned host memory that the GPU reads and writes in place.
 
@@ -207,6 +227,11 @@ class HostBuffer:
         memory = (ctypes.c_char * self.nbytes).from_address(self.pointer)
         self.array: FloatArray = np.frombuffer(memoryview(memory), np.float32).reshape(shape)
         self.array[...] = 0
+
+    def first(self, n: int) -> HostPart:
+        """Return the first `n` rows."""
+        array = self.array[:n]
+        return HostPart(array=array, address=self.address, pointer=self.pointer, nbytes=array.nbytes)
 
     def close(self) -> None:
         """Free the memory; `array` must not be used any more."""
@@ -316,11 +341,11 @@ class Stream:
             raise
         return Graph(cu, check(cu.cuStreamEndCapture(self.stream)), self.stream)
 
-    def upload(self, target: int, source: HostBuffer) -> None:
+    def upload(self, target: int, source: HostBuffer | HostPart) -> None:
         """Enqueue a copy to the device address `target`."""
         check(self._cu.cuMemcpyHtoDAsync(self._cu.CUdeviceptr(target), source.pointer, source.nbytes, self.stream))
 
-    def download(self, target: HostBuffer, source: int) -> None:
+    def download(self, target: HostBuffer | HostPart, source: int) -> None:
         """Enqueue a copy from the device address `source`."""
         check(self._cu.cuMemcpyDtoHAsync(target.pointer, self._cu.CUdeviceptr(source), target.nbytes, self.stream))
 
