@@ -33,6 +33,7 @@ from sjepa_deploy.eeg.synthetic import hard_windows
 from sjepa_deploy.eeg.units import conversion
 from sjepa_deploy.errors import InputError, ParityError
 from sjepa_deploy.export.emulate import emulate_bf16
+from sjepa_deploy.export.overflow import check_weights_fit, overflowing
 from sjepa_deploy.export.rewrite import rewrite
 from sjepa_deploy.export.to_onnx import DEFAULT_OPSET, count_nodes, to_onnx
 from sjepa_deploy.files import file_hash
@@ -55,13 +56,22 @@ class ExportParityError(ParityError):
     ----------
     results : tuple of ParityResult
         Measured parity of the graphs.
+
+    Parameters
+    ----------
+    results : tuple of ParityResult
+        Measured parity of the graphs.
+    causes : tuple of str
+        Known causes, as parts of a sentence.
     """
 
-    def __init__(self, results: tuple[ParityResult, ...]) -> None:
+    def __init__(self, results: tuple[ParityResult, ...], causes: tuple[str, ...] = ()) -> None:
         failed = [r for r in results if not r.passed]
         super().__init__(
-            "; ".join(f"{r.precision} on {r.backend} {r.failure}" for r in failed) + ".",
-            "Leave these precisions out with --precision, or report this with the checkpoint.",
+            "; ".join([*(f"{r.precision} on {r.backend} {r.failure}" for r in failed), *causes]) + ".",
+            "Leave these precisions out with --precision, or report this with the checkpoint."
+            if not causes
+            else f"Use --precision {' or '.join(r.precision for r in results if r.passed) or 'bf16 or fp32'}.",
         )
         self.results = results
 
@@ -119,6 +129,7 @@ def to_bundle(
         write_checkpoint(model, folder / CHECKPOINT_FOLDER)
         made_from = file_hash(folder / CHECKPOINT_FILES[1])
         rewritten = rewrite(model)
+        check_weights_fit(rewritten, precisions)
         graphs = []
         for precision in precisions:
             progress(f"exporting the {precision} graph")
@@ -162,7 +173,9 @@ def to_bundle(
             progress(f"judging the {graph.precision} graph")
             results.append(judge_graph(Bundle(path=folder, manifest=manifest), graph, reference))
         if not all(result.passed for result in results):
-            raise ExportParityError(tuple(results))
+            infinite = [r.precision for r in results if not r.nan_agrees]
+            causes = (overflowing(rewritten, graph.precision, reference) for graph in graphs if graph.precision in infinite)
+            raise ExportParityError(tuple(results), tuple(cause for cause in causes if cause))
         manifest = write_manifest(folder, dataclasses.replace(manifest, parity=tuple(results)))
     return Bundle(path=path, manifest=manifest)
 

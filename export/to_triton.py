@@ -147,7 +147,7 @@ def to_triton(
     steps = (windows, graph) if windows else ()
     try:
         version = str(1 + max((int(v) for each in {name, *steps} for v in _versions(repository / each)), default=0))
-        contract = dataclasses.replace(contract, manifests=_manifests(repository / name, bundle, version))
+        contract = dataclasses.replace(contract, manifests={version: bundle.manifest} | _manifests(repository / name, spec))
         with _new_version(repository / graph, version, config.graph(graph, platform, keep=2 if steps else 1), contract) as folder:
             if platform == "python":
                 _write_python(folder, bundle, "PreparedModel" if steps else "TritonPythonModel")
@@ -319,15 +319,32 @@ def _versions(model: Path) -> list[str]:
     return [entry.name for entry in model.iterdir() if entry.name.isdecimal()] if model.is_dir() else []
 
 
-def _manifests(model: Path, bundle: Bundle, version: str) -> dict[str, Manifest]:
-    """Return the manifest behind each version that is there, and behind the new one.
+def check_served(spec: ModelSpec, repository: Path, name: str | None = None) -> None:
+    """Check, before a bundle is made, that a model of `spec` may be added to a repository as `to_triton` does.
+
+    Raises
+    ------
+    ExportError
+        If the model that is there has another contract, or the repository cannot be read.
+    MissingDependencyError
+        If tritonclient is not installed.
+    """
+    _schema()
+    try:
+        _manifests(repository / (name or f"sjepa-{spec.variant}"), spec)
+    except OSError as e:
+        raise ExportError(f"{repository} cannot be read ({e.strerror or e}).", "Choose another folder.") from e
+
+
+def _manifests(model: Path, spec: ModelSpec) -> dict[str, Manifest]:
+    """Return the manifest behind each version that is there.
 
     Raises
     ------
     ExportError
         If the model that is there has another contract: a client could not tell whom it asks.
     """
-    manifests = {version: bundle.manifest}
+    manifests: dict[str, Manifest] = {}
     if not (model / CONFIG_FILE).is_file():
         return manifests
     there = Contract.loads(read_config(model / CONFIG_FILE).parameters[CONTRACT_KEY].string_value, model.name)
@@ -335,9 +352,9 @@ def _manifests(model: Path, bundle: Bundle, version: str) -> dict[str, Manifest]
         manifest = there.manifests.get(known)
         if manifest is None:
             continue
-        if manifest.spec != bundle.spec:
+        if manifest.spec != spec:
             raise ExportError(
-                f"{model} serves a model with another montage or other outputs than {bundle.path}.",
+                f"{model} serves a model with another montage or other outputs than the new one.",
                 "Choose another name: clients of the one must not get answers of the other.",
             )
         manifests[known] = manifest

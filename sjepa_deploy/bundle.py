@@ -326,7 +326,7 @@ def _read_manifest(path: Path) -> Manifest:
         raise BundleError(f"{path} is no bundle: it holds no {MANIFEST_FILE}.", "Name the folder that sjepa-export wrote.")
     try:
         data = load_json(file.read_bytes())
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise BundleError(f"{file} is not JSON ({e}).", "Copy or export the bundle again.") from e
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
@@ -431,7 +431,7 @@ def _looks_like_a_bundle(path: Path) -> bool:
     """Whether `path` holds a manifest of ours, intact or not: web pages and browser extensions have a manifest.json too."""
     try:
         data = load_json((path / MANIFEST_FILE).read_bytes())
-    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
+    except (FileNotFoundError, IsADirectoryError, ValueError):
         return False
     return isinstance(data, dict) and {"schema_version", "spec", "graphs"} <= set(data)
 

@@ -49,16 +49,48 @@ def seal(data: dict[str, Any]) -> str:
     return bytes_hash(canonical_json(data | {"digest": ""}).encode())
 
 
-def load_json(text: bytes) -> Any:
-    """Parse JSON, and raise a ValueError for NaN and Infinity, which Python adds to JSON."""
+MAX_DEPTH = 100
+"""Most levels of JSON that is read. Python's own limit of recursion would be met at another depth in each version."""
+
+
+def load_json(text: bytes | str, *, finite: bool = True) -> Any:
+    """Parse JSON.
+
+    Parameters
+    ----------
+    text : bytes or str
+        The JSON.
+    finite : bool
+        Whether NaN and Infinity, which Python adds to JSON, are errors.
+
+    Raises
+    ------
+    ValueError
+        If `text` is no JSON, is nested deeper than `MAX_DEPTH`, or is not finite where it must be.
+    """
 
     def refuse(word: str) -> Any:
         raise ValueError(f"{word} is no JSON number")
 
-    def finite(number: str) -> float:
+    def as_float(number: str) -> float:
         return float(number) if math.isfinite(float(number)) else refuse(number)
 
-    return json.loads(text, parse_constant=refuse, parse_float=finite)
+    hooks: dict[str, Any] = {"parse_constant": refuse, "parse_float": as_float} if finite else {}
+    try:
+        data = json.loads(text, **hooks)
+    except RecursionError:
+        raise _too_deep() from None
+    level = [data]
+    for _ in range(MAX_DEPTH):
+        containers = [value for value in level if isinstance(value, (dict, list))]
+        if not containers:
+            return data
+        level = [inner for value in containers for inner in (value.values() if isinstance(value, dict) else value)]
+    raise _too_deep()
+
+
+def _too_deep() -> ValueError:
+    return ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
 
 
 def json_file(value: object) -> bytes:

@@ -45,6 +45,14 @@ def test_what_json_has_no_word_for_is_not_written(number):
         load_json(json.dumps([number]).encode())
 
 
+@pytest.mark.parametrize("text", [b'{"a":' * 200 + b"1" + b"}" * 200, b"[" * 100_000, b"[" * 101 + b"]" * 101])
+@pytest.mark.parametrize("finite", [True, False])
+def test_json_that_is_nested_too_deeply_is_a_value_error(text, finite):
+    with pytest.raises(ValueError, match="nested more than 100 levels deep"):
+        load_json(text, finite=finite)
+    assert load_json(b"[" * 99 + b"]" * 99, finite=finite)
+
+
 @given(st.binary(max_size=1 << 12) | st.integers(1, 3).map(lambda n: bytes(n << 20)))
 def test_hashes_are_sha256(tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "hashed"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from sjepa_deploy.files import (
     canonical_json,
     file_lock,
     json_file,
+    load_json,
     on_disk,
     write_atomically,
     written_beside,
@@ -342,7 +342,7 @@ class EngineStore:
 
     def _read(self, file: Path) -> EngineRecord:
         try:
-            record = decode(EngineRecord, json.loads(file.read_bytes()))
+            record = decode(EngineRecord, load_json(file.read_bytes(), finite=False))
         except (OSError, ValueError) as e:
             reason = str(e) if isinstance(e, DecodeError) else f"it is not readable as JSON ({e})"
             raise EngineError(

@@ -19,7 +19,7 @@ from typing import Any
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import BackendError, SjepaError
-from sjepa_deploy.files import bytes_hash
+from sjepa_deploy.files import bytes_hash, load_json
 from sjepa_deploy.runtime.backend import BACKENDS, FASTEST_BACKEND, Backend, BackendOptions, FloatArray, Split, open_backend
 from sjepa_deploy.runtime.backends.engines import EngineStore
 from sjepa_deploy.runtime.machine import gpu, n_cores, processor, versions
@@ -135,7 +135,7 @@ def _seal(data: dict[str, Any]) -> str:
 
 def _read(file: Path, mend: str) -> FastestRecord:
     try:
-        data = json.loads(file.read_bytes())
+        data = load_json(file.read_bytes(), finite=False)
         record = decode(FastestRecord, data)
     except (OSError, ValueError) as e:
         reason = str(e) if isinstance(e, DecodeError) else f"it is not readable as JSON ({e})"

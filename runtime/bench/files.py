@@ -18,14 +18,13 @@ Arrays of a cell in the ``.npz``, one value a call (one a window in open loop), 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sjepa_deploy.errors import BenchmarkError
-from sjepa_deploy.files import json_file, write_atomically, written_whole
+from sjepa_deploy.files import json_file, load_json, write_atomically, written_whole
 from sjepa_deploy.runtime.bench.cells import Samples
 from sjepa_deploy.runtime.bench.results import SCHEMA_VERSION, BenchReport
 from sjepa_deploy.serialize import DecodeError, decode
@@ -61,10 +60,10 @@ def load_report(path: Path) -> BenchReport:
         If the file is missing, no report, or of a newer schema.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = load_json(path.read_bytes(), finite=False)
     except OSError as e:
         raise BenchmarkError(f"{path} cannot be read ({e.strerror}).", "Name the .json that sjepa-bench wrote.") from e
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise BenchmarkError(f"{path} is not JSON ({e}).", "Name the .json that sjepa-bench wrote.") from e
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:

@@ -330,6 +330,6 @@ def write_page(path: Path, **content: object) -> None:
 
 def _write_text(path: Path, text: str) -> None:
     try:
-        write_atomically(path, text.encode())
+        write_atomically(path, text.encode(errors="backslashreplace"))  # commands may name files that are no UTF-8
     except OSError as e:
         raise BenchmarkError(f"{path} cannot be written ({e.strerror}).", "Choose another --out.") from e

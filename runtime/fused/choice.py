@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-from sjepa_deploy.files import now, write_atomically
+from sjepa_deploy.files import load_json, now, write_atomically
 from sjepa_deploy.serialize import DecodeError, decode, encode
 from sjepa_deploy.spec import RunPrecision
 
@@ -98,7 +98,7 @@ def records_of(bundle: Path) -> list[KernelRecord]:
 
 def _read(file: Path) -> KernelRecord | None:
     try:
-        return decode(KernelRecord, json.loads(file.read_bytes()))
+        return decode(KernelRecord, load_json(file.read_bytes(), finite=False))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, DecodeError) as e:

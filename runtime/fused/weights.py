@@ -5,7 +5,6 @@ The rewrites are the same as in `sjepa_deploy.export.rewrite`, in float64, round
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.errors import BundleError
+from sjepa_deploy.files import load_json
 from sjepa_deploy.spec import EncoderSpec, ModelSpec
 
 Array = NDArray[np.float64]
@@ -34,7 +34,7 @@ def read_safetensors(path: Path) -> Weights:
     content = path.read_bytes()
     try:
         start = 8 + int.from_bytes(content[:8], "little")
-        header = json.loads(content[8:start])
+        header = load_json(content[8:start], finite=False)
         arrays = {}
         for name, entry in header.items():
             if name != "__metadata__":

@@ -24,6 +24,7 @@ import sjepa_deploy
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.xdf import CHUNKS_NAME, DECISIONS_NAME, INCIDENTS_NAME, load_xdf
 from sjepa_deploy.errors import RecordingError, StreamError
+from sjepa_deploy.files import load_json
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.decoder import Decoder
@@ -406,7 +407,7 @@ def read_record(path: Path) -> Record:
         raise RecordingError(f"There is no record {path}.", "Check the path.")
     try:
         by_id = {stream["info"]["stream_id"]: stream for stream in load_xdf(path, synchronize=False)}
-        described = json.loads(by_id[_DECISIONS]["info"]["desc"][0]["run"][0])
+        described = load_json(by_id[_DECISIONS]["info"]["desc"][0]["run"][0], finite=False)
         described["config"].setdefault("interpolate_share", 1.0)  # records of 0.1 made any number of channels
         run = decode(RunDescription, described)
     except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, struct.error) as error:
@@ -439,7 +440,7 @@ def read_record(path: Path) -> Record:
             continue
         decisions[int(row[0])] = row[n_fields : len(row) - n_more].astype(np.float32)
         times[int(row[0])] = float(stamp)
-    incidents = [decode(Incident, json.loads(text[0])) for text in by_id[_EVENTS]["time_series"]]
+    incidents = [decode(Incident, load_json(text[0], finite=False)) for text in by_id[_EVENTS]["time_series"]]
     return Record(
         path=path,
         run=run,

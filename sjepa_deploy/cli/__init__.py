@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import io
 import json
 import shlex
 import sys
@@ -57,6 +58,9 @@ def sjepa() -> None:
 
 def run_command(command: click.Command, name: str, arguments: list[str]) -> int:
     """Run `command` and return its exit status, with one line on stderr for every error that a user can mend."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
     try:
         status = command.main(arguments, prog_name=name, standalone_mode=False)
     except TrainingStoppedError as e:

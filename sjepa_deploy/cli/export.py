@@ -18,7 +18,17 @@ from sjepa_deploy.eeg.montage import Montage, read_montage
 from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.eeg.units import conversion
 from sjepa_deploy.errors import ExportError, InputError, MissingDependencyError, RecordingError, listed
-from sjepa_deploy.spec import PRECISIONS, RUN_PRECISIONS, UNITS_IN_VOLTS, VARIANTS, ModelSpec, Precision, RunPrecision, Unit
+from sjepa_deploy.spec import (
+    PRECISIONS,
+    RUN_PRECISIONS,
+    UNITS_IN_VOLTS,
+    VARIANTS,
+    ModelSpec,
+    Precision,
+    RunPrecision,
+    Unit,
+    graph_precision,
+)
 
 if TYPE_CHECKING:
     from sjepa_deploy.bundle import Bundle
@@ -268,6 +278,7 @@ def _export_one(screen: Console, weights: Weights, contract: Contract, graphs: G
     spec, assumed = resolve_spec(asked, read, asked_montage=montage)
     out = outputs.out or Path(f"sjepa-{spec.variant}")
     check_writable(out, force=outputs.force)
+    _check_more(outputs, graphs.precisions, spec)
     seed, parity_data = graphs.seed, graphs.parity_data
     eeg = None if parity_data is None else _parity_eeg(parity_data, spec, graphs)
     if read is None:
@@ -305,6 +316,35 @@ def _export_one(screen: Console, weights: Weights, contract: Contract, graphs: G
     if outputs.triton is not None:
         _add_to_triton(screen, bundle, outputs.triton, outputs.triton_platform)
     return bundle
+
+
+def _check_more(outputs: Outputs, precisions: tuple[Precision, ...], spec: ModelSpec) -> None:
+    """Check, before the export, what is made of the bundle after the export.
+
+    Raises
+    ------
+    ExportError
+        If an engine needs a graph that is not exported, or the model does not fit the model of the repository.
+    BackendError, MissingDependencyError
+        If engines are asked for and cannot be built here.
+    """
+    from sjepa_deploy.runtime.backends.tensorrt_api import TensorRT
+    from sjepa_deploy.runtime.gpu.cuda import Device
+
+    asked = [name for name in RUN_PRECISIONS if name in outputs.engines]
+    for name in asked:
+        if graph_precision(name) not in precisions:
+            raise ExportError(
+                f"A {name} engine is built from the {graph_precision(name)} graph, which is not exported.",
+                f"Add {graph_precision(name)} to --precision, or leave {name} out of --engine.",
+            )
+    if asked:
+        TensorRT("tensorrt")
+        Device().close()
+    if outputs.triton is not None:
+        from sjepa_deploy.export.to_triton import check_served
+
+        check_served(spec, outputs.triton)
 
 
 def _add_to_triton(screen: Console, bundle: Bundle, repository: Path, platform: Any) -> None:

@@ -342,6 +342,8 @@ def _read_yaml(file: Path) -> dict[object, object]:
         raise click.BadParameter(f"{file} cannot be read ({e.strerror}).") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise click.BadParameter(f"{file} is not YAML ({e}).") from e
+    except RecursionError as e:
+        raise click.BadParameter(f"{file} is nested too deeply.") from e
     if content is None:
         return {}
     if not isinstance(content, dict):

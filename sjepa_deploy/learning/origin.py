@@ -143,4 +143,4 @@ def split_table(windows: Windows, split: Split) -> bytes:
         onset = "n/a" if np.isnan(windows.onset[i]) else f"{windows.onset[i]:.6g}"
         label = [windows.label(i)] if labelled else []
         table.writerow([windows.subject[i], windows.session[i], windows.recording[i], onset, *label, part])
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="backslashreplace")  # names of files may be no UTF-8

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from sjepa_deploy.errors import MissingDependencyError, SjepaError, TrainingError, TrainingStoppedError
-from sjepa_deploy.files import remove_partial, write_atomically
+from sjepa_deploy.files import load_json, remove_partial, write_atomically
 from sjepa_deploy.learning.origin import SPLIT_FILE
 from sjepa_deploy.models.braindecode_config import CONFIG_FILE
 from sjepa_deploy.models.checkpoint import WEIGHTS_FILE
@@ -105,6 +105,10 @@ def check_run(folder: Path, config: object, *, resume: bool = False, replace: bo
     """
     if resume and replace:
         raise TrainingError("A run is either resumed or replaced.", "Give --resume or --force.")
+    try:
+        str(folder.resolve()).encode()
+    except UnicodeEncodeError as e:  # neither TensorBoard nor Lightning write there
+        raise TrainingError(f"The name of the folder {folder} is no UTF-8.", "Choose another --out.") from e
     last, run_file = folder / LAST_FILE, folder / RUN_FILE
     if replace:
         return None
@@ -228,7 +232,7 @@ def _read_run(file: Path, cls: type) -> Any:
 
 def _read_json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text())
+        return load_json(file.read_bytes(), finite=False)
     except (OSError, ValueError) as e:
         raise TrainingError(f"{file} is missing or damaged.", "Start again with --force.") from e
 

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sjepa_deploy.errors import CheckpointError, listed
-from sjepa_deploy.files import file_hash, write_atomically
+from sjepa_deploy.files import file_hash, load_json, write_atomically
 from sjepa_deploy.models.braindecode_config import (
     CONFIG_FILE,
     arguments_in,
@@ -248,8 +248,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path.parent} holds no {CONFIG_FILE}.", "Name the weights file itself if there is none.")
     try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        config = load_json(path.read_bytes(), finite=False)
+    except ValueError as e:
         raise CheckpointError(f"{path} is not JSON ({e}).", "Get the file again.") from e
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is not a configuration.", "Get the file again.")

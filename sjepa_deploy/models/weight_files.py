@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from sjepa_deploy.errors import CheckpointError, listed
@@ -88,7 +88,7 @@ def read_file(file: Path) -> Content:
     """
     if file.suffix == ".safetensors":
         try:
-            return Content(tensors=load_file(file), file_format="safetensors")
+            return Content(tensors=load(file.read_bytes()), file_format="safetensors")
         except (SafetensorError, ValueError) as e:
             raise CheckpointError(f"{file} is truncated or not a safetensors file ({e}).", "Get the file again.") from e
     try:

@@ -27,7 +27,7 @@ from sjepa_deploy.errors import (
     UnansweredError,
     listed,
 )
-from sjepa_deploy.runtime.backend import Backend, FloatArray
+from sjepa_deploy.runtime.backend import Backend, FloatArray, Turn
 from sjepa_deploy.serving.contract import (
     BUNDLE_PARAMETER,
     CHECKED_PARAMETER,
@@ -138,6 +138,7 @@ class Client(Backend):
         self._memory = SharedWindows() if shared_memory else None
         self._server: Any = self._grpc.InferenceServerClient(self.url, channel_args=_RECONNECT)
         self._current = False
+        self._turn = Turn()
         try:
             self._connect(time.monotonic() + timeout)
         except ServingError:
@@ -184,13 +185,21 @@ class Client(Backend):
             If the server may have computed an answer that did not arrive.
         ServingError
             If the server failed, or serves another model now.
+        BackendError
+            If the client was closed, or another thread is in a call.
         """
+        self._turn.begin()
+        try:
+            return self._infer(eeg, checked, time.monotonic() + (self.timeout if timeout is None else timeout))
+        finally:
+            self._turn.end()
+
+    def _infer(self, eeg: FloatArray, checked: bool, ends: float) -> Answer:
         if eeg.dtype != np.float32 or eeg.shape[1:] != self.spec.input_shape or not len(eeg):
             raise InputError(
                 f"{self.name} takes no {eeg.dtype} of shape {eeg.shape}.",
                 f"Send float32 of shape (batch, {', '.join(map(str, self.spec.input_shape))}).",
             )
-        ends = time.monotonic() + (self.timeout if timeout is None else timeout)
         request_id = uuid.uuid4().hex
         attempts = 0
         while True:
@@ -211,6 +220,9 @@ class Client(Backend):
 
     def close(self) -> None:
         """Release the connection and the shared memory."""
+        if self._turn.closed:
+            return
+        self._turn.close()
         if self._memory is not None:
             self._memory.close(self._server)
         self._server.close()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sjepa_deploy.bundle import Manifest
 from sjepa_deploy.errors import ServingError
-from sjepa_deploy.files import bytes_hash, canonical_json, seal
+from sjepa_deploy.files import bytes_hash, canonical_json, load_json, seal
 from sjepa_deploy.serialize import DecodeError, decode, encode
 from sjepa_deploy.spec import ModelSpec, Precision, Unit
 
@@ -68,9 +68,9 @@ class Contract:
         if not text:
             raise ServingError(f"The model {model} does not say what it expects.", mend)
         try:
-            data = json.loads(text)
+            data = load_json(text, finite=False)
             contract = decode(cls, data)
-        except (ValueError, RecursionError) as e:
+        except ValueError as e:
             what = str(e) if isinstance(e, DecodeError) else "no contract"
             raise ServingError(f"What the model {model} says of itself cannot be read ({what}).", mend) from e
         if changed := [version for version, manifest in data["manifests"].items() if manifest["digest"] != seal(manifest)]:
