@@ -1,12 +1,13 @@
-"""Files that the release at commit 4af6286 wrote (tests/compat) still open, decode, replay and render.
+"""Files that the release at commit 4af6286 wrote (tests/compat) still open, decode and replay.
 
 The bundle is a PreLocal model of two channels with random weights, and its own `reference.npz` holds the outputs of that commit's
-PyTorch in float64. `run.xdf` was recorded by sjepa-stream from the synthetic source, `bench.json` and the record of the fastest
-backend were written by sjepa-bench, and `checkpoint` by `write_checkpoint` as a training does.
+PyTorch in float64. `run.xdf` was recorded by sjepa-stream from the synthetic source, the record of the fastest backend was
+written by sjepa-bench, and `checkpoint` by `write_checkpoint` as a training does. Reports: test_old_reports.py.
 """
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,12 @@ from streams import run_command, run_stream
 import sjepa_deploy
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli.verify import verify
+from sjepa_deploy.errors import BackendError
 from sjepa_deploy.models.checkpoint import load_model, read_checkpoint
 from sjepa_deploy.parity import TOLERANCE
-from sjepa_deploy.runtime.backends.fastest import FastestRecord
-from sjepa_deploy.runtime.bench.files import load_report
-from sjepa_deploy.runtime.bench.report import to_markdown
+from sjepa_deploy.runtime.backends import fastest
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.recorder import RecordSource, read_record
-from sjepa_deploy.serialize import decode
 
 COMPAT = Path(__file__).parent / "compat"
 
@@ -83,14 +82,19 @@ def test_the_record_of_a_stream_replays(capsys):
     assert status == bool(result["n_differ"]) == bool(error), "another processor or ONNX Runtime may round otherwise"
 
 
-def test_the_record_of_the_fastest_backend_keeps_its_digest():
-    (file,) = (COMPAT / "bundle" / "engines" / "fastest").glob("*.json")
-    record = decode(FastestRecord, json.loads(file.read_text()))
-    assert record.bundle == Bundle.open(COMPAT / "bundle").manifest.digest
-
-
-def test_the_report_renders():
-    page = to_markdown(load_report(COMPAT / "bench.json"))
-    assert "ort-cpu" in page
-    assert "## " in page
-    assert "sjepa-bench bundle --backend ort-cpu --backend torch" in page
+def test_the_record_of_the_fastest_backend_is_obeyed_on_its_machine(stored, tmp_path, monkeypatch):
+    windows, _ = stored
+    bundle = Path(shutil.copytree(COMPAT / "bundle", tmp_path / "bundle"))
+    (file,) = (bundle / "engines" / "fastest").glob("*.json")
+    there = json.loads(file.read_text())["machine"]
+    monkeypatch.setattr(fastest, "machine_of", lambda backends, device: there)
+    with sjepa_deploy.load(bundle, backend="fastest", check_unit=False) as predict:
+        fast = predict.predict(windows)
+    with sjepa_deploy.load(bundle, backend="ort-cpu", check_unit=False) as predict:
+        np.testing.assert_array_equal(fast, predict.predict(windows))
+    monkeypatch.setattr(fastest, "machine_of", lambda backends, device: there | {"processor": "another"})
+    with pytest.raises(BackendError, match=f"processor is {there['processor']} in the record and another here"):
+        sjepa_deploy.load(bundle, backend="fastest")
+    file.write_text(file.read_text().replace('"torch": 384006', '"torch": 1'))
+    with pytest.raises(BackendError, match="was changed after it was kept"):
+        sjepa_deploy.load(bundle, backend="fastest")
