@@ -815,3 +815,18 @@ def test_serve_reloads_a_bundle_that_is_exported_again(server, make_bundle, tmp_
     finally:
         serving.kill()
         serving.wait()
+
+
+def test_a_closed_client_says_so_and_a_second_thread_is_refused(client, make_bundle):
+    opened = client("prelocal", bundle=make_bundle("prelocal"))
+    windows = np.zeros((1, *opened.spec.input_shape), np.float32)
+    assert opened.run(windows).shape == (1, *opened.spec.output_shape)
+    opened._turn.begin()
+    with pytest.raises(BackendError, match="Two threads"):
+        opened.run(windows)
+    opened._turn.end()
+    assert opened.run(windows).shape == (1, *opened.spec.output_shape)
+    for _ in range(2):
+        opened.close()
+        with pytest.raises(BackendError, match="was closed"):
+            opened.run(windows)
