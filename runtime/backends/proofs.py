@@ -8,14 +8,13 @@ manifest lists never change.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import EngineError
-from sjepa_deploy.files import bytes_hash, canonical_json, json_file, now, seal, write_atomically
+from sjepa_deploy.files import bytes_hash, canonical_json, json_file, load_json, now, seal, write_atomically
 from sjepa_deploy.parity import ParityResult
 from sjepa_deploy.runtime.backends.engine_judge import EngineJudge, EngineParityError
 from sjepa_deploy.runtime.backends.engines import EngineRecord, EngineStore, LayerSummary, Machine
@@ -179,7 +178,7 @@ def _proves(proof: EngineProof, record: EngineRecord) -> bool:
 
 def _read(file: Path) -> EngineProof | None:
     try:
-        data = json.loads(file.read_bytes())
+        data = load_json(file.read_bytes(), finite=False)
         proof = decode(EngineProof, data)
     except FileNotFoundError:
         return None
