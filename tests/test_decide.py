@@ -140,14 +140,16 @@ def test_the_parts_of_a_chain_give_what_the_whole_chain_gives(steps):
     data = data_of(outputs, labels, flags=flags, recordings=np.repeat([0, 1], 300), hop=2.0 if more else None)
     request = FitRequest(asked="accept-rate", wanted=0.4, signal=Signal(max_gap=5.0), **more)
     found = fit.fit(data, FACTS, request)
-    values = chain.values_of(found.layer.steps[: 1 + bool(more)], data, CLASSES, 3, request.signal)
-    decided, chosen, *_ = chain.simulated(found.layer.steps[1 + bool(more) :], values, data, CLASSES, request)
+    values = chain.values_of(found.layer.steps[: 1 + bool(more)], data, CLASSES, request.signal)
+    outcome = chain.simulated(found.layer.steps[1 + bool(more) :], values, data, CLASSES, request)
     layer = DecisionLayer(found.layer)
     whole = layer.run(outputs[:300], data.times[:300], flags[:300])
     layer.restart()
     whole += layer.run(outputs[300:], data.times[300:], flags[300:])
-    assert [state.class_name for state in whole] == [CLASSES[c] if d else None for d, c in zip(decided, chosen, strict=True)]
-    assert 0.05 < decided.mean() < 0.9
+    assert [state.class_name for state in whole] == [
+        CLASSES[c] if d else None for d, c in zip(outcome.decided, outcome.chosen, strict=True)
+    ]
+    assert 0.05 < outcome.decided.mean() < 0.9
 
 
 def test_a_stream_is_judged_by_its_events():
@@ -184,10 +186,11 @@ def test_added_evidence_keeps_its_promise(rule):
     request = FitRequest(asked="target-accuracy", wanted=0.85, stop=rule)
     found = fit.fit(data, FACTS, request)
     new = trials(1)
-    values = chain.values_of(found.layer.steps[:1], new, CLASSES, 3, request.signal)
-    decided, chosen, *_ = chain.simulated(found.layer.steps[1:], values, new, CLASSES, request)
+    values = chain.values_of(found.layer.steps[:1], new, CLASSES, request.signal)
+    outcome = chain.simulated(found.layer.steps[1:], values, new, CLASSES, request)
+    decided = outcome.decided
     assert decided.reshape(300, 6).sum(axis=1).max() == 1
-    assert (chosen == new.labels)[decided].mean() == pytest.approx(0.85, abs=0.06)
+    assert (outcome.chosen == new.labels)[decided].mean() == pytest.approx(0.85, abs=0.06)
     assert found.layer.fit.accept_rate.value == pytest.approx(decided.sum() / 300, abs=0.12)
     if rule == "fixed":
         assert not decided.reshape(300, 6)[:, :5].any()

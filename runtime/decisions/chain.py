@@ -114,7 +114,7 @@ def shares_of(data: CalibrationData, n_classes: int) -> Floats:
 
 def fit_model(data: CalibrationData, class_names: tuple[str, ...], request: FitRequest) -> Model:
     """Fit all but the threshold."""
-    n_outputs, n_classes = data.outputs.shape[1], len(class_names)
+    n_classes = len(class_names)
     good = np.isfinite(data.outputs).all(axis=1)
     good &= np.array([not set(request.signal.refuse).intersection(flags) for flags in data.flags], np.bool_)
     rows = good & (data.labels >= 0)
@@ -138,7 +138,7 @@ def fit_model(data: CalibrationData, class_names: tuple[str, ...], request: FitR
         leave = max(0.0, enter - request.hysteresis) if request.hysteresis else None
         return (*before, Threshold(enter=enter, leave=leave, below=below), *after)
 
-    values = values_of(tuple(front), data, class_names, n_outputs, request.signal)
+    values = values_of(tuple(front), data, class_names, request.signal)
     return Model(front=tuple(front), back=back, grid=_grid(values.max(axis=1)))
 
 
@@ -152,7 +152,7 @@ def _fit_stopping(
     """Fit the evidence of the windows of an event: a temperature for each number of windows, and what is to be exceeded."""
     assert request.stop is not None
     rule = request.stop
-    values = values_of((probabilities,), data, class_names, data.outputs.shape[1], request.signal)
+    values = values_of((probabilities,), data, class_names, request.signal)
     by_event = [rows for rows in _by_event(data) if np.isfinite(values[rows]).all()]
     most = request.most or int(np.median([len(rows) for rows in by_event] or [0]))
     trials = [rows[:most] for rows in by_event if len(rows) >= most]
@@ -194,6 +194,36 @@ def _fit_stopping(
     return Model(front=(probabilities,), back=back, grid=grids[rule]())
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outcome:
+    """Holds what a chain decides: arrays of shape (n_windows,).
+
+    Attributes
+    ----------
+    decided : ndarray of bool
+        Whether a class is decided.
+    chosen : ndarray of int
+        Number of this class; -1 for none.
+    best, likely : ndarray
+        Probability and number of the most probable class; NaN and -1 without signal.
+    """
+
+    decided: Mask
+    chosen: NDArray[np.intp]
+    best: Floats
+    likely: NDArray[np.intp]
+
+    @classmethod
+    def empty(cls, n: int) -> Outcome:
+        """Return the outcome of `n` windows without signal."""
+        return cls(decided=np.zeros(n, np.bool_), chosen=np.full(n, -1), best=np.full(n, np.nan), likely=np.full(n, -1))
+
+    def put(self, rows: Mask, other: Outcome) -> None:
+        """Take the outcome of some windows."""
+        self.decided[rows], self.chosen[rows] = other.decided, other.chosen
+        self.best[rows], self.likely[rows] = other.best, other.likely
+
+
 def _by_event(data: CalibrationData) -> list[NDArray[np.intp]]:
     """Return the windows of each event, in order."""
     rows = np.flatnonzero(data.labels >= 0)
@@ -223,11 +253,9 @@ def _layer(steps: tuple[Step, ...], class_names: tuple[str, ...], n_outputs: int
     )
 
 
-def values_of(
-    front: tuple[Step, ...], data: CalibrationData, class_names: tuple[str, ...], n_outputs: int, signal: Signal
-) -> Floats:
+def values_of(front: tuple[Step, ...], data: CalibrationData, class_names: tuple[str, ...], signal: Signal) -> Floats:
     """Return the probabilities of each window, shape (n_windows, n_classes); NaN where there is no signal."""
-    layer = _layer(front, class_names, n_outputs, signal)
+    layer = _layer(front, class_names, data.outputs.shape[1], signal)
     nothing = (math.nan,) * len(class_names)
     values = np.empty((len(data), len(class_names)))
     for i, (row, time, flags, recording) in enumerate(windows_of(data, data.outputs)):
@@ -244,17 +272,16 @@ def windows_of(data: CalibrationData, values: Floats) -> zip[tuple[Floats, float
 
 def simulated(
     back: tuple[Step, ...], values: Floats, data: CalibrationData, class_names: tuple[str, ...], request: FitRequest
-) -> tuple[Mask, NDArray[np.intp], Floats, NDArray[np.intp]]:
-    """Return, of each window, whether it is decided, the class, the probability of the likeliest class, and that class."""
-    n = len(data)
+) -> Outcome:
+    """Return what the end of a chain decides, given the `values_of` its front."""
+    outcome = Outcome.empty(len(data))
     if len(back) == 1 and isinstance(back[0], Threshold) and back[0].leave is None:  # each window by itself, all at once
-        likely = np.where(np.isfinite(values[:, 0]), values.argmax(axis=1), -1)
-        best = values.max(axis=1)
-        decided = best >= back[0].enter
-        return decided, np.where(decided, likely, -1), best, likely
+        outcome.best[:] = values.max(axis=1)
+        outcome.likely[:] = np.where(np.isfinite(outcome.best), values.argmax(axis=1), -1)
+        outcome.decided[:] = outcome.best >= back[0].enter
+        outcome.chosen[:] = np.where(outcome.decided, outcome.likely, -1)
+        return outcome
     layer = _layer(back, class_names, len(class_names), request.signal)
-    decided, chosen = np.zeros(n, np.bool_), np.full(n, -1)
-    best, likely = np.full(n, np.nan), np.full(n, -1)
     begins = np.diff(data.events, prepend=-3) != 0
     in_trials = request.stop is not None and data.hop is None
     for i, (row, time, flags, recording) in enumerate(windows_of(data, values)):
@@ -262,7 +289,7 @@ def simulated(
             layer.restart()
         state = layer.step(row, time, (*flags, NEW_TRIAL) if begins[i] and in_trials else flags)
         if state.class_name is not None:
-            decided[i], chosen[i] = True, class_names.index(state.class_name)
+            outcome.decided[i], outcome.chosen[i] = True, class_names.index(state.class_name)
         if state.probability is not None:
-            best[i], likely[i] = state.probability, state.probabilities.index(max(state.probabilities))
-    return decided, chosen, best, likely
+            outcome.best[i], outcome.likely[i] = state.probability, state.probabilities.index(max(state.probabilities))
+    return outcome
