@@ -14,6 +14,7 @@ from test_decisions import planted
 import sjepa_deploy
 from sjepa_deploy.bundle import Bundle, check_writable
 from sjepa_deploy.cli import _command, run_command
+from sjepa_deploy.eeg.events import events_of
 from sjepa_deploy.eeg.recording import fit_recording
 from sjepa_deploy.eeg.synthetic import eeg_windows
 from sjepa_deploy.errors import DecisionError, ExportError
@@ -21,7 +22,7 @@ from sjepa_deploy.files import seal
 from sjepa_deploy.runtime.decisions import chain, fit
 from sjepa_deploy.runtime.decisions.calibrate import calibration_error
 from sjepa_deploy.runtime.decisions.chain import FitRequest
-from sjepa_deploy.runtime.decisions.data import BETWEEN, NO_EVENT, CalibrationData, event_windows, joined
+from sjepa_deploy.runtime.decisions.data import BETWEEN, NO_EVENT, CalibrationData, event_windows, joined, labelled
 from sjepa_deploy.runtime.decisions.description import LayerDescription, LayerFacts
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
 from sjepa_deploy.runtime.decisions.probabilities import Probabilities
@@ -268,10 +269,10 @@ def annotated(bundle, n_events, seed, path=None):
     volts = eeg_windows(1, 8, (n_events + 4) * 100, 100.0, rng)[0].astype(np.float64) * 1e-6
     raw = mne.io.RawArray(volts, mne.create_info(list(MONTAGE.ch_names), 100.0, "eeg"), verbose="error")
     onsets = np.arange(n_events) + 1.0
-    fitted = fit_recording(raw, spec)
-    starts, _ = fitted.starts_after(onsets, 0.0, spec.n_times)
+    fitted = fit_recording(raw, spec.signal, phase="causal")
+    starts, _ = fitted.place_windows(onsets, 0.0)
     with sjepa_deploy.load(bundle, check_unit=False) as predict:
-        outputs = predict.predict(np.stack([fitted.data[:, start : start + spec.n_times] for start in starts]))
+        outputs = predict.predict(fitted.cut(starts))
     posterior = scipy.special.softmax(SHARPNESS * outputs.astype(np.float64), axis=1)
     labels = (posterior.cumsum(axis=1) < rng.uniform(size=(n_events, 1))).sum(axis=1)
     names = {"left": "left", "right": "T2", "rest": "rest"}
@@ -294,8 +295,10 @@ def test_planted_eeg_from_recording_to_held_out_events(bundle, decide, tmp_path)
         copied,
         "--fit",
         tmp_path / "fit_raw.fif",
-        "--events",
+        "--classes",
         "right=T2",
+        "--tmin",
+        "0",
         "--accept-rate",
         "0.8",
         "--json",
@@ -313,7 +316,9 @@ def test_planted_eeg_from_recording_to_held_out_events(bundle, decide, tmp_path)
     assert layer.description.steps[0].temperature == pytest.approx(1 / SHARPNESS, rel=0.1)
     raw.crop(5000.5)
     with sjepa_deploy.load(bundle, check_unit=False) as predict:
-        new = event_windows(raw, bundle.spec, {"left": 0, "T2": 1, "rest": 2}, predict.predict)
+        found = events_of(raw)
+        names = [{"T2": "right"}.get(name, name) for name in found.description]
+        new = event_windows(raw, bundle.spec, labelled(found, names, CLASSES, all_of_them=True), predict.predict, start=0.0)
     assert np.array_equal(new.labels, labels[5000:])
     held_out = HeldOut.of(layer.description, new.outputs, new.labels)
     assert held_out.accepted.mean() == pytest.approx(0.8, abs=0.02)
@@ -331,7 +336,18 @@ def test_a_stream_of_a_recording_is_fitted_through_the_live_path(bundle, decide,
     copied = copy_bundle(bundle, tmp_path / "bundle")
     annotated(bundle, 120, 0, tmp_path / "fit_raw.fif")
     status, out, err = decide(
-        *(copied, "--fit", tmp_path / "fit_raw.fif", "--events", "right=T2", "--max-false-per-minute", "20", "--json"),
+        *(
+            copied,
+            "--fit",
+            tmp_path / "fit_raw.fif",
+            "--classes",
+            "right=T2",
+            "--tmin",
+            "0",
+            "--max-false-per-minute",
+            "20",
+            "--json",
+        ),
         *("--hop", "0.5", "--smoothing", "0.5", "--refractory", "1", "--decisions", "stream"),
     )
     assert status == 0, err
@@ -397,7 +413,7 @@ def test_a_layer_is_not_replaced_without_force(bundle, decide, tmp_path):
         (["--fit", "nan.npz", "--accept-rate", "0.5"], "not finite"),
         (["--fit", "short.npz", "--accept-rate", "0.5"], "outputs of shape (400, 2)"),
         (["--fit", "w.npz", "--coverage", "0.9"], "classifier is not fitted by --coverage"),
-        (["--fit", "w.npz", "--accept-rate", "0.5", "--events", "left"], "Write CLASS=VALUE"),
+        (["--fit", "w.npz", "--accept-rate", "0.5", "--prevalence", "left"], "Write CLASS=VALUE"),
         (["--show"], "no decision layer"),
         (["--show", "--decisions", "mine"], "no decision layer mine"),
     ],
@@ -418,11 +434,35 @@ def test_wrong_input_is_refused(bundle, decide, tmp_path, monkeypatch, arguments
 def test_a_recording_without_the_events_says_which_it_has(bundle, decide, tmp_path):
     annotated(bundle, 30, 0, tmp_path / "fit_raw.fif")
     where = (bundle.path, "--fit", tmp_path / "fit_raw.fif", "--accept-rate", "0.5")
-    status, _, err = decide(*where, "--events", "left=L,right=R,rest=N")
+    status, _, err = decide(*where)
+    assert (status, "--tmin" in err) == (2, True)
+    status, _, err = decide(*where, "--tmin", "0", "--events", "left,T2,up")
     assert status == 2
-    assert "its annotations are T2, left, rest" in " ".join(err.split())
-    status, _, err = decide(*where, "--events", "up=left")
-    assert "'up' is no class; the classes are left, right, rest" in " ".join(err.split())
+    assert "no events up; its events are T2" in " ".join(err.split())
+    status, _, err = decide(*where, "--tmin", "0", "--events", "all")
+    assert "events of T2, left, rest; the classes are left, right, rest" in " ".join(err.split())
+
+
+def test_events_and_numbers_come_from_a_table(make_bundle, decide, tmp_path):
+    """A regression is fitted on the column of a table of events, as sjepa-run reads it."""
+    bundle = copy_bundle(make_bundle("postlocal", n_outputs=1), tmp_path / "bundle")
+    opened, rng = Bundle.open(bundle), np.random.default_rng(0)
+    volts = eeg_windows(1, 8, 6500, 100.0, rng)[0].astype(np.float64) * 1e-6
+    raw = mne.io.RawArray(volts, mne.create_info(list(MONTAGE.ch_names), 100.0, "eeg"), verbose="error")
+    raw.save(tmp_path / "a_raw.fif", verbose="error")
+    rows = [f"{1 + i}\tstimulus\t{value:.4f}" for i, value in enumerate(rng.normal(size=60))]
+    (tmp_path / "a.tsv").write_text("\n".join(["onset\ttrial_type\tseconds", *rows]))
+    where = (bundle, "--fit", tmp_path / "a_raw.fif", "--events", tmp_path / "a.tsv", "--tmin", "0", "--coverage", "0.8")
+    status, _, err = decide(*where)
+    assert (status, "--column" in err) == (2, True)
+    status, _, err = decide(*where, "--column", "seconds")
+    assert status == 0, err
+    layer = DecisionLayer.load(bundle).description
+    fitted = fit_recording(raw, opened.spec.signal, phase="causal")
+    starts, _ = fitted.place_windows(np.arange(60) + 1.0, 0.0)
+    with sjepa_deploy.load(opened, check_unit=False) as predict:
+        residuals = predict.predict(fitted.cut(starts))[:, 0] - [float(row.split("\t")[2]) for row in rows]
+    assert layer.steps[-1].radius == pytest.approx(np.sort(np.abs(residuals))[48], rel=1e-5)  # the 49th of 60, as 61 x 0.8 = 48.8
 
 
 def test_a_base_model_has_no_decision_layer(make_bundle, decide, tmp_path):

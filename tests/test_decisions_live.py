@@ -1,5 +1,6 @@
 """Live decisions have states: those of the layer alone, in lines, records and LSL, and the same in a replay."""
 
+import dataclasses
 import json
 import math
 
@@ -11,8 +12,11 @@ from streams import ScriptedSource, chunks_of, decode, eeg, info_of, run_stream
 
 import sjepa_deploy
 from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.eeg.events import events_of
 from sjepa_deploy.eeg.recording import read_recording
 from sjepa_deploy.errors import DecisionError, StreamError
+from sjepa_deploy.runtime.decisions.accumulate import Accumulate
+from sjepa_deploy.runtime.decisions.data import labelled
 from sjepa_deploy.runtime.decisions.description import FitSummary, LayerDescription
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
 from sjepa_deploy.runtime.decisions.pauses import Dwell, Refractory
@@ -182,6 +186,18 @@ def test_a_layer_of_another_bundle_or_of_other_classes_is_refused(predict, make_
         Decoder(predict, source, decisions=DecisionLayer(described(predict.bundle, class_names=("a", "b", "c"))))
 
 
+def test_a_layer_that_waits_for_trials_is_refused_every_hop(predict, bundle):
+    """It would decide once and then wait for ever."""
+    samples, stamps = eventful()
+    evidence = Accumulate(rule="fixed", most=3)
+    layer = DecisionLayer(described(bundle, steps=(Probabilities(), dataclasses.replace(evidence, waits=True))))
+    with pytest.raises(DecisionError, match="waits for trials"):
+        Decoder(predict, ScriptedSource(info_of(predict.spec), chunks_of(samples, stamps)), decisions=layer)
+    layer = DecisionLayer(described(bundle, steps=(Probabilities(), evidence)))
+    decoder = Decoder(predict, ScriptedSource(info_of(predict.spec), chunks_of(samples, stamps)), decisions=layer)
+    assert sum(decision.state.name == "decided" for decision in decoder) > 10
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -264,19 +280,20 @@ def test_windows_of_a_stream_belong_to_the_events_that_hold_half_of_them(predict
     marks = [*events, (15.0, 3.0, "BAD_ACQ_SKIP")]
     raw.set_annotations(mne.Annotations(*map(list, zip(*marks, strict=True))))
     raw.save(tmp_path / "a_raw.fif", verbose="error")
-    number_of = {name: i for i, name in enumerate(CLASSES)}
+    raw = read_recording(tmp_path / "a_raw.fif")
+    found = events_of(raw)
     data = stream_windows(
         predict,
         tmp_path / "a_raw.fif",
-        read_recording(tmp_path / "a_raw.fif"),
-        number_of,
+        raw,
+        labelled(found, found.description, CLASSES, all_of_them=False),
         SourceOptions(speed=math.inf, chunk=25),
         StreamConfig(hop=0.25, late="queue"),
-        tmin=0.5,
+        start=0.5,
     )
     kept = np.r_[0:1500, 1800:3000]  # samples that are streamed
     event = np.full(3000, -1)
-    for i, (onset, duration, _) in enumerate(each for each in events if each[2] in number_of):
+    for i, (onset, duration, _) in enumerate(each for each in events if each[2] in CLASSES):
         start = round((onset + 0.5) * sfreq)
         event[start : start + max(round(duration * sfreq), n_times)] = i
     event = event[kept]

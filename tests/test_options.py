@@ -31,6 +31,8 @@ MEANINGS = {
     "--variant": ({"export"}, {"finetune"}),  # a base model is not fine-tuned
     "--max-batch": ({"export"}, {"build"}),  # of a graph, of an engine
     "--class-names": ({"export"}, {"decide"}),  # one for each output; two for one output too
+    "--classes": ({"stream", "decide"}, {"finetune"}),  # pairs of class and event, names of classes alone
+    "--column": ({"stream", "decide"}, {"finetune"}),  # of a table of events, or of whatever holds a target
     "--hop": ({"run"}, {"stream"}, {"decide"}),  # a recording is cut into windows side by side, a stream is decided on often
     "--deadline": ({"stream"}, {"bench"}, {"serve"}),  # the hop, the next window, seconds to an answer
     "--time-limit": ({"bench"}, {"build"}),  # ends with what it has, is given up
@@ -152,7 +154,7 @@ def test_keys_are_the_names_of_options(decode, tmp_path):
     [
         (
             "hopp: 1",
-            r"has the unknown key 'hopp'. The keys are backend, channels, check-unit, device, force, hop, interpolate, json,",
+            r"has the unknown key 'hopp'. The keys are backend, channels, check-unit, device, events, force, hop, interpolate, json,",
         ),
         ("config: c.yaml", "unknown key 'config'"),
         ("version: true", "unknown key 'version'"),

@@ -83,6 +83,11 @@ class Accumulate(Step):
             check_number("A temperature", temperature, 0.0, open_low=True)
         prior_offsets(self.fitted_prevalence, self.prevalence)
 
+    @property
+    def needs_trials(self) -> bool:
+        """Whether the step waits for windows with the flag "new trial"."""
+        return self.waits
+
     def machine(self, n_classes: int) -> Machine:
         """Return the machine that adds up."""
         needs_classes(self, n_classes)

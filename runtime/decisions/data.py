@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sjepa_deploy.eeg.pauses import segments_of, time_of
+from sjepa_deploy.eeg.events import Events
 from sjepa_deploy.eeg.recording import fit_recording
 from sjepa_deploy.errors import DecisionError, listed
 from sjepa_deploy.parity import UNREADABLE_NPZ
@@ -181,26 +181,74 @@ def _numbers(labels: NDArray[Any], class_names: Sequence[str], where: str) -> ND
     return np.array([known[name] for name in labels.tolist()], np.intp)
 
 
-def class_of_events(class_names: Sequence[str], events: Mapping[str, str]) -> dict[str, int]:
-    """Return the number of the class of each annotation: those named in `events` (class to annotation), else the class's own.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabelledEvents:
+    """Holds events of a recording with the truth.
+
+    Attributes
+    ----------
+    onset : ndarray of float64, shape (n_events,)
+        Seconds of the recording's own time, in rising order.
+    duration : ndarray of float64, shape (n_events,)
+        Seconds.
+    labels : ndarray of int, shape (n_events,)
+        Number of the class; of a regression zeros.
+    targets : ndarray of float64, shape (n_events,), or None
+        Number of each event, of a regression.
+    """
+
+    onset: NDArray[np.float64]
+    duration: NDArray[np.float64]
+    labels: NDArray[np.intp]
+    targets: NDArray[np.float64] | None
+
+
+def labelled(events: Events, labels: Sequence[str], class_names: Sequence[str] | None, *, all_of_them: bool) -> LabelledEvents:
+    """Return events with their classes or numbers.
+
+    Parameters
+    ----------
+    events : Events
+        The events.
+    labels : sequence of str
+        Class or number of each event.
+    class_names : sequence of str or None
+        Classes of the layer; None for a regression.
+    all_of_them : bool
+        Whether events of other classes are an error. Otherwise they are left out.
 
     Raises
     ------
     DecisionError
-        If `events` names a class that is none.
+        If no event is of a class, or an event of no class is there with `all_of_them`, or a label is no number.
     """
-    if unknown := [name for name in events if name not in class_names]:
-        raise DecisionError(f"{unknown[0]!r} is no class; the classes are {listed(class_names)}.", "Mend --events.")
-    return {events.get(name, name): i for i, name in enumerate(class_names)}
+    kept = np.array([class_names is None or label in class_names for label in labels], np.bool_)
+    if class_names is not None and (not kept.any() or (all_of_them and not kept.all())):
+        raise DecisionError(
+            f"There are events of {listed(sorted(set(labels))) or 'nothing'}; the classes are {listed(class_names)}.",
+            "Say which event is of which class with --classes CLASS=EVENT,...",
+        )
+    durations = events.columns.get("duration", ("0",) * len(events))
+    targets = None
+    try:
+        duration = np.array([float(each) for each in durations])[kept]
+        if class_names is None:
+            targets = np.array([float(label) for label in labels])
+    except ValueError as e:
+        raise DecisionError(f"A duration or a label of an event is no number ({e}).", "Name another --column.") from e
+    numbers = [
+        0 if class_names is None else class_names.index(label) for label, ok in zip(labels, kept.tolist(), strict=True) if ok
+    ]
+    return LabelledEvents(onset=events.onset[kept], duration=duration, labels=np.array(numbers, np.intp), targets=targets)
 
 
 def event_windows(
     raw: Any,
     spec: ModelSpec,
-    number_of: Mapping[str, int],
+    events: LabelledEvents,
     predict: Predict,
     *,
-    tmin: float = 0.0,
+    start: float,
     name: str = "recording",
     check_unit: bool = True,
 ) -> CalibrationData:
@@ -212,11 +260,11 @@ def event_windows(
         The recording, see `sjepa_deploy.eeg.recording.read_recording`.
     spec : ModelSpec
         The model.
-    number_of : mapping of str to int
-        Annotations that are events, and the number of their class.
+    events : LabelledEvents
+        The events.
     predict : callable
         Returns the outputs of windows.
-    tmin : float
+    start : float
         Start of the window in seconds after its event.
     name : str
         Name of the recording.
@@ -231,15 +279,14 @@ def event_windows(
         If no event has a whole window.
     """
     fitted = fit_recording(raw, spec.signal, check_unit=check_unit, phase="causal")
-    onsets, labels, _ = events_of(raw, number_of, name)
-    starts, whole = fitted.place_windows(onsets, tmin)
+    starts, whole = fitted.place_windows(events.onset, start)
     if not whole.any():
         raise DecisionError(f"No event of {name} has a whole window in the recording.", "Check --tmin.")
-    starts, labels = starts[whole], labels[whole]
+    starts = starts[whole]
     return CalibrationData(
         outputs=predict(fitted.cut(starts)).astype(np.float64),
-        labels=labels,
-        targets=None,
+        labels=events.labels[whole],
+        targets=None if events.targets is None else events.targets[whole],
         times=fitted.times(starts + spec.n_times - 1),
         events=np.arange(len(starts)),
         recordings=np.zeros(len(starts), np.intp),
@@ -247,27 +294,3 @@ def event_windows(
         minutes=fitted.data.shape[1] / fitted.sfreq / 60,
         names=(name,),
     )
-
-
-def events_of(
-    raw: Any, number_of: Mapping[str, int], name: str
-) -> tuple[NDArray[np.float64], NDArray[np.intp], NDArray[np.float64]]:
-    """Return onset in seconds of the recording's own time, number of the class, and duration of the events, in order of time.
-
-    Raises
-    ------
-    DecisionError
-        If the recording has no such annotation.
-    """
-    marks = raw.annotations
-    kept = np.array([str(each) in number_of for each in marks.description], np.bool_)
-    if not kept.any():
-        there = sorted({str(each) for each in marks.description})
-        raise DecisionError(
-            f"{name} has no events {listed(sorted(number_of))}; its annotations are {listed(there) or 'none'}.",
-            "Name the annotation of each class with --events CLASS=ANNOTATION,...",
-        )
-    onsets = time_of(marks.onset[kept] - raw.first_time, segments_of(raw), raw.info["sfreq"])
-    labels = np.array([number_of[str(each)] for each in marks.description[kept]], np.intp)
-    order = np.argsort(onsets, kind="stable")
-    return onsets[order], labels[order], np.asarray(marks.duration[kept], np.float64)[order]

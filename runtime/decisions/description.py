@@ -195,7 +195,7 @@ class LayerDescription(LayerFacts):
 def classes_of(spec: ModelSpec, class_names: Sequence[str] | None = None) -> tuple[str, ...] | None:
     """Return the classes of a model's outputs, None for a regression.
 
-    One output without names is a regression; with the names of two classes it is the logit of the second one.
+    With the names of two classes one output is the logit of the second one. Classes without names are numbered.
 
     Parameters
     ----------
@@ -213,7 +213,7 @@ def classes_of(spec: ModelSpec, class_names: Sequence[str] | None = None) -> tup
         raise DecisionError("A base model outputs features, on which nothing can be decided.", "Fine-tune the model first.")
     names = spec.class_names if class_names is None else tuple(class_names)
     if names is None:
-        return None if spec.n_outputs == 1 else tuple(f"{spec.output_name}_{i}" for i in range(spec.n_outputs))
+        return None if spec.task == "regression" else tuple(map(str, range(max(2, spec.n_outputs))))
     if len(names) == spec.n_outputs == 1:
         return f"not {names[0]}", names[0]
     return names

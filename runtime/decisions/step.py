@@ -73,6 +73,11 @@ class Machine:
 class Step:
     """Describes one step of a layer. `str` gives the step in words."""
 
+    @property
+    def needs_trials(self) -> bool:
+        """Whether the step waits for windows with the flag "new trial"."""
+        return False
+
     def machine(self, n_classes: int) -> Machine:
         """Return the machine of the step for a layer of `n_classes` classes, 0 for a regression.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 
 from sjepa_deploy.eeg.pauses import segments_of
 from sjepa_deploy.errors import DecisionError
-from sjepa_deploy.runtime.decisions.data import BETWEEN, NO_EVENT, CalibrationData, events_of
+from sjepa_deploy.runtime.decisions.data import BETWEEN, NO_EVENT, CalibrationData, LabelledEvents
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.open_source import SourceOptions, open_source
@@ -25,15 +24,15 @@ def stream_windows(
     predict: Predictor,
     path: Path,
     raw: Any,
-    number_of: Mapping[str, int],
+    events: LabelledEvents,
     options: SourceOptions,
     config: StreamConfig,
     *,
-    tmin: float = 0.0,
+    start: float,
 ) -> CalibrationData:
     """Decode a window every hop of a recording through the live path, with causal filters.
 
-    A window belongs to an event if at least half of it lies in the time of the event: from `tmin` seconds after its onset for
+    A window belongs to an event if at least half of it lies in the time of the event: from `start` seconds after its onset for
     its duration, at least for the length of a window. Windows of which less lies there belong to nothing (`BETWEEN`).
 
     Parameters
@@ -44,13 +43,13 @@ def stream_windows(
         The recording.
     raw : mne.io.BaseRaw
         The same recording, as `sjepa_deploy.eeg.recording.read_recording` reads it.
-    number_of : mapping of str to int
-        Annotations that are events, and the number of their class.
+    events : LabelledEvents
+        The events.
     options : SourceOptions
         What the recording does not say itself.
     config : StreamConfig
         How the stream is decoded.
-    tmin : float
+    start : float
         Start of an event's time in seconds after its onset.
 
     Raises
@@ -58,28 +57,27 @@ def stream_windows(
     StreamError, RecordingError
         If the recording does not fit the model.
     DecisionError
-        If the recording has no such events, or is too short for a window.
+        If the recording is too short for a window.
     """
     spec = predict.spec
     source = open_source(f"file:{path}", spec, options)
     decisions = list(Decoder(predict, source, config))
     if not decisions:
         raise DecisionError(f"{path.name} has no whole window.", "Give a longer recording.")
-    onsets, classes, durations = events_of(raw, number_of, path.name)
     length = spec.n_times / spec.sfreq
-    begin = _stream_time(raw, onsets) + tmin
-    end = begin + np.maximum(durations, length)
+    begin = _stream_time(raw, events.onset) + start
+    end = begin + np.maximum(events.duration, length)
     newest = np.array([decision.time for decision in decisions])
     share = (np.minimum(newest[:, None], end) - np.maximum(newest[:, None] - length, begin)) / length
-    event = share.argmax(axis=1)
+    which = share.argmax(axis=1)
     most = share.max(axis=1)
     inside = most >= LEAST_SHARE
     return CalibrationData(
         outputs=np.stack([decision.prediction.ravel() for decision in decisions]).astype(np.float64),
-        labels=np.where(inside, classes[event], np.where(most > 0, BETWEEN, NO_EVENT)),
+        labels=np.where(inside, events.labels[which], np.where(most > 0, BETWEEN, NO_EVENT)),
         targets=None,
         times=newest,
-        events=np.where(inside, event, NO_EVENT),
+        events=np.where(inside, which, NO_EVENT),
         recordings=np.zeros(len(decisions), np.intp),
         flags=tuple(decision.flags for decision in decisions),
         minutes=raw.n_times / raw.info["sfreq"] / 60,

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.errors import StreamError
+from sjepa_deploy.errors import DecisionError, StreamError
 from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, BackendOptions
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
 from sjepa_deploy.runtime.decisions.stored import check_bundle
@@ -59,7 +59,7 @@ class Decoder:
     StreamError
         If the stream breaks the model's contract.
     DecisionError
-        If the decision layer is of another bundle.
+        If the decision layer is of another bundle, or waits for trials.
 
     Examples
     --------
@@ -79,6 +79,11 @@ class Decoder:
     ) -> None:
         if decisions is not None:
             check_bundle(decisions.description, predict.bundle)
+            if any(step.needs_trials for step in decisions.description.steps):
+                raise DecisionError(
+                    f"The decision layer {decisions.description.name} waits for trials, and a stream has none.",
+                    "Fit it on windows of a stream, with sjepa-decide --hop.",
+                )
             decisions.restart()
         self.config, self.layer = config or StreamConfig(), decisions
         self.predict, self.source, self.spec = predict, source, predict.spec

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich import box
@@ -14,21 +14,31 @@ from rich.markup import escape
 from rich.table import Table
 
 from sjepa_deploy.bundle import DECISION_FOLDER, Bundle
-from sjepa_deploy.cli import console, entry, options, print_json
+from sjepa_deploy.cli import console, entry, options, print_json, task
+from sjepa_deploy.cli.task import EventChoice
+from sjepa_deploy.eeg.events import events_of
 from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.eeg.recording import read_recording
 from sjepa_deploy.errors import DecisionError, OutputError, RecordingError, listed
+from sjepa_deploy.evaluation.task import labels_of
 from sjepa_deploy.files import write_atomically
 from sjepa_deploy.runtime.decisions.accumulate import Rule
 from sjepa_deploy.runtime.decisions.chain import Asked, FitRequest
-from sjepa_deploy.runtime.decisions.data import CalibrationData, class_of_events, event_windows, joined, read_npz
+from sjepa_deploy.runtime.decisions.data import CalibrationData, LabelledEvents, event_windows, joined, labelled, read_npz
 from sjepa_deploy.runtime.decisions.description import LayerFacts, classes_of
 from sjepa_deploy.runtime.decisions.fit import Fit, fit
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
 from sjepa_deploy.runtime.decisions.report import html_page, number, percent
 from sjepa_deploy.runtime.decisions.signal import Signal
 from sjepa_deploy.runtime.decisions.stored import layers_of, write_layer
+from sjepa_deploy.runtime.live.calibration import stream_windows
+from sjepa_deploy.runtime.live.config import StreamConfig
+from sjepa_deploy.runtime.live.open_source import SourceOptions
 from sjepa_deploy.runtime.predictor import Predictor
+from sjepa_deploy.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import mne
 
 DEFAULT_NAME = "default"
 GAP_HOPS = 3
@@ -83,25 +93,31 @@ class Wanted:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Events:
+class Cut(EventChoice):
     """Says which windows belong to which class.
 
     Attributes
     ----------
     class_names : tuple of str or None
         Classes of a model that names none.
-    events : dict of str to str
-        Annotation of each class.
-    tmin : float
-        Start of the window in seconds after its event; None is 0.
     hop : float or None
         Seconds from one window to the next. None: one window an event.
     """
 
     class_names: tuple[str, ...] | None
-    events: dict[str, str]
-    tmin: float | None
     hop: float | None
+
+    def label(self, raw: mne.io.BaseRaw, spec: ModelSpec, class_names: tuple[str, ...] | None) -> LabelledEvents:
+        """Return the chosen events of a recording; without a choice, those that are of a class."""
+        events = self.find(raw) if self.events else events_of(raw)
+        named = spec.replace(class_names=class_names) if class_names is not None else spec
+        labels = labels_of(events, named, classes=self.class_of, column=self.column)
+        if labels is None and class_names is None:
+            raise DecisionError(
+                "Nothing tells the number of each event.", "Name the --column of the events' table that holds it."
+            )
+        known = list(events.description) if labels is None else labels
+        return labelled(events, known, class_names, all_of_them=bool(self.events))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,19 +193,12 @@ def _shares(prevalence: dict[str, str], class_names: tuple[str, ...]) -> tuple[f
 )
 @options.decisions(f"{DEFAULT_NAME}")
 @options.fills(
-    "events",
-    Events,
-    click.option(
-        "--class-names", "class_names", type=options.Names(), metavar="A,B,...", help="Classes of a model that names none."
-    ),
-    click.option(
-        "--events",
-        type=Pairs(),
-        default={},
-        metavar="CLASS=NAME,...",
-        help="Annotation of each class, where it has another name.",
-    ),
-    options.tmin,
+    "cut",
+    Cut,
+    task.which,
+    task.labels,
+    task.tmin,
+    click.option("--class-names", type=options.Names(), metavar="A,B,...", help="Classes of a model that names none."),
     click.option(
         "--hop", type=float, help="Seconds between windows of a stream, decoded as live.  [default: one window an event]"
     ),
@@ -235,7 +244,7 @@ def decide(
     sources: tuple[Path, ...],
     wanted: Wanted,
     decisions: str | None,
-    events: Events,
+    cut: Cut,
     chain: Chain,
     check_unit: bool,
     facts: options.SignalFacts,
@@ -264,10 +273,10 @@ def decide(
             f"{opened.path} has a decision layer {name} already.", "Use --force to replace it, or another name with --decisions."
         )
     spec = opened.spec
-    if events.class_names is not None and spec.class_names is not None:
+    if cut.class_names is not None and spec.class_names is not None:
         raise DecisionError(f"The model names its classes: {listed(spec.class_names)}.", "Leave --class-names out.")
-    class_names = classes_of(spec, events.class_names)
-    request = chain.request(wanted, class_names, events.hop)
+    class_names = classes_of(spec, cut.class_names)
+    request = chain.request(wanted, class_names, cut.hop)
     described = LayerFacts(
         name=name,
         bundle=opened.manifest.digest,
@@ -279,7 +288,7 @@ def decide(
         parts = []
         for source in sources:
             with screen.status(f"decoding {source.name}"):
-                parts.append(_read(predict, source, class_names, events, facts, check_unit=check_unit))
+                parts.append(_read(predict, source, class_names, cut, facts, check_unit=check_unit))
     with screen.status("fitting"):
         result = fit(joined(parts), described, request)
     file = write_layer(opened, result.layer)
@@ -301,7 +310,7 @@ def _read(
     predict: Predictor,
     source: Path,
     class_names: tuple[str, ...] | None,
-    events: Events,
+    cut: Cut,
     facts: options.SignalFacts,
     *,
     check_unit: bool,
@@ -310,11 +319,6 @@ def _read(
     spec = predict.spec
     if source.suffix == ".npz":
         return read_npz(source, spec, class_names, predict.predict)
-    if class_names is None:
-        raise DecisionError(
-            f"The annotations of {source.name} are no numbers for a regression.", "Give an .npz file with outputs and targets."
-        )
-    number_of = class_of_events(class_names, events.events)
     raw = read_recording(
         source,
         sfreq=facts.sfreq,
@@ -323,17 +327,14 @@ def _read(
         row_names=spec.ch_names,
         rename=parse_rename(facts.rename, RecordingError),
     )
-    if events.hop is None:
-        return event_windows(
-            raw, spec, number_of, predict.predict, tmin=events.tmin or 0.0, name=source.name, check_unit=check_unit
-        )
-    from sjepa_deploy.runtime.live.calibration import stream_windows
-    from sjepa_deploy.runtime.live.config import StreamConfig
-    from sjepa_deploy.runtime.live.open_source import SourceOptions
-
-    config = StreamConfig(hop=events.hop, late="queue", check_unit=check_unit)
+    events, start = cut.label(raw, spec, class_names), cut.start(spec)
+    if cut.hop is None:
+        return event_windows(raw, spec, events, predict.predict, start=start, name=source.name, check_unit=check_unit)
+    if class_names is None:
+        raise DecisionError("The windows of a stream have no number each.", "Leave --hop out: one window an event.")
+    config = StreamConfig(hop=cut.hop, late="queue", check_unit=check_unit)
     known = SourceOptions(**dataclasses.asdict(facts), speed=math.inf, chunk=config.hop_samples(spec))
-    return stream_windows(predict, source, raw, number_of, known, config, tmin=events.tmin or 0.0)
+    return stream_windows(predict, source, raw, events, known, config, start=start)
 
 
 def _show(screen: Console, bundle: Bundle, name: str | None, json_output: bool) -> None:

@@ -71,7 +71,9 @@ class EventChoice:
 
 
 which = options.several("--events", help="Decode the window of each event: names of events, all, or a table FILE.tsv.")
-tmin = click.option("--tmin", type=float, help="Start of a window after its event in seconds.  [default: the model's]")
+tmin = click.option(
+    "--tmin", type=float, help="Start of a window in seconds after its event; may be negative.  [default: the model's]"
+)
 labels = options.added(
     click.option(
         "--classes", type=options.Names(), metavar="CLASS=EVENT,...", help="Class of events that are not called like it."
