@@ -154,7 +154,7 @@ def test_keys_are_the_names_of_options(decode, tmp_path):
     [
         (
             "hopp: 1",
-            r"has the unknown key 'hopp'. The keys are backend, channels, check-unit, device, events, force, hop, interpolate, json,",
+            r"has the unknown key 'hopp'. The keys are backend, channels, check-unit, device, events, force, hop, interpolate,",
         ),
         ("config: c.yaml", "unknown key 'config'"),
         ("version: true", "unknown key 'version'"),
