@@ -17,6 +17,7 @@ from sjepa_deploy.runtime.keep_warm import KeepWarm
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decision import Decision, flags_of
+from sjepa_deploy.runtime.live.waiting import Waiting
 from sjepa_deploy.runtime.live.windows import Window, WindowStream
 from sjepa_deploy.runtime.predictor import Predictor
 
@@ -47,6 +48,8 @@ class BackendCalls:
         Counters of the stream's windows.
     report : callable
         Called with the kind and the text of every incident.
+    waiting : Waiting
+        Tells whether windows are late because samples waited in the source.
     layer : DecisionLayer or None
         Layer that gives every decision a state.
 
@@ -65,6 +68,7 @@ class BackendCalls:
         clock: Callable[[], float],
         counters: Counters,
         report: Callable[[str, str], None],
+        waiting: Waiting,
         layer: DecisionLayer | None = None,
     ) -> None:
         self._predict, self._windows, self._late = predict, windows, config.late
@@ -72,6 +76,7 @@ class BackendCalls:
         self._hop, self._n_times = config.hop_samples(predict.spec), predict.spec.n_times
         self._signal = predict.spec.signal
         self._sfreq, self._deadline = predict.spec.sfreq, config.deadline_s(predict.spec)
+        self.waiting = waiting
         self._last: Decision | None = None
         why_whole = _why_whole_windows(predict, config)
         if config.roll and why_whole is not None:
@@ -112,10 +117,14 @@ class BackendCalls:
             self._count_miss(missed=True)
             raise
         decided = clock()
+        late = decided > due
+        if late:
+            self._blame(window, received)
+        self.waiting.done(decided, decided - started)
         if self.keep_warm is not None:
             self._called = time.perf_counter()
         counters.decisions += 1
-        late, state = decided > due, None
+        state = None
         self._count_miss(missed=late)
         if self._layer is not None:
             flags = flags_of(
@@ -165,13 +174,15 @@ class BackendCalls:
 
     def _answer_late(self, window: Window, due: float, received: float, now: float) -> Decision | None:
         self._count_miss(missed=True)
+        self._blame(window, received)
+        self.waiting.done(now)
         if self._late == "skip" or self._last is None:
             self._counters.skipped_late += 1
             if self._last is None and self._counters.skipped_late * self._hop > ALL_LATE_S * self._sfreq:
                 raise StreamError(
                     f"All windows of {ALL_LATE_S:g} s came too late: their newest samples are {now - window.stamp:.3g} s old by "
                     f"their stamps when they can be decoded, and a decision is due after {self._deadline:.3g} s.",
-                    "Use a longer --deadline or --late queue, or mend the source's stamps.",
+                    self.waiting.advice or "Use a longer --deadline or --late queue, or mend the source's stamps.",
                 )
             return None
         self._counters.held += 1
@@ -188,6 +199,11 @@ class BackendCalls:
         if self._layer is None:
             return again
         return dataclasses.replace(again, state=self._layer.step(again.prediction, again.time, again.flags))
+
+    def _blame(self, window: Window, received: float) -> None:
+        """Name the source once as the cause, where a window that is late had been too old on arrival already."""
+        if self.waiting.late(window.stamp, received):
+            self._report("deadline", str(self.waiting.advice))
 
     def _call(self, window: Window) -> NDArray[np.float32]:
         if not self._rolls:

@@ -22,6 +22,7 @@ from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.open_source import SourceOptions, open_source
 from sjepa_deploy.runtime.live.repeats import Repeats
 from sjepa_deploy.runtime.live.sources import Chunk, Incident, Source
+from sjepa_deploy.runtime.live.waiting import Waiting
 from sjepa_deploy.runtime.live.windows import WindowStream
 from sjepa_deploy.runtime.predictor import Predictor, load
 from sjepa_deploy.spec import RunPrecision, Unit
@@ -97,6 +98,7 @@ class Decoder:
         self._opened: Predictor | None = None
         self._stopping = False
         self.windows = WindowStream(self.spec, source.info, self.config, counters=self.counters, report=self._report)
+        self._waiting = Waiting(source.info.sfreq, self.deadline)
         self._calls = BackendCalls(
             predict,
             self.windows,
@@ -104,6 +106,7 @@ class Decoder:
             clock=source.clock,
             counters=self.counters,
             report=self._report,
+            waiting=self._waiting,
             layer=decisions,
         )
         self._monotonic = monotonic
@@ -173,6 +176,11 @@ class Decoder:
             opened.pop_all()
         return decoder
 
+    @property
+    def advice(self) -> str | None:
+        """Return why the source makes decisions late, and which deadline suits it; None without such a cause."""
+        return self._waiting.advice
+
     def on_decision(self, callback: Callable[[Decision], object]) -> None:
         """Call `callback` with every decision, before the iterator gives it."""
         self._on_decision.append(callback)
@@ -235,6 +243,7 @@ class Decoder:
 
     def feed(self, chunk: Chunk) -> Iterator[Decision]:
         """Decode what `chunk` completes. The iterator does this for every chunk of the source."""
+        self._waiting.chunk(len(chunk.stamps))
         for window in self.windows.push(chunk):
             decision = self._calls.decide(window, chunk.received)
             if decision is not None:

@@ -449,6 +449,8 @@ def _report(
 ) -> None:
     shot = monitor.snapshot()
     screen.print(summary_table(decoder.counters, shot))
+    if decoder.advice is not None:
+        screen.print(f"Late decisions: {decoder.advice}", soft_wrap=True)
     if json_output:
         ages = {f"p{q:g}": shot.percentile("age", q) for q in (50.0, 99.0)} | {"max": shot.age.largest}
         print_json(
@@ -459,6 +461,7 @@ def _report(
                 "filter_delay": decoder.windows.delay,
                 "age_of_the_newest_decisions": {name: None if value != value else value for name, value in ages.items()},
                 "elapsed_s": elapsed,
+                "advice": decoder.advice,
                 "not_written": not_written,
                 "error": None if error is None else str(error),
             }
