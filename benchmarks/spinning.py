@@ -74,10 +74,12 @@ def main() -> None:
             figures = ("median_ms", "windows_per_s", "processor_s_per_s", "load")
             rows.append((kind, spins, *(f"{median[name]:.3g}" for name in figures)))
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows)) + "\n"
-    note = "Other work shared the cores (load): both ways were measured in turns, and differ by more than noise in processor time only.\n"
-    write_result(
-        arguments.out, {"machine": machine, "blocks": blocks}, table + ("\n" + note if machine["load_before"] > 1 else "")
-    )
+    note = ""
+    if machine["load_before"] > 1:
+        note = (
+            "\nOther work shared the cores. Both ways were measured in turns; idle cores may give another order of the medians.\n"
+        )
+    write_result(arguments.out, {"machine": machine, "blocks": blocks}, table + note)
 
 
 if __name__ == "__main__":
