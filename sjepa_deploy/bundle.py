@@ -313,7 +313,7 @@ def _check_graph(file: Path, graph: Graph, manifest: Manifest) -> None:
     differs = "it has none"
     if stored:
         ours = load_json(contract.encode())
-        ours, theirs = (side | spec | spec.pop("signal", {}) for side in (ours, theirs) for spec in [side.pop("spec", {})])
+        ours, theirs = (side | spec.pop("signal", {}) | spec for side in (ours, theirs) for spec in [side.pop("spec", {})])
         differs = "it differs in " + ", ".join(sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k)))
     raise BundleError(f"The contract inside {graph.file} is not the manifest's: {differs}.", "Copy or export the bundle again.")
 

@@ -396,7 +396,7 @@ def test_a_table_is_replaced_whole_or_not_at_all(sjepa, bundle, array, tmp_path,
     table = tmp_path / "out.tsv"
     table.write_text("old")
 
-    def fail(stream, *_):
+    def fail(stream, *_, **__):
         stream.write("half")
         raise OSError(28, "No space left on device")
 
@@ -558,7 +558,7 @@ def refuses(sjepa, tmp_path):
         ("--variant prelocal --channels 0", "n_chans is 0. Use 1 or more"),
         ("--variant prelocal --n-times 151", "first time token needs 152 samples. Use windows of at least 152 samples"),
         ("--variant prelocal --sfreq nan", "sfreq is nan Hz. Use a positive sampling rate"),
-        ("--variant prelocal --unit nV", "'nV' is not one of 'uV', 'mV', 'V'"),
+        ("--variant prelocal --unit pV", "'pV' is not one of 'nV', 'uV', 'mV', 'V'"),
         ("--variant prelocal --band 40 1", "The band 40.0 to 1.0 Hz is not one. Use positive edges"),
         ("--variant prelocal --n-outputs 2 --class-names a,b,c", "3 class names for 2 outputs. Name every output once"),
         (
@@ -634,9 +634,9 @@ def test_bundles_that_were_tampered_with(refuses, bundle, array, command):
     flip_byte(bundle / "model.fp32.onnx")
     refuses(r"model\.fp32\.onnx of the bundle .* was changed after .*\. Copy or export the bundle again", *arguments)
     flip_byte(bundle / "model.fp32.onnx")
-    edit_manifest(bundle, lambda m: m["spec"].update(sfreq=128.0), sign=False)
+    edit_manifest(bundle, lambda m: m["spec"]["signal"].update(sfreq=128.0), sign=False)
     refuses(r"manifest\.json was changed after .*\. Copy or export the bundle again", *arguments)
-    edit_manifest(bundle, lambda m: m["spec"].update(sfreq=128.0))
+    edit_manifest(bundle, lambda m: m["spec"]["signal"].update(sfreq=128.0))
     arguments = ["128" if argument == "100" else argument for argument in arguments]
     refuses("contract inside .* differs in sfreq. Copy or export", *arguments)
 

@@ -57,13 +57,17 @@ class Cut(EventChoice):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Decodable:
-    """Holds the windows to decode, and the columns of the table that stand before the predictions."""
+    """Holds the windows to decode, and the columns of the table that stand before the predictions.
+
+    `what` says where the windows lie, and `hop` is the time in seconds from one to the next where they follow each other.
+    """
 
     pieces: list[FloatArray]
     columns: dict[str, Sequence[str]]
     told: list[str]
     steps: tuple[str, ...]
-    what: str
+    what: str = ""
+    hop: float | None = None
 
 
 @options.command
@@ -151,7 +155,8 @@ def run(
     if opened.manifest.weights.random:
         screen.print("[bold yellow]The weights of this bundle are random: the predictions mean nothing.[/]")
     where = "" if out is None else f" in [bold]{escape(str(out))}[/]"
-    screen.print(f"{len(outputs)} {found.what} of {spec.signal.seconds:g} s decoded{where}", soft_wrap=True)
+    what = f"windows of {spec.signal.seconds:g} s{found.what}"
+    screen.print(f"{len(outputs)} {what} decoded{where}", soft_wrap=True)
     if json_output:
         print_json(
             {
@@ -159,7 +164,7 @@ def run(
                 "recording": str(recording),
                 "out": str(out),
                 "n_windows": len(outputs),
-                "hop": cut.hop,
+                "hop": found.hop,
                 "events": cut.events,
                 "signal": spec.signal,
                 "steps": found.steps,
@@ -180,7 +185,6 @@ def _cut_before(recording: Path, spec: ModelSpec, cut: Cut, facts: options.Signa
             columns={"time": _seconds(windows.times)},
             told=[*windows.steps],
             steps=windows.steps,
-            what="windows",
         )
     if windows.events is None:
         raise click.UsageError(f"{recording.name} holds windows without events. Leave out --events.")
@@ -191,7 +195,7 @@ def _cut_before(recording: Path, spec: ModelSpec, cut: Cut, facts: options.Signa
         columns=_of(windows.events[rows]),
         told=[*windows.steps],
         steps=windows.steps,
-        what="windows of events",
+        what=" of events",
     )
 
 
@@ -202,7 +206,8 @@ def _one_after_the_other(fitted: FittedRecording, step: int) -> _Decodable:
         columns={"time": _seconds(fitted.times(starts + fitted.signal.n_times - 1))},
         told=[*fitted.steps, *_settling(fitted, starts)],
         steps=fitted.steps,
-        what=f"windows every {step / fitted.sfreq:g} s",
+        what=f" every {step / fitted.sfreq:g} s",
+        hop=step / fitted.sfreq,
     )
 
 
@@ -221,7 +226,7 @@ def _of_events(fitted: FittedRecording, events: Events, start: float) -> _Decoda
         columns=_of(events[whole]),
         told=told,
         steps=fitted.steps,
-        what=f"windows at {start:g} s after events",
+        what=f" at {start:g} s after events",
     )
 
 
