@@ -62,7 +62,7 @@ def send(bundle: Path, sfreq: float, name: str, priority: int | None, late: Path
 
     if priority is not None:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
-    source = synthetic_source(Bundle.open(bundle).spec, sfreq=sfreq, speed=float("inf"), chunk=round(60 * sfreq))
+    source = synthetic_source(Bundle.open(bundle).spec.signal, sfreq=sfreq, speed=float("inf"), chunk=round(60 * sfreq))
     minute = np.ascontiguousarray(source.read(0.0).samples, np.float32)
     info = pylsl.StreamInfo(name, "EEG", minute.shape[1], sfreq, "float32", f"{name}-{os.getpid()}")
     channels = info.desc().append_child("channels")

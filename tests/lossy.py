@@ -107,7 +107,9 @@ def judge(spec, stream, rng):
     sent[:, 0] = np.arange(len(sent)) % 4096
     samples = sent[stream.index]
     counters, kinds = Counters(), collections.Counter()
-    windows = WindowStream(spec, info, StreamConfig(hop=0.05), counters=counters, report=lambda kind, text: kinds.update([kind]))
+    windows = WindowStream(
+        spec.signal, info, StreamConfig(hop=0.05), counters=counters, report=lambda kind, text: kinds.update([kind])
+    )
     counts = collections.Counter(streams=1, samples=len(stream.index))
     start, n_windows = 0, 0
     while start < len(stream.index):

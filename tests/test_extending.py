@@ -117,14 +117,14 @@ def test_the_source_of_the_recipe_is_decoded(source, bundle, tmp_path):
     samples = eeg(450)
     np.save(tmp_path / "eeg.npy", samples)
     config = StreamConfig(hop=0.5)
-    opened = open_source(f"{source}:{tmp_path / 'eeg.npy'}", bundle.spec, SourceOptions(speed=float("inf")))
+    opened = open_source(f"{source}:{tmp_path / 'eeg.npy'}", bundle.spec.signal, SourceOptions(speed=float("inf")))
     with sjepa_deploy.load(bundle, check_unit=False) as predict:
         found = list(Decoder(predict, opened, config))
         wanted = list(Decoder(predict, ReplaySource(info_of(bundle.spec), samples, speed=float("inf")), config))
     assert len(found) == 6
     assert predictions(found) == predictions(wanted)
     with pytest.raises(StreamError, match="takes no unit"):
-        open_source(f"{source}:{tmp_path / 'eeg.npy'}", bundle.spec, SourceOptions(unit="V"))
+        open_source(f"{source}:{tmp_path / 'eeg.npy'}", bundle.spec.signal, SourceOptions(unit="V"))
 
 
 def test_the_step_of_the_recipe_decides_and_is_stored(monkeypatch):

@@ -120,7 +120,9 @@ def pushed(chunks, sfreq=100.0, **config):
     spec = spec_for(small_spec(), sfreq)
     counters, incidents = Counters(), []
     info = StreamInfo(name="amp", ch_names=spec.ch_names, sfreq=sfreq, unit="uV")
-    stream = WindowStream(spec, info, StreamConfig(**config), counters=counters, report=lambda *what: incidents.append(what))
+    stream = WindowStream(
+        spec.signal, info, StreamConfig(**config), counters=counters, report=lambda *what: incidents.append(what)
+    )
     stamps = [window.stamp for chunk in chunks for window in stream.push(chunk)]
     return counters, incidents, stamps
 

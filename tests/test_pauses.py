@@ -244,7 +244,7 @@ def test_a_recording_without_a_pause_is_one_segment():
 def test_a_file_that_is_streamed_is_interrupted_at_its_pauses(tmp_path):
     """Every chunk lies in one segment, and the first of each but the first says that the stream was interrupted."""
     spec = ModelSpec(variant="prelocal", signal=SIGNAL)
-    source = open_source(f"file:{skipped(tmp_path)}", spec, SourceOptions(speed=float("inf"), chunk=300))
+    source = open_source(f"file:{skipped(tmp_path)}", spec.signal, SourceOptions(speed=float("inf"), chunk=300))
     chunks = []
     while not source.ended:
         chunks.append(source.read(0.0))

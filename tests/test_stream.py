@@ -367,12 +367,12 @@ def test_replay_hands_out_samples_when_they_are_due(predict):
 
 
 def test_synthetic_source_repeats_a_minute(predict):
-    source = synthetic_source(predict.spec, speed=float("inf"), chunk=6000)
+    source = synthetic_source(predict.spec.signal, speed=float("inf"), chunk=6000)
     first, second = source.read(0.0), source.read(0.0)
     np.testing.assert_array_equal(first.samples, second.samples)
     assert second.stamps[0] == 60.0
     with pytest.raises(StreamError, match="speed is 0"):
-        synthetic_source(predict.spec, speed=0.0)
+        synthetic_source(predict.spec.signal, speed=0.0)
 
 
 OF_ARRAY = SourceOptions(sfreq=100.0, unit="uV", speed=float("inf"))
@@ -380,14 +380,14 @@ OF_ARRAY = SourceOptions(sfreq=100.0, unit="uV", speed=float("inf"))
 
 def test_sources_by_name(predict, tmp_path):
     np.save(tmp_path / "eeg.npy", eeg(300).T)
-    source = open_source(f"file:{tmp_path / 'eeg.npy'}", predict.spec, OF_ARRAY)
+    source = open_source(f"file:{tmp_path / 'eeg.npy'}", predict.spec.signal, OF_ARRAY)
     assert source.info.ch_names == predict.spec.ch_names
     assert source.info.unit == "V"
     for wrong in ("lsl", "lsl:", "serial:0", "file:"):
         with pytest.raises(StreamError, match="is not a source"):
-            open_source(wrong, predict.spec)
+            open_source(wrong, predict.spec.signal)
     with pytest.raises(RecordingError, match="There is no recording"):
-        open_source("file:nothing.edf", predict.spec)
+        open_source("file:nothing.edf", predict.spec.signal)
 
 
 @pytest.mark.parametrize(
@@ -401,13 +401,13 @@ def test_sources_by_name(predict, tmp_path):
 )
 def test_an_option_that_a_source_would_ignore_is_refused(predict, address, options, name):
     with pytest.raises(StreamError, match=f"takes no {name}"):
-        open_source(address, predict.spec, SourceOptions(**options))
+        open_source(address, predict.spec.signal, SourceOptions(**options))
 
 
 def test_a_source_whose_package_is_missing_names_the_extra(predict, monkeypatch):
     monkeypatch.setitem(SOURCES, "lsl", dataclasses.replace(SOURCES["lsl"], package="not_there"))
     with pytest.raises(MissingDependencyError, match=r"not_there.*pip install .*\[stream\]"):
-        open_source("lsl:amp", predict.spec)
+        open_source("lsl:amp", predict.spec.signal)
 
 
 def test_every_source_of_the_table_is_found():
@@ -514,7 +514,7 @@ def test_open_closes_what_it_opened(make_bundle, tmp_path):
 
 
 def test_stop_ends_after_the_chunk_at_hand(predict):
-    source = synthetic_source(predict.spec, speed=float("inf"))
+    source = synthetic_source(predict.spec.signal, speed=float("inf"))
     decoder = Decoder(predict, source)
     seen = []
     decoder.on_decision(lambda d: seen.append(d) or (decoder.stop() if len(seen) == 5 else None))
@@ -605,7 +605,7 @@ def test_memory_does_not_grow(predict):
     import gc
     import tracemalloc
 
-    source = synthetic_source(predict.spec, speed=float("inf"), chunk=10)
+    source = synthetic_source(predict.spec.signal, speed=float("inf"), chunk=10)
     decoder = Decoder(predict, source)
     watch(decoder)
     iterator = iter(decoder)
@@ -630,7 +630,7 @@ def test_file_replay_equals_the_recording(make_bundle, tmp_path):
     samples = eeg(700)
     np.save(tmp_path / "eeg.npy", samples.T)
     with Decoder.open(make_bundle("prelocal").path, "synthetic") as decoder:
-        source = open_source(f"file:{tmp_path / 'eeg.npy'}", decoder.spec, OF_ARRAY)
+        source = open_source(f"file:{tmp_path / 'eeg.npy'}", decoder.spec.signal, OF_ARRAY)
         _, from_file, _ = decode(decoder.predict, source)
         info = StreamInfo(name="x", ch_names=decoder.spec.ch_names, sfreq=100.0, unit="V")
         _, direct, _ = replay(decoder.predict, samples * 1e-6, 1, info=info)

@@ -60,7 +60,7 @@ def stream_windows(
         If the recording is too short for a window.
     """
     spec = predict.spec
-    source = open_source(f"file:{path}", spec, options)
+    source = open_source(f"file:{path}", spec.signal, options)
     decisions = list(Decoder(predict, source, config))
     if not decisions:
         raise DecisionError(f"{path.name} has no whole window.", "Give a longer recording.")
@@ -82,7 +82,7 @@ def stream_windows(
         flags=tuple(decision.flags for decision in decisions),
         minutes=raw.n_times / raw.info["sfreq"] / 60,
         names=(path.name,),
-        hop=config.hop_samples(spec) / spec.sfreq,
+        hop=config.hop_samples(spec.signal) / spec.sfreq,
     )
 
 

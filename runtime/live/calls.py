@@ -73,9 +73,9 @@ class BackendCalls:
     ) -> None:
         self._predict, self._windows, self._late = predict, windows, config.late
         self._clock, self._counters, self._report, self._layer = clock, counters, report, layer
-        self._hop, self._n_times = config.hop_samples(predict.spec), predict.spec.n_times
+        self._hop, self._n_times = config.hop_samples(predict.spec.signal), predict.spec.n_times
         self._signal = predict.spec.signal
-        self._sfreq, self._deadline = predict.spec.sfreq, config.deadline_s(predict.spec)
+        self._sfreq, self._deadline = predict.spec.sfreq, config.deadline_s(predict.spec.signal)
         self.waiting = waiting
         self._last: Decision | None = None
         why_whole = _why_whole_windows(predict, config)

@@ -10,7 +10,7 @@ from sjepa_deploy.eeg.conditioning import BadChannels
 from sjepa_deploy.eeg.continuity import MAX_JITTER_S
 from sjepa_deploy.eeg.interpolation import INTERPOLATED_SHARE
 from sjepa_deploy.errors import StreamError
-from sjepa_deploy.spec import ModelSpec
+from sjepa_deploy.spec import SignalSpec
 
 Late = Literal["skip", "queue", "hold"]
 
@@ -89,11 +89,11 @@ class StreamConfig:
         """Return the largest share of the model's channels that is interpolated."""
         return self.interpolate_share if self.interpolate else 0.0
 
-    def deadline_s(self, spec: ModelSpec) -> float:
+    def deadline_s(self, signal: SignalSpec) -> float:
         """Return the deadline in seconds: the one that is set, or the hop."""
-        return self.hop_samples(spec) / spec.sfreq if self.deadline is None else self.deadline
+        return self.hop_samples(signal) / signal.sfreq if self.deadline is None else self.deadline
 
-    def hop_samples(self, spec: ModelSpec) -> int:
+    def hop_samples(self, signal: SignalSpec) -> int:
         """Return the hop in samples of the model.
 
         Raises
@@ -101,13 +101,13 @@ class StreamConfig:
         StreamError
             If the hop is no positive time, below a sample, or longer than the window.
         """
-        window = spec.n_times / spec.sfreq
-        hop = 1 if self.hop == 0 else self.hop * spec.sfreq
+        window = signal.n_times / signal.sfreq
+        hop = 1 if self.hop == 0 else self.hop * signal.sfreq
         if not (math.isfinite(hop) and hop > 0.5):
             raise StreamError(
-                f"A hop of {self.hop:g} s is less than a sample of the model ({1 / spec.sfreq:g} s).", "Use 0 for every sample."
+                f"A hop of {self.hop:g} s is less than a sample of the model ({1 / signal.sfreq:g} s).", "Use 0 for every sample."
             )
-        if round(hop) > spec.n_times:
+        if round(hop) > signal.n_times:
             raise StreamError(
                 f"A hop of {self.hop:g} s is longer than the window of {window:g} s: samples in between would be left out.",
                 f"Use a hop of at most {window:g} s.",

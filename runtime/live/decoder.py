@@ -88,8 +88,8 @@ class Decoder:
             decisions.restart()
         self.config, self.layer = config or StreamConfig(), decisions
         self.predict, self.source, self.spec = predict, source, predict.spec
-        self.hop = self.config.hop_samples(self.spec)
-        self.deadline = self.config.deadline_s(self.spec)
+        self.hop = self.config.hop_samples(self.spec.signal)
+        self.deadline = self.config.deadline_s(self.spec.signal)
         self.counters = Counters()
         self._on_decision: list[Callable[[Decision], object]] = []
         self._on_chunk: list[Callable[[Chunk], object]] = []
@@ -97,7 +97,7 @@ class Decoder:
         self._repeats = Repeats()
         self._opened: Predictor | None = None
         self._stopping = False
-        self.windows = WindowStream(self.spec, source.info, self.config, counters=self.counters, report=self._report)
+        self.windows = WindowStream(self.spec.signal, source.info, self.config, counters=self.counters, report=self._report)
         self._waiting = Waiting(source.info.sfreq, self.deadline)
         self._calls = BackendCalls(
             predict,
@@ -162,10 +162,10 @@ class Decoder:
         config = config or StreamConfig()
         with contextlib.ExitStack() as opened:
             predict = opened.enter_context(load(bundle, backend=backend, precision=precision, options=options, check_unit=False))
-            chunk = config.hop_samples(predict.spec) if math.isinf(speed) else 1
+            chunk = config.hop_samples(predict.spec.signal) if math.isinf(speed) else 1
             stream = open_source(
                 source,
-                predict.spec,
+                predict.spec.signal,
                 SourceOptions(
                     unit=unit, ch_names=ch_names, rename=rename, sfreq=sfreq, successor=successor, speed=speed, chunk=chunk
                 ),

@@ -14,7 +14,7 @@ from sjepa_deploy.eeg.units import unit_named
 from sjepa_deploy.errors import MissingDependencyError, StreamError, listed
 from sjepa_deploy.runtime.live.open_source import SourceOptions
 from sjepa_deploy.runtime.live.sources import Chunk, Incident
-from sjepa_deploy.spec import ModelSpec, Unit
+from sjepa_deploy.spec import SignalSpec, Unit
 
 MAX_CHUNK = 1024
 """Samples that are taken at once."""
@@ -330,6 +330,6 @@ class LslSource:
         self.incidents.append(Incident(kind="reconnected", time=self.clock(), text="The stream is back."))
 
 
-def open_lsl(text: str, _: ModelSpec, options: SourceOptions) -> LslSource:
+def open_lsl(text: str, _: SignalSpec, options: SourceOptions) -> LslSource:
     """Return the stream that `text` names, see `find_stream`."""
     return LslSource(text, unit=options.unit, ch_names=options.ch_names, rename=options.rename, successor=options.successor)

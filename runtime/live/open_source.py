@@ -15,7 +15,7 @@ from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.errors import MissingDependencyError, StreamError
 from sjepa_deploy.runtime.live.sources import ReplaySource, Source, synthetic_source
-from sjepa_deploy.spec import ModelSpec, Unit
+from sjepa_deploy.spec import SignalSpec, Unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class SourceEntry:
     ----------
     target : str
         "module:function", imported when such a source is asked for. The function takes what follows the colon of the address,
-        the `ModelSpec` that will decode the source, and `SourceOptions`; it returns a `Source`.
+        the `SignalSpec` of the model that will decode the source, and `SourceOptions`; it returns a `Source`.
     address : str
         Form of an address, for messages.
     package, extra : str
@@ -99,7 +99,7 @@ SOURCES: dict[str, SourceEntry] = {
 """Every kind of source by what its address begins with."""
 
 
-def open_source(address: str, spec: ModelSpec, options: SourceOptions | None = None) -> Source:
+def open_source(address: str, signal: SignalSpec, options: SourceOptions | None = None) -> Source:
     """Open a source.
 
     Parameters
@@ -107,8 +107,8 @@ def open_source(address: str, spec: ModelSpec, options: SourceOptions | None = N
     address : str
         "lsl:NAME", "lsl:type=EEG", "lsl:source_id=..." (see `sjepa_deploy.runtime.live.lsl.find_stream`); "file:RECORDING" (see
         `sjepa_deploy.eeg.recording.read_recording`); or "synthetic".
-    spec : ModelSpec
-        The model that will decode it.
+    signal : SignalSpec
+        The signal of the model that will decode it.
     options : SourceOptions or None
         Facts that the source does not say itself.
 
@@ -132,11 +132,11 @@ def open_source(address: str, spec: ModelSpec, options: SourceOptions | None = N
             raise StreamError(f"The source {kind} takes no {field.name}.", f"Leave {field.name} out.")
     if importlib.util.find_spec(entry.package) is None:
         raise MissingDependencyError(entry.package, entry.extra)
-    opened: Source = pkgutil.resolve_name(entry.target)(what, spec, options)
+    opened: Source = pkgutil.resolve_name(entry.target)(what, signal, options)
     return opened
 
 
-def open_file(path: str, spec: ModelSpec, options: SourceOptions) -> ReplaySource:
+def open_file(path: str, signal: SignalSpec, options: SourceOptions) -> ReplaySource:
     """Return a recording as a stream in volts, without its bad channels."""
     from sjepa_deploy.eeg.pauses import segments_of, told
     from sjepa_deploy.eeg.recording import read_recording
@@ -146,7 +146,7 @@ def open_file(path: str, spec: ModelSpec, options: SourceOptions) -> ReplaySourc
         sfreq=options.sfreq,
         unit=options.unit,
         ch_names=options.ch_names,
-        row_names=spec.ch_names,
+        row_names=signal.ch_names,
         rename=parse_rename(options.rename, StreamError),
     )
     raw.drop_channels(raw.info["bads"])
@@ -159,6 +159,6 @@ def open_file(path: str, spec: ModelSpec, options: SourceOptions) -> ReplaySourc
     return ReplaySource(info, np.ascontiguousarray(volts.T), speed=options.speed, chunk=options.chunk, breaks=breaks)
 
 
-def open_synthetic(_: str, spec: ModelSpec, options: SourceOptions) -> ReplaySource:
+def open_synthetic(_: str, signal: SignalSpec, options: SourceOptions) -> ReplaySource:
     """Return endless synthetic EEG of the model's channels."""
-    return synthetic_source(spec, sfreq=options.sfreq, speed=options.speed, chunk=options.chunk)
+    return synthetic_source(signal, sfreq=options.sfreq, speed=options.speed, chunk=options.chunk)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.synthetic import eeg_windows
 from sjepa_deploy.errors import StreamError
-from sjepa_deploy.spec import ModelSpec
+from sjepa_deploy.spec import SignalSpec
 
 Samples = NDArray[Any]
 Stamps = NDArray[np.float64]
@@ -201,7 +201,7 @@ class ReplaySource:
 
 
 def synthetic_source(
-    spec: ModelSpec,
+    signal: SignalSpec,
     *,
     sfreq: float | None = None,
     speed: float = 1.0,
@@ -212,8 +212,8 @@ def synthetic_source(
 
     Parameters
     ----------
-    spec : ModelSpec
-        The model.
+    signal : SignalSpec
+        The signal of the model.
     sfreq : float or None
         Rate of the stream in Hz; None takes the model's.
     speed, chunk
@@ -221,16 +221,16 @@ def synthetic_source(
     n_samples : int or None
         Number of samples; None for no end.
     """
-    rate = sfreq or spec.sfreq
+    rate = sfreq or signal.sfreq
     rng = np.random.default_rng(0)
     n_loop = round(60 * rate)
-    loop = eeg_windows(1, spec.n_chans, n_loop, rate, rng)[0].T + rng.uniform(-2e4, 2e4, spec.n_chans).astype(np.float32)
+    loop = eeg_windows(1, signal.n_chans, n_loop, rate, rng)[0].T + rng.uniform(-2e4, 2e4, signal.n_chans).astype(np.float32)
     loop = np.concatenate([loop, loop])  # so that every stretch of up to a minute is one slice
 
     def stretch(start: int, stop: int) -> Samples:
         first = start % n_loop
         return loop[first : first + stop - start]
 
-    names = spec.ch_names or tuple(f"EEG{i:03d}" for i in range(1, spec.n_chans + 1))
+    names = signal.ch_names or tuple(f"EEG{i:03d}" for i in range(1, signal.n_chans + 1))
     info = StreamInfo(name="synthetic", ch_names=names, sfreq=rate, unit="uV")
     return ReplaySource(info, stretch, n_samples=n_samples, speed=speed, chunk=chunk)

@@ -20,7 +20,7 @@ from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.ring import Ring
 from sjepa_deploy.runtime.live.schedule import Schedule
 from sjepa_deploy.runtime.live.sources import Chunk, Samples
-from sjepa_deploy.spec import ModelSpec
+from sjepa_deploy.spec import SignalSpec
 
 NOTED_RATE_ERROR = 0.001
 """Ratio from which on a stream's rate is reported as off."""
@@ -62,8 +62,8 @@ class WindowStream:
 
     Parameters
     ----------
-    spec : ModelSpec
-        The model.
+    signal : SignalSpec
+        The signal of the model.
     info : StreamInfo
         The stream.
     config : StreamConfig
@@ -88,17 +88,17 @@ class WindowStream:
 
     def __init__(
         self,
-        spec: ModelSpec,
+        signal: SignalSpec,
         info: StreamInfo,
         config: StreamConfig,
         *,
         counters: Counters,
         report: Callable[[str, str], None],
     ) -> None:
-        self._spec, self._info, self._bridge = spec, info, config.bridge
+        self._signal, self._info, self._bridge = signal, info, config.bridge
         self._counters, self._report = counters, report
         self._conditioner = Conditioner(
-            spec.signal,
+            signal,
             info,
             interpolate=config.share,
             bads=config.bads,
@@ -108,8 +108,8 @@ class WindowStream:
         )
         self.ch_names, self.missing, self.delay = self._conditioner.ch_names, self._conditioner.missing, self._conditioner.delay
         self._continuity = Continuity(info.sfreq, config.max_jitter, trusted=config.bridge > 0)
-        self._schedule = Schedule(spec.n_times, config.hop_samples(spec))
-        self._ring = Ring(*spec.input_shape)
+        self._schedule = Schedule(signal.n_times, config.hop_samples(signal))
+        self._ring = Ring(*signal.input_shape)
         self._bridged_until = -(2**62)  # elapsed samples of the schedule
         self._rate_noted = False
         self._last_row: Samples | None = None
@@ -120,7 +120,7 @@ class WindowStream:
     @property
     def due_at(self) -> float:
         """Return the time at which the newest sample of the next window is expected, on the source's clock."""
-        return self._stamp + self._arrival.offset + self._schedule.due_in / self._spec.sfreq
+        return self._stamp + self._arrival.offset + self._schedule.due_in / self._signal.sfreq
 
     @property
     def codes(self) -> NDArray[np.int8]:
@@ -224,7 +224,7 @@ class WindowStream:
             done += n_taken
 
     def _windows_of(self, made: NDArray[np.float64], stamps: list[float]) -> Iterator[Window]:
-        schedule, counters, n_times = self._schedule, self._counters, self._spec.n_times
+        schedule, counters, n_times = self._schedule, self._counters, self._signal.n_times
         position = 0
         while position < len(made):
             start, position = position, min(position + schedule.due_in, len(made))

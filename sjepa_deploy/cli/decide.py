@@ -333,7 +333,7 @@ def _read(
     if class_names is None:
         raise DecisionError("The windows of a stream have no number each.", "Leave --hop out: one window an event.")
     config = StreamConfig(hop=cut.hop, late="queue", check_unit=check_unit)
-    known = SourceOptions(**dataclasses.asdict(facts), speed=math.inf, chunk=config.hop_samples(spec))
+    known = SourceOptions(**dataclasses.asdict(facts), speed=math.inf, chunk=config.hop_samples(spec.signal))
     return stream_windows(predict, source, raw, events, known, config, start=start)
 
 

@@ -306,7 +306,7 @@ def live_windows(
         place = places[segment.onset]
         samples = np.ascontiguousarray(raw.get_data(start=place.start, stop=place.stop).T)
         source = ReplaySource(info, samples, speed=float("inf"), chunk=lambda: int(rng.integers(1, 500)))
-        stream = WindowStream(spec, info, config, counters=Counters(), report=lambda kind, text: None)
+        stream = WindowStream(spec.signal, info, config, counters=Counters(), report=lambda kind, text: None)
         while (chunk := source.read(0.0)) is not None:
             for window in stream.push(chunk):
                 if window.index in wanted:
