@@ -94,7 +94,7 @@ def test_capabilities_that_no_engine_is_made_for_are_refused(tmp_path, bundle, c
         (["--flavour", "tensorrt-rtx"], "or build for other machines with --for"),
         (
             ["--flavour", "tensorrt-rtx", "--for", "7.5", "--precision", "fp32"],
-            "for compute capability 7.5: .*another --precision",
+            "for compute capability 7.5: .*Leave 7.5 out of --for",
         ),
     ):
         assert run_command(build, "sjepa-build", [str(bundle.path), *asked]) == 2

@@ -173,7 +173,7 @@ class TensorRT:
         if plan is None:
             mend = "Allow more with --workspace." if settings.workspace_mib is not None else "Lower --max-batch."
             where = "" if target is None else f" for compute capability {target}"
-            mend = mend if target is None else f"Try another --precision, or leave {target} out of --for."
+            mend = mend if target is None else f"Leave {target} out of --for, or try another --precision."
             raise EngineError(f"TensorRT {self.version} could not build the {precision} engine{where}: {self.last_error}.", mend)
         timings = b"" if cache is None else bytes(config.get_timing_cache().serialize())
         return Built(plan=bytes(plan), timings=timings)
