@@ -59,6 +59,22 @@ def decode(cls: type[T], data: Any, place: str = "") -> T:
     return result
 
 
+def decode_fields(cls: type, data: Any) -> dict[str, Any]:
+    """Return the fields of the dataclass `cls` that the plain JSON types in `data` hold; others may be missing.
+
+    Raises
+    ------
+    DecodeError
+        If a key is unknown, or a value has the wrong type. The message names the place.
+    """
+    if not isinstance(data, dict):
+        raise DecodeError(f"the top level must be an object, not {type(data).__name__}")
+    hints = typing.get_type_hints(cls)
+    if unknown := sorted(map(str, set(data) - {f.name for f in dataclasses.fields(cls)})):
+        raise DecodeError(f"the top level has the unknown key {unknown[0]!r}")
+    return {name: _decode(hints[name], value, name) for name, value in data.items()}
+
+
 def _decode(hint: Any, data: Any, place: str) -> Any:
     here = place or "the top level"
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -73,7 +89,7 @@ def _decode(hint: Any, data: Any, place: str) -> Any:
             hint, data = table[tag], {name: value for name, value in data.items() if name != key}
         hints = typing.get_type_hints(hint)
         fields = {f.name: f for f in dataclasses.fields(hint)}
-        if unknown := sorted(set(data) - set(fields)):
+        if unknown := sorted(map(str, set(data) - set(fields))):  # keys of YAML need not be text
             raise DecodeError(f"{here} has the unknown key {unknown[0]!r}")
         required = [n for n, f in fields.items() if not _has_default(f)]
         if missing := [n for n in required if n not in data]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from sjepa_deploy.eeg.steps import BandPass, Channels, Goal, Phase, Resample, Step, WindowStep
 from sjepa_deploy.eeg.steps import Reference as ReferenceStep
-from sjepa_deploy.errors import SpecError
+from sjepa_deploy.errors import SpecError, listed
 from sjepa_deploy.serialize import decode, encode
 
 Variant = Literal["prelocal", "postlocal", "contextual", "base"]
@@ -446,6 +446,19 @@ class ModelSpec:
         if self.class_names is not None and len(self.class_names) == n:
             return self.class_names
         return (self.output_name,) if n == 1 else tuple(f"{self.output_name}_{i}" for i in range(n))
+
+    @property
+    def outputs_told(self) -> str:
+        """What the outputs are, in words. Those of a classifier are logits."""
+        if self.task == "features":
+            return "features of shape {} x {}".format(*self.output_shape)
+        if self.task == "regression":
+            unit = "" if self.output_unit is None else f" in {self.output_unit}"
+            return f"{'a number' if self.n_outputs == 1 else f'{self.n_outputs} numbers'}{unit}"
+        if self.n_outputs > 1:
+            return f"logits of the classes {listed(self.class_names or [str(i) for i in range(self.n_outputs)], 12)}"
+        below, above = self.class_names or ("0", "1")
+        return f"the logit of {above}, against {below}"
 
     def class_of(self, outputs: Sequence[float]) -> str:
         """Return the class that the outputs of one window name: of a single output the second class for values above 0.

@@ -42,7 +42,7 @@ def read(path, *, encoder=None, n_times=280, **kwargs):
     checkpoint = read_checkpoint(path, **kwargs)
     asked = {"encoder": encoder or {}} | ({"n_times": n_times} if n_times else {})
     spec, assumed = resolve_spec(asked, checkpoint, asked_montage=MONTAGE)
-    return load_model(checkpoint, spec).double(), assumed + checkpoint.notes
+    return load_model(checkpoint, spec).double(), (*(each.what for each in assumed if not each.of_signal), *checkpoint.notes)
 
 
 def error(ours, theirs):
@@ -104,10 +104,10 @@ def test_an_activation_that_cannot_be_said_is_assumed_by_name(tmp_path):
 def test_only_what_the_predictions_depend_on_is_named(tmp_path, variant, n_sentences):
     """Strides and activation of any model; heads, rate of the time tokens and max_norm of those with a transformer."""
     path = save(make(variant).state_dict(), tmp_path / "bare.pth")
-    _, assumed = resolve_spec({"n_times": 280, "sfreq": 128.0, "preprocessing": {}}, read_checkpoint(path), asked_montage=MONTAGE)
-    assert len([each for each in assumed if "recordings" not in each]) == n_sentences
+    _, assumed = resolve_spec({"n_times": 280, "sfreq": 128.0}, read_checkpoint(path), asked_montage=MONTAGE)
+    assert len([each for each in assumed if not each.of_signal and not each.flag]) == n_sentences
     one_token = resolve_spec({"n_times": 200}, read_checkpoint(path), asked_montage=MONTAGE)[1] if variant == "base" else ()
-    assert not named(one_token, "--sfreq-features")  # the first token is encoded alike at every rate
+    assert not named(map(str, one_token), "--sfreq-features")  # the first token is encoded alike at every rate
 
 
 def test_with_one_token_its_rate_changes_nothing(tmp_path):
@@ -190,7 +190,7 @@ def test_the_export_prints_and_keeps_what_it_assumed(tmp_path, capsys):
     theirs = make(n_times=200, transformer__nhead=4)
     path = save(theirs.state_dict(), tmp_path / "bare.pth")
     command = ["--checkpoint", path, "--montage", "sjepa-62", "--channels", ",".join(NAMES), "--precision", "fp32"]
-    command += ["--max-batch", "1", "--engine", "none"]
+    command += ["--max-batch", "1", "--engine", "none", "--assume-signal"]
     for name, flags, is_assumed in (("assumed", [], True), ("said", ["--n-heads", "4"], False)):
         arguments = [str(a) for a in (*command, *flags, "--out", tmp_path / name)]
         assert run_command(export, "sjepa-export", arguments) == 0

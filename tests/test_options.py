@@ -27,6 +27,9 @@ MEANINGS = {
     # one, several, Lightning's
     "--precision": ({"run", "stream", "serve", "decide"}, {"verify", "bench", "export", "build"}, RECIPES),
     "--backend": ({"run", "stream", "serve", "decide"}, {"verify", "bench"}),  # one, several
+    "--events": ({"run", "stream"}, {"export"}, {"decide"}),  # to decode, of the model, to fit on
+    "--phase": ({"export"}, RECIPES),  # that a model learned from, to learn from
+    "--task": ({"export"}, {"finetune"}),  # of any model, to learn
     "--seed": ({"export", "bench"}, RECIPES),  # a recipe has its own
     "--variant": ({"export"}, {"finetune"}),  # a base model is not fine-tuned
     "--max-batch": ({"export"}, {"build"}),  # of a graph, of an engine

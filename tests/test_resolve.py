@@ -172,14 +172,16 @@ def test_the_default_contract_is_129_channels_of_2_s_and_said(variant):
     assert (spec.ch_names, spec.positions) == (hydrocel.ch_names, hydrocel.positions)
     assert (spec.n_chans, spec.n_times, spec.sfreq, spec.unit) == (129, 200, 100.0, "uV")
     assert (spec.n_outputs, spec.n_spat_filters, spec.signal.steps) == (1, 4, Preprocessing().steps)
-    assert assumed == (
-        "the channels are those of GSN-HydroCel-129",
-        "a window has 200 samples",
-        "the sampling rate is 100 Hz",
-        "recordings are filtered as in the published pretraining",
-        "recordings are referenced to their average",
-        "the model learned from zero-phase filtered recordings",
+    assert tuple(map(str, assumed)) == (
+        "the channels are those of GSN-HydroCel-129 (--montage, --channels)",
+        "a window has 200 samples (--n-times)",
+        "the sampling rate is 100 Hz (--sfreq)",
+        "the samples are in uV (--unit)",
+        "recordings are band-passed from 0.5 to 40 Hz, as in the published pretraining (--band)",
+        "recordings are referenced to the average of the model's channels (--reference)",
+        "the model learned from zero-phase filtered recordings (--phase)",
     )
+    assert all(each.of_signal for each in assumed)
     assert spec.signal.phase == "zero-phase"
 
 
@@ -192,12 +194,13 @@ def test_the_default_contract_is_129_channels_of_2_s_and_said(variant):
         ({"preprocessing": {"reference": "none"}}, "average"),
         ({"preprocessing": {"l_freq": 1.0, "h_freq": None}}, "published pretraining"),
         ({"phase": "causal"}, "zero-phase"),
+        ({"unit": "V"}, "samples are in"),
     ],
 )
 def test_what_is_asked_for_is_not_assumed(asked, said):
     spec, assumed = resolve_spec({"variant": "postlocal"} | asked, None)
-    assert len(assumed) == 5
-    assert not [sentence for sentence in assumed if said in sentence]
+    assert len(assumed) == 6
+    assert not [each for each in assumed if said in each.what]
     preprocessing = asked.pop("preprocessing", {})
     assert all(getattr(spec.signal, field) == value for field, value in asked.items())
     assert spec.signal.steps == Preprocessing(**preprocessing).steps
@@ -206,7 +209,7 @@ def test_what_is_asked_for_is_not_assumed(asked, said):
 def test_one_channel_is_not_referenced_to_its_own_average():
     spec, assumed = resolve_spec({"variant": "postlocal", "ch_names": ("Cz",), "n_chans": 1}, None)
     assert spec.signal.steps == Preprocessing(reference="none").steps
-    assert "one channel keeps its reference" in assumed
+    assert "one channel keeps its reference" in [each.what for each in assumed]
 
 
 def test_129_unnamed_channels_are_taken_for_the_net_and_said(bare):
@@ -214,7 +217,7 @@ def test_129_unnamed_channels_are_taken_for_the_net_and_said(bare):
     assert "ch_names" not in checkpoint.known
     spec, assumed = resolve_spec({}, checkpoint)
     assert spec.ch_names == read_montage("GSN-HydroCel-129").ch_names
-    assert "the channels are those of GSN-HydroCel-129" in assumed
+    assert "the channels are those of GSN-HydroCel-129" in [each.what for each in assumed]
     assert load_model(checkpoint, spec).spec == spec
 
 
@@ -238,7 +241,7 @@ def test_naming_their_montage_is_enough(bare):
     checkpoint = bare("contextual", 4)
     spec, assumed = resolve_spec({}, checkpoint, asked_montage=montage)
     assert (spec.ch_names, spec.positions) == (montage.ch_names, montage.positions)
-    assert not [sentence for sentence in assumed if "channels" in sentence]
+    assert not [each for each in assumed if "--channels" in each.flag]
     assert load_model(checkpoint, spec).spec == spec
     with pytest.raises(CheckpointError, match="n_chans = 4, which contradicts the 62 asked for"):
         resolve_spec({}, checkpoint, asked_montage=read_montage("sjepa-62"))

@@ -9,6 +9,7 @@ environment (one line on stderr says how to mend it), 130 when the command was i
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import importlib
 import io
@@ -22,9 +23,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sjepa_deploy.errors import SjepaError, TrainingStoppedError
+from sjepa_deploy.eeg.steps import Step
+from sjepa_deploy.errors import SjepaError, TrainingStoppedError, listed
 from sjepa_deploy.parity import ParityResult
 from sjepa_deploy.serialize import encode
+from sjepa_deploy.spec import ModelSpec
 
 COMMANDS = ("pretrain", "finetune", "export", "build", "verify", "run", "stream", "decide", "bench", "serve", "doctor")
 """Each is a module of this package with a click command of the same name."""
@@ -123,6 +126,28 @@ def parity_table(results: tuple[ParityResult, ...], title: str) -> Table:
         backend = r.backend.partition(":")[0]  # of a server, without its address
         table.add_row(r.precision, backend, *numbers, flips, verdict)
     return table
+
+
+def spec_lines(spec: ModelSpec) -> list[str]:
+    """Return sentences on the steps, their phase and the outputs of a model."""
+    signal = spec.signal
+    place = "belong to no events, or to events that are not told"
+    if signal.event_window is not None:
+        place = f"start {signal.event_window.start:g} s after their events {listed(signal.event_window.events, 12)}".rstrip()
+    steps = ", ".join(_step_words(step) for step in signal.steps)
+    return [f"steps, {signal.phase}: {steps}", f"windows {place}", f"outputs: {spec.outputs_told}"]
+
+
+def _step_words(step: Step) -> str:
+    """Return the name of a step, and its fields where they are not the defaults."""
+    words = [step.name]
+    for field in dataclasses.fields(step):
+        value = getattr(step, field.name)
+        if isinstance(value, tuple):
+            value = listed([str(each) for each in value], 6)
+        if value is not None and (value != field.default or field.name in ("l_freq", "h_freq", "freq")):
+            words.append(f"{field.name} {value:g}" if isinstance(value, float) else f"{field.name} {value}")
+    return " ".join(words)
 
 
 def entry(name: str) -> Callable[[], None]:

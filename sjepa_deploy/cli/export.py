@@ -13,26 +13,17 @@ from rich.console import Console
 from rich.markup import escape
 
 from sjepa_deploy.bundle import MAX_BATCH, check_writable
-from sjepa_deploy.cli import console, entry, options, parity_table, print_json
-from sjepa_deploy.eeg.montage import Montage, read_montage
+from sjepa_deploy.cli import console, entry, options, parity_table, print_json, spec_lines
+from sjepa_deploy.cli.contract import Contract, of_the_model
 from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.eeg.units import conversion
-from sjepa_deploy.errors import ExportError, InputError, MissingDependencyError, RecordingError, listed
-from sjepa_deploy.spec import (
-    PRECISIONS,
-    RUN_PRECISIONS,
-    UNITS_IN_VOLTS,
-    VARIANTS,
-    ModelSpec,
-    Precision,
-    RunPrecision,
-    Unit,
-    graph_precision,
-)
+from sjepa_deploy.errors import ExportError, MissingDependencyError, RecordingError, listed
+from sjepa_deploy.spec import PRECISIONS, RUN_PRECISIONS, VARIANTS, ModelSpec, Precision, RunPrecision, graph_precision
 
 if TYPE_CHECKING:
     from sjepa_deploy.bundle import Bundle
     from sjepa_deploy.models.networks import SignalJEPAModule
+    from sjepa_deploy.models.resolve import Assumption
     from sjepa_deploy.runtime.backend import FloatArray
 
 TRITON_PLATFORMS = ("python", "onnxruntime", "tensorrt")
@@ -64,22 +55,6 @@ class Weights:
     strides: tuple[int, ...] | None
     sfreq_features: float | None
     max_norm: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contract:
-    """Holds what the user asks of the model's input and outputs. None takes the checkpoint's value, or the default contract's."""
-
-    montage: str | None
-    channels: tuple[str, ...] | None
-    n_times: int | None
-    sfreq: float | None
-    unit: Unit | None
-    n_outputs: int | None
-    class_names: tuple[str, ...] | None
-    spatial_filters: int | None
-    reference: str | None
-    band: tuple[float, float] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,31 +144,7 @@ def _outputs(engines: tuple[str, ...], **values: Any) -> Outputs:
     options.allow_left_out,
     options.untold,
 )
-@options.fills(
-    "contract",
-    Contract,
-    options.montage,
-    click.option(
-        "--channels",
-        type=options.Names(),
-        metavar="A,B,...",
-        help="Channels of the model in order (picked from --montage), or their number.",
-    ),
-    options.n_times,
-    options.model_sfreq,
-    click.option("--unit", type=click.Choice(list(UNITS_IN_VOLTS)), help="Unit of the model's input."),
-    click.option("--n-outputs", type=int, help="Outputs of the model."),
-    click.option("--class-names", type=options.Names(), metavar="A,B,...", help="Names of the outputs."),
-    options.spatial_filters,
-    click.option("--reference", type=click.Choice(["average", "none"]), help="Reference that recordings are brought to."),
-    click.option(
-        "--band",
-        nargs=2,
-        type=float,
-        metavar="LOW HIGH",
-        help="Band in Hz that recordings are filtered to; 0 leaves a side open.",
-    ),
-)
+@of_the_model
 @options.fills(
     "graphs",
     _graphs,
@@ -274,8 +225,14 @@ def _export_one(screen: Console, weights: Weights, contract: Contract, graphs: G
         raise ExportError(
             "Neither --variant nor --checkpoint was given.", "Name one; with --variant alone the weights are random."
         )
-    asked, montage = _asked(weights, contract)
+    asked, montage = contract.ask()
+    asked["encoder"] = {name: getattr(weights, name) for name in ("n_heads", "strides", "sfreq_features")}
+    if weights.variant is not None:
+        asked["variant"] = weights.variant
     spec, assumed = resolve_spec(asked, read, asked_montage=montage)
+    if read is not None and not contract.assume_signal:
+        _require_confirmed(screen, read.file_name, assumed)
+    told = tuple(map(str, assumed))
     out = outputs.out or Path(f"sjepa-{spec.variant}")
     check_writable(out, force=outputs.force)
     _check_more(outputs, graphs.precisions, spec)
@@ -283,14 +240,14 @@ def _export_one(screen: Console, weights: Weights, contract: Contract, graphs: G
     eeg = None if parity_data is None else _parity_eeg(parity_data, spec, graphs)
     if read is None:
         model = build_model(spec, seed=seed)
-        provenance = Provenance(source="random", format="initialisation", seed=seed, notes=assumed)
+        provenance = Provenance(source="random", format="initialisation", seed=seed, notes=told)
     else:
         model = load_model(read, spec)
         provenance = Provenance(
             source=read.file_name,
             format=read.file_format,
             sha256=read.sha256,
-            notes=read.notes + _length_note(read.known, model, eeg, parity_data, seed) + assumed,
+            notes=read.notes + _length_note(read.known, model, eeg, parity_data, seed) + told,
         )
     try:
         with screen.status("exporting") as status:
@@ -347,6 +304,20 @@ def _check_more(outputs: Outputs, precisions: tuple[Precision, ...], spec: Model
         check_served(spec, outputs.triton)
 
 
+def _require_confirmed(screen: Console, name: str, assumed: tuple[Assumption, ...]) -> None:
+    """Refuse to export a checkpoint whose signal is assumed, and list what is assumed with the flag that changes it."""
+    if not any(each.of_signal for each in assumed):
+        return
+    screen.print(f"Of {escape(name)} is assumed:", soft_wrap=True)
+    for each in assumed:
+        screen.print(f"  {escape(str(each))}", soft_wrap=True)
+    raise ExportError(
+        f"Neither {name} nor a flag says all of the signal that the model learned from, and wrong steps change decisions without "
+        "any error.",
+        "Confirm the list above with --assume-signal, or say otherwise with these flags or with --signal FILE.",
+    )
+
+
 def _add_to_triton(screen: Console, bundle: Bundle, repository: Path, platform: Any) -> None:
     from sjepa_deploy.export.to_triton import to_triton
 
@@ -369,42 +340,6 @@ def _build_engines(screen: Console, bundle: Bundle, asked: tuple[str, ...]) -> N
     else:
         can = TensorRT("tensorrt").precisions
         build_engines(bundle, tuple(p for p in bundle.precisions if p in can), screen)
-
-
-def _asked(weights: Weights, contract: Contract) -> tuple[dict[str, Any], Montage | None]:
-    """Return the fields of the specification that the user asks for, and the montage."""
-    fields = {
-        "variant": weights.variant,
-        "n_times": contract.n_times,
-        "sfreq": contract.sfreq,
-        "unit": contract.unit,
-        "n_outputs": contract.n_outputs,
-        "n_spat_filters": contract.spatial_filters,
-    }
-    asked: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
-    preprocessing: dict[str, Any] = {} if contract.reference is None else {"reference": contract.reference}
-    if contract.band is not None:
-        preprocessing |= {name: edge or None for name, edge in zip(("l_freq", "h_freq"), contract.band, strict=True)}
-    asked["preprocessing"] = preprocessing
-    asked["encoder"] = {name: getattr(weights, name) for name in ("n_heads", "strides", "sfreq_features")}
-    if contract.class_names is not None:
-        asked["class_names"] = contract.class_names
-        asked.setdefault("n_outputs", len(contract.class_names))
-    chosen = None if contract.montage is None else read_montage(contract.montage)
-    ch_names = contract.channels
-    if ch_names is None:
-        return asked, chosen
-    if len(ch_names) == 1 and ch_names[0].isdecimal():
-        asked["n_chans"] = int(ch_names[0])
-        if chosen is not None:
-            raise InputError(
-                "--montage and a number of channels contradict each other.", "Name the channels, or leave one flag out."
-            )
-        return asked, None
-    if chosen is not None:
-        return asked, chosen.pick(ch_names)
-    asked |= {"ch_names": ch_names, "n_chans": len(ch_names)}
-    return asked, None
 
 
 def _length_note(
@@ -464,6 +399,8 @@ def _report(screen: Console, bundle: Bundle, random: bool) -> None:
     size = sum(f.stat().st_size for f in bundle.path.rglob("*") if f.is_file()) / 1e6
     shape = f"{spec.n_chans} channels x {spec.n_times} samples at {spec.sfreq:g} Hz in {spec.unit}"
     path = escape(str(bundle.path))
+    for line in spec_lines(spec):
+        screen.print(escape(line), soft_wrap=True)
     screen.print(f"[bold]{path}[/]: {spec.variant}, {shape}, {', '.join(bundle.precisions)}, {size:.1f} MB", soft_wrap=True)
     if spec.tail > 0:
         screen.print(

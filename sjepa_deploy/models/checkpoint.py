@@ -322,7 +322,8 @@ def _told_by(config: dict[str, Any], variant: Variant, place: str) -> Told:
     if SPEC_KEY not in config:
         return told_by_braindecode(config, variant, place)
     try:
-        spec = decode(ModelSpec, upgraded(config[SPEC_KEY]))
+        stored = upgraded(config[SPEC_KEY])
+        spec = decode(ModelSpec, stored)
     except DecodeError as e:
         raise CheckpointError(f"{place} has a spec that does not fit: {e}.", "Get the file again.") from e
     known = {
@@ -331,6 +332,8 @@ def _told_by(config: dict[str, Any], variant: Variant, place: str) -> Told:
         for f in dataclasses.fields(part)
         if f.name != "signal" and (value := getattr(part, f.name)) is not None
     }
+    if stored.get("task") is None:
+        del known["task"]  # older releases did not store the task
     known["encoder"] = {f.name: getattr(spec.encoder, f.name) for f in dataclasses.fields(spec.encoder)}
     return Told(known=known, activation=True, max_norm=math.inf)
 

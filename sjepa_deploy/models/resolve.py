@@ -3,30 +3,57 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 from sjepa_deploy.eeg import montage
-from sjepa_deploy.eeg.steps import BandPass, Channels, Reference, Step
+from sjepa_deploy.eeg.steps import Step
+from sjepa_deploy.eeg.steps.changed import changed_steps
 from sjepa_deploy.errors import CheckpointError, SpecError, listed
 from sjepa_deploy.models.checkpoint import Checkpoint
 from sjepa_deploy.models.encoder_sizes import FLAGS, PUBLISHED, settle_encoder
-from sjepa_deploy.spec import EncoderSpec, ModelSpec, Preprocessing, Variant
+from sjepa_deploy.serialize import encode
+from sjepa_deploy.spec import EncoderSpec, EventWindow, ModelSpec, Preprocessing, Unit
 
 DEFAULT_MONTAGE = "GSN-HydroCel-129"
 DEFAULT_N_TIMES = 200
 DEFAULT_SFREQ = 100.0
+DEFAULT_UNIT: Unit = "uV"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assumption:
+    """Tells one value that neither a checkpoint nor its user settled.
+
+    Attributes
+    ----------
+    what : str
+        The value in words.
+    flag : str
+        What changes it; "" where nothing does.
+    of_signal : bool
+        Whether the value is part of the signal that the model learned from: another one changes decisions without any error.
+    """
+
+    what: str
+    flag: str = ""
+    of_signal: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.what} ({self.flag})" if self.flag else self.what
 
 
 def resolve_spec(
     asked: dict[str, Any], checkpoint: Checkpoint | None, *, asked_montage: montage.Montage | None = None
-) -> tuple[ModelSpec, tuple[str, ...]]:
+) -> tuple[ModelSpec, tuple[Assumption, ...]]:
     """Put together what the checkpoint settles, what a user asks for, and the default contract.
 
     Parameters
     ----------
     asked : dict
-        Fields of `ModelSpec` that the user named; of its preprocessing, a dict of the fields of `Preprocessing`; of its encoder,
-        a dict of what `settle_encoder` takes, or an `EncoderSpec` where the weights are random.
+        Fields of `ModelSpec` and `SignalSpec` that the user named; ``preprocessing`` is a dict of what `changed_steps` takes,
+        ``event_window`` one of the fields of `EventWindow`, ``encoder`` one of what `settle_encoder` takes, or an `EncoderSpec`
+        where the weights are random.
     checkpoint : Checkpoint or None
         Where the weights come from; None for random ones.
     asked_montage : Montage or None
@@ -36,8 +63,8 @@ def resolve_spec(
     -------
     spec : ModelSpec
         The spec to build.
-    assumed : tuple of str
-        One sentence for each value that neither settled.
+    assumed : tuple of Assumption
+        What neither settled.
 
     Raises
     ------
@@ -47,56 +74,34 @@ def resolve_spec(
         If the result describes no model.
     """
     known = dict(checkpoint.known) if checkpoint else {}
-    assumed: list[str] = []
     asked = dict(asked)
-    asked_preprocessing: dict[str, Any] = asked.pop("preprocessing", {})  # other steps contradict nothing
+    asked_changes: dict[str, Any] = asked.pop("preprocessing", {})  # other steps contradict nothing
     asked_encoder: Any = asked.pop("encoder", {})
     known.pop("encoder", None)
     if asked_montage is not None:
         asked |= {"ch_names": asked_montage.ch_names, "n_chans": len(asked_montage.ch_names)}
         if "positions" not in known and asked_montage.positions is not None:
             known["positions"] = asked_montage.positions
+    asked |= _event_window(asked.pop("event_window", {}), known)
     if checkpoint is not None:
         _refuse_contradictions(asked, known, checkpoint)
     fields = known | asked
-    variant: Variant = fields["variant"]
-    needs_positions = variant in ("contextual", "base")
-    if fields.get("ch_names") is None and fields.get("n_chans") in (None, 129) and (needs_positions or "n_chans" not in fields):
-        net = montage.read_montage(DEFAULT_MONTAGE)
-        fields |= {"ch_names": net.ch_names, "positions": net.positions, "n_chans": len(net.ch_names)}
-        assumed.append(f"the channels are those of {DEFAULT_MONTAGE}")
-    if "n_times" not in fields:
-        fields["n_times"] = DEFAULT_N_TIMES
-        assumed.append(f"a window has {DEFAULT_N_TIMES} samples")
-    if "sfreq" not in fields:
-        fields["sfreq"] = DEFAULT_SFREQ
-        assumed.append(f"the sampling rate is {DEFAULT_SFREQ:g} Hz")
-    if "steps" in fields:
-        fields["steps"] = _with_band_and_reference(fields["steps"], asked_preprocessing)
-    else:
-        alone = fields.get("n_chans") == 1  # nothing would be left of it
-        default = Preprocessing.default(fields["sfreq"])
-        default = dataclasses.replace(default, reference="none" if alone else default.reference)
-        fields["steps"] = dataclasses.replace(default, **asked_preprocessing).steps
-        if not {"l_freq", "h_freq"} <= set(asked_preprocessing):
-            assumed.append("recordings are filtered as in the published pretraining")
-        if "reference" not in asked_preprocessing:
-            assumed.append("one channel keeps its reference" if alone else "recordings are referenced to their average")
-    if "phase" not in fields:
-        fields["phase"] = "zero-phase"
-        assumed.append("the model learned from zero-phase filtered recordings")
+    if "class_names" in fields:
+        fields.setdefault("n_outputs", len(fields["class_names"]))
+    assumed = _assume_signal(fields, asked_changes)
     if checkpoint is None:
         fields["encoder"] = asked_encoder if isinstance(asked_encoder, EncoderSpec) else _random_encoder(asked_encoder)
     else:
-        fields["encoder"], assumed_sizes = settle_encoder(
+        assumed += _assume_task(fields, checkpoint)
+        fields["encoder"], sizes = settle_encoder(
             checkpoint.weights,
             checkpoint.told,
             asked_encoder,
-            variant=variant,
+            variant=fields["variant"],
             n_times=fields["n_times"],
             file_name=checkpoint.file_name,
         )
-        assumed += assumed_sizes
+        assumed += [Assumption(what=what) for what in sizes]
     spec = ModelSpec.of(**fields)
     if spec.needs_positions and spec.positions is None:
         raise SpecError(
@@ -112,21 +117,74 @@ def resolve_spec(
     return spec, tuple(assumed)
 
 
-def _with_band_and_reference(steps: tuple[Step, ...], asked: dict[str, Any]) -> tuple[Step, ...]:
-    """Return `steps` with the band and the reference of the fields of `Preprocessing` that a user named."""
-    changed = list(steps)
-    edges = {name: asked[name] for name in ("l_freq", "h_freq") if name in asked}
-    if edges:
-        bands = [i for i, step in enumerate(changed) if isinstance(step, BandPass)]
-        if bands:
-            changed[bands[0]] = dataclasses.replace(changed[bands[0]], **edges)
-        else:
-            changed.insert(0, BandPass(l_freq=edges.get("l_freq"), h_freq=edges.get("h_freq")))
-    if "reference" in asked:
-        changed = [step for step in changed if not isinstance(step, Reference)]
-        if asked["reference"] == "average":
-            changed.insert(next(i for i, step in enumerate(changed) if isinstance(step, Channels)) + 1, Reference())
-    return tuple(changed)
+def _assume_signal(fields: dict[str, Any], changes: dict[str, Any]) -> list[Assumption]:
+    """Fill in what `fields` lack of the signal, and tell what was assumed."""
+    assumed: list[Assumption] = []
+
+    def assume(what: str, flag: str) -> None:
+        assumed.append(Assumption(what=what, flag=flag, of_signal=True))
+
+    needs_positions = fields["variant"] in ("contextual", "base")
+    if fields.get("ch_names") is None and fields.get("n_chans") in (None, 129) and (needs_positions or "n_chans" not in fields):
+        net = montage.read_montage(DEFAULT_MONTAGE)
+        fields |= {"ch_names": net.ch_names, "positions": net.positions, "n_chans": len(net.ch_names)}
+        assume(f"the channels are those of {DEFAULT_MONTAGE}", "--montage, --channels")
+    if "n_times" not in fields:
+        fields["n_times"] = DEFAULT_N_TIMES
+        assume(f"a window has {DEFAULT_N_TIMES} samples", "--n-times")
+    if "sfreq" not in fields:
+        fields["sfreq"] = DEFAULT_SFREQ
+        assume(f"the sampling rate is {DEFAULT_SFREQ:g} Hz", "--sfreq")
+    if "unit" not in fields:
+        fields["unit"] = DEFAULT_UNIT
+        assume(f"the samples are in {DEFAULT_UNIT}", "--unit")
+    if "steps" not in fields:
+        alone = fields.get("n_chans") == 1  # nothing would be left of it
+        default = Preprocessing.default(fields["sfreq"])
+        default = dataclasses.replace(default, reference="none" if alone else default.reference)
+        fields["steps"] = default.steps
+        if not {"l_freq", "h_freq"} <= set(changes):
+            upper = "half the rate" if default.h_freq is None else f"{default.h_freq:g} Hz"
+            lower = "0" if default.l_freq is None else f"{default.l_freq:g}"
+            assume(f"recordings are band-passed from {lower} to {upper}, as in the published pretraining", "--band")
+        if "reference" not in changes:
+            assume(
+                "one channel keeps its reference"
+                if alone
+                else "recordings are referenced to the average of the model's channels",
+                "--reference",
+            )
+    fields["steps"] = changed_steps(fields["steps"], changes, fields.get("ch_names"))
+    if "phase" not in fields:
+        fields["phase"] = "zero-phase"
+        assume("the model learned from zero-phase filtered recordings", "--phase")
+    return assumed
+
+
+def _assume_task(fields: dict[str, Any], checkpoint: Checkpoint) -> list[Assumption]:
+    """Tell what nothing says of the windows' events and of the outputs of a checkpoint."""
+    assumed = []
+    if "event_window" not in fields and "steps" not in checkpoint.known:
+        assumed.append(Assumption(what="the windows belong to no events", flag="--tmin, --events"))
+    if not {"task", "class_names"} & set(fields) and fields["variant"] != "base":
+        assumed.append(Assumption(what="the outputs are numbers, not classes", flag="--task, --class-names"))
+    return assumed
+
+
+def _event_window(asked: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """Return the event window that a user names, in part or whole, with what the checkpoint says of the other part."""
+    if not asked:
+        return {}
+    before: EventWindow | None = known.get("event_window")
+    if "start" not in asked and before is None:
+        raise SpecError(
+            "The events are named, but not where windows start after them.", "Name the start with --tmin, in seconds."
+        )
+    if before is None:
+        return {"event_window": EventWindow(**asked)}
+    if not before.events:
+        known["event_window"] = before = dataclasses.replace(before, events=asked.get("events", ()))
+    return {"event_window": dataclasses.replace(before, **asked)}
 
 
 def _random_encoder(asked: dict[str, Any]) -> EncoderSpec:
@@ -140,9 +198,9 @@ def _random_encoder(asked: dict[str, Any]) -> EncoderSpec:
     return EncoderSpec(**sizes)
 
 
-def _or_strides(assumed: list[str]) -> str:
+def _or_strides(assumed: list[Assumption]) -> str:
     """Return the other way out where the strides, which the number of tokens follows from, are only assumed."""
-    return f", or name other strides with {FLAGS['strides']}" if any(FLAGS["strides"] in each for each in assumed) else ""
+    return f", or name other strides with {FLAGS['strides']}" if any(FLAGS["strides"] in each.what for each in assumed) else ""
 
 
 def _refuse_contradictions(asked: dict[str, Any], known: dict[str, Any], checkpoint: Checkpoint) -> None:
@@ -160,6 +218,10 @@ def _refuse_contradictions(asked: dict[str, Any], known: dict[str, Any], checkpo
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, EventWindow):
+        return f"{value.start:g} s after {listed(value.events) or 'events'}"
+    if isinstance(value, tuple) and any(isinstance(each, Step) for each in value):
+        return listed([str(encode(each)) for each in value], 12)
     return listed(list(map(str, value)), 4) if isinstance(value, tuple) else str(value)
 
 
