@@ -27,7 +27,7 @@ MEANINGS = {
     # one, several, Lightning's
     "--precision": ({"run", "stream", "serve", "decide"}, {"verify", "bench", "export", "build"}, RECIPES),
     "--backend": ({"run", "stream", "serve", "decide"}, {"verify", "bench"}),  # one, several
-    "--events": ({"run", "stream"}, {"export"}, {"decide"}),  # to decode, of the model, to fit on
+    "--events": ({"run", "stream", "decide"}, {"export"}),  # to decode, of the model
     "--phase": ({"export"}, RECIPES),  # that a model learned from, to learn from
     "--task": ({"export"}, {"finetune"}),  # of any model, to learn
     "--seed": ({"export", "bench"}, RECIPES),  # a recipe has its own
