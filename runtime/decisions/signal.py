@@ -29,5 +29,7 @@ class Signal:
             check_number("max_gap", self.max_gap, 0.0, open_low=True)
 
     def __str__(self) -> str:
-        what = f"Windows that are {' or '.join(self.refuse)} are no signal. " if self.refuse else "Every window is a signal. "
-        return what + ("No pause is too long." if self.max_gap is None else f"A pause of over {self.max_gap:g} s starts anew.")
+        flags = " or ".join(self.refuse)
+        what = f"Windows with the flag {flags} are no signal." if self.refuse else "Windows with any flag are a signal."
+        pause = "every pause" if self.max_gap is None else f"pauses of up to {self.max_gap:g} s"
+        return f"{what} Evidence is kept over {pause}."
