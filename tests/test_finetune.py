@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import resource
 import shlex
 import signal
@@ -430,6 +431,71 @@ def test_training_stops_when_nothing_improves_and_keeps_the_best(tmp_path, monke
     again = finetune(dataclasses.replace(FINETUNE, variant="postlocal", warmup_epochs=0, engine=tuned), tmp_path, resume=True)
     assert again == result
     assert _weights(tmp_path) == before
+
+
+def test_a_finished_run_is_extended_to_the_weights_of_a_longer_one(tmp_path):
+    longer = dataclasses.replace(QUICK, engine=dataclasses.replace(QUICK.engine, max_epochs=6))
+    whole = finetune(longer, tmp_path / "whole")
+    finetune(QUICK, tmp_path / "model")
+    result = finetune(longer, tmp_path / "model", resume=True)
+    assert result == whole
+    assert _weights(tmp_path / "model") == _weights(tmp_path / "whole")
+    with pytest.raises(TrainingError, match="has another configuration"):
+        finetune(QUICK, tmp_path / "model", resume=True)
+
+
+def test_a_run_that_stopped_early_goes_on_with_more_patience(tmp_path, monkeypatch):
+    monkeypatch.setattr(FinetuneModule, "validation_step", losses(1.0, 2.0, 2.0, 2.0, 0.5, 3.0))
+    impatient = dataclasses.replace(QUICK, engine=dataclasses.replace(QUICK.engine, max_epochs=6, patience=2))
+    assert finetune(impatient, tmp_path).fitted.epochs == 3
+    patient = dataclasses.replace(QUICK, engine=dataclasses.replace(QUICK.engine, max_epochs=6, patience=5))
+    result = finetune(patient, tmp_path, resume=True)
+    assert (result.fitted.epochs, result.fitted.best_epoch) == (6, 4)
+
+
+def test_a_run_does_not_go_on_with_other_data_or_labels(tmp_path, monkeypatch):
+    stopped_run(tmp_path / "run", monkeypatch)
+    windows = load_windows(QUICK.data)
+    last = windows.targets.copy()
+    last[-1] += 0.01
+    for changed, said in (
+        (dataclasses.replace(windows, targets=last), "The labels are not those"),
+        (dataclasses.replace(windows, hashes=windows.hashes | {"synthetic-0": "0"}), "The recordings are not those"),
+    ):
+        monkeypatch.setattr("sjepa_deploy.learning.finetune.load_windows", lambda config, changed=changed: changed)
+        with pytest.raises(TrainingError, match=said):
+            finetune(QUICK, tmp_path / "run", resume=True)
+    monkeypatch.setattr("sjepa_deploy.learning.finetune.load_windows", lambda config: windows)
+    finetune(QUICK, tmp_path / "run", resume=True)
+
+
+def test_every_epoch_is_told_with_losses_and_score(tmp_path):
+    told = []
+    result = finetune(QUICK, tmp_path, tell_epoch=told.append)
+    assert [epoch.number for epoch in told] == [1, 2, 3, 4]
+    assert min(epoch.values["val_loss"] for epoch in told) == told[-1].best == pytest.approx(result.fitted.val_loss)
+    assert all(set(epoch.values) == {"train_loss", "val_loss", "val_r2"} for epoch in told)
+    # the loss is the mean square error of standardised targets
+    windows = load_windows(QUICK.data)
+    split = split_windows(windows, QUICK.data)
+    spread = windows.targets[split.val].var() / windows.targets[split.train].var()
+    assert told[0].values["val_r2"] == pytest.approx(1 - told[0].values["val_loss"] / spread, abs=1e-4)
+    assert re.match(r"epoch 1 of 4: .*val_loss .*val_r2 .*best val_loss .*, at most \d:\d\d:\d\d left$", str(told[0]))
+    assert told[0].rest_s == pytest.approx(3 * told[0].seconds)
+
+
+def test_what_was_not_pretrained_is_not_warmed_up(tmp_path, watch):
+    finetune(dataclasses.replace(FINETUNE, warmup_epochs=3), tmp_path)
+    _, training, groups = watch.epochs[0]
+    assert groups["encoder"] > 0
+    assert training >= {"feature_encoder", "transformer"}
+
+
+def test_a_seed_of_any_size_is_taken(command, tmp_path):
+    arguments = ["--config", command.recipe, "--max-epochs", 1]
+    assert command(*arguments, "--seed", 123456789012, "--out", tmp_path / "a") == (0, [])
+    status, lines = command(*arguments, "--seed", 2**70, "--out", tmp_path / "b")
+    assert (status, len(lines)) == (2, 1)
 
 
 def test_gradients_are_clipped(tmp_path, watch):

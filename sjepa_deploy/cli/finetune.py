@@ -129,7 +129,7 @@ def finetune(
         config = replace(config, class_weights="balanced")
     config = _with_target(overridden(config, model | changes), target, changes["data.n_times"])
     screen = console(json_output)
-    result = run(config, out, resume=resume, replace=force, progress=screen.is_terminal and not json_output, tell=telling(screen))
+    result = run(config, out, resume=resume, replace=force, **telling(screen))
     if not is_first_process():
         return
     if result.transfer is not None:

@@ -179,7 +179,7 @@ montage = click.option("--montage", help="Channels with positions: a montage of 
 model_sfreq = click.option("--sfreq", type=float, help="Sampling rate of the model in Hz.")
 n_times = click.option("--n-times", type=int, help="Samples of a window.")
 spatial_filters = click.option("--spatial-filters", type=int, help="Spatial filters of the model.")
-seed = click.option("--seed", type=int, default=0, help="Seed of everything random.")
+seed = click.option("--seed", type=click.IntRange(0, 2**62 - 1), default=0, help="Seed of everything random.")
 
 
 def decisions(default: str) -> Option:

@@ -53,7 +53,7 @@ def pretrain(
 
     config = overridden(read_config(PretrainConfig, config_file), changes | learning)
     screen = console(json_output)
-    result = run(config, out, resume=resume, replace=force, progress=screen.is_terminal and not json_output, tell=telling(screen))
+    result = run(config, out, resume=resume, replace=force, **telling(screen))
     if not is_first_process():
         return
     fitted = result.fitted

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
 from typing import Any
 
 import click
@@ -149,11 +148,15 @@ def print_transfer(screen: Console, report: Any) -> None:
     screen.print(table)
 
 
-def telling(screen: Console) -> Callable[[Any], None]:
-    """Return a function that prints a `DataReport`, in the process that reports."""
+def telling(screen: Console) -> dict[str, Any]:
+    """Return how a training reports on `screen`: in the first process, with a bar on a terminal, else a line for each epoch."""
     from sjepa_deploy.learning.loop import is_first_process
 
-    return functools.partial(print_data, screen) if is_first_process() else lambda report: None
+    if not is_first_process():
+        return {}
+    bar = screen.is_terminal and not screen.stderr  # Lightning's bar writes to stdout
+    line = {} if bar else {"tell_epoch": lambda epoch: screen.print(str(epoch), soft_wrap=True)}
+    return {"progress": bar, "tell": functools.partial(print_data, screen), **line}
 
 
 def print_data(screen: Console, report: Any) -> None:

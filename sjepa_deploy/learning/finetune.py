@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sjepa_deploy.errors import DataError, TrainingError, listed
-from sjepa_deploy.evaluation.metrics import Score, balanced_weights, best_threshold, scores
+from sjepa_deploy.evaluation.metrics import CLASSIFICATION, REGRESSION, Score, balanced_weights, best_threshold, scores
 from sjepa_deploy.files import write_atomically
 from sjepa_deploy.learning.data import DataConfig, Split, Target, Windows, split_windows
 from sjepa_deploy.learning.loading import load_windows
@@ -33,6 +33,7 @@ from sjepa_deploy.learning.loop import (
     predict,
 )
 from sjepa_deploy.learning.origin import ORIGIN_KEY, SPLIT_FILE, Origin, check_unseen, origin_of, split_table, stored_origin
+from sjepa_deploy.learning.progress import Epoch
 from sjepa_deploy.learning.report import DataReport, report_on
 from sjepa_deploy.learning.run_folder import as_begun, check_run, saving_to
 from sjepa_deploy.models.checkpoint import (
@@ -74,7 +75,7 @@ class FinetuneConfig:
     class_weights : {"balanced", "none"}
         "balanced": in the loss, each class counts alike, however rare it is. Regressions have no classes.
     warmup_epochs : int
-        Epochs in which only the new layers learn, where not everything is new.
+        Epochs in which only the new layers learn, where others were pretrained.
     data : DataConfig
         Labelled windows.
     encoder : EncoderSpec or None
@@ -173,16 +174,23 @@ class FinetuneModule(lightning.LightningModule):
     target_std: Tensor
 
     def __init__(
-        self, model: SignalJEPAModule, config: FinetuneConfig, targets: NDArray[Any], origin: Origin | None = None
+        self,
+        model: SignalJEPAModule,
+        config: FinetuneConfig,
+        targets: NDArray[Any],
+        origin: Origin | None = None,
+        *,
+        pretrained: bool = False,
     ) -> None:
         super().__init__()
-        self.model, self.config, self.origin = model, config, origin
+        self.model, self.config, self.origin, self.pretrained = model, config, origin, pretrained
         self.regression = model.spec.class_names is None
         mean, std = (targets.mean(), targets.std()) if self.regression else (0.0, 1.0)
         self.register_buffer("target_mean", torch.tensor(float(mean)))
         self.register_buffer("target_std", torch.tensor(float(std)))
         weights = class_weights(config, targets, model.spec.n_outputs)
         self.class_weights = None if weights is None or self.regression else torch.from_numpy(weights).float()
+        self.validated: list[tuple[Tensor, Tensor]] = []
         new = NEW_PARTS[model.spec.variant]
         parts = dict(model.named_children())
         self.new_parts = [parts[name] for name in new]
@@ -198,7 +206,7 @@ class FinetuneModule(lightning.LightningModule):
     @property
     def frozen(self) -> bool:
         """Return whether only the new layers learn in the present epoch."""
-        return self.config.freeze_encoder or self.current_epoch < self.config.warmup_epochs
+        return self.config.freeze_encoder or (self.pretrained and self.current_epoch < self.config.warmup_epochs)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam with one group of new layers, and one of the encoder, which has no gradients while it is frozen."""
@@ -232,10 +240,24 @@ class FinetuneModule(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure the loss; `forward` is not compiled, since modes and short batches would each compile anew."""
         eeg, targets = batch
-        loss = self.loss(self.model.forward(eeg), targets)
+        outputs = self.model.forward(eeg)
+        self.validated.append((outputs.float().cpu(), targets.cpu()))
+        loss = self.loss(outputs, targets)
         if self.class_weights is not None:  # the mean over all windows of weight * loss, whichever batches they came in
             loss = loss * self.class_weights.to(targets.device)[targets].mean()
         self.log("val_loss", loss, batch_size=len(eeg), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log R2, or the balanced accuracy, of the validation windows of this process."""
+        if not self.validated:
+            return
+        outputs, targets = (torch.cat(each).numpy() for each in zip(*self.validated, strict=True))
+        self.validated = []
+        if len(np.unique(targets)) > 1:
+            score = REGRESSION["r2"] if self.regression else CLASSIFICATION["balanced_accuracy"]
+            mean, std = float(self.target_mean), float(self.target_std)
+            value = score(targets, outputs[:, 0] * std + mean if self.regression else outputs)
+            self.log("val_r2" if self.regression else "val_balanced_accuracy", value, sync_dist=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the predictions in the target's unit, shape (B,), or the probabilities, shape (B, O)."""
@@ -260,6 +282,7 @@ def finetune(
     replace: bool = False,
     progress: bool = False,
     tell: Callable[[DataReport], None] = lambda report: None,
+    tell_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> FinetuneResult:
     """Fine-tune a variant and write it into the folder `out`.
 
@@ -277,6 +300,8 @@ def finetune(
         Show a progress bar.
     tell : callable
         Called with what the training learns from, before it starts.
+    tell_epoch : callable
+        Called at the end of each epoch.
 
     Raises
     ------
@@ -307,10 +332,19 @@ def finetune(
     weights = None if windows.class_names is None else class_weights(config, known, len(windows.class_names))
     report = report_on(windows, split, config.engine.batch_size * config.engine.world_size, weights)
     tell(report)
-    module = FinetuneModule(model, config, known, origin)
+    pretrained = transferred is not None and bool(transferred.taken)
+    module = FinetuneModule(model, config, known, origin, pretrained=pretrained)
     loaders = WindowLoaders(windows, split, config.engine)
     fitted, trainer = fit(
-        module, loaders, out / "training", config, resume=resume, replace=replace, progress=progress, unused_parameters=True
+        module,
+        loaders,
+        out / "training",
+        config,
+        resume=resume,
+        replace=replace,
+        progress=progress,
+        tell_epoch=tell_epoch,
+        unused_parameters=True,
     )
     predictions = predict(module, loaders, trainer, split.test).numpy()
     targets = windows.targets[split.test]

@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +25,13 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from sjepa_deploy.errors import DataError, MissingDependencyError, TrainingError, TrainingStoppedError
 from sjepa_deploy.learning.data import Split, Windows
+from sjepa_deploy.learning.origin import data_hashes
+from sjepa_deploy.learning.progress import Bar, Epoch, Watch
 from sjepa_deploy.learning.run_folder import (
     BEST_FILE,
     KeepEpochs,
     WholeCheckpoints,
+    check_data,
     check_run,
     go_on,
     read_checkpoint_file,
@@ -112,6 +115,8 @@ class Engine:
         for name in ("weight_decay", "seed", "num_workers"):
             if not getattr(self, name) >= 0:
                 raise TrainingError(f"{name} is {getattr(self, name)}.", "Use 0 or more.")
+        if self.seed >= 2**62:
+            raise TrainingError(f"seed is {self.seed}.", "Use a number below 2 to the power of 62.")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise TrainingError(f"gradient_clip is {self.gradient_clip:g}.", "Use a positive norm, or none.")
 
@@ -212,15 +217,19 @@ class SeedEpochs(callbacks.Callback):
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Seed PyTorch."""
-        torch.manual_seed((self.seed * 1_000_003 + trainer.current_epoch) * 4099 + trainer.global_rank)
+        torch.manual_seed(((self.seed * 1_000_003 + trainer.current_epoch) * 4099 + trainer.global_rank) % 2**63)
 
 
 class StopWhenNothingImproves(callbacks.EarlyStopping):
-    """Stops a run early, and remembers the stop in a resumed run: a run that was stopped does not go on."""
+    """Stops a run early, and remembers the stop in a resumed run, which goes on only with more patience than it had."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of the run that is resumed, but for its patience."""
+        super().load_state_dict(state_dict | {"patience": self.patience})
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Stop a run that had been stopped before."""
-        trainer.should_stop = trainer.should_stop or self.stopped_epoch > 0
+        trainer.should_stop = trainer.should_stop or (self.stopped_epoch > 0 and self.wait_count >= self.patience)
 
 
 def is_first_process() -> bool:
@@ -259,6 +268,7 @@ def fit(
     resume: bool = False,
     replace: bool = False,
     progress: bool = False,
+    tell_epoch: Callable[[Epoch], None] = lambda epoch: None,
     unused_parameters: bool = False,
 ) -> tuple[Fitted, lightning.Trainer]:
     """Train `module` until its ``val_loss`` no longer falls, and give it the weights of its best epoch.
@@ -279,23 +289,29 @@ def fit(
         Remove the run that is in `folder`, and the model beside it.
     progress : bool
         Show a progress bar.
+    tell_epoch : callable
+        Called at the end of each epoch.
     unused_parameters : bool
         Whether some parameters get no gradient in some steps, which DDP must know.
 
     Raises
     ------
     TrainingError
-        If the folder holds a run that is not to be resumed, or another one, or cannot be written; if there are no such devices
-        here; or if the validation loss was never finite.
+        If the folder holds a run that is not to be resumed, or another one, or one of other data or labels, or cannot be written;
+        if there are no such devices here; or if the validation loss was never finite.
     TrainingStoppedError
         If a signal or a full disk stopped the run, which goes on with `resume`.
     """
     engine = loaders.engine
     last = check_run(folder, config, resume=resume, replace=replace)
+    data = data_hashes(loaders.windows, loaders.split)
+    if last is not None:
+        check_data(folder, data)
     if is_first_process():
         with saving_to(folder):
-            start_run(folder, config, replace=replace) if last is None else go_on(folder)
+            start_run(folder, config, data, replace=replace) if last is None else go_on(folder, config)
     kept = KeepEpochs(folder)
+    watch = Watch(tell_epoch, lambda: kept.best_loss)
     log = [loggers.CSVLogger(folder, name="logs"), *_tensorboard(folder)]
     distributed = engine.world_size > 1
     with _quiet():
@@ -312,7 +328,8 @@ def fit(
                     SeedEpochs(engine.seed),
                     StopWhenNothingImproves("val_loss", patience=engine.patience, check_on_train_epoch_end=True),
                     kept,
-                    *([callbacks.RichProgressBar()] if progress else []),
+                    watch,
+                    *([Bar(watch)] if progress else []),
                 ],
                 plugins=[WholeCheckpoints()],
                 logger=log,

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.errors import DataError, listed
+from sjepa_deploy.files import bytes_hash, canonical_json
 from sjepa_deploy.learning.data import Split, Windows
 from sjepa_deploy.serialize import DecodeError, decode
 
@@ -68,6 +69,20 @@ def samples_hash(pieces: Iterable[NDArray[Any]]) -> str:
             rising |= {i} if rises.any() else set()
     digests = sorted(hashers[i].digest() for i in rising)
     return hashlib.sha256(b"".join(digests)).hexdigest()[:32] if digests else ""
+
+
+def data_hashes(windows: Windows, split: Split) -> dict[str, str]:
+    """Return what a run that is resumed must find unchanged: hashes of its recordings, its labels and its parts."""
+    places = windows.subject.astype(str), windows.session.astype(str), windows.recording.astype(str)
+    labels = b"" if windows.targets is None else windows.targets.tobytes()
+    return {
+        "recordings": bytes_hash(canonical_json([windows.eeg.shape, windows.hashes]).encode() + windows.onset.tobytes()),
+        "labels": bytes_hash(labels + canonical_json(windows.class_names).encode()),
+        "parts": bytes_hash(
+            b"".join(part.astype("<i8").tobytes() for part in (split.train, split.val, split.test))
+            + canonical_json([place.tolist() for place in places]).encode()
+        ),
+    }
 
 
 def check_twins(hashes: Iterable[tuple[str, str]]) -> None:

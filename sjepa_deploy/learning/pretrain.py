@@ -30,6 +30,7 @@ from sjepa_deploy.learning.loading import load_windows
 from sjepa_deploy.learning.loop import Batch, Engine, Fitted, WindowLoaders, check_enough, compile_if_wanted, fit
 from sjepa_deploy.learning.masking import Masking, Masks, MaskSampler
 from sjepa_deploy.learning.origin import ORIGIN_KEY, SPLIT_FILE, Origin, origin_of, split_table
+from sjepa_deploy.learning.progress import Epoch
 from sjepa_deploy.learning.report import DataReport, report_on
 from sjepa_deploy.learning.run_folder import COLLAPSED_FOLDER, as_begun, check_run, saving_to
 from sjepa_deploy.models.checkpoint import SPEC_KEY, TRAINING_KEY, write_checkpoint
@@ -350,6 +351,7 @@ def pretrain(
     replace: bool = False,
     progress: bool = False,
     tell: Callable[[DataReport], None] = lambda report: None,
+    tell_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> PretrainResult:
     """Pretrain a base model and write it into the folder `out`.
 
@@ -367,6 +369,8 @@ def pretrain(
         Show a progress bar.
     tell : callable
         Called with what the training learns from, before it starts.
+    tell_epoch : callable
+        Called at the end of each epoch.
 
     Raises
     ------
@@ -395,7 +399,9 @@ def pretrain(
     tell(report)
     module = PretrainModule(config, spec, origin)
     loaders = WindowLoaders(windows, split, config.engine)
-    fitted, trainer = fit(module, loaders, out / "training", config, resume=resume, replace=replace, progress=progress)
+    fitted, trainer = fit(
+        module, loaders, out / "training", config, resume=resume, replace=replace, progress=progress, tell_epoch=tell_epoch
+    )
     result = PretrainResult(
         spec=spec,
         fitted=fitted,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import json
 import math
 import os
 import shutil
@@ -18,8 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from sjepa_deploy.errors import MissingDependencyError, SjepaError, TrainingError, TrainingStoppedError
-from sjepa_deploy.files import load_json, remove_partial, write_atomically
+from sjepa_deploy.errors import MissingDependencyError, SjepaError, TrainingError, TrainingStoppedError, listed
+from sjepa_deploy.files import json_file, load_json, remove_partial, write_atomically
 from sjepa_deploy.learning.origin import SPLIT_FILE
 from sjepa_deploy.models.braindecode_config import CONFIG_FILE
 from sjepa_deploy.models.checkpoint import WEIGHTS_FILE
@@ -34,6 +33,9 @@ except ImportError as error:
     raise MissingDependencyError("Lightning", "train") from error
 
 T = TypeVar("T")
+
+DATA_FILE = "data.json"
+"""The hashes of the recordings, labels and parts that the run learns from."""
 
 RUN_FILE = "run.json"
 """The configuration of the run: only a run of the same configuration goes on."""
@@ -117,7 +119,7 @@ def check_run(folder: Path, config: object, *, resume: bool = False, replace: bo
             raise TrainingError(
                 f"{folder} already holds a run.", "Go on with --resume, replace it with --force, or choose another --out."
             )
-        if encode(config) != _read_run(run_file, type(config)):
+        if not _goes_on(encode(config), _read_run(run_file, type(config))):
             raise TrainingError(
                 f"The run in {folder} has another configuration.", f"Use the one in {RUN_FILE}, or choose another --out."
             )
@@ -153,8 +155,24 @@ def _untold(stored: Any) -> dict[str, Any]:
     return changes
 
 
-def start_run(folder: Path, config: object, *, replace: bool) -> None:
-    """Make the folder of a run, and note its configuration.
+def check_data(folder: Path, hashes: dict[str, str]) -> None:
+    """Refuse to go on with a run on other data. Runs of older releases do not tell theirs.
+
+    Raises
+    ------
+    TrainingError
+        If recordings, labels or parts are not those that the run began with.
+    """
+    file = folder / DATA_FILE
+    if file.is_file() and (changed := [name for name, digest in hashes.items() if _read_json(file).get(name) != digest]):
+        raise TrainingError(
+            f"The {listed(changed)} are not those that the run in {folder} began with.",
+            "Bring the data back as they were, or start again with --force.",
+        )
+
+
+def start_run(folder: Path, config: object, hashes: dict[str, str], *, replace: bool) -> None:
+    """Make the folder of a run, and note its configuration and the hashes of its data.
 
     Raises
     ------
@@ -170,20 +188,22 @@ def start_run(folder: Path, config: object, *, replace: bool) -> None:
                 shutil.rmtree(folder)
                 shutil.rmtree(folder.parent / COLLAPSED_FOLDER, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / RUN_FILE, (json.dumps(encode(config), indent=1) + "\n").encode())
+        write_atomically(folder / DATA_FILE, json_file(hashes))
+        write_atomically(folder / RUN_FILE, json_file(config))
     except OSError as e:
         raise TrainingError(f"{folder} cannot be written ({e.strerror}).", "Choose another --out.") from e
 
 
-def go_on(folder: Path) -> None:
-    """Remove what a killed process left half written, and make the best checkpoint where the kill came before it."""
-    for name in (LAST_FILE, BEST_FILE, RUN_FILE):
+def go_on(folder: Path, config: object) -> None:
+    """Remove what a killed process left half written, make the best checkpoint if it is missing, and note a longer run."""
+    for name in (LAST_FILE, BEST_FILE, RUN_FILE, DATA_FILE):
         remove_partial(folder / name)
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         remove_partial(folder.parent / name)
     last = read_checkpoint_file(folder / LAST_FILE)
     if _best_epoch(last, folder) == last["epoch"]:
         write_atomically(folder / BEST_FILE, (folder / LAST_FILE).read_bytes())
+    write_atomically(folder / RUN_FILE, json_file(config))
 
 
 def read_checkpoint_file(file: Path) -> dict[str, Any]:
@@ -218,6 +238,17 @@ def saving_to(folder: Path) -> Iterator[None]:
         raise TrainingStoppedError(
             f"There is no space left for {folder} ({os.strerror(e.errno)}).", "Free some, and go on with --resume.", exit_code=2
         ) from e
+
+
+def _goes_on(config: dict[str, Any], stored: Any) -> bool:
+    """Return whether a run of `config` goes on with the run that is stored: it may have more epochs and more patience."""
+    try:
+        longer = {name: config["engine"][name] for name in ("max_epochs", "patience")}
+        if any(longer[name] < stored["engine"][name] for name in longer):
+            return False
+        return bool(config == stored | {"engine": stored["engine"] | longer})
+    except (KeyError, TypeError):
+        return False
 
 
 def _read_run(file: Path, cls: type) -> Any:
