@@ -15,10 +15,10 @@ from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import _command, run_command
 from sjepa_deploy.eeg import prepare
 from sjepa_deploy.eeg.events import Events, events_of
-from sjepa_deploy.eeg.recording import read_recording
+from sjepa_deploy.eeg.recording import fit_recording, read_recording
 from sjepa_deploy.eeg.steps import BandPass, Channels, Reference, Resample
 from sjepa_deploy.errors import BundleError, RecordingError
-from sjepa_deploy.evaluation.task import check_task, read_tasks, write_task
+from sjepa_deploy.evaluation.task import check_task, live_windows, read_tasks, write_task
 from sjepa_deploy.export.to_bundle import to_bundle
 from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.runtime.predictor import load
@@ -55,16 +55,42 @@ def sjepa(name, *arguments) -> int:
     return run_command(_command(name), f"sjepa-{name}", list(map(str, arguments)))
 
 
-def signal_of(raw, phase) -> SignalSpec:
-    return SignalSpec(
-        n_chans=8,
-        n_times=160,
-        sfreq=100.0,
-        ch_names=tuple(raw.ch_names),
-        steps=(BandPass(l_freq=0.5, h_freq=40.0), Resample(), Channels(), Reference()),
-        phase=phase,
-        event_window=EventWindow(start=0.0, events=("left", "right")),
-    )
+def signal_of(raw, phase, **changes) -> SignalSpec:
+    fields = {
+        "n_chans": len(raw.ch_names),
+        "n_times": 160,
+        "sfreq": 100.0,
+        "ch_names": tuple(raw.ch_names),
+        "steps": (BandPass(l_freq=0.5, h_freq=40.0), Resample(), Channels(), Reference()),
+        "phase": phase,
+        "event_window": EventWindow(start=0.0, events=("left", "right")),
+    }
+    return SignalSpec(**fields | changes)
+
+
+def taught(prepared, classes, *, max_epochs=40) -> NeuralNetClassifier:
+    """Return braindecode's PostLocal after skorch trained it on prepared windows."""
+    n_chans, n_times = prepared.signal.input_shape
+    torch.manual_seed(1)
+    return NeuralNetClassifier(
+        oracle.CLASSES["postlocal"](n_outputs=2, n_chans=n_chans, n_times=n_times, sfreq=100.0, n_spat_filters=4),
+        criterion=torch.nn.CrossEntropyLoss,
+        optimizer=torch.optim.AdamW,
+        lr=2e-3,
+        max_epochs=max_epochs,
+        batch_size=16,
+        iterator_train__shuffle=True,
+        train_split=None,
+        verbose=0,
+    ).fit(prepared.eeg, np.array([classes.index(name) for name in prepared.events.description]))
+
+
+def exported(net, signal, classes, folder) -> Bundle:
+    """Return the bundle of a trained PostLocal."""
+    spec = ModelSpec(variant="postlocal", signal=signal, n_outputs=2, class_names=classes)
+    model = build_model(spec, seed=0)
+    model.load_state_dict(net.module_.state_dict())
+    return to_bundle(model.eval(), folder, weights=RANDOM, precisions=("fp32",), max_batch=64)
 
 
 @pytest.fixture(scope="module")
@@ -80,24 +106,8 @@ def trained(recording, tmp_path_factory):
         prepared = prepare(raw, signal)
         classes = ("left", "right")
         targets = np.array([classes.index(name) for name in prepared.events.description])
-        torch.manual_seed(1)
-        module = oracle.CLASSES["postlocal"](n_outputs=2, n_chans=8, n_times=160, sfreq=100.0, n_spat_filters=4)
-        net = NeuralNetClassifier(
-            module,
-            criterion=torch.nn.CrossEntropyLoss,
-            optimizer=torch.optim.AdamW,
-            lr=2e-3,
-            max_epochs=40,
-            batch_size=16,
-            iterator_train__shuffle=True,
-            train_split=None,
-            verbose=0,
-        ).fit(prepared.eeg, targets)
-        spec = ModelSpec(variant="postlocal", signal=signal, n_outputs=2, class_names=classes)
-        model = build_model(spec, seed=0)
-        model.load_state_dict(net.module_.state_dict())
-        folder = tmp_path_factory.mktemp(phase) / "bundle"
-        bundle = to_bundle(model.eval(), folder, weights=RANDOM, precisions=("fp32",), max_batch=64)
+        net = taught(prepared, classes)
+        bundle = exported(net, signal, classes, tmp_path_factory.mktemp(phase) / "bundle")
         made[phase] = bundle, net, prepared, targets
         return made[phase]
 
@@ -122,6 +132,33 @@ def test_a_causal_model_decides_live_as_it_did_in_training(trained, recording):
         assert way.score.value == pytest.approx(accuracy)
         assert way.score.low <= way.score.value <= way.score.high
     assert (result.loss.value, result.loss.low, result.loss.high) == (0.0, 0.0, 0.0)
+
+
+def test_a_model_of_a_recorded_experiment_decides_live_as_in_training(recorded, tmp_path):
+    """32 channels at 128 Hz, decoded at 100 Hz: the same windows and predictions live, to the bit, and the same score."""
+    path = recorded("eeglab_data.set")
+    raw = read_recording(path)
+    classes = ("square", "rt")
+    signal = signal_of(raw, "causal", n_times=200, event_window=EventWindow(start=-0.5, events=classes))
+    prepared = prepare(raw, signal)
+    net = taught(prepared, classes, max_epochs=12)
+    bundle = exported(net, signal, classes, tmp_path / "bundle")
+    events = events_of(raw).named(classes)
+    with load(bundle, check_unit=False) as predict:
+        result = check_task(predict, raw, events, recording=path.name, start=-0.5, labels=events.description)
+        offline = np.concatenate([predict(window[None]) for window in prepared.eeg])
+    assert result.passed
+    assert result.identical == 1.0
+    assert [way.differ for way in result.ways] == [0.0, 0.0, 0.0]
+    truth = [classes.index(name) for name in prepared.events.description]
+    score = balanced_accuracy_score(truth, offline.argmax(axis=1))
+    assert [way.score.value for way in result.ways] == pytest.approx([score] * 3)
+    fitted = fit_recording(raw, signal)
+    starts, whole = fitted.place_windows(events.onset, -0.5)
+    live = np.stack(list(live_windows(raw, fitted, starts[whole], bundle.spec, interpolate=0.0, seed=3)))
+    assert live.tobytes() == prepared.eeg.tobytes()
+    with load(bundle, check_unit=False) as predict:
+        assert np.concatenate([predict(window[None]) for window in live]).tobytes() == offline.tobytes()
 
 
 def test_a_zero_phase_model_is_caught(trained, recording, capsys):
