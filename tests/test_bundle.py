@@ -74,8 +74,8 @@ def test_a_manifest_of_another_shape(path, text):
 
 
 def test_a_newer_schema_whatever_it_holds(path):
-    edit_manifest(path, lambda m: m.update(schema_version=2, colour="blue"))
-    refuses(path, "has schema version 2; this release reads up to 1. Upgrade sjepa-deploy")
+    edit_manifest(path, lambda m: m.update(schema_version=3, colour="blue"))
+    refuses(path, "has schema version 3; this release reads up to 2. Upgrade sjepa-deploy")
 
 
 @pytest.mark.parametrize("batch", [0, -1, 65_537, 10**9])
@@ -97,9 +97,9 @@ def test_one_flipped_bit_in_any_file(path, name, at):
 
 
 EDITS = {
-    "another rate": lambda m: m["spec"].update(sfreq=250.0),
-    "another channel order": lambda m: m["spec"]["ch_names"].reverse(),
-    "another band": lambda m: m["spec"]["preprocessing"].update(h_freq=30.0),
+    "another rate": lambda m: m["spec"]["signal"].update(sfreq=250.0),
+    "another channel order": lambda m: m["spec"]["signal"]["ch_names"].reverse(),
+    "another band": lambda m: m["spec"]["signal"]["steps"][0].update(h_freq=30.0),
     "a larger batch": lambda m: m["graphs"][0].update(max_batch=99),
     "trained weights": lambda m: m["weights"].update(source="trained.ckpt"),
     "better parity": lambda m: m["parity"][0].update(max_error=0.0),
@@ -117,7 +117,7 @@ def test_an_edited_manifest(path, edit):
 
 
 def test_an_edited_manifest_that_describes_no_model(path):
-    edit_manifest(path, lambda m: m["spec"].update(n_times=100))
+    edit_manifest(path, lambda m: m["spec"]["signal"].update(n_times=100))
     refuses(path, r"its spec is invalid \(n_times is 100")
 
 

@@ -11,11 +11,13 @@ from oracle import braindecode_model, difference, eeg, make_spec, outputs, rando
 from safetensors.torch import load_file, save_file
 
 from sjepa_deploy.eeg.montage import read_montage
+from sjepa_deploy.eeg.signal_file import write_signal
+from sjepa_deploy.eeg.steps import BandPass, Channels, Notch, Resample, ZScore
 from sjepa_deploy.errors import CheckpointError, SjepaError, SpecError
 from sjepa_deploy.models.checkpoint import load_model, read_checkpoint, write_checkpoint
 from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.models.resolve import resolve_spec
-from sjepa_deploy.spec import VARIANTS, EncoderSpec, Preprocessing
+from sjepa_deploy.spec import VARIANTS, EncoderSpec, EventWindow, Preprocessing
 
 SMALL = EncoderSpec(n_layers=2, n_decoder_layers=1)
 POSITION_TABLE = "pos_encoder.pos_encoder_spat.weight"
@@ -65,7 +67,8 @@ def refusal(path, match, error=CheckpointError, **kwargs):
 
 
 def change_config(folder, **changes):
-    """Rewrite braindecode's arguments in config.json, and take our spec out, which would win."""
+    """Rewrite braindecode's arguments in config.json, and take our spec out, which would win, and the signal."""
+    (folder / "signal.json").unlink(missing_ok=True)
     path = folder / "config.json"
     config = json.loads(path.read_text()) | changes
     config.pop("sjepa_deploy", None)
@@ -121,6 +124,47 @@ def test_braindecode_loads_our_folder(tmp_path, variant):
     assert difference(outputs(theirs, eeg(model.spec)), outputs(model, eeg(model.spec))) <= 1e-6
     assert (theirs.n_chans, theirs.n_times, theirs.sfreq) == (6, 280, 128.0)
     assert [ch["ch_name"] for ch in theirs.chs_info] == list(model.spec.ch_names)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_signal_outlives_a_save_by_braindecode(tmp_path, variant):
+    """braindecode loads our folder and saves into it: our key of config.json is gone, the signal is not."""
+    steps = (Notch(), BandPass(), Resample(), Channels(), ZScore())
+    model = small_model(variant, unit="V", steps=steps, phase="causal", event_window=EventWindow(start=0.5, events=("a", "b")))
+    write_checkpoint(model, tmp_path)
+    theirs = oracle.from_pretrained(variant, tmp_path)
+    with oracle.quiet():
+        theirs.save_pretrained(tmp_path)
+    assert "sjepa_deploy" not in json.loads((tmp_path / "config.json").read_text())
+    spec, assumed = resolve_spec({}, read_checkpoint(tmp_path))
+    assert spec.signal == model.spec.signal
+    assert not [each for each in assumed if each.of_signal]
+    assert difference(outputs(load(tmp_path), eeg(spec)), outputs(model, eeg(spec))) <= 1e-6
+
+
+def test_where_both_are_lost_it_is_said(tmp_path):
+    write_checkpoint(small_model(), tmp_path / "ours")
+    theirs = oracle.from_pretrained("postlocal", tmp_path / "ours")
+    with oracle.quiet():
+        theirs.save_pretrained(tmp_path / "theirs")
+    checkpoint = read_checkpoint(tmp_path / "theirs")
+    assert [note for note in checkpoint.notes if "signal.json" in note]
+    assert {each.flag for each in resolve_spec({}, checkpoint)[1] if each.of_signal} >= {"--band", "--phase", "--unit"}
+    (tmp_path / "ours/signal.json").unlink()  # a folder of an older release
+    before = read_checkpoint(tmp_path / "ours")
+    assert not before.notes
+    assert resolve_spec({}, before) == (small_spec(), ())
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_signal_of_another_model_is_refused(tmp_path, ours):
+    write_checkpoint(small_model(), tmp_path)
+    if not ours:
+        change_config(tmp_path)
+    write_signal(tmp_path / "signal.json", small_spec(sfreq=256.0).signal)
+    refusal(tmp_path, r"config.json and signal.json in .* tell another sfreq")
+    (tmp_path / "signal.json").write_text("{")
+    refusal(tmp_path, "neither JSON", SpecError)
 
 
 # ---------------------------------------------------------------- braindecode's folder
@@ -523,6 +567,7 @@ def test_our_own_spec_is_checked(tmp_path, changes, error, match):
     write_checkpoint(small_model("contextual"), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     stored = config["sjepa_deploy"]
+    (tmp_path / "signal.json").unlink()
     config["sjepa_deploy"] = stored | changes | {"signal": stored["signal"] | changes.get("signal", {})}
     (tmp_path / "config.json").write_text(json.dumps(config))
     refusal(tmp_path, match, error)

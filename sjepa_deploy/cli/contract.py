@@ -93,8 +93,9 @@ class Contract:
         if montage is not None and "ch_names" in stated:
             self._refuse("--montage", montage.ch_names, stated, "ch_names")
             montage = None if "positions" in stated else montage
-        for name in {*asked} & {*stated}:
-            self._refuse(FLAGS[name], asked[name], stated, name)
+        for name, flag in FLAGS.items():
+            if name in asked and name in stated:
+                self._refuse(flag, asked[name], stated, name)
         return stated | asked, montage
 
     def _channels(self) -> tuple[dict[str, Any], Montage | None]:
@@ -147,8 +148,8 @@ class Contract:
 
 
 FLAGS = {
-    "n_chans": "--channels",
     "ch_names": "--channels",
+    "n_chans": "--channels",
     "n_times": "--n-times",
     "sfreq": "--sfreq",
     "unit": "--unit",

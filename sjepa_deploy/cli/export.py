@@ -22,6 +22,7 @@ from sjepa_deploy.spec import PRECISIONS, RUN_PRECISIONS, VARIANTS, ModelSpec, P
 
 if TYPE_CHECKING:
     from sjepa_deploy.bundle import Bundle
+    from sjepa_deploy.models.checkpoint import Checkpoint
     from sjepa_deploy.models.networks import SignalJEPAModule
     from sjepa_deploy.models.resolve import Assumption
     from sjepa_deploy.runtime.backend import FloatArray
@@ -231,7 +232,7 @@ def _export_one(screen: Console, weights: Weights, contract: Contract, graphs: G
         asked["variant"] = weights.variant
     spec, assumed = resolve_spec(asked, read, asked_montage=montage)
     if read is not None and not contract.assume_signal:
-        _require_confirmed(screen, read.file_name, assumed)
+        _require_confirmed(screen, read, assumed)
     told = tuple(map(str, assumed))
     out = outputs.out or Path(f"sjepa-{spec.variant}")
     check_writable(out, force=outputs.force)
@@ -304,10 +305,13 @@ def _check_more(outputs: Outputs, precisions: tuple[Precision, ...], spec: Model
         check_served(spec, outputs.triton)
 
 
-def _require_confirmed(screen: Console, name: str, assumed: tuple[Assumption, ...]) -> None:
+def _require_confirmed(screen: Console, read: Checkpoint, assumed: tuple[Assumption, ...]) -> None:
     """Refuse to export a checkpoint whose signal is assumed, and list what is assumed with the flag that changes it."""
     if not any(each.of_signal for each in assumed):
         return
+    name = read.file_name
+    for note in read.notes:
+        screen.print(f"note: {escape(note)}", soft_wrap=True)
     screen.print(f"Of {escape(name)} is assumed:", soft_wrap=True)
     for each in assumed:
         screen.print(f"  {escape(str(each))}", soft_wrap=True)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from sjepa_deploy.eeg.signal_file import SIGNAL_FILE
 from sjepa_deploy.errors import MissingDependencyError, SjepaError, TrainingError, TrainingStoppedError, listed
 from sjepa_deploy.files import json_file, load_json, remove_partial, write_atomically
 from sjepa_deploy.learning.origin import SPLIT_FILE
@@ -183,6 +184,7 @@ def start_run(folder: Path, config: object, hashes: dict[str, str], *, replace: 
         if replace:
             (folder.parent / WEIGHTS_FILE).unlink(missing_ok=True)
             (folder.parent / CONFIG_FILE).unlink(missing_ok=True)
+            (folder.parent / SIGNAL_FILE).unlink(missing_ok=True)
             (folder.parent / SPLIT_FILE).unlink(missing_ok=True)
             if (folder / RUN_FILE).is_file():
                 shutil.rmtree(folder)
@@ -198,7 +200,7 @@ def go_on(folder: Path, config: object) -> None:
     """Remove what a killed process left half written, make the best checkpoint if it is missing, and note a longer run."""
     for name in (LAST_FILE, BEST_FILE, RUN_FILE, DATA_FILE):
         remove_partial(folder / name)
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
+    for name in (WEIGHTS_FILE, CONFIG_FILE, SIGNAL_FILE):
         remove_partial(folder.parent / name)
     last = read_checkpoint_file(folder / LAST_FILE)
     if _best_epoch(last, folder) == last["epoch"]:

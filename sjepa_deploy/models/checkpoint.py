@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from sjepa_deploy.eeg.signal_file import SIGNAL_FILE, read_signal, write_signal
 from sjepa_deploy.errors import CheckpointError, listed
 from sjepa_deploy.files import file_hash, load_json, write_atomically
 from sjepa_deploy.models.braindecode_config import (
@@ -92,8 +93,8 @@ def read_checkpoint(
     ----------
     path : Path or str
         A folder with ``config.json`` and ``model.safetensors`` (ours, braindecode's or Hugging Face's; ``pytorch_model.bin``
-        is read too), a state dict (``.safetensors``, ``.pth``, ``.pt``, ``.bin``, also inside of a mapping) or a Lightning
-        ``.ckpt``, whose hyper-parameters are read.
+        is read too, and so is ``signal.json``), a state dict (``.safetensors``, ``.pth``, ``.pt``, ``.bin``, also inside of a
+        mapping) or a Lightning ``.ckpt``, whose hyper-parameters are read.
     prefix : str or None
         What stands before the model's keys, where a file holds several models.
     allow_left_out : tuple of str
@@ -131,6 +132,9 @@ def read_checkpoint(
     notes += check_left_out(beside, allow_left_out, file)
     known, n_tokens = _known_from_weights(weights, variant, file)
     told = _told_by(config, variant, str(path / CONFIG_FILE)) if path.is_dir() else Told()
+    if path.is_dir():
+        told, untold = _with_signal(told, path, ours=SPEC_KEY in config)
+        notes += untold
     if content.settings and not path.is_dir():
         told = _told_by_trainer(content.settings, variant, f"the hyper-parameters in {file}")
     if "ch_names" in told.known and EMBEDDING in weights:
@@ -205,6 +209,8 @@ def load_model(checkpoint: Checkpoint, spec: ModelSpec) -> SignalJEPAModule:
 def write_checkpoint(model: SignalJEPAModule, folder: Path | str, *, training: object | None = None) -> None:
     """Write `model` as ``config.json`` and ``model.safetensors``, which braindecode's ``from_pretrained`` loads too.
 
+    The signal is in ``signal.json`` as well: braindecode's ``save_pretrained`` drops our part of ``config.json``.
+
     Parameters
     ----------
     model : SignalJEPAModule
@@ -222,6 +228,7 @@ def write_checkpoint(model: SignalJEPAModule, folder: Path | str, *, training: o
     if training is not None:
         config[TRAINING_KEY] = encode(training)
     (folder / CONFIG_FILE).unlink(missing_ok=True)
+    write_signal(folder / SIGNAL_FILE, model.spec.signal)
     write_atomically(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
     write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=1) + "\n").encode())
 
@@ -336,6 +343,35 @@ def _told_by(config: dict[str, Any], variant: Variant, place: str) -> Told:
         del known["task"]  # older releases did not store the task
     known["encoder"] = {f.name: getattr(spec.encoder, f.name) for f in dataclasses.fields(spec.encoder)}
     return Told(known=known, activation=True, max_norm=math.inf)
+
+
+def _with_signal(told: Told, folder: Path, *, ours: bool) -> tuple[Told, tuple[str, ...]]:
+    """Add what ``signal.json`` tells: braindecode's ``save_pretrained`` keeps that file, and drops our part of the configuration.
+
+    Returns
+    -------
+    told : Told
+        With the fields of the signal.
+    notes : tuple of str
+        What is lost.
+
+    Raises
+    ------
+    CheckpointError
+        If both files tell other values.
+    """
+    if not (folder / SIGNAL_FILE).is_file():
+        lost = f"the folder holds no {SIGNAL_FILE}, and {CONFIG_FILE} does not say which signal the model learned from"
+        return told, () if ours else (lost,)
+    stored = read_signal(folder / SIGNAL_FILE)
+    for name in stored:
+        before = told.known.get(name)
+        if stored[name] is not None and before is not None and before != stored[name]:
+            raise CheckpointError(
+                f"{CONFIG_FILE} and {SIGNAL_FILE} in {folder} tell another {name}.", "Keep the file that belongs to the weights."
+            )
+    known = told.known | {name: value for name, value in stored.items() if value is not None}
+    return dataclasses.replace(told, known=known), ()
 
 
 def _told_by_trainer(settings: dict[str, Any], variant: Variant, place: str) -> Told:
