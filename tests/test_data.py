@@ -441,6 +441,8 @@ def test_a_run_without_the_events_is_skipped_and_told_with_those_that_it_has(tmp
     assert told.startswith("two_raw: The recording has no events T1, T2, T3; its events are T0 (4), rest (2)")
     with pytest.raises(DataError, match=r"^two_raw: The recording has no events T1"):
         load_windows(dataclasses.replace(config, source=(without,)))
+    other = save_raw(marked(3, ["rest"], seed=3, ch_names=("C3", "C4")), tmp_path / "other_raw.fif")  # other channels too
+    assert len(load_windows(dataclasses.replace(config, source=(with_events, other))).skipped) == 1
     third = save_raw(make_raw(1000, seed=2), tmp_path / "three_raw.fif")
     with pytest.raises(DataError, match=r"None of 2 recordings gives a window. two_raw: .*T0 \(4\)"):
         load_windows(dataclasses.replace(config, source=(without, third)))

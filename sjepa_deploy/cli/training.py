@@ -176,7 +176,7 @@ def print_data(screen: Console, report: Any) -> None:
     if report.n_unused:
         screen.print(f"{report.n_unused} training windows, others in every epoch, fill no batch and are left out")
     if report.skipped:
-        screen.print(f"{len(report.skipped)} recordings give no window:")
+        screen.print(f"recordings that give no window, and are left out: {len(report.skipped)}")
         for told in report.skipped:
             screen.print(f"  {escape(told)}")
 

@@ -223,14 +223,14 @@ def _load_raw(
     label: Any = None,
 ) -> Windows:
     """Cut windows out of a recording: around events where there is a target of each, else one after the other."""
-    signal = _fitting_signal(raw.info, config, first, of_events=label is None)
-    digest = samples_hash([raw.get_data()])
-    try:
+    try:  # events first: a recording without them is passed over, whatever else it lacks
+        events = [] if config.target is None or label is not None else _events(raw, table, config.target)
+        signal = _fitting_signal(raw.info, config, first, of_events=label is None)
         share = config.interpolate_share if config.interpolate else 0.0
         fitted = fit_recording(raw, signal, interpolate=share, check_unit=config.check_unit)
-        events = [] if config.target is None or label is not None else _events(raw, table, config.target)
     except (RecordingError, DataError) as e:
         raise type(e)(f"{name}: {e.problem}", e.mend) from e  # one of many
+    digest = samples_hash([raw.get_data()])
     steps = list(fitted.steps)
     values: list[Any] | None = None
     if config.target is None or label is not None:
