@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sjepa_deploy.bundle import Bundle, Manifest
-from sjepa_deploy.errors import EngineError, ExportError, MissingDependencyError
+from sjepa_deploy.errors import EngineError, ExportError, MissingDependencyError, listed
 from sjepa_deploy.files import folder_beside, write_atomically
 from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, BackendOptions
 from sjepa_deploy.runtime.backends.engines import EngineRecord, EngineStore
 from sjepa_deploy.serving.batching import LARGEST_WAIT, REQUEST_OVERHEAD, Batching, measure_compute, plan_batching
-from sjepa_deploy.serving.contract import CONTRACT_KEY, Contract
+from sjepa_deploy.serving.contract import CONTRACT_KEY, Contract, step_names
 from sjepa_deploy.serving.model import BUNDLE_FOLDER, WINDOWS, TritonPythonModel
 from sjepa_deploy.spec import ModelSpec, Precision, Unit
 
@@ -107,7 +107,8 @@ def to_triton(
     Raises
     ------
     ExportError
-        If the repository cannot be written, or the model that is there has another contract.
+        If the repository cannot be written, or the model that is there has another contract; if `from_unit` is given, and a step
+        before windows are cut leaves them in no unit.
     ServingError
         If the deadline cannot be kept.
     EngineError
@@ -121,6 +122,11 @@ def to_triton(
     name = name or f"sjepa-{spec.variant}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ExportError(f"{name!r} is no name for a model.", "Use letters, digits, dots, dashes and underscores.")
+    if from_unit is not None and any(step.changes_unit for step in spec.signal.stream_steps):
+        raise ExportError(
+            f"After the steps {listed(step.name for step in spec.signal.stream_steps)} windows are in no unit.",
+            "Leave out --from-unit.",
+        )
     gpu = gpu or platform == "tensorrt"
     instances = instances or (1 if gpu else len(os.sched_getaffinity(0)))
     engine = _engine(bundle, precision) if platform == "tensorrt" else None
@@ -142,6 +148,7 @@ def to_triton(
         n_threads=1,
         deadline=deadline,
         manifests={},
+        **_divided(spec, len(spec.signal.stream_steps) if platform == "python" and from_unit is None else None),
     )
     graph, windows = (name, "") if from_unit is None else (f"{name}-graph", f"{name}-windows")
     steps = (windows, graph) if windows else ()
@@ -156,7 +163,8 @@ def to_triton(
             else:
                 shutil.copy(bundle.graph_path(precision), folder / _NATIVE[platform][1])
         if from_unit is not None:
-            contract = dataclasses.replace(contract, unit=from_unit)
+            n_client = len(spec.signal.stream_steps) - spec.signal.ends_with_average
+            contract = dataclasses.replace(contract, unit=from_unit, **_divided(spec, n_client))
             with _new_version(repository / windows, version, config.windows(windows, keep=2), contract) as folder:
                 _write_python(folder, bundle, "WindowPreparation")
             with _new_version(repository / name, version, config.ensemble(name, steps, version), contract):
@@ -166,6 +174,13 @@ def to_triton(
     return ServedModel(
         repository=repository, name=name, version=version, steps=steps, batching=config.batching, instances=instances
     )
+
+
+def _divided(spec: ModelSpec, n_client: int | None) -> dict[str, tuple[str, ...]]:
+    """Return which steps run where: the first `n_client` of them, or all, in the client, and the others in the model."""
+    names = step_names(spec)
+    n_client = len(names) if n_client is None else n_client
+    return {"client_steps": names[:n_client], "model_steps": names[n_client:]}
 
 
 def read_config(file: Path) -> Any:

@@ -129,9 +129,14 @@ class Backend(ABC):
     build_seconds: float | None = None
     setting: str = ""
 
+    @property
+    def finishes(self) -> bool:
+        """Return whether `run_unfinished` is offered."""
+        return False
+
     @abstractmethod
     def run(self, eeg: FloatArray) -> FloatArray:
-        """Run the model on windows.
+        """Run the model on windows after all steps of the signal.
 
         A backend may refuse a second thread that calls at the same time (`Turn`).
 
@@ -145,6 +150,16 @@ class Backend(ABC):
         array of float32, shape (batch, ...)
             The outputs. Every call may return the same buffer.
         """
+
+    def run_unfinished(self, eeg: FloatArray) -> FloatArray:
+        """Run the model on windows before the signal's steps on windows, which the backend does, as a server can. Else see `run`.
+
+        Raises
+        ------
+        BackendError
+            If the backend does no steps.
+        """
+        raise BackendError(f"The backend {self.name} does no steps on windows.", "Give it windows after all steps.")
 
     def run_on_gpu(self, eeg: Any) -> FloatArray:
         """Run the model on windows on the GPU (DLPack, CUDA array interface), in place. The next call may overwrite the result.

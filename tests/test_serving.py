@@ -29,16 +29,21 @@ from sjepa_deploy.cli import run_command
 from sjepa_deploy.cli.serve import serve
 from sjepa_deploy.cli.stream import stream
 from sjepa_deploy.cli.verify import verify
+from sjepa_deploy.eeg.steps import BandPass, Channels, Reference, Resample, ZScore
 from sjepa_deploy.errors import BackendError, InputError, RefusedError, ServingError, UnansweredError
 from sjepa_deploy.export.to_triton import read_config, to_triton
 from sjepa_deploy.parity import TOLERANCE, batch_sizes, check_parity
+from sjepa_deploy.runtime.live import calls
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
+from sjepa_deploy.runtime.live.sources import synthetic_source
 from sjepa_deploy.serving import Answer, Client, Server
 
 VARIANTS = ("prelocal", "postlocal", "contextual")
 
 PATIENT = {"deadline": 10.0, "instances": 1}  # on a busy machine a small model may take long
+
+STEPS = (BandPass(), Resample(), Channels(), Reference(), ZScore())
 
 NO_ANSWER = (UnansweredError, RefusedError)
 
@@ -75,6 +80,7 @@ def server(make_bundle, tmp_path_factory, pytestconfig):
         to_triton(make_bundle(variant), repository, name=variant, **PATIENT)
     to_triton(make_bundle("prelocal", max_batch=3, static_batch=3), repository, name="static", **PATIENT)
     to_triton(make_bundle("prelocal", class_names=("left", "right", "rest")), repository, name="volts", from_unit="V", **PATIENT)
+    to_triton(make_bundle("prelocal", steps=STEPS), repository, name="steps", **PATIENT)
     add_odd_models(make_bundle, repository)
     answer_soon(repository)
     with Server(repository) as running:
@@ -461,6 +467,40 @@ def test_stream_and_check_with_a_server(server, make_bundle, tmp_path):
         decided[backend] = np.array([line["prediction"] for line in written if "prediction" in line])
     here, there = decided.values()
     assert len(here) == len(there) > 180
+    assert_same(there, here)
+
+
+def test_steps_on_windows_run_in_the_model(server, client, make_bundle):
+    bundle = make_bundle("prelocal", steps=STEPS)
+    served = client("steps")
+    assert served.contract.client_steps == ("band-pass", "resample", "channels", "reference")
+    assert served.contract.model_steps == ("z-score",)
+    windows = windows_of(bundle.spec, 0, 3)
+    finished = ((windows - windows.mean(axis=2, keepdims=True)) / windows.std(axis=2, keepdims=True)).astype(np.float32)
+    expected = local_outputs(bundle, finished)
+    assert_same(served(windows), expected)
+    assert_same(served.infer(finished, n_steps=len(STEPS)).output, expected)
+    with sjepa_deploy.load(bundle, backend=f"triton:{server.endpoints['grpc']}/steps") as predict:
+        assert_same(predict(finished), expected)  # a backend takes windows after all steps, wherever it computes
+    with pytest.raises(InputError, match="went through 3 steps"):
+        served.infer(windows, n_steps=3)
+    with pytest.raises(ServingError, match="steps is "):
+        client("steps", spec=bundle.spec.replace(steps=STEPS[:-1]))
+
+
+def test_a_stream_leaves_the_steps_on_windows_to_the_model(server, make_bundle, monkeypatch):
+    bundle = make_bundle("prelocal", steps=STEPS)
+    decided = []
+    for backend in ("ort-cpu", f"triton:{server.endpoints['grpc']}/steps"):
+        if decided:
+            monkeypatch.setattr(calls, "finish_windows", None)  # they would be done twice
+        with sjepa_deploy.load(bundle, backend=backend, check_unit=False) as predict:
+            decoder = Decoder(
+                predict, synthetic_source(bundle.spec, speed=float("inf"), n_samples=600), StreamConfig(late="queue")
+            )
+            decided.append(np.array([decision.prediction for decision in decoder]))
+    here, there = decided
+    assert len(here) == len(there) > 20
     assert_same(there, here)
 
 

@@ -15,12 +15,13 @@ from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import run_command
 from sjepa_deploy.cli.export import export
 from sjepa_deploy.cli.serve import serve
+from sjepa_deploy.eeg.steps import BandPass, Channels, ExponentialStandardise, Reference, Resample, ZScore
 from sjepa_deploy.errors import EngineError, ExportError, ServingError
 from sjepa_deploy.export.to_triton import PLATFORMS, to_triton
 from sjepa_deploy.files import bytes_hash, now
 from sjepa_deploy.runtime.backends.engines import BuildSettings, EngineRecord, EngineStore, LayerSummary, Machine
 from sjepa_deploy.serving.batching import LARGEST_WAIT, plan_batching
-from sjepa_deploy.serving.contract import CONTRACT_KEY, Contract
+from sjepa_deploy.serving.contract import CONTRACT_KEY, Contract, step_names
 
 PATIENT = {"deadline": 10.0, "instances": 2}
 
@@ -109,6 +110,24 @@ def test_an_ensemble_joins_its_steps_of_one_version(with_engine, tmp_path):
         assert {each.name for each in ensemble.output} <= tensors
         assert ensemble.version_policy.latest.num_versions == 1
     assert Contract.loads(graph.parameters[CONTRACT_KEY].string_value, "m-graph").unit == "uV"
+
+
+@pytest.mark.parametrize(
+    ("platform", "from_unit", "n_client"), [("python", None, 4), ("python", "V", 3), ("onnxruntime", None, 5)]
+)
+def test_the_configuration_says_which_steps_run_where(make_bundle, tmp_path, platform, from_unit, n_client):
+    steps = (BandPass(), Resample(), Channels(), Reference(), ZScore())
+    bundle = make_bundle("prelocal", steps=steps)
+    to_triton(bundle, tmp_path, name="m", platform=platform, from_unit=from_unit, **PATIENT)
+    contract = Contract.loads(parsed(tmp_path / "m").parameters[CONTRACT_KEY].string_value, "m")
+    names = ("band-pass", "resample", "channels", "reference", "z-score")
+    assert (contract.client_steps, contract.model_steps) == (names[:n_client], names[n_client:])
+
+
+def test_windows_that_are_in_no_unit_are_converted_from_none(make_bundle, tmp_path):
+    bundle = make_bundle("prelocal", steps=(Resample(), Channels(), ExponentialStandardise()))
+    with pytest.raises(ExportError, match=r"in no unit\. Leave out --from-unit"):
+        to_triton(bundle, tmp_path, from_unit="V", **PATIENT)
 
 
 def test_labels_go_along(make_bundle, tmp_path):
@@ -206,7 +225,9 @@ def test_what_the_queue_accepts_is_in_time(fixed, each, graph_batch, deadline, i
 
 def test_contracts_that_were_changed_or_are_missing_are_refused(make_bundle):
     manifest = make_bundle("prelocal").manifest
-    contract = Contract(unit="uV", precision="fp32", backend="ort-cpu", n_threads=1, deadline=0.05, manifests={"1": manifest})
+    steps = {"client_steps": step_names(manifest.spec), "model_steps": ()}
+    settings = {"unit": "uV", "precision": "fp32", "backend": "ort-cpu", "n_threads": 1, "deadline": 0.05}
+    contract = Contract(**settings, **steps, manifests={"1": manifest})
     assert Contract.loads(contract.dumps(), "m") == contract
     forged = dataclasses.replace(contract, manifests={"1": dataclasses.replace(manifest, created="1999-01-01T00:00:00+00:00")})
     for text, says in (
@@ -214,6 +235,8 @@ def test_contracts_that_were_changed_or_are_missing_are_refused(make_bundle):
         ("{", "cannot be read"),
         ("{}", "lacks the key"),
         (forged.dumps(), "was changed"),
+        (dataclasses.replace(contract, client_steps=("notch",)).dumps(), "divides the steps notch"),
+        (dataclasses.replace(contract, client_steps=(), model_steps=steps["client_steps"][:-1]).dumps(), "divides the steps"),
     ):
         with pytest.raises(ServingError, match=says):
             Contract.loads(text, "m")

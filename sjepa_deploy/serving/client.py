@@ -33,6 +33,7 @@ from sjepa_deploy.serving.contract import (
     CHECKED_PARAMETER,
     CONTRACT_KEY,
     CONTRACT_PARAMETER,
+    STEPS_PARAMETER,
     Contract,
     contract_id,
 )
@@ -156,24 +157,41 @@ class Client(Backend):
         A batch larger than the server takes is sent in parts.
         """
         size = self.max_batch or len(eeg)
-        parts = [self.infer(eeg[i : i + size], checked=True).output for i in range(0, len(eeg), size)]
+        parts = [self._infer_after(len(self.spec.signal.steps), eeg[i : i + size]) for i in range(0, len(eeg), size)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    @property
+    def finishes(self) -> bool:
+        """Return whether the model does the steps on windows."""
+        n_windows = len(self.spec.signal.window_steps)
+        return 0 < n_windows <= len(self.contract.model_steps)
+
+    def run_unfinished(self, eeg: FloatArray) -> FloatArray:
+        """Run the model on `eeg` before the steps on windows, which the model does. See `infer` for errors."""
+        return self._infer_after(len(self.spec.signal.stream_steps), eeg)
+
+    def _infer_after(self, n_steps: int, eeg: FloatArray) -> FloatArray:
+        return self.infer(eeg, checked=True, n_steps=n_steps).output
 
     def __call__(self, eeg: FloatArray) -> FloatArray:
         """Decode `eeg`, shape (batch, n_chans, n_times); the server checks the windows. See `infer` for errors."""
         return self.infer(eeg).output
 
-    def infer(self, eeg: FloatArray, *, checked: bool = False, timeout: float | None = None) -> Answer:
+    def infer(
+        self, eeg: FloatArray, *, checked: bool = False, timeout: float | None = None, n_steps: int | None = None
+    ) -> Answer:
         """Send one request.
 
         Parameters
         ----------
         eeg : array of float32, shape (batch, n_chans, n_times)
-            Windows in `contract.unit`.
+            Windows in `contract.unit`, after the first `n_steps` steps of the signal.
         checked : bool
             Whether the server leaves NaN and amplitudes unjudged.
         timeout : float or None
             Seconds that it may take; None for the client's.
+        n_steps : int or None
+            Steps that the windows went through; None for `contract.client_steps`. The model does those that lack.
 
         Raises
         ------
@@ -190,11 +208,11 @@ class Client(Backend):
         """
         self._turn.begin()
         try:
-            return self._infer(eeg, checked, time.monotonic() + (self.timeout if timeout is None else timeout))
+            return self._infer(eeg, checked, n_steps, time.monotonic() + (self.timeout if timeout is None else timeout))
         finally:
             self._turn.end()
 
-    def _infer(self, eeg: FloatArray, checked: bool, ends: float) -> Answer:
+    def _infer(self, eeg: FloatArray, checked: bool, n_steps: int | None, ends: float) -> Answer:
         if eeg.dtype != np.float32 or eeg.shape[1:] != self.spec.input_shape or not len(eeg):
             raise InputError(
                 f"{self.name} takes no {eeg.dtype} of shape {eeg.shape}.",
@@ -207,7 +225,7 @@ class Client(Backend):
                 if not self._current:
                     self._connect(ends)
                 attempts += 1
-                output, version = self._send(eeg, request_id, checked, ends)
+                output, version = self._send(eeg, request_id, checked, n_steps, ends)
                 return Answer(output=output, version=version, request_id=request_id, attempts=attempts)
             except _NotThereError:  # nothing was computed
                 self._current = False
@@ -284,9 +302,10 @@ class Client(Backend):
 
     def _compare(self, wanted: ModelSpec, unit: Unit) -> None:
         """Raise if the served model takes other windows, or gives other outputs, than the one that is meant."""
-        there = self.manifest.spec
-        differs = [f.name for f in dataclasses.fields(ModelSpec) if getattr(there, f.name) != getattr(wanted, f.name)]
-        says = [f"{name} is {_short(getattr(there, name))} there and {_short(getattr(wanted, name))} here" for name in differs]
+        there, here = _fields(self.manifest.spec), _fields(wanted)
+        says = [
+            f"{name} is {_short(there[name])} there and {_short(here[name])} here" for name in there if there[name] != here[name]
+        ]
         if self.contract.unit != unit:
             says.append(f"windows are in {self.contract.unit} there and in {unit} here")
         if says:
@@ -295,12 +314,13 @@ class Client(Backend):
                 "Open the bundle that is served, or serve the one that is meant.",
             )
 
-    def _send(self, eeg: FloatArray, request_id: str, checked: bool, ends: float) -> tuple[FloatArray, str]:
+    def _send(self, eeg: FloatArray, request_id: str, checked: bool, n_steps: int | None, ends: float) -> tuple[FloatArray, str]:
         """Send `eeg` once, and return the outputs and the version that gave them."""
         spec = self.spec
         shape = (len(eeg), *spec.output_shape)
         window = self._grpc.InferInput(spec.input_name, eeg.shape, "FP32")
         wanted = self._grpc.InferRequestedOutput(spec.output_name)
+        n_steps = len(self.contract.client_steps) if n_steps is None else n_steps
         left = _left(ends)
         try:
             region = None if self._memory is None else self._memory.place(self._server, eeg, shape, left)
@@ -317,7 +337,7 @@ class Client(Backend):
                 request_id=request_id,
                 timeout=round(left * 1e6),
                 client_timeout=left,
-                parameters=self._parameters | {CHECKED_PARAMETER: checked},
+                parameters=self._parameters | {CHECKED_PARAMETER: checked, STEPS_PARAMETER: n_steps},
             )
         except self._grpc.InferenceServerException as e:
             raise self._understood(e, request_id) from e
@@ -365,6 +385,13 @@ def _pause(ends: float) -> bool:
         return False
     time.sleep(_PAUSE)
     return True
+
+
+def _fields(spec: ModelSpec) -> dict[str, Any]:
+    """Return the fields of a model and of its signal side by side."""
+    own = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    signal = own.pop("signal")
+    return own | {field.name: getattr(signal, field.name) for field in dataclasses.fields(signal)}
 
 
 def _short(value: object) -> str:

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 
 from sjepa_deploy.bundle import Manifest
-from sjepa_deploy.errors import ServingError
+from sjepa_deploy.errors import ServingError, listed
 from sjepa_deploy.files import bytes_hash, canonical_json, load_json, seal
 from sjepa_deploy.serialize import DecodeError, decode, encode
 from sjepa_deploy.spec import ModelSpec, Precision, Unit
@@ -22,6 +22,9 @@ BUNDLE_PARAMETER = "sjepa_bundle"
 
 CHECKED_PARAMETER = "sjepa_checked"
 """Parameter of a request whose windows the client has checked, or sends as they are on purpose."""
+
+STEPS_PARAMETER = "sjepa_steps"
+"""Parameter of a request: how many steps of the signal its windows went through. Without it these are `Contract.client_steps`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,8 @@ class Contract:
         CPU threads of one instance.
     deadline : float
         Seconds that batching was planned for.
+    client_steps, model_steps : tuple of str
+        Names of the signal's steps that a client does, and of those after them that the model does.
     manifests : dict of str to Manifest
         Manifest of the bundle behind each version.
     """
@@ -49,6 +54,8 @@ class Contract:
     backend: str
     n_threads: int
     deadline: float
+    client_steps: tuple[str, ...]
+    model_steps: tuple[str, ...]
     manifests: dict[str, Manifest]
 
     def dumps(self) -> str:
@@ -62,7 +69,7 @@ class Contract:
         Raises
         ------
         ServingError
-            If it is missing, of another release, or a manifest was changed.
+            If it is missing, of another release, or a manifest was changed; if it divides other steps than those of a manifest.
         """
         mend = "Make its repository with sjepa-export --triton of this release."
         if not text:
@@ -75,7 +82,20 @@ class Contract:
             raise ServingError(f"What the model {model} says of itself cannot be read ({what}).", mend) from e
         if changed := [version for version, manifest in data["manifests"].items() if manifest["digest"] != seal(manifest)]:
             raise ServingError(f"The manifest of version {changed[0]} of {model} was changed after it was written.", mend)
+        for version, manifest in contract.manifests.items():
+            steps = step_names(manifest.spec)
+            if steps != (*contract.client_steps, *contract.model_steps):
+                raise ServingError(
+                    f"The model {model} divides the steps {listed(contract.client_steps)} and "
+                    f"{listed(contract.model_steps) or 'none'}, but version {version} has {listed(steps)}.",
+                    mend,
+                )
         return contract
+
+
+def step_names(spec: ModelSpec) -> tuple[str, ...]:
+    """Return the names of the steps of a model's signal, in order."""
+    return tuple(step.name for step in spec.signal.steps)
 
 
 def contract_id(spec: ModelSpec, unit: Unit) -> str:

@@ -18,7 +18,7 @@ from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.eeg.chain import finish_windows
 from sjepa_deploy.eeg.steps.reference import average_reference
 from sjepa_deploy.eeg.units import conversion
-from sjepa_deploy.errors import InputError, ServingError
+from sjepa_deploy.errors import InputError, ServingError, listed
 from sjepa_deploy.runtime.backend import Backend, BackendOptions, FloatArray
 from sjepa_deploy.runtime.predictor import Predictor, load
 from sjepa_deploy.serving.contract import (
@@ -26,6 +26,7 @@ from sjepa_deploy.serving.contract import (
     CHECKED_PARAMETER,
     CONTRACT_KEY,
     CONTRACT_PARAMETER,
+    STEPS_PARAMETER,
     Contract,
     contract_id,
 )
@@ -43,6 +44,7 @@ _TAKEN = b"used_dltensor"
 class TritonPythonModel:
     """Runs the bundle of one version on a backend of ours. Each instance is one object in a process of its own.
 
+    The steps of the signal that work on windows are done here, as far as a request does not say that the client has done them.
     Each request is judged alone: windows that break the contract are refused with the message that a local call raises, and
     the others of its batch are decoded.
     """
@@ -54,6 +56,7 @@ class TritonPythonModel:
         self._contract = Contract.loads(parameters[CONTRACT_KEY]["string_value"], args["model_name"])
         self._bundle = Bundle.open(Path(args["model_repository"]) / args["model_version"] / BUNDLE_FOLDER)
         spec = self._bundle.spec
+        self._signal = spec.signal
         self._id, self._digest = contract_id(spec, self._contract.unit), self._bundle.manifest.digest
         self._input, self._output = spec.input_name, spec.output_name
         self._open(BackendOptions(n_threads=self._contract.n_threads, device=max(0, int(args["model_instance_device_id"]))))
@@ -91,13 +94,22 @@ class TritonPythonModel:
         said = json.loads(request.parameters())
         if said.get(CONTRACT_PARAMETER, self._id) != self._id or said.get(BUNDLE_PARAMETER, self._digest) != self._digest:
             raise ServingError("This version serves another model than the client means.", "Connect again.")
-        return self._prepare(self._tensor_of(request), checked=bool(said.get(CHECKED_PARAMETER)))
+        least, most = len(self._contract.client_steps), len(self._signal.steps)
+        n_done = said.get(STEPS_PARAMETER, least)
+        if not isinstance(n_done, int) or not least <= n_done <= most:
+            raise InputError(
+                f"The windows went through {n_done!r} steps, the model takes them after {least} to {most}.",
+                f"Do the steps {listed(self._contract.client_steps)} in the client.",
+            )
+        return self._prepare(self._tensor_of(request), n_done, checked=bool(said.get(CHECKED_PARAMETER)))
 
     def _tensor_of(self, request: Any) -> FloatArray:
         return cast(FloatArray, np.from_dlpack(self._triton.get_input_tensor_by_name(request, self._input)))
 
-    def _prepare(self, eeg: FloatArray, *, checked: bool) -> FloatArray:
-        return eeg if checked else self._predict.check(eeg)
+    def _prepare(self, eeg: FloatArray, n_done: int, *, checked: bool) -> FloatArray:
+        """Return windows after all steps, of which `n_done` were done."""
+        windows = eeg if n_done == len(self._signal.steps) else finish_windows(self._signal, eeg)
+        return windows if checked else self._predict.check(windows)
 
     def _run(self, eeg: FloatArray) -> FloatArray:
         return self._predict.backend.run(eeg)
@@ -125,15 +137,12 @@ class WindowPreparation(TritonPythonModel):
         self._predict = Predictor(self._bundle, _NoBackend(self._contract.precision))
         self._output = WINDOWS
         self._scale = conversion(self._contract.unit, spec.unit)
-        self._signal = spec.signal
-        self._average = spec.signal.ends_with_average
 
-    def _prepare(self, eeg: FloatArray, *, checked: bool) -> FloatArray:
+    def _prepare(self, eeg: FloatArray, n_done: int, *, checked: bool) -> FloatArray:
         scaled = eeg * np.float64(self._scale)  # electrode offsets are a thousand times larger than the EEG
-        if self._average:
+        if n_done < len(self._signal.stream_steps):  # only the average reference at their end can be lacking
             scaled = average_reference(scaled, axis=1)
-        windows = finish_windows(self._signal, scaled.astype(np.float32))
-        return windows if checked else self._predict.check(windows)
+        return super()._prepare(scaled.astype(np.float32), n_done, checked=checked)
 
     def _run(self, eeg: FloatArray) -> FloatArray:
         return eeg
