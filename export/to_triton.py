@@ -141,14 +141,17 @@ def to_triton(
         instances=instances,
         gpu=gpu,
     )
+    names, n_continuous = step_names(spec), len(spec.signal.stream_steps)
+    n_client = n_continuous if platform == "python" and from_unit is None else len(names)
     contract = Contract(
         unit=spec.unit,
         precision=precision,
         backend=backend if platform == "python" else platform,
         n_threads=1,
         deadline=deadline,
+        client_steps=names[:n_client],
+        model_steps=names[n_client:],
         manifests={},
-        **_divided(spec, len(spec.signal.stream_steps) if platform == "python" and from_unit is None else None),
     )
     graph, windows = (name, "") if from_unit is None else (f"{name}-graph", f"{name}-windows")
     steps = (windows, graph) if windows else ()
@@ -163,8 +166,8 @@ def to_triton(
             else:
                 shutil.copy(bundle.graph_path(precision), folder / _NATIVE[platform][1])
         if from_unit is not None:
-            n_client = len(spec.signal.stream_steps) - spec.signal.ends_with_average
-            contract = dataclasses.replace(contract, unit=from_unit, **_divided(spec, n_client))
+            n_client = n_continuous - spec.signal.ends_with_average  # the reference of the windows does not matter
+            contract = dataclasses.replace(contract, unit=from_unit, client_steps=names[:n_client], model_steps=names[n_client:])
             with _new_version(repository / windows, version, config.windows(windows, keep=2), contract) as folder:
                 _write_python(folder, bundle, "WindowPreparation")
             with _new_version(repository / name, version, config.ensemble(name, steps, version), contract):
@@ -174,13 +177,6 @@ def to_triton(
     return ServedModel(
         repository=repository, name=name, version=version, steps=steps, batching=config.batching, instances=instances
     )
-
-
-def _divided(spec: ModelSpec, n_client: int | None) -> dict[str, tuple[str, ...]]:
-    """Return which steps run where: the first `n_client` of them, or all, in the client, and the others in the model."""
-    names = step_names(spec)
-    n_client = len(names) if n_client is None else n_client
-    return {"client_steps": names[:n_client], "model_steps": names[n_client:]}
 
 
 def read_config(file: Path) -> Any:

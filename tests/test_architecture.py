@@ -100,6 +100,11 @@ def test_the_arrows_that_are_known_are_found():
         ("sjepa_deploy.runtime", "sjepa_deploy.cli"),
         ("sjepa_deploy.runtime", "sjepa_deploy.export"),
         ("sjepa_deploy.runtime", "sjepa_deploy.learning"),
+        ("sjepa_deploy.runtime", "sjepa_deploy.evaluation"),
+        ("sjepa_deploy.serving", "sjepa_deploy.evaluation"),
+        ("sjepa_deploy.export", "sjepa_deploy.evaluation"),
+        ("sjepa_deploy.eeg", "sjepa_deploy.learning"),
+        ("sjepa_deploy.eeg.steps", "sjepa_deploy.spec"),
     ],
 )
 def test_an_arrow_that_must_never_be(source, target):
@@ -110,6 +115,14 @@ def test_an_arrow_that_must_never_be(source, target):
     assert any(inside(module, target) for module in MODULES)
     wrong = [(a, b) for a, targets in ARROWS.items() for b in targets if inside(a, source) and inside(b, target)]
     assert wrong == []
+
+
+def test_a_step_needs_nothing_of_the_signal_around_it():
+    """`eeg.steps` imports nothing of `eeg`: the contract of a signal is made of steps."""
+    steps = "sjepa_deploy.eeg.steps"
+    targets = set().union(*(ARROWS[module] for module in MODULES if module.startswith(steps)))
+    assert f"{steps}.base" in targets
+    assert [name for name in targets if name.startswith("sjepa_deploy.eeg") and not name.startswith(steps)] == []
 
 
 def test_no_module_imports_itself_through_others():

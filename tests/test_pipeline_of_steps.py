@@ -92,13 +92,12 @@ def test_windows_of_training_offline_and_live_have_the_same_bits(chain):
     assert len(learned.eeg) == len(prepared.eeg) == 60
     assert np.asarray(learned.eeg).tobytes() == prepared.eeg.tobytes()
     offline = np.concatenate(fit_recording(raw, signal).windows(25))
-    spec = Bundle.open(folder / "bundle").spec
     info = StreamInfo(name="EEG", ch_names=tuple(raw.ch_names), sfreq=256.0, unit="V")
     rng = np.random.default_rng(0)
     source = ReplaySource(
         info, np.ascontiguousarray(raw.get_data().T), speed=float("inf"), chunk=lambda: int(rng.integers(1, 99))
     )
-    stream = WindowStream(spec, info, StreamConfig(hop=HOP), counters=Counters(), report=lambda *told: None)
+    stream = WindowStream(signal, info, StreamConfig(hop=HOP), counters=Counters(), report=lambda *told: None)
     live = []
     while (chunk := source.read(0.0)) is not None:
         live += [finish_windows(signal, stream.eeg())[0].copy() for _ in stream.push(chunk)]

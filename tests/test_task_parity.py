@@ -1,6 +1,8 @@
 """The live decoder decodes what the model learned: a model that was trained elsewhere, on events of a recording, three ways."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import mne
@@ -218,6 +220,21 @@ def test_an_event_locked_bundle_asks_for_events(trained, recording, capsys):
     assert "contradict" in capsys.readouterr().err
     assert sjepa("run", bundle.path, str(recording), "--events", "nod") == 2
     assert "left (40), right (40)" in capsys.readouterr().err
+
+
+def test_the_example_of_the_page_runs_as_it_stands(recording, tmp_path, monkeypatch, capsys):
+    """Windows from `prepare`, a network that skorch trains, and the commands that take them to a live decoder."""
+    page = (Path(__file__).parents[1] / "docs/signal.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (commands,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    shutil.copy(recording, tmp_path / "session_raw.fif")
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    for line in commands.splitlines():
+        name, *arguments = line.split()
+        assert sjepa(name.removeprefix("sjepa-"), *arguments) == 0, line
+    assert "balanced accuracy" in capsys.readouterr().out
+    assert len((tmp_path / "decoded.tsv").read_text().splitlines()) == 81
 
 
 def test_what_cannot_be_judged_is_refused(trained, recording):

@@ -57,7 +57,7 @@ class AgePart:
     Attributes
     ----------
     name : str
-        "model", "filters", "window", "hop", "transport", "inference", ...
+        "window", "model", "hop", "transport", "inference", and the name of each step that delays ("band-pass", "resample").
     seconds : float
         Seconds that the part adds.
     source : str
