@@ -34,8 +34,8 @@ MEANINGS = {
     "--variant": ({"export"}, {"finetune"}),  # a base model is not fine-tuned
     "--max-batch": ({"export"}, {"build"}),  # of a graph, of an engine
     "--class-names": ({"export"}, {"decide"}),  # one for each output; two for one output too
-    "--classes": ({"stream", "decide"}, {"finetune"}),  # pairs of class and event, names of classes alone
-    "--column": ({"stream", "decide"}, {"finetune"}),  # of a table of events, or of whatever holds a target
+    "--classes": ({"stream", "decide", "export"}, {"finetune"}),  # pairs of class and event, names of classes alone
+    "--column": ({"stream", "decide", "export"}, {"finetune"}),  # of a table of events, or of whatever holds a target
     "--hop": ({"run"}, {"stream"}, {"decide"}),  # a recording is cut into windows side by side, a stream is decided on often
     "--deadline": ({"stream"}, {"bench"}, {"serve"}),  # the hop, the next window, seconds to an answer
     "--time-limit": ({"bench"}, {"build"}),  # ends with what it has, is given up

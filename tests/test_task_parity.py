@@ -265,3 +265,27 @@ def test_results_of_tasks_are_sealed(trained, recording, tmp_path):
     with pytest.raises(BundleError, match="no result"):
         read_tasks(bundle)
     file.unlink()
+
+
+def test_the_export_judges_the_task(trained, recording, tmp_path, capsys):
+    """A checkpoint of a causal model passes; that of a zero-phase one gives a bundle, a result in it, and status 1."""
+    for phase, want in (("causal", 0), ("zero-phase", 1)):
+        bundle, *_ = trained(phase)
+        out = tmp_path / phase
+        flags = ("--checkpoint", bundle.checkpoint, "--out", out, "--precision", "fp32", "--engine", "none", "--json")
+        status = sjepa("export", *flags, "--task-data", recording)  # the events are the model's
+        shown = capsys.readouterr()
+        assert status == want, shown.err
+        (result,) = read_tasks(Bundle.open(out))
+        assert (result.passed, result.phase) == (not want, phase)
+        assert json.loads(shown.out)["task"]["passed"] == result.passed
+
+
+def test_events_that_are_not_in_the_recording_cost_no_export(trained, recording, tmp_path, capsys):
+    bundle, *_ = trained("causal")
+    flags = ("--checkpoint", bundle.checkpoint, "--out", tmp_path / "out", "--precision", "fp32")
+    assert sjepa("export", *flags, "--task-data", recording, "--events", "nod") == 2
+    assert "left (40), right (40)" in capsys.readouterr().err
+    assert sjepa("export", *flags, "--events", "all") == 2
+    assert "--task-data" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import click
 
 from sjepa_deploy.cli import options, task
+from sjepa_deploy.eeg.events import ALL
 from sjepa_deploy.eeg.montage import Montage, read_montage
 from sjepa_deploy.eeg.signal_file import read_signal
 from sjepa_deploy.eeg.steps import Phase
@@ -64,8 +65,15 @@ class Contract:
     output_unit: str | None
     spatial_filters: int | None
 
-    def ask(self) -> tuple[dict[str, Any], Montage | None]:
+    def ask(self, known: EventWindow | None, *, judged: bool) -> tuple[dict[str, Any], Montage | None]:
         """Return the fields for `sjepa_deploy.models.resolve.resolve_spec`, and the montage.
+
+        Parameters
+        ----------
+        known : EventWindow or None
+            Of the checkpoint.
+        judged : bool
+            Whether the events choose what of a recording is judged. Then they only name the model's where nothing else does.
 
         Raises
         ------
@@ -89,7 +97,7 @@ class Contract:
         stated = {} if self.signal is None else read_signal(self.signal)
         names = asked.get("ch_names") if montage is None else montage.ch_names
         asked["preprocessing"] = self._changes(stated, names)
-        asked["event_window"] = self._event_window(stated)
+        asked["event_window"] = self._event_window(stated, known, judged=judged)
         if montage is not None and "ch_names" in stated:
             self._refuse("--montage", montage.ch_names, stated, "ch_names")
             montage = None if "positions" in stated else montage
@@ -128,12 +136,15 @@ class Contract:
             self._refuse("--reference, --band or --notch", changed, stated, "steps")
         return changes
 
-    def _event_window(self, stated: dict[str, Any]) -> dict[str, Any]:
+    def _event_window(self, stated: dict[str, Any], known: EventWindow | None, *, judged: bool) -> dict[str, Any]:
         """Return the fields of `EventWindow` that are named, and take the window out of `stated`."""
-        named: dict[str, Any] = {} if self.tmin is None else {"start": self.tmin}
-        if self.events:
-            named["events"] = self.events
         window: EventWindow | None = stated.pop("event_window", None)
+        named: dict[str, Any] = {} if self.tmin is None else {"start": self.tmin}
+        chosen = self.events == (ALL,) or any(name.endswith(".tsv") for name in self.events)
+        if chosen and not judged:
+            raise click.UsageError(f"--events {self.events[0]} chooses events of a recording: name it with --task-data.")
+        if self.events and not chosen and not (judged and any(each is not None and each.events for each in (window, known))):
+            named["events"] = self.events
         if window is None:
             return named
         told = {"start": window.start} | ({"events": window.events} if window.events else {})
@@ -190,7 +201,9 @@ of_the_model = options.fills(
     ),
     click.option("--notch", type=float, metavar="HZ", help="Mains frequency that is removed with its harmonics; 0 is none."),
     click.option("--phase", type=click.Choice(get_args(Phase)), help="Form of the filters that made the training windows."),
-    options.several("--events", help="Events that the windows of the model belong to."),
+    options.several(
+        "--events", help="Events that the windows of the model belong to; with --task-data those to judge, all or FILE.tsv too."
+    ),
     task.tmin,
     click.option(
         "--assume-signal", is_flag=True, help="Confirm what is assumed of the signal where neither checkpoint nor flags tell."

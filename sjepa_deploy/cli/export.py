@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from sjepa_deploy.bundle import MAX_BATCH, check_writable
-from sjepa_deploy.cli import console, entry, options, parity_table, print_json, spec_lines
+from sjepa_deploy.cli import console, entry, options, parity_table, print_json, spec_lines, task
 from sjepa_deploy.cli.contract import Contract, of_the_model
+from sjepa_deploy.cli.task import EventChoice
 from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.eeg.units import conversion
 from sjepa_deploy.errors import ExportError, MissingDependencyError, RecordingError, listed
@@ -22,6 +23,7 @@ from sjepa_deploy.spec import PRECISIONS, RUN_PRECISIONS, VARIANTS, ModelSpec, P
 
 if TYPE_CHECKING:
     from sjepa_deploy.bundle import Bundle
+    from sjepa_deploy.evaluation.task import TaskParity
     from sjepa_deploy.models.checkpoint import Checkpoint
     from sjepa_deploy.models.networks import SignalJEPAModule
     from sjepa_deploy.models.resolve import Assumption
@@ -75,11 +77,11 @@ class Graphs:
     parity_data : Path or None
         EEG of the user to judge with as well.
     interpolate : float
-        Largest share of the model's channels that is interpolated where the parity data lack them.
+        Largest share of the model's channels that is interpolated where a recording lacks them.
     rename : tuple of str
-        "THEIRS=MINE": channels of the parity data that get other names.
+        "THEIRS=MINE": channels of recordings that get other names.
     check_unit : bool
-        Whether parity data are refused whose amplitudes no EEG has.
+        Whether recordings are refused whose amplitudes no EEG has.
     """
 
     precisions: tuple[Precision, ...]
@@ -91,6 +93,36 @@ class Graphs:
     interpolate: float
     rename: tuple[str, ...]
     check_unit: bool
+
+    @property
+    def facts(self) -> options.SignalFacts:
+        """What the user says of recordings."""
+        return options.SignalFacts(unit=None, ch_names=None, rename=self.rename, sfreq=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Says on which events the live decoder is compared with the model.
+
+    Attributes
+    ----------
+    task_data : Path or None
+        Recording with these events.
+    classes, column
+        See `sjepa_deploy.cli.task.EventChoice`.
+    """
+
+    task_data: Path | None
+    classes: tuple[str, ...] | None
+    column: str | None
+
+    def choice(self, contract: Contract, spec: ModelSpec) -> EventChoice:
+        """Return the events to judge: those that the user names, or the model's."""
+        window = spec.signal.event_window
+        events = contract.events or (() if window is None else window.events)
+        if not events:
+            raise click.UsageError("--task-data needs events: name them with --events (or all, or FILE.tsv).")
+        return EventChoice(events=events, tmin=contract.tmin, classes=self.classes, column=self.column)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +194,12 @@ def _outputs(engines: tuple[str, ...], **values: Any) -> Outputs:
     options.check_unit,
 )
 @options.fills(
+    "judged",
+    Judged,
+    click.option("--task-data", type=options.path, help="Recording with events on which the live decoder is judged too."),
+    task.labels,
+)
+@options.fills(
     "outputs",
     _outputs,
     options.out_folder("sjepa-VARIANT"),
@@ -180,35 +218,45 @@ def _outputs(engines: tuple[str, ...], **values: Any) -> Outputs:
     ),
 )
 @options.json_output
-def export(*, weights: Weights, contract: Contract, graphs: Graphs, outputs: Outputs, json_output: bool) -> None:
+def export(*, weights: Weights, contract: Contract, graphs: Graphs, judged: Judged, outputs: Outputs, json_output: bool) -> None:
     """Export a SignalJEPA model into a bundle, and prove that it equals the PyTorch model.
 
     The bundle is a folder that any machine decodes with. Every graph is compared with the model in float64; if one differs by
     more than its tolerance, nothing is written and the exit status is 1. The first of --precision is the bundle's default.
+
+    With --task-data the bundle then decodes the events of a recording three ways, as sjepa-stream --check --events does: the exit
+    status is 1 if the live decoder does not decide as the model did.
     """
     for package in ("torch", "onnx", "onnxscript", "safetensors"):
         if importlib.util.find_spec(package) is None:
             raise MissingDependencyError(package, "export")
     screen = console(json_output)
     if weights.variant != "all":
-        bundle = _export_one(screen, weights, contract, graphs, outputs)
+        bundle = _export_one(screen, weights, contract, graphs, judged, outputs)
+        result = _judge(screen, bundle, contract, graphs, judged)
         if json_output:
-            print_json(_summary(bundle))
+            print_json(_summary(bundle) | ({} if result is None else {"task": result}))
+        if result is not None:
+            task.require_passed(result)
         return
+    if judged.task_data is not None:
+        raise ExportError("Random weights have no task.", "Leave --task-data out, or name a checkpoint.")
     if weights.checkpoint is not None:
         raise ExportError("A checkpoint holds one variant.", "Leave --variant all out.")
     folders = {name: (outputs.out or Path("sjepa-all")) / name for name in VARIANTS}
     for folder in folders.values():
         check_writable(folder, force=outputs.force)
     bundles = [
-        _export_one(screen, replace(weights, variant=name), contract, graphs, replace(outputs, out=folder))
+        _export_one(screen, replace(weights, variant=name), contract, graphs, judged, replace(outputs, out=folder))
         for name, folder in folders.items()
     ]
     if json_output:
         print_json([_summary(bundle) for bundle in bundles])
 
 
-def _export_one(screen: Console, weights: Weights, contract: Contract, graphs: Graphs, outputs: Outputs) -> Bundle:
+def _export_one(
+    screen: Console, weights: Weights, contract: Contract, graphs: Graphs, judged: Judged, outputs: Outputs
+) -> Bundle:
     from sjepa_deploy.bundle import Provenance
     from sjepa_deploy.export.to_bundle import ExportParityError, to_bundle
     from sjepa_deploy.models.checkpoint import load_model, read_checkpoint
@@ -226,7 +274,7 @@ def _export_one(screen: Console, weights: Weights, contract: Contract, graphs: G
         raise ExportError(
             "Neither --variant nor --checkpoint was given.", "Name one; with --variant alone the weights are random."
         )
-    asked, montage = contract.ask()
+    asked, montage = contract.ask(read.known.get("event_window") if read else None, judged=judged.task_data is not None)
     asked["encoder"] = {name: getattr(weights, name) for name in ("n_heads", "strides", "sfreq_features")}
     if weights.variant is not None:
         asked["variant"] = weights.variant
@@ -237,6 +285,8 @@ def _export_one(screen: Console, weights: Weights, contract: Contract, graphs: G
     out = outputs.out or Path(f"sjepa-{spec.variant}")
     check_writable(out, force=outputs.force)
     _check_more(outputs, graphs.precisions, spec)
+    if judged.task_data is not None:  # a mistake costs no export
+        task.read_task(judged.task_data, judged.choice(contract, spec), spec, graphs.facts)
     seed, parity_data = graphs.seed, graphs.parity_data
     eeg = None if parity_data is None else _parity_eeg(parity_data, spec, graphs)
     if read is None:
@@ -274,6 +324,24 @@ def _export_one(screen: Console, weights: Weights, contract: Contract, graphs: G
     if outputs.triton is not None:
         _add_to_triton(screen, bundle, outputs.triton, outputs.triton_platform)
     return bundle
+
+
+def _judge(screen: Console, bundle: Bundle, contract: Contract, graphs: Graphs, judged: Judged) -> TaskParity | None:
+    """Compare the live decoder with the model on the events of ``--task-data``."""
+    from sjepa_deploy.runtime.predictor import load
+
+    if judged.task_data is None:
+        return None
+    with load(bundle, check_unit=False) as predict:
+        return task.judge_task(
+            screen,
+            predict,
+            judged.task_data,
+            judged.choice(contract, bundle.spec),
+            graphs.facts,
+            interpolate=graphs.interpolate,
+            check_unit=graphs.check_unit,
+        )
 
 
 def _check_more(outputs: Outputs, precisions: tuple[Precision, ...], spec: ModelSpec) -> None:

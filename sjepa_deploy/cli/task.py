@@ -82,6 +82,23 @@ labels = options.added(
 )
 
 
+def read_task(
+    recording: Path, choice: EventChoice, spec: ModelSpec, facts: options.SignalFacts
+) -> tuple[mne.io.BaseRaw, Events, list[str] | None]:
+    """Read a recording, and return it with the chosen events and the label of each event, where something tells."""
+    choice.start(spec)  # before the recording is read
+    raw = read_recording(
+        recording,
+        sfreq=facts.sfreq,
+        unit=facts.unit,
+        ch_names=facts.ch_names,
+        row_names=spec.ch_names,
+        rename=parse_rename(facts.rename, RecordingError),
+    )
+    events = choice.find(raw)
+    return raw, events, labels_of(events, spec, classes=choice.class_of, column=choice.column)
+
+
 def judge_task(
     screen: Console,
     predict: Predictor,
@@ -93,24 +110,13 @@ def judge_task(
     check_unit: bool,
 ) -> TaskParity:
     """Decode events three ways, print the result, and write it into the bundle."""
-    spec = predict.spec
-    start = choice.start(spec)
-    raw = read_recording(
-        recording,
-        sfreq=facts.sfreq,
-        unit=facts.unit,
-        ch_names=facts.ch_names,
-        row_names=spec.ch_names,
-        rename=parse_rename(facts.rename, RecordingError),
-    )
-    events = choice.find(raw)
-    known = labels_of(events, spec, classes=choice.class_of, column=choice.column)
+    raw, events, known = read_task(recording, choice, predict.spec, facts)
     result = check_task(
         predict,
         raw,
         events,
         recording=recording.name,
-        start=start,
+        start=choice.start(predict.spec),
         labels=known,
         interpolate=interpolate,
         check_unit=check_unit,
