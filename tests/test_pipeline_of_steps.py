@@ -1,6 +1,8 @@
 """One pipeline of eight steps, from the YAML file of a training to the replay of a live record: the same windows to the bit."""
 
 import json
+import re
+from pathlib import Path
 
 import mne
 import numpy as np
@@ -19,7 +21,7 @@ from sjepa_deploy.eeg.steps import BandPass, Channels, Clip, ExponentialStandard
 from sjepa_deploy.learning.data import DataConfig, Target
 from sjepa_deploy.learning.finetune import FinetuneConfig
 from sjepa_deploy.learning.loading import load_windows
-from sjepa_deploy.learning.loop import Engine
+from sjepa_deploy.learning.loop import Engine, read_config
 from sjepa_deploy.models.checkpoint import read_checkpoint
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
@@ -129,3 +131,13 @@ def test_events_are_decoded_at_the_windows_of_training(chain):
     with sjepa_deploy.load(folder / "bundle", check_unit=False) as predict:
         wanted = predict.predict(np.asarray(load_windows(config.data).eeg))
     assert np.array([row[-3:-1] for row in rows], dtype=np.float32).tobytes() == wanted.tobytes()
+
+
+def test_the_steps_of_the_page_are_read(tmp_path):
+    """A field that the file leaves out has its default."""
+    page = (Path(__file__).parents[1] / "docs/finetune.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "config.yaml").write_text(example)
+    found = read_config(FinetuneConfig, tmp_path / "config.yaml").data.signal_steps
+    band = BandPass(l_freq=0.5, h_freq=40.0)
+    assert found == (Notch(freq=50.0), band, Resample(), Channels(), Reference(), ZScore())
