@@ -223,7 +223,7 @@ def _shares(prevalence: dict[str, str], class_names: tuple[str, ...]) -> tuple[f
     options.several(
         "--no-signal",
         "no_signal",
-        choices=("held", "bridged", "bad channels", "doubtful", "late", "none"),
+        choices=("held", "bridged", "bad channels", "doubtful", "settling", "late", "none"),
         default=DEFAULTS.refuse,
         help="Flags of windows that are no signal.",
     ),
