@@ -22,6 +22,7 @@ from sjepa_deploy.learning.data import DataConfig, Target
 from sjepa_deploy.learning.finetune import FinetuneConfig
 from sjepa_deploy.learning.loading import load_windows
 from sjepa_deploy.learning.loop import Engine, read_config
+from sjepa_deploy.learning.pretrain import PretrainConfig
 from sjepa_deploy.models.checkpoint import read_checkpoint
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
@@ -138,6 +139,6 @@ def test_the_steps_of_the_page_are_read(tmp_path):
     page = (Path(__file__).parents[1] / "docs/finetune.md").read_text()
     (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     (tmp_path / "config.yaml").write_text(example)
-    found = read_config(FinetuneConfig, tmp_path / "config.yaml").data.signal_steps
+    found = read_config(PretrainConfig, tmp_path / "config.yaml").data.signal_steps
     band = BandPass(l_freq=0.5, h_freq=40.0)
     assert found == (Notch(freq=50.0), band, Resample(), Channels(), Reference(), ZScore())
