@@ -283,7 +283,7 @@ def stamps_of(bundle: Any, precision: Any, reference: Reference, layout: Layout,
     buffer = backend.input_buffer(1)
     buffer[...] = reference.inputs[:1]
     lane = backend._lanes[1]
-    blocks, marks = lane.grid, 2 + 6 * bundle.spec.encoder.n_layers if bundle.spec.needs_positions else 6
+    blocks, marks = lane.grid, 2 + 8 * bundle.spec.encoder.n_layers if bundle.spec.needs_positions else 6
     found = np.zeros((n + 10, blocks, marks), np.int64)
     source = backend._device.cu.CUdeviceptr(lane.buffers["profile"].address)
     for stamps in found:

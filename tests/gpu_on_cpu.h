@@ -93,6 +93,7 @@ static unsigned bits_of(float v) { unsigned bits; std::memcpy(&bits, &v, 4); ret
 #define blockIdx (gpu::self->block->index)
 #define gridDim (gpu::grid_size)
 #define DEVICE [[maybe_unused]] static inline
+#define DEVICE_MEMBER inline
 #define SHARED_MEMORY unsigned char* shared_memory = gpu::self->block->shared
 #define KERNEL extern "C" void
 #define CLUSTER_KERNEL KERNEL
@@ -107,6 +108,7 @@ DEVICE float __uint_as_float(unsigned bits) { return gpu::of_bits(bits); }
 DEVICE unsigned __float_as_uint(float v) { return gpu::bits_of(v); }
 
 DEVICE uint4 load_weight4(const uint4* p) { return *p; }
+DEVICE float load_weight(const float* p) { return *p; }
 DEVICE float load_fresh(const float* p) { return *p; }
 DEVICE float4 load_fresh4(const float4* p) { return *p; }
 DEVICE float load_input(const float* p) { return *p; }
@@ -143,6 +145,9 @@ DEVICE void store_marked_system(unsigned long long* p, float v, unsigned mark) {
 DEVICE uint4 load_marked2(const unsigned long long* p) {
   return uint4{(unsigned)p[0], (unsigned)(p[0] >> 32), (unsigned)p[1], (unsigned)(p[1] >> 32)};
 }
+DEVICE unsigned long long load_marked(const unsigned long long* p) { return *p; }
+DEVICE void store_whole(uint4* p, const uint4& v) { ++gpu::progress; *p = v; }
+DEVICE uint4 load_whole(const uint4* p) { return *p; }
 DEVICE long long now() { return gpu::nothing_comes ? 1ll << 40 : 0; }
 DEVICE long long nanoseconds() {
   timespec t;

@@ -233,6 +233,12 @@ class FusedBackend(GpuBackend[Lane | BatchLane], RollingBackend):
         finally:
             self._turn.end()
 
+    def _copy_and_run(self, lane: Lane | BatchLane, eeg: FloatArray) -> None:
+        if isinstance(lane, BatchLane):
+            lane.run_on(eeg)
+        else:
+            super()._copy_and_run(lane, eeg)
+
     def restart(self) -> None:
         """Let the next `roll` be one of a whole window: samples were left out."""
         self._follows = False

@@ -1,15 +1,21 @@
 """Runs many windows at a time in chunks: the GPU computes one chunk while the next chunk is copied.
 
 Chunks take the streams one after the other. A chunk's windows start as soon as they have arrived and a multiprocessor is free.
+Windows of the caller's own array are copied into pinned memory by several threads, a chunk each, while the GPU works on the chunks
+before.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from typing import Any
+
+import numpy as np
 
 from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
 from sjepa_deploy.runtime.fused.batch_program import BatchProgram
@@ -23,6 +29,9 @@ MOST_CHUNKS, LEAST_WINDOWS = 32, 16
 
 WORKERS = 8
 """Number of streams that compute chunks. The chunks take the streams one after the other."""
+
+MOST_COPIERS = 8
+"""Most threads that copy windows into pinned memory: more are no faster on the host of an H100."""
 
 
 class BatchKernel:
@@ -41,6 +50,8 @@ class BatchKernel:
     ----------
     fits : bool
         Whether a block fits the GPU's shared memory.
+    copiers : ThreadPoolExecutor
+        Threads that copy the caller's windows into pinned memory.
     """
 
     def __init__(self, device: Device, stream: Stream, program: BatchProgram, architecture: int) -> None:
@@ -55,6 +66,7 @@ class BatchKernel:
             device.synchronize()  # it may return before, and our streams do not wait for the default one
             self._weights = weights.address
             self.copies, *self.workers = (opened.enter_context(closing(Stream(device))) for _ in range(1 + WORKERS))
+            self.copiers = opened.enter_context(ThreadPoolExecutor(max(1, min(MOST_COPIERS, (os.cpu_count() or 2) // 2))))
             self.close: Callable[[], None] = opened.pop_all().close
 
     def launch(self, stream: Stream, batch: int, source: int, target: int) -> None:
@@ -127,13 +139,15 @@ class BatchLane:
         opened.callback(lambda: check(self._cu.cuEventDestroy(event)))
         return event
 
-    def _enqueue(self) -> None:
+    def _enqueue(self, ready: Callable[[int], object] = lambda chunk: None) -> None:
+        """Enqueue all chunks, each once `ready` returns."""
         kernel, cu = self._kernel, self._cu
         window, outputs = self._host.nbytes // self._batch, self._out.nbytes // self._batch
         copies, workers = kernel.copies, kernel.workers[: len(self._chunks)]
         check(cu.cuEventRecord(self._begun, kernel.stream.stream))
         check(cu.cuStreamWaitEvent(copies.stream, self._begun, 0))
         for i, (first, end) in enumerate(self._chunks):
+            ready(i)
             source, size = self._host.pointer + first * window, (end - first) * window
             check(cu.cuMemcpyHtoDAsync(cu.CUdeviceptr(self._copy + first * window), source, size, copies.stream))
             check(cu.cuEventRecord(self._copied[i], copies.stream))
@@ -155,6 +169,22 @@ class BatchLane:
         self._start()
         self._kernel.stream.wait()
         self._kernel.stream.unfinished = False
+
+    def run_on(self, eeg: FloatArray) -> None:
+        """Run on windows of the caller, whose chunks are copied into `input` by several threads."""
+        if len(self._chunks) == 1:
+            np.copyto(self.input, eeg)
+            self.run()
+            return
+        stream = self._kernel.stream
+        copied = [self._kernel.copiers.submit(np.copyto, self.input[a:b], eeg[a:b]) for a, b in self._chunks]
+        try:
+            stream.unfinished = True
+            self._enqueue(lambda chunk: copied[chunk].result())
+            stream.wait()
+            stream.unfinished = False
+        finally:
+            wait(copied)  # nothing is written into `input` after a call, however it ended
 
     def run_from(self, address: int) -> None:
         """Run on windows in device memory."""

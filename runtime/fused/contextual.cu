@@ -1,4 +1,4 @@
-// Computes Contextual, and the base model, in one launch. Every block stays for all layers, and waits only for the tokens that it
+// Computes Contextual, and the base model, in one launch. Every block stays for all layers, and waits only for the numbers that it
 // needs.
 //
 // Four phases, each a loop over its items:
@@ -7,69 +7,81 @@
 //   feed       a group of tokens and a slice of the hidden units: the slice's share of the feed-forward output
 //   combine    a token: the slices' shares in their order, second normalisation, and the next layer's query, key and value;
 //              after the last layer the last normalisation and the head
-// Keys and values stand behind counters in device memory that only grow: `number of the call * items`. What attend and feed hand on is
-// marked instead: each number has the layer's mark beside it, and its readers read again until they see the mark. A buffer may be
-// written again when its marks differ, as nothing of a layer begins before all keys and values of that layer exist. The grid must
-// be resident as a whole (a cooperative launch). A wait that outlasts a second gives up, and the host is told.
-typedef unsigned long long Marked;  // a float, and a mark above it
+// What a phase hands on is marked: beside the numbers stands the layer's mark, and their readers read again until they see the
+// mark. A buffer may be written again when its marks differ: whoever writes numbers of layer i + 2 needs those of layer i + 1, each of
+// which was computed from all keys and values of layer i. The grid must be resident as a whole (a cooperative launch). A wait that
+// outlasts a second gives up, and the host is told.
+typedef uint4 Marked4;              // PER numbers, and a mark above them
 
 struct Arguments {
   const float* input;     // (batch, N_CHANS, N_TIMES)
   float* output;          // (batch, N_OUTPUTS), or (batch, LENGTH, EMB) for the base model
   const float* weights;
-  float* tokens;          // (batch, LENGTH, EMB), the residual stream between layers
-  Marked* attended;       // (batch, LENGTH, EMB), after the first normalisation
-  float* query;           // (batch, LENGTH, EMB)
-  void* key_value;        // 2 layers in turn, (batch, HEADS, key and value in PIECES, LENGTH, VECTOR): see `key_value_at`
+  Marked* tokens;         // (batch, LENGTH, EMB), the residual stream between layers
+  float* residual;        // (batch, LENGTH, EMB), after the first normalisation, for the block that wrote it
+  Marked4* attended;      // (batch, LENGTH, EMB_UNITS), the same for the feed-forward product
+  Marked* query;          // (batch, LENGTH, EMB)
+  Marked4* key_value;     // 2 layers in turn, (batch, HEADS, KV_UNITS, LENGTH): keys, then values
   Marked* shares;         // (SLICES, batch, LENGTH, EMB)
-  float* head_shares;     // (batch, LENGTH, N_OUTPUTS)
+  Marked* head_shares;    // (batch, LENGTH, N_OUTPUTS)
 #if PROFILE
   long long* profile;    // MARKS for each block
 #endif
-  unsigned* ready;        // counters (LAYERS, batch): tokens with query, key and value
   Calls calls;
 };
 
 constexpr int LENGTH = N_CHANS * N_TOKENS;  // tokens of a window
 constexpr int HEAD = EMB / HEADS;
 constexpr int HIDDEN = FEED_FORWARD / SLICES;
-#if HALF && EMB / HEADS % 8 == 0
-typedef unsigned short Kept;                          // of keys and values: halves
-constexpr int VECTOR = 8;                             // numbers of a key or value that lie side by side
-DEVICE Kept keep(float v) { return to_half(v); }
-DEVICE void load_piece(float* to, const Kept* from) {
-  const uint4 bits = load_fresh_bits4(reinterpret_cast<const uint4*>(from));
-  const float2 v[4] = {from_half2(bits.x), from_half2(bits.y), from_half2(bits.z), from_half2(bits.w)};
-#pragma unroll
-  for (int i = 0; i < 8; ++i) to[i] = i % 2 ? v[i / 2].y : v[i / 2].x;
+constexpr int LANE_VALUES = (EMB + 31) / 32;
+constexpr int TEAMS = HEADS < WARPS && LENGTH > 32 ? WARPS / HEADS : 1;  // warps that share a head's keys
+constexpr int PARTS = split_of(EMB, EMB), TERMS = EMB / PARTS;  // of a product with EMB terms: a thread has EMB columns' TERMS
+constexpr bool HELD = TERMS <= 16;                               // whether a thread holds its weights of such products in registers
+constexpr unsigned PATIENCE = 1u << 21;                          // of 1,024 cycles, about a second
+constexpr float LOG2E = 1.44269504088896341f;                    // exponentials are powers of 2
+
+// ---- numbers with a mark in 16 bytes: keys, values and the rows of the feed-forward product ----
+
+#if HALF
+constexpr int PER = 6;  // halves, and a mark of 32 bits
+DEVICE bool marked_with(const Marked4& v, unsigned mark) { return v.w == mark; }
+DEVICE Marked4 unlike(unsigned mark) { return Marked4{0, 0, 0, ~mark}; }
+DEVICE float number_of(const Marked4& v, int i) {
+  const float2 pair = from_half2(i / 2 == 0 ? v.x : i / 2 == 1 ? v.y : v.z);
+  return i % 2 ? pair.y : pair.x;
+}
+DEVICE Marked4 marked4(const float (&v)[PER], unsigned mark) {
+  return Marked4{to_half2(v[0], v[1]), to_half2(v[2], v[3]), to_half2(v[4], v[5]), mark};
 }
 #else
-typedef float Kept;
-constexpr int VECTOR = HEAD % 4 == 0 ? 4 : 1;
-DEVICE Kept keep(float v) { return v; }
-DEVICE void load_piece(float* to, const Kept* from) {
-  if constexpr (VECTOR == 4) {
-    const float4 v = load_fresh4(reinterpret_cast<const float4*>(from));
-    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-  } else {
-    to[0] = load_fresh(from);
-  }
+constexpr int PER = 4;  // numbers of 30 bits, 22 of them for the mantissa, and below each the two lowest bits of the mark
+DEVICE bool marked_with(const Marked4& v, unsigned mark) {
+  return (((v.x ^ mark) | (v.y ^ mark) | (v.z ^ mark) | (v.w ^ mark)) & 3) == 0;
+}
+DEVICE Marked4 unlike(unsigned mark) { return Marked4{~mark, ~mark, ~mark, ~mark}; }
+DEVICE float number_of(const Marked4& v, int i) { return __uint_as_float((i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w) & ~3u); }
+DEVICE unsigned marked_bits(float v, unsigned mark) {
+  const unsigned bits = __float_as_uint(v), rounded = v == v ? bits + 2 : bits;  // beyond the largest number lies infinity, then NaN
+  return (rounded & ~3u) | (mark & 3);
+}
+DEVICE Marked4 marked4(const float (&v)[PER], unsigned mark) {
+  return Marked4{marked_bits(v[0], mark), marked_bits(v[1], mark), marked_bits(v[2], mark), marked_bits(v[3], mark)};
 }
 #endif
-constexpr int PIECES = 2 * HEAD / VECTOR;             // neighbouring lanes read neighbouring keys, each a piece of VECTOR numbers
-constexpr int LANE_VALUES = (EMB + 31) / 32;
-constexpr int QKV_FLOATS = 3 * EMB * EMB + EMB;       // and the query's bias
-constexpr int TEAMS = HEADS < WARPS && LENGTH > 32 ? WARPS / HEADS : 1;  // warps that share a head's keys
-constexpr long long PATIENCE = 1ll << 31;   // cycles, about a second
+constexpr int KV_UNITS = (2 * HEAD + PER - 1) / PER, EMB_UNITS = (EMB + PER - 1) / PER;
 
 // ---- the feed-forward product on the matrix units: 16 x 8 results of 16 weight rows and 8 tokens ----
 
 #if HALF
-typedef unsigned Element;            // two halves
+typedef unsigned Element;  // two halves
 constexpr int PER_ELEMENT = 2, STEP = 16;
 #else
-typedef float Element;
+typedef float2 Element;    // what TensorFloat-32 holds of a number, and the rest
 constexpr int PER_ELEMENT = 1, STEP = 8;
+DEVICE Element element(float v) {
+  if (TENSOR_FLOAT) return Element{__uint_as_float(to_tf32(v)), 0};
+  return Element{__uint_as_float(upper_tf32(v)), __uint_as_float(lower_tf32(v))};
+}
 #endif
 constexpr int COLUMNS = (GROUP + 7) / 8;                   // of 8 tokens
 constexpr int IN_STRIDE = EMB / PER_ELEMENT + 4;           // 4 more, so that a warp's reads meet all banks
@@ -79,19 +91,22 @@ constexpr int IN_TEAMS = WARPS / IN_ROWS, OUT_TEAMS = WARPS / OUT_ROWS;  // warp
 constexpr int IN_STEPS = EMB / STEP, OUT_STEPS = HIDDEN / STEP;
 static_assert(IN_TEAMS > 0 && OUT_TEAMS > 0 && EMB % 16 == 0 && HIDDEN % 16 == 0 && HEAD * HEADS == EMB, "sizes");
 
-struct Shared {
+struct alignas(16) Shared {
   union {
-    EncoderMemory<1> encoder;
+    struct {
+      EncoderMemory<1> encoder;
+      float qkv[QKV_IN_SHARED ? 3 * EMB * EMB : 4];  // of the first layer
+    };
     struct {
       Element in[8 * COLUMNS * IN_STRIDE];
       Element hidden[8 * COLUMNS * HIDDEN_STRIDE];
     } feed;
   };
-  float qkv[QKV_IN_SHARED ? QKV_FLOATS : 4];     // of the layer whose query, key and value come next
-  float out[EMB * EMB];                          // output projection of this layer
   uint4 out_weights[OUT_ROWS * OUT_STEPS * 32];  // of this block's slice, second product
-  float row[(N_TOKENS * EMB + 3) / 4 * 4];
-  float partial[2 * THREADS];
+  alignas(16) float vectors[3 * EMB];  // of the layer: bias of the output projection, scale and shift behind it
+  alignas(16) float row[N_TOKENS * EMB];
+  alignas(16) float rows[WARPS][EMB];  // of each warp: a copy of a row, or a query
+  float partial[3 * THREADS];
   float mix[HEADS * TEAMS * (HEAD + 2)];
   unsigned word[2];
   unsigned ticket;
@@ -103,23 +118,15 @@ DEVICE const float* layer_weights(const Arguments& a, int layer) { return a.weig
 
 DEVICE int group_count(const Arguments& a) { return ((int)a.calls.batch * LENGTH + GROUP - 1) / GROUP; }
 
-DEVICE unsigned* encoded(const Arguments& a, int layer, int window) { return a.ready + layer * a.calls.batch + window; }
-
-// What a layer of a call marks its numbers with.
-DEVICE unsigned mark_of(unsigned number, int layer) { return number * LAYERS + layer; }
-
-DEVICE void signal(unsigned* counter) {
-  __syncthreads();
-  if (thread() == 0) {
-    __threadfence();
-    atomicAdd(counter, 1u);
-  }
-}
+// What a layer of a call marks its numbers with; the first call is number 1, and memory begins with zeros.
+DEVICE unsigned mark_of(unsigned number, int layer) { return (number - 1) * LAYERS + layer + 1; }
 
 // Whether a wait that began at `start` goes on.
-DEVICE bool patient(const Arguments& a, Shared& s, long long start) {
+DEVICE unsigned since() { return (unsigned)(now() >> 10); }
+
+DEVICE bool patient(const Arguments& a, Shared& s, unsigned start) {
   if (load_volatile(&s.failed)) return false;
-  if (now() - start > PATIENCE) {
+  if (since() - start > PATIENCE) {
     s.failed = 1;
     a.calls.report->failed = 1;
     __threadfence_system();
@@ -129,19 +136,17 @@ DEVICE bool patient(const Arguments& a, Shared& s, long long start) {
   return true;
 }
 
-DEVICE void wait(const Arguments& a, Shared& s, const unsigned* counter, unsigned target) {
-  if (thread() == 0) {
-    const long long start = now();
-    while ((int)(load_acquire(counter) - target) < 0 && patient(a, s, start)) {
-    }
-  }
-  __syncthreads();
-}
+struct Patience {
+  const Arguments& a;
+  Shared& s;
+  unsigned start;
+  DEVICE_MEMBER bool operator()() const { return patient(a, s, start); }
+};
 
 // Pairs of marked numbers at `from + at(i)`, once all have been marked with `mark`.
 template <int N, class At>
 DEVICE void receive(const Arguments& a, Shared& s, float2 (&to)[N], const Marked* from, At at, unsigned mark) {
-  const long long start = now();
+  const unsigned start = since();
   bool all;
   do {
     all = true;
@@ -154,16 +159,33 @@ DEVICE void receive(const Arguments& a, Shared& s, float2 (&to)[N], const Marked
   } while (!all && patient(a, s, start));
 }
 
-// Where the pieces of all keys and values of a head begin.
-DEVICE Kept* key_value_at(const Arguments& a, int layer, int window, int head) {
-  return static_cast<Kept*>(a.key_value) + ((layer % 2 * (int)a.calls.batch + window) * HEADS + head) * PIECES * LENGTH * VECTOR;
+// Those of the N units at `from + at(i)` that `wanted(i)`. What has come is not read again.
+template <int N, class Wanted, class At>
+DEVICE void receive(const Arguments& a, Shared& s, Marked4 (&to)[N], const Marked4* from, Wanted wanted, At at, unsigned mark) {
+  const unsigned start = since();
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = unlike(mark);
+  bool all;
+  do {
+    all = true;
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (wanted(i) && !marked_with(to[i], mark)) to[i] = load_whole(from + at(i));
+#pragma unroll
+    for (int i = 0; i < N; ++i) all &= !wanted(i) || marked_with(to[i], mark);
+  } while (!all && patient(a, s, start));
+}
+
+// Where the units of all keys and values of a head begin.
+DEVICE Marked4* key_value_at(const Arguments& a, int layer, int window, int head) {
+  return a.key_value + ((layer % 2 * (int)a.calls.batch + window) * HEADS + head) * KV_UNITS * LENGTH;
 }
 
 // ---- rows of EMB values in a warp ----
 
 DEVICE void load_row(float (&v)[LANE_VALUES], const float* row) {
 #pragma unroll
-  for (int i = 0; i < LANE_VALUES; ++i) v[i] = lane() + 32 * i < EMB ? row[lane() + 32 * i] : 0.0f;
+  for (int i = 0; i < LANE_VALUES; ++i) v[i] = lane() + 32 * i < EMB ? load_weight(row + lane() + 32 * i) : 0.0f;
 }
 
 DEVICE void normalise(float (&v)[LANE_VALUES], const float (&scale)[LANE_VALUES], const float (&shift)[LANE_VALUES]) {
@@ -181,25 +203,84 @@ DEVICE void normalise(float (&v)[LANE_VALUES], const float (&scale)[LANE_VALUES]
   for (int i = 0; i < LANE_VALUES; ++i) v[i] = fmaf(v[i] * factor, scale[i], shift[i]);
 }
 
-DEVICE void fetch_qkv(const Arguments& a, Shared& s, int layer) {
-  if constexpr (QKV_IN_SHARED) fetch(s.qkv, layer_weights(a, layer) + AT_QKV, QKV_FLOATS);
-}
+// ---- a row times N matrices of EMB x EMB that lie side by side ----
+// Thread `part * EMB + e` has the terms of `part` of column e of each. Weights are asked for early, as L2 takes long to answer.
 
-// Query, key and value of ROWS tokens in s.row, the first of which is `token` (over all windows).
-template <int ROWS>
-DEVICE void project(const Arguments& a, Shared& s, int layer, int token) {
-  const float* weight = QKV_IN_SHARED ? s.qkv : layer_weights(a, layer) + AT_QKV;
-  const float* bias = weight + 3 * EMB * EMB;
-  const int window = token / LENGTH, first = token % LENGTH;
-  product<ROWS, EMB, 3 * EMB>(s.row, weight, s.partial, [&](int row, int m, float v) {
-    const int e = m % EMB, which = m / EMB;
-    if (which == 0) {
-      a.query[(token + row) * EMB + e] = v + bias[e];
-    } else {
-      const int d = (which - 1) * HEAD + e % HEAD;
-      key_value_at(a, layer, window, e / HEAD)[(d / VECTOR * LENGTH + first + row) * VECTOR + d % VECTOR] = keep(v);
+template <int N, bool KEPT = HELD>
+struct Columns {
+  const float* weight;
+  float held[N][KEPT ? TERMS : 1];
+
+  DEVICE_MEMBER void ask(const float* from) {
+    weight = from + thread() / EMB * TERMS * N * EMB + thread() % EMB;
+    if constexpr (KEPT) {
+      if (thread() >= PARTS * EMB) return;
+#pragma unroll
+      for (int k = 0; k < TERMS; ++k)
+#pragma unroll
+        for (int n = 0; n < N; ++n) held[n][k] = load_weight(weight + (k * N + n) * EMB);
     }
-  });
+  }
+
+  // The parts of the product with `row`, in shared memory.
+  DEVICE_MEMBER void multiply(const float* row, float* partial) const {
+    if (thread() >= PARTS * EMB) return;
+    const float* x = row + thread() / EMB * TERMS;
+    float sum[N] = {};
+    constexpr int AT_ONCE = TERMS % 4 == 0 ? 4 : 1;
+#pragma unroll(TERMS <= 16 ? TERMS / AT_ONCE : 2)
+    for (int first = 0; first < TERMS; first += AT_ONCE) {
+      float terms[AT_ONCE];
+      if constexpr (AT_ONCE == 4) *reinterpret_cast<float4*>(terms) = *reinterpret_cast<const float4*>(x + first);
+      else terms[0] = x[first];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i)
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+          const int k = first + i;
+          sum[n] = fmaf(terms[i], KEPT ? held[n][KEPT ? k : 0] : weight[(k * N + n) * EMB], sum[n]);
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < N; ++n) partial[(thread() / EMB * N + n) * EMB + thread() % EMB] = sum[n];
+  }
+
+  // Number e of the product with matrix n.
+  static DEVICE_MEMBER float sum(const float* partial, int n, int e) {
+    float v = 0;
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) v += partial[(part * N + n) * EMB + e];
+    return v;
+  }
+};
+
+// What a thread needs for the query, key and value of a layer.
+template <bool KEPT = HELD>
+struct Projection {
+  Columns<3, KEPT> columns;
+  float bias;  // of this thread's number of the query
+
+  DEVICE_MEMBER void ask(const float* layer, const float* weights) {
+    columns.ask(weights);
+    const int e = thread() - HEADS * KV_UNITS;
+    bias = 0 <= e && e < EMB ? load_weight(layer + AT_QUERY_BIAS + e) : 0.0f;
+  }
+};
+static_assert(HEADS * KV_UNITS + EMB <= THREADS, "a thread has a unit of keys and values, or a number of the query");
+
+// Query, key and value of a token (over all windows), from the parts of its products.
+DEVICE void hand_on(const Arguments& a, Shared& s, float bias, int layer, int token, unsigned mark) {
+  if (const int head = thread() / KV_UNITS, unit = thread() % KV_UNITS; head < HEADS) {
+    float v[PER];
+#pragma unroll
+    for (int i = 0; i < PER; ++i) {
+      const int at = unit * PER + i;  // of the head's key and, behind it, value
+      v[i] = at < 2 * HEAD ? Columns<3>::sum(s.partial, 1 + at / HEAD, head * HEAD + at % HEAD) : 0.0f;
+    }
+    store_whole(key_value_at(a, layer, token / LENGTH, head) + unit * LENGTH + token % LENGTH, marked4(v, mark));
+  } else if (const int e = thread() - HEADS * KV_UNITS; e < EMB) {
+    store_marked(a.query + token * EMB + e, (Columns<3>::sum(s.partial, 0, e) + bias) * LOG2E, mark);
+  }
 }
 
 // ---- phases ----
@@ -207,13 +288,15 @@ DEVICE void project(const Arguments& a, Shared& s, int layer, int token) {
 // What the first phase needs and no call changes.
 DEVICE void prepare(const Arguments& a, Shared& s) {
   fetch_encoder(s.encoder, a.weights);
-  fetch_qkv(a, s, 0);
-  fetch(s.out, layer_weights(a, 0) + AT_OUT, EMB * EMB);
+  if constexpr (QKV_IN_SHARED) fetch(s.qkv, layer_weights(a, 0) + AT_QKV, 3 * EMB * EMB);
 }
 
-DEVICE void encode_phase(const Arguments& a, Shared& s) {
+DEVICE void encode_phase(const Arguments& a, Shared& s, unsigned number) {
+  Projection<false> projection;
+  projection.ask(layer_weights(a, 0), QKV_IN_SHARED ? s.qkv : layer_weights(a, 0) + AT_QKV);
+  const unsigned mark = mark_of(number, 0);
   for (int item = blockIdx.x; item < (int)a.calls.batch * N_CHANS; item += gridDim.x) {
-    const int window = item / N_CHANS, channel = item % N_CHANS;
+    const int channel = item % N_CHANS;
     take_signals<1>(s.encoder.signal, a.input, a.calls, item, 1);
     remove_offset(s.encoder.signal);
     const float* features = encode(s.encoder, a.weights);
@@ -221,155 +304,219 @@ DEVICE void encode_phase(const Arguments& a, Shared& s) {
     for (int i = thread(); i < N_TOKENS * EMB; i += THREADS) {
       const float x = features[i] + position[i];
       s.row[i] = x;
-      a.tokens[item * N_TOKENS * EMB + i] = x;
+      store_marked(a.tokens + item * N_TOKENS * EMB + i, x, mark);
     }
     __syncthreads();
-    project<N_TOKENS>(a, s, 0, item * N_TOKENS);
-    signal(encoded(a, 0, window));
+    for (int row = 0; row < N_TOKENS; ++row) {
+      projection.columns.multiply(s.row + row * EMB, s.partial);
+      __syncthreads();
+      hand_on(a, s, projection.bias, 0, item * N_TOKENS + row, mark);
+      __syncthreads();
+    }
   }
   copies_arrived();  // of a block without a channel too: the encoder's weights lie where the feed-forward rows will
 }
 
+// Sums of N values over a warp: lane `i * 32 / N` gets the one of v[i]. Half of what is left is exchanged at a time, where N is a power
+// of 2.
+template <int N>
+DEVICE float sums_of(const float (&v)[N]) {
+  if constexpr (N & (N - 1) || N > 32) {
+    float mine = 0;
+    for (int i = 0; i < N; ++i) {
+      const float sum = warp_sum(v[i]);
+      if (lane() == i * 32 / N) mine = sum;
+    }
+    return mine;
+  } else {
+    float left[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) left[i] = v[i];
+    int mask = 16;
+#pragma unroll
+    for (int n = N / 2; n; n /= 2, mask /= 2) {
+      const bool upper = lane() & mask;
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        const float mine = upper ? left[i + n] : left[i], other = upper ? left[i] : left[i + n];
+        left[i] = mine + shuffle_xor(other, mask);
+      }
+    }
+    for (; mask; mask /= 2) left[0] += shuffle_xor(left[0], mask);
+    return left[0];
+  }
+}
+
 // Softmax over the keys of a window: TEAMS warps share a head's, a lane takes every (32 TEAMS)th, CHUNK at a time, and the sums are
-// merged. The result is in s.row.
-DEVICE void attention(const Arguments& a, Shared& s, int layer, int token) {
+// merged. The result is in s.row, behind a barrier.
+DEVICE void attention(const Arguments& a, Shared& s, int layer, int token, unsigned mark) {
   constexpr int APART = 32 * TEAMS, NEEDED = (LENGTH + APART - 1) / APART;
-  constexpr int CHUNK = NEEDED * HEAD <= 40 ? NEEDED : larger(1, 40 / HEAD);  // keys at a time
+  constexpr int CHUNK = NEEDED < MOST_KEYS ? NEEDED : MOST_KEYS;  // keys at a time
   const int window = token / LENGTH;
   for (int task = warp(); task < HEADS * TEAMS; task += WARPS) {
     const int head = task / TEAMS;
-    const Kept* key_value = key_value_at(a, layer, window, head);
-    float query[HEAD], mixed[HEAD] = {}, most = -INFINITY, total = 0;
+    const Marked4* key_value = key_value_at(a, layer, window, head);
+    const Marked* asked = a.query + token * EMB + head * HEAD;
+    constexpr int PENDING = (HEAD + 31) / 32;
+    const auto each = [](int i) { return lane() + 32 * i < HEAD ? lane() + 32 * i : 0; };
+    Pending<PENDING> pending;
+    pending.ask(asked, each);
+    const float* query = s.rows[warp()];
+    float mixed[HEAD] = {}, most = -INFINITY, total = 0;
+#pragma unroll 1
+    for (int begin = 32 * (task % TEAMS); begin < LENGTH; begin += APART * CHUNK) {
+      const int first = begin + lane();
+      Marked4 unit[CHUNK * KV_UNITS];
+      receive(a, s, unit, key_value, [&](int i) { return first + i / KV_UNITS * APART < LENGTH; },
+              [&](int i) { return i % KV_UNITS * LENGTH + first + i / KV_UNITS * APART; }, mark);
+      if (begin < APART) {
+        float numbers[PENDING];
+        pending.receive(numbers, asked, each, mark, Patience{a, s, since()});
 #pragma unroll
-    for (int d = 0; d < HEAD; ++d) query[d] = load_fresh(a.query + token * EMB + head * HEAD + d);
-    for (int first = lane() + 32 * (task % TEAMS); first < LENGTH; first += APART * CHUNK) {
-      float key[CHUNK][HEAD], value[CHUNK][HEAD], score[CHUNK], peak = most;
-#pragma unroll
-      for (int i = 0; i < CHUNK; ++i) {
-        const int at = first + APART * i < LENGTH ? first + APART * i : first;
-#pragma unroll
-        for (int d = 0; d < HEAD; d += VECTOR) {
-          load_piece(key[i] + d, key_value + (d / VECTOR * LENGTH + at) * VECTOR);
-          load_piece(value[i] + d, key_value + ((HEAD + d) / VECTOR * LENGTH + at) * VECTOR);
-        }
+        for (int i = 0; i < PENDING; ++i)
+          if (lane() + 32 * i < HEAD) s.rows[warp()][lane() + 32 * i] = numbers[i];
+        __syncwarp();
       }
+      MARK(8 * layer + 2);
+      float score[CHUNK], peak = -INFINITY;
 #pragma unroll
       for (int i = 0; i < CHUNK; ++i) {
         float sum = 0;
 #pragma unroll
-        for (int d = 0; d < HEAD; ++d) sum = fmaf(query[d], key[i][d], sum);
+        for (int d = 0; d < HEAD; ++d) sum = fmaf(query[d], number_of(unit[i * KV_UNITS + d / PER], d % PER), sum);
         score[i] = first + APART * i < LENGTH ? sum : -INFINITY;
         peak = fmaxf(peak, score[i]);
       }
-      const float fade = expf(most - peak);  // of what was summed under a lower peak
-      total *= fade;
+      peak = fmaxf(most, warp_max(peak));  // lane 0 has a key
+      if constexpr (CHUNK < NEEDED) {
+        const float fade = power2(most - peak);  // of what was summed under a lower peak
+        total *= fade;
 #pragma unroll
-      for (int d = 0; d < HEAD; ++d) mixed[d] *= fade;
+        for (int d = 0; d < HEAD; ++d) mixed[d] *= fade;
+      }
       most = peak;
 #pragma unroll
       for (int i = 0; i < CHUNK; ++i) {
-        const float weight = expf(score[i] - peak);
+        if (first + APART * i >= LENGTH) continue;
+        const float weight = power2(score[i] - peak);
         total += weight;
 #pragma unroll
-        for (int d = 0; d < HEAD; ++d) mixed[d] = fmaf(weight, value[i][d], mixed[d]);
+        for (int d = 0; d < HEAD; ++d)
+          mixed[d] = fmaf(weight, number_of(unit[i * KV_UNITS + (HEAD + d) / PER], (HEAD + d) % PER), mixed[d]);
       }
     }
-    const float peak = warp_max(most), fade = most == -INFINITY ? 0.0f : expf(most - peak);  // a lane may have had no key
+    total = warp_sum(total);
+    const float sum = sums_of(mixed);
     float* mix = s.mix + task * (HEAD + 2);
-    total = warp_sum(total * fade);
-#pragma unroll
     for (int d = 0; d < HEAD; ++d) {
-      const float sum = warp_sum(mixed[d] * fade);
-      if (lane() == 0) mix[2 + d] = sum;
+      if (lane() != d * 32 / HEAD) continue;
+      if (TEAMS == 1) s.row[head * HEAD + d] = sum / total;
+      else mix[2 + d] = sum;
     }
-    if (lane() == 0) mix[0] = peak, mix[1] = total;
+    if (TEAMS > 1 && lane() == 0) mix[0] = most, mix[1] = total;
   }
   __syncthreads();
-  for (int e = thread(); e < EMB; e += THREADS) {
+  for (int e = thread(); TEAMS > 1 && e < EMB; e += THREADS) {
     const float* mix = s.mix + e / HEAD * TEAMS * (HEAD + 2);
     float peak = -INFINITY, sum = 0, total = 0;
     for (int i = 0; i < TEAMS; ++i) peak = fmaxf(peak, mix[i * (HEAD + 2)]);
     for (int i = 0; i < TEAMS; ++i) {
       const float* part = mix + i * (HEAD + 2);
-      const float fade = part[1] == 0 ? 0.0f : expf(part[0] - peak);  // a warp may have had no key
+      const float fade = part[1] == 0 ? 0.0f : power2(part[0] - peak);  // a warp may have had no key
       sum = fmaf(part[2 + e % HEAD], fade, sum);
       total = fmaf(part[1], fade, total);
     }
     s.row[e] = sum / total;
   }
-  __syncthreads();
+  if (TEAMS > 1) __syncthreads();
 }
 
 DEVICE void attend_phase(const Arguments& a, Shared& s, int layer, unsigned number) {
   const float* w = layer_weights(a, layer);
-  if (layer + 1 < LAYERS) fetch_qkv(a, s, layer + 1);
-  float bias[LANE_VALUES], scale[LANE_VALUES], shift[LANE_VALUES];  // early, as all that does not depend on other blocks
-  load_row(bias, w + AT_OUT_BIAS);
-  load_row(scale, w + AT_NORM1);
-  load_row(shift, w + AT_NORM1 + EMB);
+  const unsigned mark = mark_of(number, layer);
+  Columns<1> out;
+  out.ask(w + AT_OUT);
+  fetch(s.vectors, w + AT_OUT_BIAS, EMB);
+  fetch(s.vectors + EMB, w + AT_NORM1, 2 * EMB);
   for (int token = blockIdx.x; token < (int)a.calls.batch * LENGTH; token += gridDim.x) {
-    const int window = token / LENGTH;
-    wait(a, s, encoded(a, layer, window), number * (layer == 0 ? N_CHANS : LENGTH));
-    MARK(6 * layer + 2);
-    float v[LANE_VALUES];
-    for (int i = 0; i < LANE_VALUES; ++i)
-      if (const int e = lane() + 32 * i; warp() == 0 && e < EMB) v[i] = load_fresh(a.tokens + token * EMB + e) + bias[i];
-    attention(a, s, layer, token);
+    const auto each = [](int i) { return lane() + 32 * i < EMB ? lane() + 32 * i : EMB - 1; };
+    Pending<LANE_VALUES> before;
+    if (warp() == 0) before.ask(a.tokens + token * EMB, each);
+    attention(a, s, layer, token, mark);
+    MARK(8 * layer + 3);
+    out.multiply(s.row, s.partial);
     copies_arrived();
     __syncthreads();
-    float* projected = s.partial;  // EMB results, over the parts that they were summed from
-    product<1, EMB, EMB>(s.row, s.out, s.partial, [&](int, int m, float v) { projected[m] = v; });
     if (warp() == 0) {
+      float v[LANE_VALUES], scale[LANE_VALUES], shift[LANE_VALUES];
+      before.receive(v, a.tokens + token * EMB, each, mark, Patience{a, s, since()});
+#pragma unroll
       for (int i = 0; i < LANE_VALUES; ++i)
-        if (const int e = lane() + 32 * i; e < EMB) v[i] += projected[e];
+        if (const int e = lane() + 32 * i; e < EMB) v[i] += s.vectors[e] + Columns<1>::sum(s.partial, 0, e), scale[i] = s.vectors[EMB + e], shift[i] = s.vectors[2 * EMB + e];
       normalise(v, scale, shift);
+#pragma unroll
       for (int i = 0; i < LANE_VALUES; ++i)
-        if (const int e = lane() + 32 * i; e < EMB) store_marked(a.attended + token * EMB + e, v[i], mark_of(number, layer));
+        if (const int e = lane() + 32 * i; e < EMB) s.row[e] = v[i];
+      __syncwarp();
+      for (int unit = lane(); unit < EMB_UNITS; unit += 32) {
+        float x[PER];
+#pragma unroll
+        for (int i = 0; i < PER; ++i) x[i] = unit * PER + i < EMB ? s.row[unit * PER + i] : 0.0f;
+        store_whole(a.attended + token * EMB_UNITS + unit, marked4(x, mark));
+      }
+#pragma unroll
+      for (int i = 0; i < LANE_VALUES; ++i)
+        if (const int e = lane() + 32 * i; e < EMB) a.residual[token * EMB + e] = v[i];
     }
     __syncthreads();
   }
-  if (layer + 1 < LAYERS) fetch(s.out, layer_weights(a, layer + 1) + AT_OUT, EMB * EMB);
 }
 
-// sum[i] += tile(16 x 8 STEPS) of weights times columns first, first + apart, ... of `in`.
-template <int STEPS_K, int TILES>
-DEVICE void multiply(float (&sum)[TILES][4], const uint4 (&weight)[STEPS_K], const Element* in, int stride, int first, int apart) {
+// sum[i] += tile(16 x 8 STEPS) times columns first, first + apart, ... of `in`. `weight(step)` is this lane's part of the tile.
+template <int STEPS_K, int TILES, class Weight>
+DEVICE void multiply(float (&sum)[TILES][4], Weight weight, const Element* in, int stride, int first, int apart) {
   const int row = lane() / 4, k = lane() % 4;
 #if !HALF
   float small[TILES][4] = {};
 #endif
-#pragma unroll
+#pragma unroll(STEPS_K <= 8 ? STEPS_K : 4)
   for (int step = 0; step < STEPS_K; ++step) {
+    const uint4 tile = weight(step);
+    Element x[TILES][2];
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+      const int column = first + i * apart < COLUMNS ? first + i * apart : 0;
+      const Element* at = in + (column * 8 + row) * stride + step * 8 + k;
+      x[i][0] = at[0], x[i][1] = at[4];
+    }
 #if HALF
 #pragma unroll
-    for (int i = 0; i < TILES; ++i) {
-      const Element* x = in + (first + i * apart) * 8 * stride + row * stride + step * 8 + k;
-      if (first + i * apart < COLUMNS) mma_half(sum[i], weight[step], x[0], x[4]);
-    }
+    for (int i = 0; i < TILES; ++i)
+      if (first + i * apart < COLUMNS) mma_half(sum[i], tile, x[i][0], x[i][1]);
 #else
-    const float w[4] = {__uint_as_float(weight[step].x), __uint_as_float(weight[step].y), __uint_as_float(weight[step].z),
-                        __uint_as_float(weight[step].w)};
-    float x[TILES][2];
+    const float w[4] = {__uint_as_float(tile.x), __uint_as_float(tile.y), __uint_as_float(tile.z),
+                        __uint_as_float(tile.w)};
+    unsigned upper[TILES][2], lower[TILES][2];
 #pragma unroll
-    for (int i = 0; i < TILES; ++i) {
-      const int column = first + i * apart < COLUMNS ? first + i * apart : first;
-      x[i][0] = in[(column * 8 + row) * stride + step * 8 + k], x[i][1] = in[(column * 8 + row) * stride + step * 8 + k + 4];
-    }
+    for (int i = 0; i < TILES; ++i)
+      for (int j = 0; j < 2; ++j) upper[i][j] = __float_as_uint(x[i][j].x), lower[i][j] = __float_as_uint(x[i][j].y);
     if (TENSOR_FLOAT) {
       const uint4 rounded = {to_tf32(w[0]), to_tf32(w[1]), to_tf32(w[2]), to_tf32(w[3])};
 #pragma unroll
-      for (int i = 0; i < TILES; ++i) mma_tf32(sum[i], rounded, to_tf32(x[i][0]), to_tf32(x[i][1]));
+      for (int i = 0; i < TILES; ++i)
+        if (first + i * apart < COLUMNS) mma_tf32(sum[i], rounded, upper[i][0], upper[i][1]);
       continue;
     }
     // Each number is the sum of two that TensorFloat-32 holds; the product of the two lower parts is below float32's rounding.
-    const uint4 upper = {upper_tf32(w[0]), upper_tf32(w[1]), upper_tf32(w[2]), upper_tf32(w[3])};
-    const uint4 lower = {lower_tf32(w[0]), lower_tf32(w[1]), lower_tf32(w[2]), lower_tf32(w[3])};
+    const uint4 high = {upper_tf32(w[0]), upper_tf32(w[1]), upper_tf32(w[2]), upper_tf32(w[3])};
+    const uint4 rest = {lower_tf32(w[0]), lower_tf32(w[1]), lower_tf32(w[2]), lower_tf32(w[3])};
 #pragma unroll
-    for (int i = 0; i < TILES; ++i) mma_tf32(small[i], lower, upper_tf32(x[i][0]), upper_tf32(x[i][1]));
-#pragma unroll
-    for (int i = 0; i < TILES; ++i) mma_tf32(sum[i], upper, upper_tf32(x[i][0]), upper_tf32(x[i][1]));
-#pragma unroll
-    for (int i = 0; i < TILES; ++i) mma_tf32(small[i], upper, lower_tf32(x[i][0]), lower_tf32(x[i][1]));
+    for (int i = 0; i < TILES; ++i) {
+      if (first + i * apart >= COLUMNS) continue;
+      mma_tf32(small[i], rest, upper[i][0], upper[i][1]);
+      mma_tf32(sum[i], high, upper[i][0], upper[i][1]);
+      mma_tf32(small[i], high, lower[i][0], lower[i][1]);
+    }
 #endif
   }
 #if !HALF
@@ -393,32 +540,36 @@ DEVICE void feed_phase(const Arguments& a, Shared& s, int layer, unsigned number
   for (int i = thread(); i < OUT_ROWS * OUT_STEPS * 32; i += THREADS) copy16(s.out_weights + i, out_weights + i);
   const int row = lane() / 4, pair = lane() % 4 * 2;
   const float* bias = w + AT_LINEAR1_BIAS + slice * HIDDEN + in_row * 16 + row;
-  const float low_bias = bias[0], high_bias = bias[8];
+  const float low_bias = load_weight(bias), high_bias = load_weight(bias + 8);
 
   for (int group = blockIdx.x / SLICES; group < group_count(a); group += teams) {
     const int first = group * GROUP, count = n_tokens - first < GROUP ? n_tokens - first : GROUP;
-    float2 x[(8 * COLUMNS * EMB / 2 + THREADS - 1) / THREADS];
-    receive(a, s, x, a.attended + first * EMB, [&](int i) {
-      const int at = 2 * (thread() + i * THREADS);
-      return at < count * EMB ? at : 0;
-    }, mark_of(number, layer));
-    MARK(6 * layer + 4);
+    constexpr int ROWS_UNITS = 8 * COLUMNS * EMB_UNITS;
+    Marked4 x[(ROWS_UNITS + THREADS - 1) / THREADS];
+    receive(a, s, x, a.attended + first * EMB_UNITS, [&](int i) { return thread() + i * THREADS < count * EMB_UNITS; },
+            [&](int i) { return thread() + i * THREADS; }, mark_of(number, layer));
+    MARK(8 * layer + 5);
 #pragma unroll
     for (int i = 0; i < (int)(sizeof x / sizeof *x); ++i) {
-      const int at = 2 * (thread() + i * THREADS), token = at / EMB, e = at % EMB;
-      if (token >= 8 * COLUMNS) continue;
-      if (token >= count) x[i] = float2{0, 0};
+      const int at = thread() + i * THREADS, token = at / EMB_UNITS, unit = at % EMB_UNITS;
+      if (at >= ROWS_UNITS) continue;
+      if (token >= count) x[i] = Marked4{0, 0, 0, 0};
+      Element* to = s.feed.in + token * IN_STRIDE + unit * PER / PER_ELEMENT;
 #if HALF
-      s.feed.in[token * IN_STRIDE + e / 2] = to_half2(x[i].x, x[i].y);
+      const Element words[3] = {x[i].x, x[i].y, x[i].z};
+#pragma unroll
+      for (int k = 0; k < 3; ++k)
+        if (unit * 3 + k < EMB / 2) to[k] = words[k];
 #else
-      *reinterpret_cast<float2*>(s.feed.in + token * IN_STRIDE + e) = x[i];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) to[k] = element(number_of(x[i], k));
 #endif
     }
     __syncthreads();
     if (in_team < IN_TEAMS) {
       float sum[IN_TILES][4];
       for (int i = 0; i < IN_TILES; ++i) sum[i][0] = sum[i][1] = low_bias, sum[i][2] = sum[i][3] = high_bias;
-      multiply<IN_STEPS, IN_TILES>(sum, in_weight, s.feed.in, IN_STRIDE, in_team, IN_TEAMS);
+      multiply<IN_STEPS, IN_TILES>(sum, [&](int step) { return in_weight[step]; }, s.feed.in, IN_STRIDE, in_team, IN_TEAMS);
 #pragma unroll
       for (int i = 0; i < IN_TILES; ++i) {
         const int column = in_team + i * IN_TEAMS;
@@ -431,19 +582,18 @@ DEVICE void feed_phase(const Arguments& a, Shared& s, int layer, unsigned number
           const float neighbour = shuffle_xor(v, 4);  // the unit beside this one is 4 lanes on
           if (row % 2 == 0) s.feed.hidden[token * HIDDEN_STRIDE + unit / 2] = to_half2(v, neighbour);
 #else
-          s.feed.hidden[token * HIDDEN_STRIDE + unit] = v;
+          s.feed.hidden[token * HIDDEN_STRIDE + unit] = element(v);
 #endif
         }
       }
     }
     copies_arrived();
     __syncthreads();
+    MARK(8 * layer + 6);
     if (out_team < OUT_TEAMS) {
-      uint4 out_weight[OUT_STEPS];
-#pragma unroll
-      for (int i = 0; i < OUT_STEPS; ++i) out_weight[i] = s.out_weights[(out_row * OUT_STEPS + i) * 32 + lane()];
+      const uint4* mine = s.out_weights + out_row * OUT_STEPS * 32 + lane();
       float sum[OUT_TILES][4] = {};
-      multiply<OUT_STEPS, OUT_TILES>(sum, out_weight, s.feed.hidden, HIDDEN_STRIDE, out_team, OUT_TEAMS);
+      multiply<OUT_STEPS, OUT_TILES>(sum, [&](int step) { return mine[32 * step]; }, s.feed.hidden, HIDDEN_STRIDE, out_team, OUT_TEAMS);
 #pragma unroll
       for (int i = 0; i < OUT_TILES; ++i) {
         const int column = out_team + i * OUT_TEAMS;
@@ -459,9 +609,14 @@ DEVICE void feed_phase(const Arguments& a, Shared& s, int layer, unsigned number
 }
 
 DEVICE void combine_phase(const Arguments& a, Shared& s, int layer, unsigned number) {
-  constexpr int PARTS = split_of(EMB / 2, SLICES), TERMS = SLICES / PARTS;
+  constexpr int SPLIT = split_of(EMB / 2, SLICES) < 32 ? split_of(EMB / 2, SLICES) : 32, SHARES = SLICES / SPLIT;
+  constexpr int PAIRS = 32 / SPLIT;  // of numbers that a warp sums, a lane SHARES of each
   const float* w = layer_weights(a, layer);
   const int n_tokens = a.calls.batch * LENGTH;
+  const unsigned mark = mark_of(number, layer);
+  const bool last = layer == LAYERS - 1;
+  Projection<> projection;
+  if (!last) projection.ask(layer_weights(a, layer + 1), layer_weights(a, layer + 1) + AT_QKV);
   float bias[LANE_VALUES], scale[LANE_VALUES], shift[LANE_VALUES], last_scale[LANE_VALUES], last_shift[LANE_VALUES];
   load_row(bias, w + AT_LINEAR2_BIAS);
   load_row(scale, w + AT_NORM2);
@@ -469,66 +624,86 @@ DEVICE void combine_phase(const Arguments& a, Shared& s, int layer, unsigned num
   load_row(last_scale, a.weights + AT_NORM);  // ones and zeros where the head has them
   load_row(last_shift, a.weights + AT_NORM + EMB);
   for (int token = blockIdx.x; token < n_tokens; token += gridDim.x) {
-    const unsigned mark = mark_of(number, layer);
-    if (thread() < EMB / 2) {
-      float2 x[1];
-      receive(a, s, x, a.attended + token * EMB + 2 * thread(), [](int) { return 0; }, mark);
-      s.row[2 * thread()] = x[0].x, s.row[2 * thread() + 1] = x[0].y;
-    }
-    if (const int e = 2 * (thread() % (EMB / 2)), part = thread() / (EMB / 2); part < PARTS) {
-      float2 share[TERMS], sum = {0, 0};
-      receive(a, s, share, a.shares + (part * TERMS * n_tokens + token) * EMB + e, [&](int i) { return i * n_tokens * EMB; }, mark);
+    float v[LANE_VALUES], head[LANE_VALUES], head_bias = 0;
+    const auto ask_head = [&](int o) {
+      load_row(head, a.weights + AT_HEAD + (o * LENGTH + token % LENGTH) * EMB);
+      head_bias = load_weight(a.weights + AT_BIAS + o);
+    };
+    if (last && !BASE && warp() < N_OUTPUTS) ask_head(warp());
 #pragma unroll
-      for (int i = 0; i < TERMS; ++i) sum.x += share[i].x, sum.y += share[i].y;
-      s.partial[part * EMB + e] = sum.x, s.partial[part * EMB + e + 1] = sum.y;
+    for (int i = 0; i < LANE_VALUES; ++i)
+      if (const int e = lane() + 32 * i; e < EMB) v[i] = a.residual[token * EMB + e] + bias[i];
+    if (const int pair = warp() * PAIRS + lane() / SPLIT, part = lane() % SPLIT; warp() * PAIRS < EMB / 2) {
+      const Marked* from = a.shares + (part * SHARES * n_tokens + token) * EMB + 2 * pair;
+      float2 share[SHARES], sum = {0, 0};
+      receive(a, s, share, from, [&](int i) { return i * n_tokens * EMB; }, mark);
+#pragma unroll
+      for (int i = 0; i < SHARES; ++i) sum.x += share[i].x, sum.y += share[i].y;
+#pragma unroll
+      for (int mask = 1; mask < SPLIT; mask *= 2) sum.x += shuffle_xor(sum.x, mask), sum.y += shuffle_xor(sum.y, mask);
+      if (part == 0) s.row[2 * pair] = sum.x, s.row[2 * pair + 1] = sum.y;
     }
-    MARK(6 * layer + 6);
-    float v[LANE_VALUES];
     __syncthreads();
-    if (warp() == 0) {
-      for (int i = 0; i < LANE_VALUES; ++i)
-        if (const int e = lane() + 32 * i; e < EMB) {
-          v[i] = s.row[e] + bias[i];
-          for (int part = 0; part < PARTS; ++part) v[i] += s.partial[part * EMB + e];
-        }
-      normalise(v, scale, shift);
-      if (layer == LAYERS - 1) normalise(v, last_scale, last_shift);
+    MARK(8 * layer + 8);
+#pragma unroll
+    for (int i = 0; i < LANE_VALUES; ++i)
+      if (const int e = lane() + 32 * i; e < EMB) v[i] += s.row[e];
+    normalise(v, scale, shift);  // every warp, so that none waits for another
+    if (!last) {
+#pragma unroll
       for (int i = 0; i < LANE_VALUES; ++i) {
         const int e = lane() + 32 * i;
         if (e >= EMB) continue;
-        s.row[e] = v[i];
-        if (layer < LAYERS - 1) a.tokens[token * EMB + e] = v[i];
-        else if (BASE) a.output[token * EMB + e] = v[i];
+        s.rows[warp()][e] = v[i];
+        if (warp() == 0) store_marked(a.tokens + token * EMB + e, v[i], mark_of(number, layer + 1));
       }
-    }
-    copies_arrived();
-    __syncthreads();
-    const int window = token / LENGTH;
-    if (layer < LAYERS - 1) {
-      project<1>(a, s, layer + 1, token);
-      signal(encoded(a, layer + 1, window));
+      __syncwarp();
+      projection.columns.multiply(s.rows[warp()], s.partial);
+      __syncthreads();
+      hand_on(a, s, projection.bias, layer + 1, token, mark_of(number, layer + 1));
+      __syncthreads();
       continue;
     }
-    if (!BASE) {
+    normalise(v, last_scale, last_shift);
+    const int window = token / LENGTH;
+    if constexpr (BASE) {
+#pragma unroll
+      for (int i = 0; i < LANE_VALUES; ++i)
+        if (const int e = lane() + 32 * i; warp() == 0 && e < EMB) a.output[token * EMB + e] = v[i];
+      __threadfence_system();
+      if (last_to_arrive(&a.calls.counters->arrived[window], LENGTH, &s.ticket)) finish_window(a.calls, number);
+    } else {
       for (int o = warp(); o < N_OUTPUTS; o += WARPS) {
-        const float* weight = a.weights + AT_HEAD + (o * LENGTH + token % LENGTH) * EMB;
+        if (o != warp()) ask_head(o);
         float sum = 0;
-        for (int e = lane(); e < EMB; e += 32) sum = fmaf(s.row[e], weight[e], sum);
+#pragma unroll
+        for (int i = 0; i < LANE_VALUES; ++i)
+          if (lane() + 32 * i < EMB) sum = fmaf(v[i], head[i], sum);
         sum = warp_sum(sum);
-        if (lane() == 0) a.head_shares[token * N_OUTPUTS + o] = sum;
+        if (lane() == 0) store_marked(a.head_shares + token * N_OUTPUTS + o, sum, mark);
       }
-    }
-    if (BASE) __threadfence_system();
-    if (!last_to_arrive(&a.calls.counters->arrived[window], LENGTH, &s.ticket)) continue;
-    if (!BASE) {
-      for (int o = warp(); o < N_OUTPUTS; o += WARPS) {
-        float sum = 0;
-        for (int t = lane(); t < LENGTH; t += 32) sum += load_fresh(a.head_shares + (window * LENGTH + t) * N_OUTPUTS + o);
-        sum = warp_sum(sum);
-        if (lane() == 0) put_output(a.calls, a.output, window * N_OUTPUTS + o, a.weights[AT_BIAS + o] + sum, number);
+      if (token % LENGTH == LENGTH - 1) {
+        for (int o = warp(); o < N_OUTPUTS; o += WARPS) {
+          if (N_OUTPUTS > WARPS) head_bias = load_weight(a.weights + AT_BIAS + o);
+          float sum = 0;
+          constexpr int AT_ONCE = (LENGTH + 31) / 32 < 8 ? (LENGTH + 31) / 32 : 8;
+          for (int first = lane(); first - lane() < LENGTH; first += 32 * AT_ONCE) {
+            const Marked* from = a.head_shares + window * LENGTH * N_OUTPUTS + o;
+            const auto at = [&](int i) { return (first + 32 * i < LENGTH ? first + 32 * i : 0) * N_OUTPUTS; };
+            Pending<AT_ONCE> pending;
+            float share[AT_ONCE];
+            pending.ask(from, at);
+            pending.receive(share, from, at, mark, Patience{a, s, since()});
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) sum += first + 32 * i < LENGTH ? share[i] : 0.0f;
+          }
+          sum = warp_sum(sum);
+          if (lane() == 0) put_output(a.calls, a.output, window * N_OUTPUTS + o, head_bias + sum, number);
+        }
+        finish_window(a.calls, number);
       }
+      __syncthreads();
     }
-    finish_window(a.calls, number);
   }
 }
 
@@ -540,15 +715,15 @@ KERNEL contextual(const Arguments a) {
   prepare(a, s);
   for (unsigned number = a.calls.last; next_call(a.calls, number, s.word);) {
     __syncthreads();
-    encode_phase(a, s);
+    encode_phase(a, s, number);
     MARK(1);
     for (int layer = 0; layer < LAYERS; ++layer) {
       attend_phase(a, s, layer, number);
-      MARK(6 * layer + 3);
+      MARK(8 * layer + 4);
       feed_phase(a, s, layer, number);
-      MARK(6 * layer + 5);
+      MARK(8 * layer + 7);
       combine_phase(a, s, layer, number);
-      MARK(6 * layer + 7);
+      MARK(8 * layer + 9);
     }
     if (!a.calls.request) break;
     __syncthreads();

@@ -1,6 +1,7 @@
 // Wraps the GPU instructions that the kernels need beyond CUDA C++. Everything that is not plain C++ stands here, so that
 // tests/gpu_on_cpu.h can replace this file and run the kernels on a CPU.
 #define DEVICE static __device__ __forceinline__
+#define DEVICE_MEMBER __device__ __forceinline__
 #define SHARED_MEMORY extern __shared__ __align__(16) unsigned char shared_memory[]
 #ifndef RESIDENT
 #define RESIDENT 1  // blocks that a multiprocessor holds at once
@@ -20,6 +21,12 @@
 DEVICE uint4 load_weight4(const uint4* p) {
   uint4 v;
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+
+DEVICE float load_weight(const float* p) {
+  float v;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(p));
   return v;
 }
 
@@ -90,6 +97,28 @@ DEVICE uint4 load_marked2(const unsigned long long* p) {
   unsigned long long one, other;
   asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(one), "=l"(other) : "l"(p) : "memory");
   return uint4{(unsigned)one, (unsigned)(one >> 32), (unsigned)other, (unsigned)(other >> 32)};
+}
+
+DEVICE unsigned long long load_marked(const unsigned long long* p) {
+  unsigned long long v;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
+
+// The same of 16 bytes that are kept whole.
+DEVICE void store_whole(uint4* p, const uint4& v) {
+  asm volatile(
+      "{.reg .b64 low, high; .reg .b128 all; mov.b64 low, {%1, %2}; mov.b64 high, {%3, %4}; mov.b128 all, {low, high};"
+      " st.relaxed.gpu.global.b128 [%0], all;}" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+DEVICE uint4 load_whole(const uint4* p) {
+  uint4 v;
+  asm volatile(
+      "{.reg .b64 low, high; .reg .b128 all; ld.relaxed.gpu.global.b128 all, [%4]; mov.b128 {low, high}, all;"
+      " mov.b64 {%0, %1}, low; mov.b64 {%2, %3}, high;}"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
 }
 
 DEVICE unsigned load_acquire(const unsigned* p) {

@@ -274,6 +274,36 @@ DEVICE void take_signals(float* shared, const float* input, const Calls& calls, 
 #endif
 }
 
+// ---- numbers that blocks hand to each other ----
+typedef unsigned long long Marked;  // a float, and a mark above it
+
+// N marked numbers at `from + at(i)`, asked for before they are needed.
+template <int N>
+struct Pending {
+  Marked v[N];
+
+  template <class At>
+  DEVICE_MEMBER void ask(const Marked* from, At at) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] = load_marked(from + at(i));
+  }
+
+  // The numbers, once all have been marked with `mark`, or `go_on` says that they never will.
+  template <class At, class GoOn>
+  DEVICE_MEMBER void receive(float (&to)[N], const Marked* from, At at, unsigned mark, GoOn go_on) {
+    for (;;) {
+      bool all = true;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        to[i] = __uint_as_float((unsigned)v[i]);
+        all &= (unsigned)(v[i] >> 32) == mark;
+      }
+      if (all || !go_on()) return;
+      ask(from, at);
+    }
+  }
+};
+
 // Whether this block is the last of `n` that arrive here for `window`; then it sees what the others wrote before.
 DEVICE bool last_to_arrive(unsigned* arrived, unsigned n, unsigned* ticket) {
   __syncthreads();

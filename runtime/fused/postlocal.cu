@@ -1,10 +1,12 @@
 // Computes PostLocal in one launch. A block takes one channel of one window through the encoder and the head, which is one linear
-// map of all tokens. The block that is the last of its window adds the channels' shares in their order.
+// map of all tokens. The block of a window's last channel adds the channels' shares in their order. Each share has the call's number
+// beside it, and this block reads again until it sees the number: all blocks are resident at once (a cooperative launch), and each
+// takes its items in rising order.
 struct Arguments {
   const float* input;    // (batch, N_CHANS, N_TIMES)
   float* output;         // (batch, N_OUTPUTS)
   const float* weights;
-  float* shares;         // (batch, N_CHANS, N_OUTPUTS)
+  Marked* shares;        // (batch, N_CHANS, N_OUTPUTS)
 #if PROFILE
   long long* profile;    // MARKS for each block
 #endif
@@ -17,7 +19,6 @@ constexpr bool HEAD_IN_SHARED = N_OUTPUTS * FEATURES <= 4096 && FEATURES % 4 == 
 struct Shared {
   EncoderMemory<1> encoder;
   float head[HEAD_IN_SHARED ? N_OUTPUTS * FEATURES : 4];  // of the channel at hand
-  unsigned ticket;
   unsigned word[2];
 };
 TELL_SIZE(Shared)
@@ -42,14 +43,26 @@ DEVICE void answer(const Arguments& a, Shared& s, unsigned number, float bias, i
       float sum = 0;
       for (int i = lane(); i < FEATURES; i += 32) sum = fmaf(tokens[i], weight[i], sum);
       sum = warp_sum(sum);
-      if (lane() == 0) a.shares[item * N_OUTPUTS + o] = sum;
+      if (lane() == 0) store_marked(a.shares + item * N_OUTPUTS + o, sum, number);
     }
     MARK(3);
-    if (!last_to_arrive(&a.calls.counters->arrived[window], N_CHANS, &s.ticket)) continue;
-    MARK(4);
+    __syncthreads();
+    if (channel != N_CHANS - 1) continue;
     for (int o = warp(); o < N_OUTPUTS; o += WARPS) {
+      constexpr int AT_ONCE = (N_CHANS + 31) / 32 < 8 ? (N_CHANS + 31) / 32 : 8;
+      const Marked* from = a.shares + window * N_CHANS * N_OUTPUTS + o;
       float sum = 0;
-      for (int c = lane(); c < N_CHANS; c += 32) sum += load_fresh(a.shares + (window * N_CHANS + c) * N_OUTPUTS + o);
+      for (int first = 0; first < N_CHANS; first += 32 * AT_ONCE) {
+        const auto channel_of = [&](int i) { return first + 32 * i + lane(); };
+        const auto at = [&](int i) { return (channel_of(i) < N_CHANS ? channel_of(i) : 0) * N_OUTPUTS; };
+        Pending<AT_ONCE> pending;
+        float share[AT_ONCE];
+        pending.ask(from, at);
+        pending.receive(share, from, at, number, [] { pause(); return true; });
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) sum += channel_of(i) < N_CHANS ? share[i] : 0.0f;
+      }
+      MARK(4);
       sum = warp_sum(sum);
       if (lane() == 0) put_output(a.calls, a.output, window * N_OUTPUTS + o, (o < WARPS ? bias : a.weights[AT_BIAS + o]) + sum, number);
     }

@@ -19,11 +19,13 @@ constexpr int SIGNALS = CLUSTER > 1 ? 1 : FILTERS;      // virtual channels that
 constexpr int FEATURES = N_TOKENS * EMB;
 constexpr int PADDED = (FILTERS + 3) / 4 * 4;           // numbers of a channel in the table of the filters
 constexpr int HEAD_FLOATS = N_OUTPUTS * FILTERS * FEATURES;
+constexpr int GROUPS = N_TIMES * 2 > THREADS ? 1 : THREADS / N_TIMES < 8 ? THREADS / N_TIMES : 8;  // of channels, summed apart
 constexpr bool HEAD_IN_SHARED = HEAD_FLOATS <= 4096 && HEAD_FLOATS % 4 == 0;
 
 struct Shared {
   EncoderMemory<SIGNALS> encoder;
   float input[(SHARE * N_TIMES + 3) / 4 * 4];
+  float parts[GROUPS * FILTERS * N_TIMES];  // sums over each group of channels
   float sums[(FILTERS * N_TIMES + 3) / 4 * 4];
   float filters[SHARE * PADDED];
   float head[HEAD_IN_SHARED ? HEAD_FLOATS : 4];
@@ -52,10 +54,11 @@ DEVICE void answer(const Arguments& a, Shared& s, unsigned number, float bias) {
   take_signals<SHARE>(s.input, a.input, a.calls, window * N_CHANS + first, count);
   MARK(1);
 
-  for (int t = thread(); t < N_TIMES; t += THREADS) {
+  for (int i = thread(); i < GROUPS * N_TIMES; i += THREADS) {
+    const int t = i % N_TIMES, group = i / N_TIMES;
     float sum[PADDED] = {};
 #pragma unroll 4
-    for (int c = 0; c < count; ++c) {
+    for (int c = group; c < count; c += GROUPS) {
       const float x = s.input[c * N_TIMES + t] - s.input[c * N_TIMES];  // the normalisation removes any offset; float32 needs it gone
       for (int v = 0; v < PADDED; v += 4) {
         const float4 w = *reinterpret_cast<const float4*>(s.filters + c * PADDED + v);
@@ -65,10 +68,14 @@ DEVICE void answer(const Arguments& a, Shared& s, unsigned number, float bias) {
         sum[v + 3] = fmaf(x, w.w, sum[v + 3]);
       }
     }
-    for (int v = 0; v < FILTERS; ++v) {
-      if (CLUSTER > 1) s.sums[v * N_TIMES + t] = sum[v];
-      else a.sums[(blockIdx.x * FILTERS + v) * N_TIMES + t] = sum[v];
-    }
+    for (int v = 0; v < FILTERS; ++v) s.parts[(group * FILTERS + v) * N_TIMES + t] = sum[v];
+  }
+  __syncthreads();
+  for (int i = thread(); i < FILTERS * N_TIMES; i += THREADS) {
+    float sum = 0;
+    for (int group = 0; group < GROUPS; ++group) sum += s.parts[group * FILTERS * N_TIMES + i];
+    if (CLUSTER > 1) s.sums[i] = sum;
+    else a.sums[blockIdx.x * FILTERS * N_TIMES + i] = sum;
   }
   MARK(2);
   if constexpr (CLUSTER > 1) {

@@ -21,6 +21,9 @@ CLUSTER_CAPABILITY = 90
 FEED_FORWARD = 2048
 """Hidden units of a layer, PyTorch's default, which all SignalJEPA models have."""
 
+SLICES = 16
+"""Parts of the hidden units of a layer, each computed by a block."""
+
 LARGEST_GROUP = 40
 """Tokens that a block takes through the feed-forward product at a time: 5 tiles of 8."""
 
@@ -46,7 +49,9 @@ class Layout:
     cluster : bool
         PreLocal: whether these blocks exchange sums in their shared memory (compute capability 9.0 and later) and not in L2.
     encoder_in_shared, qkv_in_shared : bool
-        Whether these weights are fetched into shared memory before they are needed.
+        Whether these weights are fetched into shared memory before they are needed; of query, key and value those of the first layer.
+    key_values : int
+        Contextual: at most so many numbers of keys does a thread hold at a time, as registers allow.
     profile : bool
         Whether each block records the times of its phases (benchmarks/gpu_fused.py).
     """
@@ -57,6 +62,7 @@ class Layout:
     cluster: bool = True
     encoder_in_shared: bool = True
     qkv_in_shared: bool = True
+    key_values: int = 40
     profile: bool = False
 
 
@@ -128,7 +134,7 @@ class Program:
         return type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, *numbers, *stream]})
 
 
-THREADS = {"prelocal": 1024, "postlocal": 512, "contextual": 512, "base": 512}
+THREADS = {"prelocal": 1024, "postlocal": 512, "contextual": 256, "base": 256}
 """Threads of a block: the fastest measured numbers (benchmarks/results/gpu_fused_*)."""
 
 SMALL_WINDOW = 2**15
@@ -138,11 +144,9 @@ SMALL_WINDOW = 2**15
 def best_layout(spec: ModelSpec, precision: RunPrecision, n_multiprocessors: int, architecture: int) -> Layout:
     """Return the fastest layout of a model on a GPU of compute capability `architecture` (times 10)."""
     recent = architecture >= CLUSTER_CAPABILITY
-    threads = THREADS[spec.variant]
-    if spec.needs_positions and (precision == "fp16" or not recent):
-        threads = 256  # of 512, registers would spill on older ones
     blocks = 4 if recent and spec.n_chans * spec.n_times <= SMALL_WINDOW else 8
-    return Layout(n_multiprocessors=n_multiprocessors, threads=threads, blocks=blocks, cluster=recent)
+    threads, key_values = THREADS[spec.variant], 40 if recent else 16
+    return Layout(n_multiprocessors=n_multiprocessors, threads=threads, blocks=blocks, cluster=recent, key_values=key_values)
 
 
 def refuse_spec(spec: ModelSpec, precision: RunPrecision) -> None:
@@ -182,7 +186,7 @@ def make_program(spec: ModelSpec, weights: Weights, precision: RunPrecision, max
     refuse_spec(spec, precision)
     encoder = spec.encoder
     half = precision == "fp16"
-    slices = 32 if layout.n_multiprocessors >= 32 else 16
+    slices = SLICES
     packed, layer = pack(spec, weights, half=half, slices=slices)
     steps = encoder.n_outputs_of_layers(spec.n_times)
     cluster = layout.blocks if layout.cluster and spec.variant == "prelocal" else 1
@@ -215,7 +219,7 @@ def make_program(spec: ModelSpec, weights: Weights, precision: RunPrecision, max
         buffers = [("sums", layout.blocks * spec.n_spat_filters * spec.n_times)]
         blocks = layout.blocks
     elif spec.variant == "postlocal":
-        buffers = [("shares", spec.n_chans * spec.n_outputs)]
+        buffers = [("shares", 2 * spec.n_chans * spec.n_outputs)]
     else:
         assert layer is not None
         group = min(LARGEST_GROUP, -(-n_tokens // max(1, layout.n_multiprocessors // slices)))
@@ -230,17 +234,19 @@ def make_program(spec: ModelSpec, weights: Weights, precision: RunPrecision, max
             "HALF": int(half),
             "TENSOR_FLOAT": int(precision == "tf32"),
             "QKV_IN_SHARED": int(layout.qkv_in_shared),
+            "MOST_KEYS": max(1, layout.key_values // (encoder.emb_dim // encoder.n_heads)),
             "BASE": int(spec.variant == "base"),
         }
         macros = {"AT_HEAD": 0, "AT_BIAS": 0} | macros
         rows = n_tokens * encoder.emb_dim
-        buffers = [("tokens", rows), ("attended", 2 * rows), ("query", rows), ("key_value", 4 * rows)]
-        buffers.append(("shares", 2 * slices * rows))
-        buffers.append(("head_shares", n_tokens * window))
-        n_ready = encoder.n_layers
+        per = 6 if half else 4  # numbers that 16 bytes hold with their mark
+        units = 4 * n_tokens * -(-encoder.emb_dim // per)
+        pairs = 4 * n_tokens * encoder.n_heads * -(-2 * (encoder.emb_dim // encoder.n_heads) // per)
+        buffers = [("tokens", 2 * rows), ("residual", rows), ("attended", units), ("query", 2 * rows), ("key_value", 2 * pairs)]
+        buffers += [("shares", 2 * slices * rows), ("head_shares", 2 * n_tokens * window)]
         items = n_tokens
     if layout.profile:
-        macros["MARKS"] = 6 if not spec.needs_positions else 2 + 6 * encoder.n_layers
+        macros["MARKS"] = 6 if not spec.needs_positions else 2 + 8 * encoder.n_layers
         buffers.append(("profile", 2 * int(str(macros["MARKS"])) * max(layout.n_multiprocessors, items, layout.blocks)))
     name = "contextual" if spec.needs_positions else spec.variant
     code = [f"#define {key} {value}" for key, value in macros.items()]
@@ -252,7 +258,7 @@ def make_program(spec: ModelSpec, weights: Weights, precision: RunPrecision, max
         buffers=tuple(buffers),
         n_ready=n_ready,
         marks=spec.variant != "base",
-        cooperative=spec.needs_positions,
+        cooperative=spec.variant != "prelocal",
         cluster=cluster,
         blocks=blocks,
         items=items,

@@ -186,12 +186,18 @@ class GpuBackend(Backend, Generic[L]):
         self._turn.begin()
         try:
             lane = self._lane(len(eeg))
-            if eeg is not lane.input:
-                np.copyto(lane.input, eeg)
-            lane.run()
+            if eeg is lane.input:
+                lane.run()
+            else:
+                self._copy_and_run(lane, eeg)
             return lane.output
         finally:
             self._turn.end()
+
+    def _copy_and_run(self, lane: L, eeg: FloatArray) -> None:
+        """Run `lane` on windows of the caller's own array."""
+        np.copyto(lane.input, eeg)
+        lane.run()
 
     def run_on_gpu(self, eeg: Any) -> FloatArray:
         """Run the model on an array on the GPU (DLPack, CUDA array interface) without copying it.
