@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_streams.py BUNDLE OUT.json [--precision fp16,fp32] [--rate 10] [--deadline 0.1] [--duration 1]
 
-Runs the scenario "streams" of `sjepa-bench` on the backend "cuda", and on one that does nothing at all: the ceiling of the harness.
+Runs the scenario "streams" of `sjepa-bench` on the backend "cuda", and on one that does nothing: the ceiling of the harness.
 Windows are ordinary arrays, as they come from a network. Throughput on such windows, back to back, stands beside the streams.
 """
 

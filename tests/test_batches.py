@@ -63,6 +63,30 @@ def test_parity(gpu, make_model, small_chunks, name, precision):
     assert precision == "fp32" or result.max_error > 1e-5, "the products were not rounded"
 
 
+def test_windows_that_threads_copy_give_the_bits_of_windows_in_place(gpu, make_model, small_chunks):
+    bundle, reference, _ = make_model(SPECS["postlocal"])
+    backend = batches_for(gpu, bundle)
+    buffer = backend.input_buffer(4)
+    for windows in (reference.inputs[:4], reference.inputs[4:8], reference.inputs[8:4:-1]):  # the last is not contiguous
+        copied = backend.run(windows).copy()
+        np.testing.assert_array_equal(buffer, windows)
+        np.testing.assert_array_equal(backend.run(buffer), copied)
+    backend.close()
+
+
+def test_nothing_is_copied_after_a_call_that_failed(gpu, make_model, small_chunks, monkeypatch):
+    bundle, reference, _ = make_model(SPECS["postlocal"])
+    backend = batches_for(gpu, bundle)
+    buffer = backend.input_buffer(4)
+    with monkeypatch.context() as patch:
+        patch.setattr(backend._lanes[4], "_enqueue", lambda ready: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            backend.run(reference.inputs[:4])
+    np.testing.assert_array_equal(buffer, reference.inputs[:4])
+    np.testing.assert_array_equal(backend.run(reference.inputs[4:8]), backend.run(buffer))
+    backend.close()
+
+
 @pytest.mark.parametrize("n_chans", [66, 80])
 @pytest.mark.parametrize("precision", ["tf32", "fp16"])
 def test_parity_of_a_tile_that_all_warps_share(gpu, make_model, precision, n_chans):

@@ -1,8 +1,8 @@
 """Runs many windows at a time in chunks: the GPU computes one chunk while the next chunk is copied.
 
 Chunks take the streams one after the other. A chunk's windows start as soon as they have arrived and a multiprocessor is free.
-Windows of the caller's own array are copied into pinned memory by several threads, a chunk each, while the GPU works on the chunks
-before.
+Windows of the caller's own array are copied into pinned memory by several threads, a chunk each, while the GPU works on the
+chunks before.
 """
 
 from __future__ import annotations

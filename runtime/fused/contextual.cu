@@ -121,9 +121,9 @@ DEVICE int group_count(const Arguments& a) { return ((int)a.calls.batch * LENGTH
 // What a layer of a call marks its numbers with; the first call is number 1, and memory begins with zeros.
 DEVICE unsigned mark_of(unsigned number, int layer) { return (number - 1) * LAYERS + layer + 1; }
 
-// Whether a wait that began at `start` goes on.
 DEVICE unsigned since() { return (unsigned)(now() >> 10); }
 
+// Whether a wait that began at `start` goes on.
 DEVICE bool patient(const Arguments& a, Shared& s, unsigned start) {
   if (load_volatile(&s.failed)) return false;
   if (since() - start > PATIENCE) {

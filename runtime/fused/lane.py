@@ -182,7 +182,7 @@ class Lane:
             self._values = self._marked.array[:, 0].reshape(self._out.array.shape)
             self.output = np.zeros_like(self._out.array)
             self._ends, self._end_words = keep(_words(self._marked, np.uint32)), range(1, 2 * n_outputs, 2)
-        words = {"counters": 4 + launcher.max_batch, "ready": program.n_ready * batch}
+        words = {"counters": 4 + launcher.max_batch}
         words |= {name: size * batch for name, size in program.buffers}
         self.buffers = {name: keep(closing(DeviceBuffer(device, 4 * n))) for name, n in words.items() if n}
         for buffer in self.buffers.values():  # counters begin at zero, and no old mark is taken for a new one

@@ -49,7 +49,7 @@ class Layout:
     cluster : bool
         PreLocal: whether these blocks exchange sums in their shared memory (compute capability 9.0 and later) and not in L2.
     encoder_in_shared, qkv_in_shared : bool
-        Whether these weights are fetched into shared memory before they are needed; of query, key and value those of the first layer.
+        Whether these weights are fetched into shared memory before they are needed; of query, key and value the first layer's.
     key_values : int
         Contextual: at most so many numbers of keys does a thread hold at a time, as registers allow.
     profile : bool
@@ -80,8 +80,6 @@ class Program:
         All weights in one buffer.
     buffers : tuple of (str, int)
         Scratch buffers in the order of the kernel's arguments: name, and number of float32 values for one window.
-    n_ready : int
-        Counters for one window that the kernel waits for.
     marks : bool
         Whether the kernel can write the call's number beside its outputs.
     cooperative : bool
@@ -102,7 +100,6 @@ class Program:
     source: str
     weights: NDArray[np.float32]
     buffers: tuple[tuple[str, int], ...]
-    n_ready: int
     marks: bool
     cooperative: bool
     cluster: int
@@ -127,7 +124,6 @@ class Program:
     def arguments(self) -> type[ctypes.Structure]:
         """Return the type of the kernel's argument."""
         pointers = ["input", "output", "weights", *(name for name, _ in self.buffers)]
-        pointers += ["ready"] if self.n_ready else []
         fields = [(name, ctypes.c_void_p) for name in [*pointers, "request", "marked", "counters", "report"]]
         numbers = [(name, ctypes.c_uint) for name in ("last", "residency", "batch")]
         stream = [("fresh", ctypes.c_uint), ("history", ctypes.c_void_p)] if self.rolls else []
@@ -137,16 +133,12 @@ class Program:
 THREADS = {"prelocal": 1024, "postlocal": 512, "contextual": 256, "base": 256}
 """Threads of a block: the fastest measured numbers (benchmarks/results/gpu_fused_*)."""
 
-SMALL_WINDOW = 2**15
-"""4 blocks are faster than 8 up to so many samples of all channels: fewer blocks exchange sums, and shared memory suffices."""
-
 
 def best_layout(spec: ModelSpec, precision: RunPrecision, n_multiprocessors: int, architecture: int) -> Layout:
     """Return the fastest layout of a model on a GPU of compute capability `architecture` (times 10)."""
     recent = architecture >= CLUSTER_CAPABILITY
-    blocks = 4 if recent and spec.n_chans * spec.n_times <= SMALL_WINDOW else 8
     threads, key_values = THREADS[spec.variant], 40 if recent else 16
-    return Layout(n_multiprocessors=n_multiprocessors, threads=threads, blocks=blocks, cluster=recent, key_values=key_values)
+    return Layout(n_multiprocessors=n_multiprocessors, threads=threads, cluster=recent, key_values=key_values)
 
 
 def refuse_spec(spec: ModelSpec, precision: RunPrecision) -> None:
@@ -214,7 +206,7 @@ def make_program(spec: ModelSpec, weights: Weights, precision: RunPrecision, max
     }
     macros |= {f"AT_{name}": at for name, at in packed.offsets.items()}
     window, n_tokens = spec.n_outputs, spec.n_chans * spec.n_tokens_per_channel
-    blocks, items, n_ready = None, spec.n_chans, 0
+    blocks, items = None, spec.n_chans
     if spec.variant == "prelocal":
         buffers = [("sums", layout.blocks * spec.n_spat_filters * spec.n_times)]
         blocks = layout.blocks
@@ -256,7 +248,6 @@ def make_program(spec: ModelSpec, weights: Weights, precision: RunPrecision, max
         source="\n".join(code),
         weights=packed.words(),
         buffers=tuple(buffers),
-        n_ready=n_ready,
         marks=spec.variant != "base",
         cooperative=spec.variant != "prelocal",
         cluster=cluster,
