@@ -20,7 +20,8 @@ from machine import describe_machine, write_result
 
 from sjepa_deploy.bundle import Provenance
 from sjepa_deploy.eeg.montage import read_montage
-from sjepa_deploy.eeg.recording import fit_recording, read_recording, windows
+from sjepa_deploy.eeg.recording import fit_recording, read_recording
+from sjepa_deploy.eeg.windows import windows
 from sjepa_deploy.export.to_bundle import ExportParityError, to_bundle
 from sjepa_deploy.models.networks import SignalJEPAModule, build_model
 from sjepa_deploy.spec import PRECISIONS, VARIANTS, ModelSpec

@@ -21,7 +21,8 @@ from machine import describe_machine, write_result
 from sklearn.metrics import r2_score
 
 from sjepa_deploy.eeg.montage import read_montage
-from sjepa_deploy.eeg.recording import fit_recording, read_recording, windows
+from sjepa_deploy.eeg.recording import fit_recording, read_recording
+from sjepa_deploy.eeg.windows import windows
 from sjepa_deploy.export.window_length import compare_window_lengths
 from sjepa_deploy.learning.data import DataConfig, Synthetic, Target
 from sjepa_deploy.learning.finetune import FinetuneConfig, finetune

@@ -162,7 +162,7 @@ class EventWindow:
     ----------
     start : float
         Start of the window in seconds after the event; may be negative. The window's first sample is the one at
-        ``round(start * sfreq)`` samples from the sample of the event, see `sjepa_deploy.eeg.recording.place_windows`.
+        ``round(start * sfreq)`` samples from the sample of the event, see `sjepa_deploy.eeg.events.window_start`.
     events : tuple of str
         Descriptions of the events that the model learned from; empty where they are not known.
     """

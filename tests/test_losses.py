@@ -12,8 +12,8 @@ from streams import ScriptedSource, decode, decode_samples, eeg, info_of
 
 import sjepa_deploy
 from sjepa_deploy.eeg.info import StreamInfo
-from sjepa_deploy.eeg.recording import windows
 from sjepa_deploy.eeg.timeline import BACK, REPEATED, Timeline
+from sjepa_deploy.eeg.windows import windows
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.live.check import causal_preprocessing
 from sjepa_deploy.runtime.live.config import StreamConfig

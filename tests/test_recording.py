@@ -14,7 +14,8 @@ from xdf_writer import Stream, write_xdf
 
 from sjepa_deploy.eeg.montage import read_montage
 from sjepa_deploy.eeg.pauses import told
-from sjepa_deploy.eeg.recording import fit_recording, read_recording, window_starts, windows
+from sjepa_deploy.eeg.recording import fit_recording, read_recording
+from sjepa_deploy.eeg.windows import window_starts, windows
 from sjepa_deploy.errors import InputError, MissingDependencyError, RecordingError
 from sjepa_deploy.spec import Preprocessing, SignalSpec
 

@@ -16,9 +16,10 @@ from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import _command, run_command
 from sjepa_deploy.cli.export import _length_note
 from sjepa_deploy.eeg.chain import Chain, algorithmic_delay
-from sjepa_deploy.eeg.recording import fit_recording, read_recording, windows
+from sjepa_deploy.eeg.recording import fit_recording, read_recording
 from sjepa_deploy.eeg.steps import BandPass, Flow
 from sjepa_deploy.eeg.synthetic import eeg_windows
+from sjepa_deploy.eeg.windows import windows
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.export.window_length import compare_window_lengths
 from sjepa_deploy.models.checkpoint import write_checkpoint

@@ -18,12 +18,13 @@ from sjepa_deploy.eeg.interpolation import match_channels, mixing_matrix
 from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.eeg.pauses import segments_of
 from sjepa_deploy.eeg.quality import ChannelQuality, ChannelState
-from sjepa_deploy.eeg.recording import fit_recording, read_recording, windows
+from sjepa_deploy.eeg.recording import fit_recording, read_recording
 from sjepa_deploy.eeg.steps import Channels, Flow, Resample, StreamStep
 from sjepa_deploy.eeg.steps.base import run_offline
 from sjepa_deploy.eeg.steps.filters import Filter
 from sjepa_deploy.eeg.steps.rate import HALF_TAPS, ratio_of_rates
 from sjepa_deploy.eeg.units import conversion
+from sjepa_deploy.eeg.windows import windows
 from sjepa_deploy.errors import StreamError, TooShortError
 from sjepa_deploy.parity import TOLERANCE
 from sjepa_deploy.runtime.backend import open_backend

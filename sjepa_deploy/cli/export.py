@@ -456,7 +456,7 @@ def _parity_eeg(path: Path, spec: ModelSpec, graphs: Graphs) -> FloatArray:
 
 def _stretches(eeg: FloatArray, n_times: int, hop: int) -> FloatArray:
     """Cut a recording; windows stay as they are."""
-    from sjepa_deploy.eeg.recording import windows
+    from sjepa_deploy.eeg.windows import windows
 
     return windows(eeg, n_times, hop) if eeg.ndim == 2 else eeg
 

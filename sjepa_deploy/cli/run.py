@@ -20,7 +20,8 @@ from sjepa_deploy.cli.task import EventChoice
 from sjepa_deploy.eeg.epochs import holds_windows, read_windows
 from sjepa_deploy.eeg.events import Events
 from sjepa_deploy.eeg.names import parse_rename
-from sjepa_deploy.eeg.recording import UNIT_MEND, FittedRecording, check_amplitude, fit_recording, read_recording
+from sjepa_deploy.eeg.recording import UNIT_MEND, check_amplitude, fit_recording, read_recording
+from sjepa_deploy.eeg.windows import FittedRecording
 from sjepa_deploy.errors import RecordingError
 from sjepa_deploy.files import written_whole
 from sjepa_deploy.runtime.backend import FloatArray

@@ -15,7 +15,8 @@ from sjepa_deploy.eeg.chain import algorithmic_delay, finish_windows
 from sjepa_deploy.eeg.events import Events
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.pauses import Segment, segments_of
-from sjepa_deploy.eeg.recording import FittedRecording, fit_recording
+from sjepa_deploy.eeg.recording import fit_recording
+from sjepa_deploy.eeg.windows import FittedRecording
 from sjepa_deploy.errors import BundleError, RecordingError, listed
 from sjepa_deploy.evaluation.metrics import Score, balanced_accuracy, r2
 from sjepa_deploy.files import bytes_hash, json_file, load_json, seal, write_atomically
