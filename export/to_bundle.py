@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import datetime
 import importlib.metadata
+import math
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,9 @@ from sjepa_deploy.bundle import (
     new_bundle,
     write_manifest,
 )
+from sjepa_deploy.eeg.chain import Chain, finish_windows, settling_time
 from sjepa_deploy.eeg.recording import check_amplitude
+from sjepa_deploy.eeg.steps import Reference as ReferenceStep
 from sjepa_deploy.eeg.synthetic import hard_windows
 from sjepa_deploy.eeg.units import conversion
 from sjepa_deploy.errors import InputError, ParityError
@@ -39,11 +42,14 @@ from sjepa_deploy.export.to_onnx import DEFAULT_OPSET, count_nodes, to_onnx
 from sjepa_deploy.files import file_hash
 from sjepa_deploy.models.checkpoint import write_checkpoint
 from sjepa_deploy.models.networks import SignalJEPAModule
-from sjepa_deploy.parity import ParityResult, Reference, batch_sizes, check_parity
+from sjepa_deploy.parity import ParityResult, Reference, batch_sizes, check_parity, rms_range
 from sjepa_deploy.runtime.backend import BackendOptions, FloatArray
 from sjepa_deploy.runtime.backends.ort import OrtCpuBackend
 from sjepa_deploy.runtime.backends.reference import run_reference
-from sjepa_deploy.spec import ModelSpec, Precision
+from sjepa_deploy.spec import ModelSpec, Precision, SignalSpec
+
+MAX_SETTLING = 20_000
+"""Most samples before a synthetic window in which the steps settle."""
 
 MAX_PARITY_WINDOWS = 64
 """Most windows of a user's EEG that a parity check keeps, evenly spaced."""
@@ -202,12 +208,13 @@ def make_reference(
         See `real_eeg`.
     """
     spec = model.spec
-    if windows is not None:
-        windows = real_eeg(windows, spec, check_unit=check_unit)
     synthetic = hard_windows(*spec.input_shape, spec.sfreq, np.random.default_rng(seed))
     kinds = list(synthetic)
     inputs = np.stack(list(synthetic.values())) * np.float32(conversion("uV", spec.unit))
+    if not spec.signal.in_unit:
+        inputs = through_steps(spec.signal, inputs)
     if windows is not None:
+        windows = real_eeg(windows, spec, check_unit=check_unit, range_of_rms=rms_range(inputs))
         chosen = np.unique(np.linspace(0, len(windows) - 1, MAX_PARITY_WINDOWS).round().astype(int))
         kinds += [f"window {i} of the parity data" for i in chosen]
         inputs = np.concatenate([inputs, windows[chosen]])
@@ -216,8 +223,58 @@ def make_reference(
     return Reference(kinds=tuple(kinds), inputs=inputs, outputs=outputs)
 
 
-def real_eeg(windows: NDArray[Any], spec: ModelSpec, *, check_unit: bool = True) -> FloatArray:
+def through_steps(signal: SignalSpec, windows: FloatArray) -> FloatArray:
+    """Return windows as the model gets them: each at the end of a recording that goes through the steps of the signal.
+
+    The recording is the window and its mirror images, one after the other, so that it goes on without a jump until the steps have
+    settled. Samples that are not finite are put back after the steps.
+
+    Parameters
+    ----------
+    signal : SignalSpec
+        The signal, whose steps leave its unit.
+    windows : array of float32, shape (n, n_chans, n_times)
+        Windows in the unit of the signal.
+    """
+    names = list(signal.ch_names or map(str, range(signal.n_chans)))
+    outside = {name.casefold() for name in names}
+    for step in signal.stream_steps:
+        others = step.channels or () if isinstance(step, ReferenceStep) else ()
+        names += [name for name in others if name.casefold() not in outside]
+        outside |= {name.casefold() for name in others}
+    matrix = np.eye(signal.n_chans, len(names))
+    n_before = min(round(settling_time(signal, signal.sfreq) * signal.sfreq), MAX_SETTLING)
+    repeats = 2 * math.ceil(n_before / (2 * signal.n_times)) + 1  # odd: the last one is the window itself
+    made = np.empty_like(windows)
+    for row, window in enumerate(windows):
+        finite = np.isfinite(window)
+        clean = np.where(finite, window, 0.0).astype(np.float64)
+        recording = np.zeros((repeats * signal.n_times, len(names)))
+        mirrored = [clean if i % 2 == 0 else clean[:, ::-1] for i in range(repeats)]
+        recording[:, : signal.n_chans] = np.concatenate(mirrored, axis=1).T
+        chain = Chain(signal, names, signal.sfreq, matrix)
+        chain.start(recording[0])
+        samples, _ = chain(recording)
+        cut = finish_windows(signal, np.ascontiguousarray(samples[-signal.n_times :].T[None], dtype=np.float32))[0]
+        made[row] = np.where(finite, cut, np.nan)
+    return made
+
+
+def real_eeg(
+    windows: NDArray[Any], spec: ModelSpec, *, check_unit: bool = True, range_of_rms: tuple[float, float] | None = None
+) -> FloatArray:
     """Return a user's windows for parity as float32. With `check_unit`, their amplitude must be that of EEG.
+
+    Parameters
+    ----------
+    windows : array, shape (n, n_chans, n_times)
+        The windows, after the steps of the signal.
+    spec : ModelSpec
+        The model.
+    check_unit : bool
+        Whether amplitudes are judged.
+    range_of_rms : (float, float) or None
+        Range of the root mean square of windows after steps that leave the unit.
 
     Raises
     ------
@@ -238,7 +295,15 @@ def real_eeg(windows: NDArray[Any], spec: ModelSpec, *, check_unit: bool = True)
         raise InputError(
             f"{(~finite).sum()} of {len(windows)} windows of the parity data hold NaN or infinity.", "Leave them out."
         )
-    if check_unit:
+    if check_unit and not spec.signal.in_unit:
+        rms = float(np.median(np.sqrt(np.mean(np.square(windows, dtype=np.float64), axis=(1, 2)))))
+        if range_of_rms is not None and not range_of_rms[0] <= rms <= range_of_rms[1]:
+            raise InputError(
+                f"The median window of the parity data has a root mean square of {rms:.3g}, which is none after the steps of the "
+                "signal.",
+                "Take the windows through the steps (`sjepa_deploy.eeg.prepare`), or give the recording.",
+            )
+    elif check_unit:
         mend = f"Give windows in {spec.unit}, or take them as they are with `--no-check-unit`."
         check_amplitude(windows, spec.sfreq, mend, unit=spec.unit)
     return np.ascontiguousarray(windows, dtype=np.float32)

@@ -11,7 +11,8 @@ import numpy as np
 from sjepa_deploy.bundle import MAX_OPENINGS, Bundle
 from sjepa_deploy.eeg.quality import ROUNDING_V
 from sjepa_deploy.eeg.units import volts_in
-from sjepa_deploy.errors import BackendError, InputError, SjepaError
+from sjepa_deploy.errors import BackendError, InputError, SjepaError, listed
+from sjepa_deploy.parity import rms_range
 from sjepa_deploy.runtime.backend import (
     DEFAULT_BACKEND,
     Backend,
@@ -51,7 +52,8 @@ class Predictor:
     non_finite : {"refuse", "pass"}
         Windows with NaN or infinite samples are refused, or passed on: their outputs are NaN, as with PyTorch.
     check_unit : bool
-        Whether to refuse windows whose amplitude is impossible in the unit of the spec.
+        Whether to refuse windows whose amplitude is impossible in the unit of the spec. After steps that leave the unit, such as
+        a standardisation, windows are judged by the range of those of the bundle's parity reference.
 
     Attributes
     ----------
@@ -72,12 +74,18 @@ class Predictor:
         self._window = self.spec.input_shape
         self._non_finite: NonFinite = non_finite
         self._check_unit = check_unit
-        volt = 1 / volts_in(self.spec.unit)
         n_samples = self.spec.n_chans * self.spec.n_times
-        self._energy_from = n_samples * (SMALLEST_RMS_V * volt) ** 2 if check_unit else 0.0
-        self._energy_to = n_samples * (LARGEST_RMS_V * volt) ** 2 if check_unit else float(np.finfo(np.float32).max)
+        self._energy_from, self._energy_to = 0.0, float(np.finfo(np.float32).max)
+        if check_unit:
+            self._energy_from, self._energy_to = (n_samples * rms**2 for rms in self._rms_range())
         self.rolling = backend if isinstance(backend, RollingBackend) and not check_unit else None
         self.n_rolls = 0
+
+    def _rms_range(self) -> tuple[float, float]:
+        """Return between which root mean squares windows lie: EEG in its unit, or as the reference after steps that leave it."""
+        if self.spec.signal.in_unit:
+            return SMALLEST_RMS_V / volts_in(self.spec.unit), LARGEST_RMS_V / volts_in(self.spec.unit)
+        return rms_range(self.bundle.reference().inputs)
 
     def __call__(self, eeg: FloatArray, out: FloatArray | None = None) -> FloatArray:
         """Decode one batch of windows.
@@ -85,8 +93,8 @@ class Predictor:
         Parameters
         ----------
         eeg : array of float32, shape (batch, n_chans, n_times)
-            Windows in the unit of the spec, 1 to `max_batch` of them. GPU backends take an array on the GPU as well (DLPack or
-            the CUDA array interface, so a torch tensor), in place and without looking at its values.
+            Windows after the steps of the signal, 1 to `max_batch` of them. GPU backends take an array on the GPU as well (DLPack
+            or the CUDA array interface, so a torch tensor), in place and without looking at its values.
         out : array of float32, shape (batch, n_outputs), or None
             Where to write the predictions. None: a new array. `backend.run` makes neither copy nor check: it returns a buffer
             that its next call overwrites.
@@ -256,6 +264,12 @@ class Predictor:
         if rms * volts_in(self.spec.unit) < ROUNDING_V or not self._check_unit:  # flat, whatever the unit
             return
         unit = self.spec.unit
+        if not self.spec.signal.in_unit:
+            steps = listed([step.name for step in self.spec.signal.steps if step.changes_unit])
+            raise InputError(
+                f"A window has a root mean square of {rms:.3g}, which none has after the steps of this model ({steps}).",
+                "Take the EEG through the steps (`sjepa_deploy.eeg.prepare`), or load the bundle with check_unit=False.",
+            )
         raise InputError(
             f"A window has a root mean square of {rms:.3g} {unit}, which no EEG has: its values are probably not in {unit}.",
             f"Scale the data to {unit} (MNE gives volts), or load the bundle with check_unit=False.",

@@ -64,6 +64,12 @@ EEG_KINDS = ("eeg 0", "eeg 1", "eeg 2", "eeg 3", "eeg 4", "eeg 5", "window ")
 LEAST_SPREAD = 1e-4
 """An output whose spread is less than this share of its scale does not depend on the EEG, and is judged by its scale alone."""
 
+QUIETER, LOUDER = 100.0, 5.0
+"""How much quieter and louder than the windows of the reference a window may be after steps that leave the unit.
+
+Standardised EEG has a root mean square near 1 and artefacts a few times that. EEG in microvolts has 10 and more, in volts 1e-5.
+"""
+
 LARGEST_OUTPUT = float(np.finfo(np.float32).max)
 """No reference output is larger: graphs give float32."""
 
@@ -185,6 +191,19 @@ class ParityResult:
             f"is off by {self.max_relative_to_spread:.2g} of the outputs' spread over EEG windows ({self.worst}), allowed is "
             f"{self.spread_tolerance:g}"
         )
+
+
+def rms_range(windows: FloatArray) -> tuple[float, float]:
+    """Return between which root mean squares windows like these lie, for signals that have left their unit.
+
+    Parameters
+    ----------
+    windows : array of float32, shape (n_windows, n_chans, n_times)
+        Windows of the reference; those that are not finite, or zero, do not count.
+    """
+    rms = np.sqrt(np.mean(np.square(windows, dtype=np.float64), axis=(1, 2)))
+    rms = rms[np.isfinite(rms) & (rms > 0)]
+    return (float(rms.min()) / QUIETER, float(rms.max()) * LOUDER) if len(rms) else (0.0, LARGEST_OUTPUT)
 
 
 def batch_sizes(max_batch: int, static_batch: int | None = None) -> tuple[int, ...]:

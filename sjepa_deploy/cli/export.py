@@ -310,7 +310,7 @@ def _export_one(
                 opset=graphs.opset,
                 max_batch=graphs.max_batch,
                 static_batch=graphs.static_batch,
-                parity_windows=None if eeg is None else _stretches(eeg, spec.n_times, spec.n_times),
+                parity_windows=None if eeg is None else _windows(eeg, spec),
                 check_unit=graphs.check_unit,
                 seed=seed,
                 force=outputs.force,
@@ -428,6 +428,8 @@ def _length_note(
     note = f"made for windows of {trained} samples, exported for {spec.n_times}"
     if spec.replace(n_times=trained).n_tokens_per_channel != spec.n_tokens_per_channel:
         return (note,)  # the base model: its features are others
+    if spec.signal.window_steps or not spec.signal.in_unit:
+        return (note,)  # windows of both lengths are not cut from one stretch
     longest = max(trained, spec.n_times)
     if eeg is not None and eeg.shape[-1] >= longest and (eeg.ndim == 3 or eeg.shape[-1] >= 2 * longest):
         assert parity_data is not None, "it is what was read"
@@ -459,6 +461,13 @@ def _stretches(eeg: FloatArray, n_times: int, hop: int) -> FloatArray:
     from sjepa_deploy.eeg.windows import windows
 
     return windows(eeg, n_times, hop) if eeg.ndim == 2 else eeg
+
+
+def _windows(eeg: FloatArray, spec: ModelSpec) -> FloatArray:
+    """Cut a recording into windows with all steps; windows stay as they are."""
+    from sjepa_deploy.eeg.chain import finish_windows
+
+    return finish_windows(spec.signal, _stretches(eeg, spec.n_times, spec.n_times)) if eeg.ndim == 2 else eeg
 
 
 def _report(screen: Console, bundle: Bundle, random: bool) -> None:

@@ -20,7 +20,7 @@ from sjepa_deploy.cli.task import EventChoice
 from sjepa_deploy.eeg.epochs import holds_windows, read_windows
 from sjepa_deploy.eeg.events import Events
 from sjepa_deploy.eeg.names import parse_rename
-from sjepa_deploy.eeg.recording import UNIT_MEND, check_amplitude, fit_recording, read_recording
+from sjepa_deploy.eeg.recording import fit_recording, read_recording
 from sjepa_deploy.eeg.windows import FittedRecording
 from sjepa_deploy.errors import RecordingError
 from sjepa_deploy.files import written_whole
@@ -122,9 +122,7 @@ def run(
     opened = Bundle.open(bundle)
     spec = opened.spec
     if holds_windows(recording):
-        found = _cut_before(recording, spec, cut, facts)
-        if check_unit and spec.signal.in_unit:
-            check_amplitude(np.concatenate(found.pieces), spec.sfreq, UNIT_MEND, unit=spec.unit)
+        found = _cut_before(recording, spec, cut, facts, check_unit=check_unit)
     else:
         start, step = (cut.start(spec), 0) if cut.events else (0.0, cut.step(spec))
         raw = read_recording(
@@ -174,12 +172,12 @@ def run(
         )
 
 
-def _cut_before(recording: Path, spec: ModelSpec, cut: Cut, facts: options.SignalFacts) -> _Decodable:
+def _cut_before(recording: Path, spec: ModelSpec, cut: Cut, facts: options.SignalFacts, *, check_unit: bool) -> _Decodable:
     """Return windows that were cut before; of Epochs with --events, the chosen ones at the model's place."""
     if cut.hop is not None:
         raise click.UsageError(f"{recording.name} holds windows, which are decoded as they are. Leave out --hop.")
     tmin = cut.start(spec) if cut.events or spec.signal.event_window is not None else None
-    windows = read_windows(recording, spec.signal, unit=facts.unit, tmin=tmin)
+    windows = read_windows(recording, spec.signal, unit=facts.unit, tmin=tmin, check_unit=check_unit)
     if not cut.events:
         return _Decodable(
             pieces=[windows.eeg],

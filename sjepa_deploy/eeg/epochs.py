@@ -15,8 +15,10 @@ from sjepa_deploy.eeg.events import Events
 from sjepa_deploy.eeg.montage import require_mne
 from sjepa_deploy.eeg.names import find_channels
 from sjepa_deploy.eeg.readers import heard, reading
+from sjepa_deploy.eeg.recording import UNIT_MEND, check_amplitude
 from sjepa_deploy.eeg.steps.rate import check_rate, resample
-from sjepa_deploy.eeg.units import check_unit, volts_in
+from sjepa_deploy.eeg.units import check_unit as refuse_unknown
+from sjepa_deploy.eeg.units import volts_in
 from sjepa_deploy.errors import RecordingError, listed
 from sjepa_deploy.spec import SignalSpec, Unit
 
@@ -93,7 +95,9 @@ def epochs_at(
     return window
 
 
-def read_windows(path: Path, signal: SignalSpec, *, unit: Unit | None = None, tmin: float | None = None) -> CutWindows:
+def read_windows(
+    path: Path, signal: SignalSpec, *, unit: Unit | None = None, tmin: float | None = None, check_unit: bool = True
+) -> CutWindows:
     """Read windows for a model. The windows were filtered before they were cut: nothing is filtered here.
 
     Parameters
@@ -106,6 +110,8 @@ def read_windows(path: Path, signal: SignalSpec, *, unit: Unit | None = None, tm
         Unit of an array.
     tmin : float or None
         Start of the windows in seconds after their event; None is where the epochs begin.
+    check_unit : bool
+        Whether amplitudes that no EEG has are refused. They are judged before the steps.
 
     Raises
     ------
@@ -116,11 +122,11 @@ def read_windows(path: Path, signal: SignalSpec, *, unit: Unit | None = None, tm
         steps: list[str] = []
         with reading(path.name), heard(steps):
             epochs = require_mne().read_epochs(path, preload=True, verbose="warning").pick("eeg")
-        cut = windows_of_epochs(epochs, signal, epochs.tmin if tmin is None else tmin, path.name)
+        cut = windows_of_epochs(epochs, signal, epochs.tmin if tmin is None else tmin, path.name, check_unit=check_unit)
         return replace(cut, steps=(*steps, *cut.steps))
     if unit is None:
         raise RecordingError(f"{path.name} is a bare array that does not state its unit.", "Give --unit.")
-    check_unit(unit)
+    refuse_unknown(unit)
     with reading(path.name), path.open("rb") as file:
         array = np.lib.format.read_array(file, allow_pickle=False)
     if array.shape[1:] != signal.input_shape or array.dtype.kind not in "fiu" or not len(array):
@@ -129,10 +135,12 @@ def read_windows(path: Path, signal: SignalSpec, *, unit: Unit | None = None, tm
             f"Save real numbers of shape (n_windows, {signal.n_chans}, {signal.n_times}), or (n_chans, n_samples).",
         )
     times = np.arange(len(array), dtype=np.float64)
-    return _finished(array.astype(np.float64) * volts_in(unit), signal, times, None, path.name)
+    return _finished(array.astype(np.float64) * volts_in(unit), signal, times, None, path.name, check_unit)
 
 
-def windows_of_epochs(epochs: mne.BaseEpochs, signal: SignalSpec, start: float, name: str) -> CutWindows:
+def windows_of_epochs(
+    epochs: mne.BaseEpochs, signal: SignalSpec, start: float, name: str, *, check_unit: bool = True
+) -> CutWindows:
     """Return the window of every epoch that begins `start` seconds after its event, see `read_windows`."""
     if signal.ch_names is None:
         raise RecordingError("The model has no channel names.", "Export the bundle with `--montage` or `--channels`.")
@@ -145,14 +153,16 @@ def windows_of_epochs(epochs: mne.BaseEpochs, signal: SignalSpec, start: float, 
         description=tuple(name_of[number] for number in epochs.events[:, 2]),
         columns={each: tuple(map(str, values)) for each, values in metadata.items()},
     )
-    return _finished(volts, signal, onset + start + (signal.n_times - 1) / signal.sfreq, events, name)
+    return _finished(volts, signal, onset + start + (signal.n_times - 1) / signal.sfreq, events, name, check_unit)
 
 
 def _finished(
-    volts: NDArray[np.float64], signal: SignalSpec, times: NDArray[np.float64], events: Events | None, name: str
+    volts: NDArray[np.float64], signal: SignalSpec, times: NDArray[np.float64], events: Events | None, name: str, check_unit: bool
 ) -> CutWindows:
     if not np.isfinite(volts).all():
         raise RecordingError(f"{name} holds samples that are not finite.", "Leave these windows out.")
+    if check_unit:
+        check_amplitude(volts, signal.sfreq, UNIT_MEND)
     steps = ["windows as they were cut and filtered", f"scaled to {signal.unit}"]
     eeg = apply_to_cut(signal, volts / volts_in(signal.unit), steps)
     return CutWindows(eeg=eeg, times=times, steps=tuple(steps), events=events)

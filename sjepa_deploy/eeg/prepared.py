@@ -95,7 +95,7 @@ def prepare(
         If the recording does not fit the signal, or has no such events or no whole window of them.
     """
     if not hasattr(data, "annotations") or not hasattr(data, "first_samp"):
-        return _of_epochs(data, signal, events)
+        return _of_epochs(data, signal, events, check_unit)
     fitted = fit_recording(data, signal, interpolate=interpolate, check_unit=check_unit)
     found: Events | None = None
     if signal.event_window is None and events is None:
@@ -120,9 +120,9 @@ def prepare(
     )
 
 
-def _of_epochs(epochs: Any, signal: SignalSpec, events: Sequence[str] | Events | None) -> Prepared:
+def _of_epochs(epochs: Any, signal: SignalSpec, events: Sequence[str] | Events | None, check_unit: bool) -> Prepared:
     start = epochs.tmin if signal.event_window is None else signal.event_window.start
-    cut = windows_of_epochs(epochs, signal, start, "The Epochs")
+    cut = windows_of_epochs(epochs, signal, start, "The Epochs", check_unit=check_unit)
     assert cut.events is not None
     rows = np.arange(len(cut.eeg))
     if isinstance(events, Events):
