@@ -220,7 +220,7 @@ def make_reference(
         inputs = np.concatenate([inputs, windows[chosen]])
     double = copy.deepcopy(model).double()
     outputs = np.concatenate([run_reference(double, window[None]) for window in inputs])
-    return Reference(kinds=tuple(kinds), inputs=inputs, outputs=outputs)
+    return Reference(kinds=tuple(kinds), inputs=inputs, outputs=outputs, task=spec.task)
 
 
 def through_steps(signal: SignalSpec, windows: FloatArray) -> FloatArray:

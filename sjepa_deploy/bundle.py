@@ -252,7 +252,7 @@ class Bundle:
         shapes = (n, *self.spec.input_shape), (n, *self.spec.output_shape)
         if not n or (reference.inputs.shape, reference.outputs.shape) != shapes:
             raise BundleError(f"The reference of {self.path} does not fit its model.", "Export the bundle again.")
-        return reference
+        return dataclasses.replace(reference, task=self.spec.task)
 
 
 def replaced(path: Path) -> BundleError:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.errors import BundleError
-from sjepa_deploy.spec import RunPrecision
+from sjepa_deploy.spec import RunPrecision, Task
 
 UNREADABLE_NPZ = (
     OSError,
@@ -89,11 +89,14 @@ class Reference:
         In the unit of the spec.
     outputs : array of float64, shape (n_windows, ...)
         Outputs of the PyTorch model in float64.
+    task : {"classification", "regression", "features"} or None
+        What the outputs are for, which the bundle says: only decisions of classes flip. None takes several outputs for classes.
     """
 
     kinds: tuple[str, ...]
     inputs: FloatArray
     outputs: NDArray[np.float64]
+    task: Task | None = None
 
     def save(self, path: Path) -> None:
         """Write the reference as ``.npz``."""
@@ -152,7 +155,7 @@ class ParityResult:
     worst : str
         Kind and batch size of the row with the largest error.
     decision_flips : int or None
-        Rows whose largest output is another one than the reference's. None for a single output.
+        Rows of another class than the reference's. None for numbers and features.
     flip_margin : float or None
         Largest margin in the reference between its two largest outputs among the flips, over `spread`.
     spread_tolerance : float or None
@@ -293,7 +296,8 @@ class _Judge:
             scale, spread = np.full_like(scale, self._scale), np.zeros_like(spread)
         self._scales = np.where(scale > 0, np.minimum(SCALE_OF_ONE * scale, self._scale), self._scale)
         self._spreads = np.where(spread > LEAST_SPREAD * scale, spread, np.inf)
-        self._is_decision = reference.outputs.ndim == 2 and outputs.shape[1] > 1
+        several = reference.outputs.ndim == 2 and outputs.shape[1] > 1
+        self._is_decision = several if reference.task is None else reference.task == "classification"
         self._n_rows, self._max_abs, self._of_scale, self._of_spread = 0, 0.0, 0.0, 0.0
         self._worst = (-1.0, "")
         self._want: list[NDArray[np.float64]] = []
@@ -392,6 +396,8 @@ def _finite(value: float) -> float:
 
 
 def _decision_flips(want: NDArray[np.float64], got: NDArray[np.float64], spread: float) -> tuple[int, float | None]:
+    if want.shape[1] == 1:  # of two classes: the second one for values above 0
+        want, got = (np.column_stack([np.zeros(len(values)), values]) for values in (want, got))
     flipped = want.argmax(axis=1) != got.argmax(axis=1)
     if not flipped.any():
         return 0, None

@@ -267,3 +267,44 @@ def test_an_older_checkpoint_of_ours_may_be_told_its_task(export, tmp_path):
     assert status == 0, err
     assert (spec.task, spec.class_names) == ("classification", None)
     assert "logits of the classes 0, 1, 2" in printed
+
+
+# ---------------------------------------------------------------- outputs
+
+
+@pytest.mark.parametrize(
+    ("flags", "task", "told"),
+    [
+        ("--class-names left,right --n-outputs 1", "classification", "the logit of right, against left"),
+        ("--class-names left,right", "classification", "logits of the classes left, right"),
+        ("--task classification --n-outputs 2", "classification", "logits of the classes 0, 1"),
+        ("--task classification", "classification", "the logit of 1, against 0"),
+        ("--task regression --output-unit s", "regression", "a number in s"),
+        ("--n-outputs 2", "regression", "2 numbers"),
+    ],
+)
+def test_the_kind_of_the_outputs_is_told_by_every_command(export, tmp_path, capsys, flags, task, told):
+    status, printed, err, spec = export("--variant", "prelocal", "--channels", 4, *flags.split())
+    assert status == 0, err
+    assert spec.task == task
+    assert f"outputs: {told}" in printed
+    for command in (("verify", "--backend", "ort-cpu"), ("doctor",)):
+        assert run_command(_command(command[0]), "sjepa", [*command[1:], str(tmp_path / "bundle")]) == 0
+        assert f"outputs: {told}" in " ".join(capsys.readouterr().out.split())
+    flips = Bundle.open(tmp_path / "bundle").manifest.parity[0].decision_flips
+    assert flips == (0 if task == "classification" else None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--class-names left,right --task regression", "class names"),
+        ("--class-names left,right --output-unit s", "unit"),
+        ("--task features", "features"),
+        ("--class-names left,right,up --n-outputs 2", "3 class names for 2 outputs"),
+    ],
+)
+def test_kinds_of_outputs_that_contradict_each_other(export, flags, words):
+    status, _, err, spec = export("--variant", "prelocal", "--channels", 4, *flags.split())
+    assert (status, spec) == (2, None)
+    assert words in err

@@ -370,6 +370,18 @@ def test_a_single_output_and_features_decide_nothing(shape):
     assert (result.decision_flips, result.flip_margin) == (None, None)
 
 
+def test_a_single_logit_flips_at_zero():
+    """Of two classes the second one is named for values above 0; a number of a regression flips never."""
+    want = np.array([[1.0], [-2.0], [0.1], [-0.1]])
+    got = np.array([[2.0], [1.0], [-0.1], [-0.2]])
+    inputs = np.arange(4, dtype=np.float32).reshape(4, 1, 1)
+    for task, expected in (("classification", 2), ("regression", None)):
+        reference = Reference(kinds=tuple("abcd"), inputs=inputs, outputs=want, task=task)
+        result = judge(lambda eeg: got[eeg[:, 0, 0].astype(int)], sizes=(1,), reference=reference)
+        assert result.decision_flips == expected
+        assert result.flip_margin == (None if expected is None else pytest.approx(2 / result.spread))
+
+
 def test_outputs_that_never_change_have_a_scale():
     reference = Reference(kinds=("a", "b"), inputs=INPUTS[:2], outputs=np.zeros((2, 1)))
     assert judge(lambda eeg: np.zeros((len(eeg), 1)), reference=reference).passed

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.cli import console, entry, options, print_json
+from sjepa_deploy.cli import console, entry, options, print_json, spec_lines
 from sjepa_deploy.errors import BackendError
 from sjepa_deploy.runtime.backend import BACKENDS
 from sjepa_deploy.runtime.backends.proofs import EngineState, engine_states
@@ -58,6 +58,9 @@ def doctor(bundles: tuple[Path, ...], json_output: bool) -> None:
             f"backend [bold]{name}[/]: "
             + ("[green]runs here[/]" if reason is None else f"[yellow]does not run here[/]: {escape(str(reason))}")
         )
+    for each in opened:
+        for line in spec_lines(each.spec):
+            screen.print(f"{escape(str(each.path))}: {escape(line)}", soft_wrap=True)
     for bundle, states in engines.items():
         for state in states:
             screen.print(f"{escape(bundle)}: {escape(engine_line(state))}")

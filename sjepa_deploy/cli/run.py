@@ -156,6 +156,7 @@ def run(
     where = "" if out is None else f" in [bold]{escape(str(out))}[/]"
     what = f"windows of {spec.signal.seconds:g} s{found.what}"
     screen.print(f"{len(outputs)} {what} decoded{where}", soft_wrap=True)
+    screen.print(f"outputs: {escape(spec.outputs_told)}", soft_wrap=True)
     if json_output:
         print_json(
             {
@@ -166,6 +167,10 @@ def run(
                 "hop": found.hop,
                 "events": cut.events,
                 "signal": spec.signal,
+                "task": spec.task,
+                "outputs": spec.output_names,
+                "class_names": spec.class_names,
+                "output_unit": spec.output_unit,
                 "steps": found.steps,
                 "random_weights": opened.manifest.weights.random,
             }

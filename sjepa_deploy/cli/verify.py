@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.cli import console, entry, options, parity_table, print_json
+from sjepa_deploy.cli import console, entry, options, parity_table, print_json, spec_lines
 from sjepa_deploy.cli.doctor import engine_line
 from sjepa_deploy.errors import BackendError, ParityError
 from sjepa_deploy.parity import ParityResult, batch_sizes, check_parity
@@ -64,6 +64,8 @@ def verify(bundle: Path, backends: tuple[str, ...], precisions: tuple[RunPrecisi
     """
     screen = console(json_output)
     opened = Bundle.open(bundle)
+    for line in spec_lines(opened.spec):
+        screen.print(escape(line), soft_wrap=True)
     found = _judge(opened, backends, precisions, screen)
     screen.print(parity_table(found.results, f"{escape(found.bundle)}: parity on this machine"))
     for reason in dict.fromkeys(each.reason for each in found.not_judged):
