@@ -494,7 +494,7 @@ def test_a_stream_leaves_the_steps_on_windows_to_the_model(server, make_bundle, 
     for backend in ("ort-cpu", f"triton:{server.endpoints['grpc']}/steps"):
         if decided:
             monkeypatch.setattr(calls, "finish_windows", None)  # they would be done twice
-        with sjepa_deploy.load(bundle, backend=backend, check_unit=False) as predict:
+        with sjepa_deploy.load(bundle, backend=backend) as predict:
             decoder = Decoder(
                 predict, synthetic_source(bundle.spec.signal, speed=float("inf"), n_samples=600), StreamConfig(late="queue")
             )

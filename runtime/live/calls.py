@@ -206,8 +206,8 @@ class BackendCalls:
             self._report("deadline", str(self.waiting.advice))
 
     def _call(self, window: Window) -> NDArray[np.float32]:
-        if self._predict.backend.finishes:
-            return self._predict.backend.run_unfinished(self._predict.check(self._windows.eeg()))
+        if self._predict.backend.finishes:  # a predictor judges windows after all steps, the stream what comes in
+            return self._predict.backend.run_unfinished(np.ascontiguousarray(self._windows.eeg()))
         if not self._rolls:
             return self._predict(finish_windows(self._signal, self._windows.eeg()))
         # Between windows that were due one after the other there is no gap, as after one the next window is not whole.
