@@ -52,11 +52,14 @@ class BackendCalls:
         Tells whether windows are late because samples waited in the source.
     layer : DecisionLayer or None
         Layer that gives every decision a state.
+    at_events : bool
+        Whether windows belong to events: then they are whole ones on every backend.
 
     Raises
     ------
     StreamError
-        If the config asks for new samples alone, and the backend cannot be given them.
+        If the config asks for new samples alone, and the backend or the schedule cannot give them; or for the last decision in
+        place of that of another event.
     """
 
     def __init__(
@@ -70,7 +73,10 @@ class BackendCalls:
         report: Callable[[str, str], None],
         waiting: Waiting,
         layer: DecisionLayer | None = None,
+        at_events: bool = False,
     ) -> None:
+        if at_events and config.late == "hold":
+            raise StreamError("The decision on one event is none on the next one.", "Use --late skip or --late queue.")
         self._predict, self._windows, self._late = predict, windows, config.late
         self._clock, self._counters, self._report, self._layer = clock, counters, report, layer
         self._hop, self._n_times = config.hop_samples(predict.spec.signal), predict.spec.n_times
@@ -78,7 +84,7 @@ class BackendCalls:
         self._sfreq, self._deadline = predict.spec.sfreq, config.deadline_s(predict.spec.signal)
         self.waiting = waiting
         self._last: Decision | None = None
-        why_whole = _why_whole_windows(predict, config)
+        why_whole = _why_whole_windows(predict, config, at_events=at_events)
         if config.roll and why_whole is not None:
             raise why_whole
         self._rolls = config.roll is not False and why_whole is None
@@ -98,10 +104,13 @@ class BackendCalls:
         window : Window
             The window.
         received : float
-            When its newest sample arrived, in seconds of the source's clock.
+            When its newest sample arrived, in seconds of the source's clock. The decision on an event whose marker came later is
+            due from the arrival of the marker on.
         """
         counters, clock = self._counters, self._clock
         due = window.stamp + self._deadline
+        if window.event is not None:
+            due, received = max(due, window.event.arrived + self._deadline), max(received, window.event.arrived)
         started = clock()
         if started > due and self._late != "queue":
             return self._answer_late(window, due, received, started)
@@ -150,6 +159,7 @@ class BackendCalls:
             window.doubtful,
             window.settling,
             state,
+            window.event,
         )
         return decision
 
@@ -178,7 +188,7 @@ class BackendCalls:
         self.waiting.done(now)
         if self._late == "skip" or self._last is None:
             self._counters.skipped_late += 1
-            if self._last is None and self._counters.skipped_late * self._hop > ALL_LATE_S * self._sfreq:
+            if window.event is None and self._last is None and self._counters.skipped_late * self._hop > ALL_LATE_S * self._sfreq:
                 raise StreamError(
                     f"All windows of {ALL_LATE_S:g} s came too late: their newest samples are {now - window.stamp:.3g} s old by "
                     f"their stamps when they can be decoded, and a decision is due after {self._deadline:.3g} s.",
@@ -202,14 +212,14 @@ class BackendCalls:
 
     def _blame(self, window: Window, received: float) -> None:
         """Name the source once as the cause, where a window that is late had been too old on arrival already."""
-        if self.waiting.late(window.stamp, received):
+        if window.event is None and self.waiting.late(window.stamp, received):
             self._report("deadline", str(self.waiting.advice))
 
     def _call(self, window: Window) -> NDArray[np.float32]:
         if self._predict.backend.finishes:  # a predictor judges windows after all steps, the stream what comes in
             return self._predict.backend.run_unfinished(np.ascontiguousarray(self._windows.eeg()))
         if not self._rolls:
-            return self._predict(finish_windows(self._signal, self._windows.eeg()))
+            return self._predict(finish_windows(self._signal, self._windows.eeg(window.behind)))
         # Between windows that were due one after the other there is no gap, as after one the next window is not whole.
         follows = self._rolled == (window.index - 1, self._predict.n_rolls)
         outputs = self._predict.roll(self._windows.newest(self._hop if follows else self._n_times))
@@ -228,8 +238,10 @@ class BackendCalls:
             self._report("deadline", f"A decision is later than {self._deadline:.3g} s.")
 
 
-def _why_whole_windows(predict: Predictor, config: StreamConfig) -> StreamError | None:
+def _why_whole_windows(predict: Predictor, config: StreamConfig, *, at_events: bool) -> StreamError | None:
     """Return the reason why the backend must be given whole windows, not only new samples; None without a reason."""
+    if at_events:
+        return StreamError("The window of one event does not follow that of another.", "Leave roll out.")
     if predict.rolling is None:
         return StreamError(
             f"The backend {predict.backend.name} keeps no window of a stream.", "Use the backend cuda, or leave roll out."

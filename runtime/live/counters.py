@@ -9,7 +9,9 @@ from dataclasses import dataclass
 class Counters:
     """Counts what happened to every sample and every window.
 
-    ``windows = decisions + held + skipped_late + skipped_gap + failed``.
+    ``windows = decisions + held + skipped_late + skipped_gap + failed``. A decoder of events makes one window for each event that
+    can have one: ``events = windows + events_before_start + events_past_end + events_past_history + events_doubled +
+    events_ahead`` once it has ended.
 
     Attributes
     ----------
@@ -27,6 +29,11 @@ class Counters:
     skipped_late, skipped_gap, failed : int
         Windows left out because they were late (`late="skip"`), because samples are missing in them, or because the backend
         failed, or its server did not answer.
+    events, events_before_start, events_past_end, events_past_history, events_doubled, events_ahead : int
+        Events that came; and of these, events whose windows begin before the first sample, or end after the last one; whose
+        markers came when their samples were kept no more; that came twice; and whose stamps are too far ahead of the samples.
+    markers_lost : int
+        Markers that were left out, as too many waited for the decoder.
     misses, miss_run, longest_misses : int
         Windows without a decision of their own by their deadline; how many of them in a row just now, and at most.
     """
@@ -48,6 +55,13 @@ class Counters:
     skipped_late: int = 0
     skipped_gap: int = 0
     failed: int = 0
+    events: int = 0
+    events_before_start: int = 0
+    events_past_end: int = 0
+    events_past_history: int = 0
+    events_doubled: int = 0
+    events_ahead: int = 0
+    markers_lost: int = 0
     misses: int = 0
     miss_run: int = 0
     longest_misses: int = 0

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.runtime.decisions.state import State
+from sjepa_deploy.runtime.live.markers import Event
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,8 +22,8 @@ class Decision:
     prediction : ndarray of float32
         Output of the model, shape `ModelSpec.output_shape`.
     time, due, received, decided : float
-        On the source's clock in seconds: stamp of the newest sample, deadline, arrival of the newest sample, and when the
-        prediction was there.
+        On the source's clock in seconds: stamp of the newest sample, deadline, arrival of the newest sample (or of the event's
+        marker, if that came later), and when the prediction was there.
     infer_s : float
         Seconds in the backend.
     held : bool
@@ -37,6 +38,8 @@ class Decision:
         Whether the window begins where the steps of the signal still settle, after the start of the stream or after a loss.
     state : State or None
         What the decision layer says: class, probability and reason. None without a layer.
+    event : Event or None
+        The event that the window belongs to. None where a window is decided every hop.
     """
 
     index: int
@@ -52,6 +55,7 @@ class Decision:
     doubtful: bool = False
     settling: bool = False
     state: State | None = None
+    event: Event | None = None
 
     @property
     def age(self) -> float:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -19,11 +19,15 @@ from sjepa_deploy.runtime.live.calls import BackendCalls
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decision import Decision
+from sjepa_deploy.runtime.live.event_names import EventNames
+from sjepa_deploy.runtime.live.markers import MarkerSource
 from sjepa_deploy.runtime.live.open_source import SourceOptions, open_source
+from sjepa_deploy.runtime.live.places import Reason, Undecided
 from sjepa_deploy.runtime.live.repeats import Repeats
+from sjepa_deploy.runtime.live.schedule import Events
 from sjepa_deploy.runtime.live.sources import Chunk, Incident, Source
 from sjepa_deploy.runtime.live.waiting import Waiting
-from sjepa_deploy.runtime.live.windows import WindowStream
+from sjepa_deploy.runtime.live.windows import Window, WindowStream
 from sjepa_deploy.runtime.predictor import Predictor, load
 from sjepa_deploy.spec import RunPrecision, Unit
 
@@ -47,6 +51,10 @@ class Decoder:
         The configuration of the decoder.
     decisions : DecisionLayer or None
         Layer that gives every decision a state. None leaves the outputs alone.
+    schedule : Events or None
+        Events, each of which gets one decision. None decides every hop of `config`.
+    markers : sequence of MarkerSource
+        Where the events come from. The decoder closes them.
     monotonic : callable
         Clock of the watchdog in seconds.
 
@@ -76,8 +84,14 @@ class Decoder:
         config: StreamConfig | None = None,
         *,
         decisions: DecisionLayer | None = None,
+        schedule: Events | None = None,
+        markers: Sequence[MarkerSource] = (),
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        if (schedule is None) != (not markers):
+            raise StreamError(
+                "Markers are of no use without events, and events come from markers.", "Name events (--events) and --markers."
+            )
         if decisions is not None:
             check_bundle(decisions.description, predict.bundle)
             if any(step.needs_trials for step in decisions.description.steps):
@@ -86,7 +100,7 @@ class Decoder:
                     "Fit it on windows of a stream, with sjepa-decide --hop.",
                 )
             decisions.restart()
-        self.config, self.layer = config or StreamConfig(), decisions
+        self.config, self.layer, self.schedule = config or StreamConfig(), decisions, schedule
         self.predict, self.source, self.spec = predict, source, predict.spec
         self.hop = self.config.hop_samples(self.spec.signal)
         self.deadline = self.config.deadline_s(self.spec.signal)
@@ -94,10 +108,21 @@ class Decoder:
         self._on_decision: list[Callable[[Decision], object]] = []
         self._on_chunk: list[Callable[[Chunk], object]] = []
         self._on_incident: list[Callable[[Incident], object]] = []
+        self._on_undecided: list[Callable[[Undecided], object]] = []
+        self._markers = tuple(markers)
+        self._names = EventNames(schedule)
         self._repeats = Repeats()
         self._opened: Predictor | None = None
         self._stopping = False
-        self.windows = WindowStream(self.spec.signal, source.info, self.config, counters=self.counters, report=self._report)
+        self.windows = WindowStream(
+            self.spec.signal,
+            source.info,
+            self.config,
+            counters=self.counters,
+            report=self._report,
+            schedule=schedule,
+            undecided=self._tell_undecided,
+        )
         self._waiting = Waiting(source.info.sfreq, self.deadline)
         self._calls = BackendCalls(
             predict,
@@ -108,6 +133,7 @@ class Decoder:
             report=self._report,
             waiting=self._waiting,
             layer=decisions,
+            at_events=schedule is not None,
         )
         self._monotonic = monotonic
         self._heard = monotonic()
@@ -193,6 +219,10 @@ class Decoder:
         """Call `callback` with what happens to the stream: equal incidents once a minute, with their number (`Repeats`)."""
         self._on_incident.append(callback)
 
+    def on_undecided(self, callback: Callable[[Undecided], object]) -> None:
+        """Call `callback` with every event that gets no decision."""
+        self._on_undecided.append(callback)
+
     def __iter__(self) -> Iterator[Decision]:
         """Give decisions until the source ends, or `stop` is called."""
         calls = self._calls
@@ -209,12 +239,19 @@ class Decoder:
                 elif self.source.ended:
                     break
                 else:
+                    yield from self._mark()
                     self._watch()
                     self._stopping |= self.source.clock() >= self._stop_at
                 self._tell_repeated()
                 if calls.keep_warm is not None:
                     calls.fill_pause()
+            yield from self._mark(ended=self.source.ended)
+            yield from self._decide(self.windows.finish(), -math.inf)
         finally:
+            for window in self.windows.finish():  # of a run that an error or the caller ended
+                self.counters.failed += 1
+                if window.event is not None:
+                    self._tell_undecided(Undecided(window.event, "failed"))
             self._tell_repeated(ending=True)
 
     def run(self) -> Counters:
@@ -244,18 +281,51 @@ class Decoder:
     def feed(self, chunk: Chunk) -> Iterator[Decision]:
         """Decode what `chunk` completes. The iterator does this for every chunk of the source."""
         self._waiting.chunk(len(chunk.stamps))
-        for window in self.windows.push(chunk):
-            decision = self._calls.decide(window, chunk.received)
+        yield from self._mark()
+        yield from self._decide(self.windows.push(chunk), chunk.received)
+        for markers in self._markers:
+            markers.hear(chunk, self.windows.offset)
+        yield from self._mark()
+        for take in self._on_chunk:
+            take(chunk)
+
+    def _mark(self, *, ended: bool = False) -> Iterator[Decision]:
+        """Take the events whose markers have come, and decide those whose samples are there."""
+        for markers in self._markers:
+            events = markers.read()
+            if ended:
+                events += markers.rest()
+            while markers.incidents:
+                self._tell(dataclasses.replace(markers.incidents.popleft(), sample=self.counters.samples))
+            if events:
+                self._names.came(events)
+                yield from self._decide(self.windows.mark(events), -math.inf)
+        if self._markers:
+            self.counters.markers_lost = sum(markers.n_lost for markers in self._markers)
+            if (lacking := self._names.lacking(self.source.clock())) is not None:
+                self._report("events", lacking)
+
+    def _decide(self, windows: Iterable[Window], received: float) -> Iterator[Decision]:
+        for window in windows:
+            n_late = self.counters.skipped_late
+            decision = self._calls.decide(window, received)
             if decision is not None:
                 for tell in self._on_decision:
                     tell(decision)
                 yield decision
-        for take in self._on_chunk:
-            take(chunk)
+            elif window.event is not None:
+                reason: Reason = "late" if self.counters.skipped_late > n_late else "failed"
+                self._tell_undecided(Undecided(window.event, reason))
+
+    def _tell_undecided(self, left: Undecided) -> None:
+        for tell in self._on_undecided:
+            tell(left)
 
     def close(self) -> None:
-        """Release the source, and the backend if `open` loaded it."""
+        """Release the source and the markers, and the backend if `open` loaded it."""
         self.source.close()
+        for markers in self._markers:
+            markers.close()
         if self._opened is not None:
             self._opened.close()
 

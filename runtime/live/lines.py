@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import queue
 import threading
@@ -16,6 +17,8 @@ from pathlib import Path
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.decoder import Decoder
+from sjepa_deploy.runtime.live.markers import Event
+from sjepa_deploy.runtime.live.places import Undecided
 from sjepa_deploy.runtime.live.sources import Incident
 from sjepa_deploy.serialize import encode
 
@@ -27,9 +30,10 @@ LAST_LINES_S = 5.0
 
 
 class LineWriter:
-    """Appends decisions and incidents to a file, one JSON object a line, in a thread of its own: a slow reader delays nothing.
+    """Appends decisions, events without one and incidents to a file, one JSON object a line: a slow reader delays nothing.
 
-    The thread writes past Python's buffers: when a reader has stopped, the end of the process would wait for a buffer's lock.
+    A thread of its own writes the lines, past Python's buffers: when a reader has stopped, the end of the process would wait for
+    a buffer's lock.
 
     Parameters
     ----------
@@ -54,7 +58,7 @@ class LineWriter:
 
     def __init__(self, path: Path, on_failure: Callable[[str], object], *, patient: bool = False) -> None:
         self._path, self._on_failure, self._patient = path, on_failure, patient
-        self._queue: queue.Queue[Decision | Incident | None] = queue.Queue(MOST_LINES)
+        self._queue: queue.Queue[Decision | Incident | Undecided | None] = queue.Queue(MOST_LINES)
         self.n_lost = 0
         self._is_new = str(path) != "-" and not path.exists()
         self._wrote = False
@@ -67,7 +71,7 @@ class LineWriter:
         self._thread = threading.Thread(target=self._keep_writing, name="lines", daemon=True)
         self._thread.start()
 
-    def put(self, what: Decision | Incident) -> None:
+    def put(self, what: Decision | Incident | Undecided) -> None:
         """Write a line soon, or count it if too many wait already."""
         try:
             self._queue.put(what, block=self._patient)
@@ -123,13 +127,19 @@ def write_lines(decoder: Decoder, path: Path) -> LineWriter:
     lines = LineWriter(path, lambda why: decoder.note("out", why), patient=not decoder.source.live)
     decoder.on_decision(lines.put)
     decoder.on_incident(lines.put)
+    decoder.on_undecided(lines.put)
     return lines
 
 
-def line_of(what: Decision | Incident) -> dict[str, object]:
-    """Return a decision or an incident as an object for JSON. An incident has the key "event", with its kind."""
+def line_of(what: Decision | Incident | Undecided) -> dict[str, object]:
+    """Return a decision, an event without one or an incident as an object for JSON.
+
+    An incident has the key "event", with its kind. An event without a decision has the key "undecided", with the reason.
+    """
     if isinstance(what, Incident):
         return {"event": what.kind, "time": what.time, "text": what.text, "sample": what.sample}
+    if isinstance(what, Undecided):
+        return {"undecided": what.reason, **_event_of(what.event)}
     line: dict[str, object] = {
         "index": what.index,
         "time": what.time,
@@ -142,7 +152,18 @@ def line_of(what: Decision | Incident) -> dict[str, object]:
         "flags": what.flags,
         "bad_channels": what.bad_channels,
     }
+    if what.event is not None:
+        line |= _event_of(what.event)
     if what.state is not None:
         line["state"] = what.state.name
         line |= {key: value for key, value in encode(what.state).items() if key != "name" and value not in (None, [])}
     return line
+
+
+def _event_of(event: Event) -> dict[str, object]:
+    in_pause = math.isnan(event.onset)
+    return {
+        "onset": None if in_pause else event.onset,
+        "description": event.description,
+        "marker_delay": None if in_pause else round(event.marker_delay, 6),
+    }

@@ -312,7 +312,14 @@ def record(decoder: Decoder, path: Path) -> Recorder:
         Its decisions wait for the disk only where its source does (`Source.live` is False).
     path : Path
         File to make; it must not exist.
+
+    Raises
+    ------
+    StreamError
+        If the decoder decides at events: a record holds no events yet, so that it could not be replayed.
     """
+    if decoder.schedule is not None:
+        raise StreamError("A record holds no events, so that decisions at events could not be replayed.", "Leave --record out.")
     recorder = Recorder(
         path,
         describe_run(decoder),

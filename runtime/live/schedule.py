@@ -1,9 +1,39 @@
-"""Counts samples and says when the windows of a stream are due."""
+"""Says which windows of a stream are decided: one every hop, or one for each event."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 
-class Schedule:
+from sjepa_deploy.eeg.events import ALL
+
+HISTORY_S = 3.0
+"""Seconds of samples that are kept for events whose markers come after their samples."""
+
+
+@dataclass(frozen=True)
+class Events:
+    """Says that one window is decided for each event.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Descriptions of the events that are decided; `ALL` alone stands for all.
+    start : float or None
+        Start of the window in seconds after its event; may be negative. None takes the model's `event_window`.
+    history : float
+        Seconds of samples that are kept beside a window: the longest delay of a marker behind the end of its window.
+    """
+
+    names: tuple[str, ...] = (ALL,)
+    start: float | None = None
+    history: float = HISTORY_S
+
+    def wants(self, description: str) -> bool:
+        """Return whether an event of this description is decided."""
+        return self.names == (ALL,) or description in self.names
+
+
+class Hop:
     """Counts the samples of a stream at the model's rate, and says after which of them a window is due.
 
     The first window is due when `n_times` samples have come, and then one every `hop` samples. Samples that were lost count too,
@@ -37,10 +67,14 @@ class Schedule:
         """Return whether a window that ends with the newest sample lacks none."""
         return self.unbroken >= self._n_times
 
-    def advance(self, n: int) -> bool:
-        """Count `n` samples that came, at most `due_in`, and return whether a window is due after the last of them."""
+    def count(self, n: int) -> None:
+        """Count `n` samples that came, where something else says when windows are due."""
         self.elapsed += n
         self.unbroken += n
+
+    def advance(self, n: int) -> bool:
+        """Count `n` samples that came, at most `due_in`, and return whether a window is due after the last of them."""
+        self.count(n)
         self.due_in -= n
         if self.due_in:
             return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,8 +17,10 @@ from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.live.arrival import Arrival
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
+from sjepa_deploy.runtime.live.markers import Event
+from sjepa_deploy.runtime.live.places import EventPlaces, Undecided
 from sjepa_deploy.runtime.live.ring import Ring
-from sjepa_deploy.runtime.live.schedule import Schedule
+from sjepa_deploy.runtime.live.schedule import Events, Hop
 from sjepa_deploy.runtime.live.sources import Chunk, Samples
 from sjepa_deploy.spec import SignalSpec
 
@@ -44,6 +46,11 @@ class Window:
         Whether samples may be missing in it: its newest ones are later than any jitter so far, and it is not known yet for good.
     settling : bool
         Whether it begins where the steps of the signal still settle, after the start of the stream or after a loss.
+    event : Event or None
+        The event that it belongs to.
+    behind : int
+        Samples that have come since its newest one: of an event whose marker came after its samples. What is `bridged`,
+        `doubtful` or bad somewhere in them counts too.
     """
 
     index: int
@@ -52,13 +59,15 @@ class Window:
     bad_channels: tuple[str, ...]
     doubtful: bool
     settling: bool
+    event: Event | None = None
+    behind: int = 0
 
 
 class WindowStream:
     """Turns chunks of a stream into windows of a model, with every sample and every window accounted for.
 
     `Continuity` says which samples follow each other. Samples that do go through the `Conditioner` into a `Ring`, and
-    the `Schedule` says when the ring holds a window that is due.
+    the schedule says when the ring holds a window that is due: a `Hop` counts samples, `EventPlaces` follow events.
 
     Parameters
     ----------
@@ -72,6 +81,10 @@ class WindowStream:
         Counters of the stream.
     report : callable
         Called with the kind and the text of every incident.
+    schedule : Events or None
+        The events whose windows are given. None gives a window every hop of `config`.
+    undecided : callable or None
+        Called with every event that gets no window.
 
     Attributes
     ----------
@@ -94,6 +107,8 @@ class WindowStream:
         *,
         counters: Counters,
         report: Callable[[str, str], None],
+        schedule: Events | None = None,
+        undecided: Callable[[Undecided], None] | None = None,
     ) -> None:
         self._signal, self._info, self._bridge = signal, info, config.bridge
         self._counters, self._report = counters, report
@@ -108,8 +123,13 @@ class WindowStream:
         )
         self.ch_names, self.missing, self.delay = self._conditioner.ch_names, self._conditioner.missing, self._conditioner.delay
         self._continuity = Continuity(info.sfreq, config.max_jitter, trusted=config.bridge > 0)
-        self._schedule = Schedule(signal.n_times, config.hop_samples(signal))
-        self._ring = Ring(*signal.input_shape)
+        self._schedule = Hop(signal.n_times, config.hop_samples(signal))
+        self._places: EventPlaces | None = None
+        n_older = 0
+        if schedule is not None:
+            self._places = EventPlaces(schedule, signal, info.sfreq, counters=counters, undecided=undecided)
+            n_older = self._places.n_older
+        self._ring = Ring(*signal.input_shape, n_older)
         self._bridged_until = -(2**62)  # elapsed samples of the schedule
         self._rate_noted = False
         self._last_row: Samples | None = None
@@ -120,7 +140,13 @@ class WindowStream:
     @property
     def due_at(self) -> float:
         """Return the time at which the newest sample of the next window is expected, on the source's clock."""
-        return self._stamp + self._arrival.offset + self._schedule.due_in / self._signal.sfreq
+        due_in = self._schedule.due_in if self._places is None else self._places.due_in
+        return self._stamp + self._arrival.offset + due_in / self._signal.sfreq
+
+    @property
+    def offset(self) -> float:
+        """Return the seconds that bring the stamps of chunks to the source's clock, where they are on another one."""
+        return self._arrival.offset
 
     @property
     def codes(self) -> NDArray[np.int8]:
@@ -132,16 +158,29 @@ class WindowStream:
         """Return the channels of the model that are made from others now."""
         return self._conditioner.interpolated
 
-    def eeg(self) -> NDArray[np.float32]:
-        """Return the newest window, shape (1, n_chans, n_times)."""
-        return self._ring.window()
+    def eeg(self, behind: int = 0) -> NDArray[np.float32]:
+        """Return the window whose newest sample came `behind` samples ago (`Window.behind`), shape (1, n_chans, n_times)."""
+        return self._ring.window(behind)
 
     def newest(self, n: int) -> NDArray[np.float32]:
         """Return the newest n samples, at most a window, shape (n_chans, n). The next call, also of `eeg`, overwrites them."""
         return self._ring.newest(n)
 
+    def mark(self, events: Iterable[Event]) -> Iterator[Window]:
+        """Take events, and give the windows of those whose samples are there. The others come with their samples."""
+        assert self._places is not None
+        for event in events:
+            self._places.add(event)
+        yield from self._due_events()
+
+    def finish(self) -> Iterator[Window]:
+        """Give the last windows of events at the end of the stream, and account for the events that still wait."""
+        if self._places is not None:
+            self._places.finish()
+            yield from self._due_events()
+
     def push(self, chunk: Chunk) -> Iterator[Window]:
-        """Take a chunk and give each whole window that is due, while its samples are the newest in `eeg`."""
+        """Take a chunk and give each whole window that is due, while its samples are in `eeg`: at once, not in a list."""
         samples, stamps = chunk.samples, chunk.stamps.tolist()
         n, counters = len(stamps), self._counters
         if samples.shape[1] != len(self._info.ch_names):
@@ -204,8 +243,11 @@ class WindowStream:
         """Start anew, and account for the windows that fell into the loss."""
         self._report(kind, f"{text} Decisions go on when a window is whole again.")
         n_windows = self._schedule.skip(round(n_lost * self._conditioner.ratio))
-        self._counters.windows += n_windows
-        self._counters.skipped_gap += n_windows
+        if self._places is None:
+            self._counters.windows += n_windows
+            self._counters.skipped_gap += n_windows
+        else:
+            self._places.interrupt()
         self._conditioner.restart()
 
     def _take(self, samples: Samples, stamps: list[float]) -> Iterator[Window]:
@@ -218,7 +260,12 @@ class WindowStream:
                 made, rows, n_taken = conditioner.take(picked[done:])
             finally:  # also of samples that end the stream
                 self._counters.samples_non_finite = conditioner.n_non_finite
-            yield from self._windows_of(made, [stamps[done + row] for row in rows])
+            made_at = [stamps[done + row] for row in rows]
+            if self._places is None:
+                yield from self._windows_of(made, made_at)
+            else:
+                self._places.take(np.array(stamps[done : done + n_taken]) + self._arrival.offset)
+                yield from self._event_windows_of(made, np.array(made_at) + self._arrival.offset)
             if conditioner.judge():
                 self._check_rate()
             done += n_taken
@@ -240,6 +287,35 @@ class WindowStream:
             bridged = schedule.elapsed - self._bridged_until < n_times
             yield Window(
                 counters.windows - 1, stamps[position - 1] + self._arrival.offset, bridged, bads, self._doubtful, settling
+            )
+
+    def _event_windows_of(self, made: NDArray[np.float64], stamps: NDArray[np.float64]) -> Iterator[Window]:
+        assert self._places is not None
+        yield from self._due_events()
+        position = 0
+        while position < len(made):
+            start, position = position, min(position + self._places.due_in, len(made))
+            self._ring.extend(made[start:position])
+            self._schedule.count(position - start)
+            self._places.advance(stamps[start:position])
+            yield from self._due_events(len(made) - position)
+
+    def _due_events(self, n_ahead: int = 0) -> Iterator[Window]:
+        """Give the windows of events whose samples are there. `n_ahead` samples were made that are not in the ring yet."""
+        assert self._places is not None
+        n_times = self._signal.n_times
+        for place in self._places.due():
+            self._counters.windows += 1
+            behind = place.behind
+            yield Window(
+                self._counters.windows - 1,
+                place.stamp,
+                self._schedule.elapsed - self._bridged_until < n_times + behind,
+                self._conditioner.bad_in_newest(n_times + behind + n_ahead),
+                self._doubtful,
+                place.start < self._conditioner.n_settling,
+                place.event,
+                behind,
             )
 
     def _check_rate(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from sjepa_deploy.eeg.quality import ChannelState
@@ -42,7 +44,9 @@ class _Watcher:
                 unit=spec.unit,
                 hop=decoder.hop / spec.sfreq,
                 deadline=decoder.deadline,
-                overdue=(spec.n_times + max(OVERDUE_S * spec.sfreq, OVERDUE_HOPS * decoder.hop)) / spec.sfreq,
+                overdue=math.inf  # nobody knows when the next event is
+                if decoder.schedule is not None
+                else (spec.n_times + max(OVERDUE_S * spec.sfreq, OVERDUE_HOPS * decoder.hop)) / spec.sfreq,
                 output_names=() if spec.variant == "base" else names,
                 random_weights=manifest.weights.random,
             ),

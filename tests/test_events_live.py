@@ -1,0 +1,318 @@
+"""Windows of events in live streams: those that are cut from the recording at MNE's samples; every event is accounted for."""
+
+import dataclasses
+import itertools
+import json
+
+import mne
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from streams import ScriptedSource, chunks_of, info_of
+
+import sjepa_deploy
+from sjepa_deploy.eeg.info import StreamInfo
+from sjepa_deploy.eeg.recording import fit_recording
+from sjepa_deploy.eeg.steps import BandPass, Channels, Reference, Resample
+from sjepa_deploy.errors import StreamError
+from sjepa_deploy.runtime.live.config import StreamConfig
+from sjepa_deploy.runtime.live.counters import Counters
+from sjepa_deploy.runtime.live.decoder import Decoder
+from sjepa_deploy.runtime.live.lines import write_lines
+from sjepa_deploy.runtime.live.markers import ChannelMarkers, Event, PlannedMarkers, RepeatedMarkers
+from sjepa_deploy.runtime.live.recorder import record
+from sjepa_deploy.runtime.live.schedule import Events
+from sjepa_deploy.runtime.live.sources import Chunk, ReplaySource
+from sjepa_deploy.runtime.live.windows import WindowStream
+from sjepa_deploy.spec import SignalSpec
+
+NAMES = ("Fz", "Cz", "Pz", "Oz")
+
+
+def signal_of(sfreq=100.0, n_times=80):
+    steps = (BandPass(l_freq=1.0, h_freq=30.0), Resample(), Channels(), Reference())
+    return SignalSpec(n_chans=4, n_times=n_times, sfreq=sfreq, ch_names=NAMES, steps=steps)
+
+
+def volts_of(n_samples, seed=0):
+    rng = np.random.default_rng(seed)
+    return np.cumsum(rng.normal(size=(4, n_samples)), axis=1) * 1e-6 + rng.normal(size=(4, n_samples)) * 5e-6
+
+
+def raw_of(volts, sfreq):
+    return mne.io.RawArray(volts, mne.create_info(list(NAMES), sfreq, "eeg"), verbose="error")
+
+
+def assert_events_accounted(counters, n_decided):
+    assert counters.events == (
+        counters.windows
+        + counters.events_before_start
+        + counters.events_past_end
+        + counters.events_past_history
+        + counters.events_doubled
+        + counters.events_ahead
+    )
+    assert counters.windows == n_decided + counters.skipped_late + counters.skipped_gap + counters.failed
+
+
+def stream_windows(signal, info, chunks, arrivals, *, start, history=3.0):
+    """Push chunks; `arrivals` are (chunk before which the marker comes, event). Return windows, left events and counters."""
+    counters, left, windows = Counters(), [], []
+    stream = WindowStream(
+        signal,
+        info,
+        StreamConfig(hop=0, check_unit=False),
+        counters=counters,
+        report=lambda kind, text: None,
+        schedule=Events(start=start, history=history),
+        undecided=lambda one: left.append((one.event, one.reason)),
+    )
+
+    def keep(made):
+        windows.extend((window, stream.eeg(window.behind)[0].copy()) for window in made)
+
+    for i, chunk in enumerate(chunks):
+        keep(stream.mark([event for at, event in arrivals if at == i]))
+        keep(stream.push(chunk))
+    keep(stream.mark([event for at, event in arrivals if at >= len(chunks)]))
+    keep(stream.finish())
+    assert_events_accounted(counters, len(windows))
+    return windows, left, counters
+
+
+@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(
+    rates=st.sampled_from([(128.0, 128.0), (128.0, 100.0), (250.0, 100.0), (500.0, 128.0), (100.0, 100.0)]),
+    samples=st.lists(st.integers(-5, 1300), min_size=1, max_size=25),
+    start=st.floats(-1.2, 1.0),
+    delays=st.lists(st.floats(0.0, 3.0), min_size=25, max_size=25),
+    sizes=st.lists(st.integers(1, 400), min_size=1, max_size=8),
+    order=st.randoms(use_true_random=False),
+    pause=st.integers(300, 1000),
+    paused=st.booleans(),
+)
+def test_each_window_is_the_one_at_the_sample_of_mne(rates, samples, start, delays, sizes, order, pause, paused):
+    """The oracle cuts the causal recording, with MNE's rounding of the event to the model's rate. Markers are up to 3 s late."""
+    sfreq, sfreq_model = rates
+    signal, n_samples = signal_of(sfreq_model), 1200
+    volts = volts_of(n_samples)
+    pieces = [(0, pause), (pause, n_samples)] if paused else [(0, n_samples)]
+    fitted = {
+        first: fit_recording(raw_of(volts[:, first:stop], sfreq), signal, phase="causal", check_unit=False).data
+        for first, stop in pieces
+    }
+    wanted, doubled = {}, 0
+    for sample in samples:
+        if sample in wanted:
+            doubled += 1
+            continue
+        first, stop = next(((a, b) for a, b in pieces if a <= sample < b), (0, 0))
+        begin = int(np.rint((sample - first) * sfreq_model / sfreq) + np.rint(start * sfreq_model))
+        whole = stop > 0 and begin >= 0 and begin + signal.n_times <= fitted[first].shape[1]
+        wanted[sample] = fitted[first][:, begin : begin + signal.n_times] if whole else None
+    info = StreamInfo(name="amp", ch_names=NAMES, sfreq=sfreq, unit="V")
+    chunks, at, size = [], 0, itertools.cycle(sizes)
+    while at < n_samples:
+        stop = min(at + next(size), n_samples, *(edge for edge in (pause,) if paused and at < edge))
+        stamps = np.arange(at, stop) / sfreq
+        chunks.append(Chunk(volts.T[at:stop], stamps, float(stamps[-1]), restarted=paused and at == pause))
+        at = stop
+    ends = np.array([chunk.stamps[-1] for chunk in chunks])
+    events = [Event(sample / sfreq, "x", sample / sfreq + delay) for sample, delay in zip(samples, delays, strict=False)]
+    order.shuffle(events)
+    arrivals = [(int(np.searchsorted(ends, event.arrived)), event) for event in events]
+    # A chunk is a step of the clock: a marker comes up to a chunk later than it says.
+    windows, left, counters = stream_windows(signal, info, chunks, arrivals, start=start, history=3.0 + 2 * 400 / sfreq + 1.3)
+    assert counters.events_doubled == doubled
+    assert counters.events_past_history == counters.events_ahead == 0
+    found = {round(window.event.onset * sfreq): eeg for window, eeg in windows}
+    assert set(found) == {sample for sample, eeg in wanted.items() if eeg is not None}
+    for sample, eeg in found.items():
+        np.testing.assert_array_equal(eeg, wanted[sample])
+    reasons = {round(event.onset * sfreq): reason for event, reason in left if reason != "doubled"}
+    for sample, reason in reasons.items():
+        in_first = not paused or sample < pause
+        assert reason in ({"before start"} if sample < 0 else {"before start", "gap", "past end"})
+        assert reason != "before start" or in_first
+        assert reason != "past end" or not paused or sample >= pause
+
+
+def test_the_window_ends_with_the_sample_that_makes_it_whole():
+    """An event whose marker is there in time gets its window with the chunk of the window's last sample, and none before."""
+    signal, volts = signal_of(), volts_of(1000)
+    info = StreamInfo(name="amp", ch_names=NAMES, sfreq=100.0, unit="V")
+    chunks = chunks_of(volts.T, np.arange(1000) / 100.0, 1)
+    stream = WindowStream(
+        signal,
+        info,
+        StreamConfig(check_unit=False),
+        counters=Counters(),
+        report=lambda kind, text: None,
+        schedule=Events(start=0.2),
+    )
+    assert list(stream.mark([Event(3.0, "x", 0.0)])) == []
+    due = [i for i, chunk in enumerate(chunks) for window in stream.push(chunk)]
+    assert due == [300 + 20 + 80 - 1]
+
+
+@pytest.mark.parametrize(
+    ("late", "event", "reason"),
+    [
+        (0, Event(-1.0, "x", 0.0), "before start"),
+        (0, Event(float("nan"), "x", 0.0), "gap"),
+        (5, Event(500.0, "x", 0.0), "ahead"),
+        (0, Event(9.9, "x", 0.0), "past end"),
+        (99, Event(1.0, "x", 9.9), "past history"),
+    ],
+)
+def test_an_event_without_a_window_is_told_with_its_reason(late, event, reason):
+    chunks = chunks_of(volts_of(1000).T, np.arange(1000) / 100.0, 10)
+    info = StreamInfo(name="amp", ch_names=NAMES, sfreq=100.0, unit="V")
+    windows, left, _ = stream_windows(signal_of(), info, chunks, [(late, event)], start=0.0)
+    assert (windows, left) == ([], [(event, reason)])
+
+
+def test_an_event_over_lost_samples_has_no_window():
+    """100 samples are lost from second 4 on: windows that reach into the loss, and events in it, are counted as gaps."""
+    there = np.r_[0:400, 500:1000]
+    chunks = chunks_of(volts_of(1000).T[there], there / 100.0, 10)
+    info = StreamInfo(name="amp", ch_names=NAMES, sfreq=100.0, unit="V")
+    events = [Event(t, f"at {t}", 0.0) for t in (3.0, 3.5, 4.5, 5.0, 6.0)]
+    windows, left, counters = stream_windows(signal_of(), info, chunks, [(0, event) for event in events], start=0.0)
+    assert [window.event for window, _ in windows] == [events[0], events[3], events[4]]
+    assert left == [(events[1], "gap"), (events[2], "gap")]
+    assert counters.skipped_gap == 2
+
+
+def test_a_trigger_channel_names_events_by_its_rising_values():
+    """The oracle is `mne.find_events`; the chunks have one sample, or many."""
+    rng = np.random.default_rng(3)
+    values = np.repeat(rng.integers(0, 4, 200), rng.integers(1, 6, 200)).astype(float)
+    raw = mne.io.RawArray(values[None], mne.create_info(["STI"], 100.0, "stim"), verbose="error")
+    want = mne.find_events(raw, stim_channel="STI", consecutive="increasing", shortest_event=1, verbose="error")
+    info = StreamInfo(name="amp", ch_names=("Fz", "STI"), sfreq=100.0, unit="V")
+    for size in (1, 7, 1000):
+        markers = ChannelMarkers(info, "sti")
+        for chunk in chunks_of(np.stack([0 * values, values], axis=1), np.arange(len(values)) / 100.0, size):
+            markers.hear(chunk, 0.0)
+        found = [(round(event.onset * 100), event.description) for event in markers.read()]
+        assert found == [(int(sample), f"{code}") for sample, _, code in want if sample > 0]
+    with pytest.raises(StreamError, match="Trigger"):
+        ChannelMarkers(info, "Trigger")
+
+
+@pytest.fixture(scope="module")
+def predict(make_bundle):
+    with sjepa_deploy.load(make_bundle("prelocal").path, check_unit=False) as predict:
+        yield predict
+
+
+def decode_events(predict, samples, plan, *, start=0.0, names=("all",), size=10, **config):
+    source = ReplaySource(info_of(predict.spec), samples, speed=float("inf"), chunk=size)
+    markers = PlannedMarkers(plan, source.clock)
+    decoder = Decoder(predict, source, StreamConfig(**config), schedule=Events(tuple(names), start), markers=[markers])
+    left, incidents = [], []
+    decoder.on_undecided(lambda one: left.append((one.event, one.reason)))
+    decoder.on_incident(incidents.append)
+    decisions = list(decoder)
+    assert_events_accounted(decoder.counters, len(decisions))
+    assert decoder.counters.events == len(decisions) + len(left)
+    return decisions, left, incidents
+
+
+def microvolts(predict, n_samples):
+    rng = np.random.default_rng(5)
+    return rng.normal(0, 20, (n_samples, predict.spec.n_chans))
+
+
+def test_a_decision_belongs_to_its_event_and_is_that_of_the_window(predict):
+    """The decision equals that of the hop of one sample whose window ends where the window of the event ends."""
+    samples, n_times = microvolts(predict, 2000), predict.spec.n_times
+    plan = [(2.0, "left", 0.0), (3.0, "no"), (5.0, "right", 1.5), (7.003, "left", 0.0)]
+    decisions, left, _ = decode_events(predict, samples, plan, names=("left", "right"), late="queue")
+    source = ReplaySource(info_of(predict.spec), samples, speed=float("inf"), chunk=10)
+    every = {d.index: d.prediction for d in Decoder(predict, source, StreamConfig(hop=0, late="queue"))}
+    assert left == []
+    assert [(d.event.onset, d.event.description) for d in decisions] == [(2.0, "left"), (5.0, "right"), (7.003, "left")]
+    for decision, first in zip(decisions, (200, 500, 700), strict=True):
+        assert decision.prediction.tobytes() == every[first].tobytes()
+        assert decision.time == pytest.approx((first + n_times - 1) / 100.0)
+    assert decisions[1].event.marker_delay == pytest.approx(1.5)
+
+
+def test_the_deadline_counts_from_the_later_of_window_and_marker(predict):
+    """The clock of the source stands at the newest sample: a marker 3 s behind its event is late for nobody."""
+    plan = [(2.0, "x", 0.0), (4.0, "x", 2.9)]
+    decisions, left, _ = decode_events(predict, microvolts(predict, 2000), plan, deadline=0.15)
+    assert [d.due for d in decisions] == pytest.approx([2.0 + 1.99 + 0.15, 4.0 + 2.9 + 0.15])
+    assert [d.received - d.time for d in decisions] == pytest.approx([decisions[0].received - decisions[0].time, 0.91])
+    assert not left
+
+
+def test_an_event_that_is_late_is_left_out_with_its_reason(predict):
+    """Chunks of 2 s at infinite speed: the window was whole up to 2 s before its chunk was there."""
+    decisions, left, _ = decode_events(predict, microvolts(predict, 2000), [(1.0, "x", 0.0)], size=200, deadline=0.001)
+    assert decisions == []
+    assert [reason for _, reason in left] == ["late"]
+
+
+def test_names_that_never_come_are_told_after_a_minute(predict):
+    plan = [(2.0 + 5 * k, "right") for k in range(14)]
+    _, _, incidents = decode_events(predict, microvolts(predict, 7500), plan, names=("left", "right"), late="queue")
+    (told,) = [incident for incident in incidents if incident.kind == "events"]
+    assert "left" in told.text
+    assert "right (12)" in told.text
+    assert 60 <= told.time < 61
+
+
+def test_every_event_has_a_line(predict, tmp_path):
+    source = ReplaySource(info_of(predict.spec), microvolts(predict, 2000), speed=float("inf"), chunk=10)
+    markers = PlannedMarkers([(-1.0, "a"), (2.0, "b", 0.5), (float("nan"), "c"), (19.0, "d")], source.clock)
+    decoder = Decoder(predict, source, StreamConfig(late="queue"), schedule=Events(start=0.0), markers=[markers])
+    lines = write_lines(decoder, tmp_path / "lines.jsonl")
+    decoder.run()
+    lines.close()
+    read = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    of_events = {line["description"]: line for line in read if "description" in line}
+    reasons = {name: line.get("undecided") for name, line in of_events.items()}
+    assert reasons == {"a": "before start", "b": None, "c": "gap", "d": "past end"}
+    assert (of_events["b"]["onset"], of_events["b"]["marker_delay"]) == (2.0, 0.5)
+    assert len(of_events["b"]["prediction"]) == np.prod(predict.spec.output_shape)
+    assert of_events["c"]["onset"] is None
+
+
+def test_a_record_of_events_is_refused(predict, tmp_path):
+    source = ScriptedSource(info_of(predict.spec), [])
+    decoder = Decoder(predict, source, schedule=Events(start=0.0), markers=[RepeatedMarkers(1.0, source.clock)])
+    with pytest.raises(StreamError, match="events"):
+        record(decoder, tmp_path / "run.xdf")
+    assert not (tmp_path / "run.xdf").exists()
+
+
+def test_what_makes_no_sense_with_events_is_refused(predict):
+    source = ScriptedSource(info_of(predict.spec), [])
+    markers = [RepeatedMarkers(1.0, source.clock)]
+    with pytest.raises(StreamError, match="hold|event"):
+        Decoder(predict, source, StreamConfig(late="hold"), schedule=Events(start=0.0), markers=markers)
+    with pytest.raises(StreamError, match="window"):
+        Decoder(predict, source, StreamConfig(roll=True), schedule=Events(start=0.0), markers=markers)
+    with pytest.raises(StreamError, match="after events"):
+        Decoder(predict, source, schedule=Events(), markers=markers)
+    with pytest.raises(StreamError, match="[Mm]arkers"):
+        Decoder(predict, source, schedule=Events(start=0.0))
+    with pytest.raises(StreamError, match="history"):
+        Decoder(predict, source, schedule=Events(start=0.0, history=float("nan")), markers=markers)
+
+
+def test_an_event_is_decided_before_the_run_is_stopped_by_its_callback(predict):
+    """Events that wait when the caller stops are counted too."""
+    source = ReplaySource(info_of(predict.spec), microvolts(predict, 2000), speed=float("inf"), chunk=10)
+    markers = PlannedMarkers([(2.0, "x"), (4.0, "x"), (4.1, "x")], source.clock)
+    decoder = Decoder(predict, source, StreamConfig(late="queue"), schedule=Events(start=0.0), markers=[markers])
+    decoder.stop_after(5.0)
+    decisions = list(decoder)
+    assert len(decisions) == 1
+    assert decoder.counters.events_past_end == 2
+    assert_events_accounted(decoder.counters, len(decisions))
+    assert dataclasses.asdict(decoder.counters)["events"] == 3
