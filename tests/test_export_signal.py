@@ -2,11 +2,12 @@
 
 import json
 
+import numpy as np
 import oracle
 import pytest
 import torch
 import yaml
-from bundles import MONTAGE, small_spec
+from bundles import MONTAGE, edit_manifest, export_small, small_spec
 from oracle import make_spec, randomise
 
 from sjepa_deploy.bundle import Bundle
@@ -23,6 +24,7 @@ from sjepa_deploy.eeg.steps import (
     ZScore,
 )
 from sjepa_deploy.eeg.steps.changed import changed_steps
+from sjepa_deploy.eeg.synthetic import eeg_windows
 from sjepa_deploy.errors import SpecError
 from sjepa_deploy.models.checkpoint import write_checkpoint
 from sjepa_deploy.models.networks import build_model
@@ -308,3 +310,54 @@ def test_kinds_of_outputs_that_contradict_each_other(export, flags, words):
     status, _, err, spec = export("--variant", "prelocal", "--channels", 4, *flags.split())
     assert (status, spec) == (2, None)
     assert words in err
+
+
+# ---------------------------------------------------------------- bad input, through the commands
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ({"step": "alignment", "matrix": np.eye(2).tolist(), "ch_names": ["A", "B"]}, "alignment"),
+        ({"step": "alignment", "matrix": [[1.0]], "ch_names": ["Cz", "Pz"]}, "alignment"),
+        ({"step": "scale", "factors": [0.0]}, "scaling"),
+        ({"step": "clip", "limit": -1.0}, "clipping"),
+        ({"step": "baseline"}, "baseline"),  # of windows that belong to no events
+        ({"step": "band-pass", "l_freq": 60.0, "h_freq": None}, "half the sampling rate"),
+    ],
+)
+def test_a_step_that_cannot_be_is_refused_by_the_command(export, tmp_path, step, words):
+    steps = [{"step": "resample"}, {"step": "channels"}, step]
+    (tmp_path / "my.json").write_text(json.dumps({"steps": steps}))
+    status, _, err, spec = export("--variant", "prelocal", "--channels", "Cz,Pz", "--signal", tmp_path / "my.json")
+    assert (status, spec, err.count("\n")) == (2, None, 1)
+    assert words in err.casefold()
+
+
+def test_steps_on_windows_before_steps_on_samples_are_refused(export, tmp_path):
+    (tmp_path / "my.yaml").write_text("steps: [{step: z-score}, {step: resample}, {step: channels}]")
+    status, _, err, spec = export("--variant", "prelocal", "--channels", 4, "--signal", tmp_path / "my.yaml")
+    assert (status, spec) == (2, None)
+    assert "z-score" in err
+
+
+def test_an_unknown_step_in_a_manifest_is_named(tmp_path, capsys):
+    bundle = export_small(tmp_path / "bundle", small_spec())
+    edit_manifest(bundle.path, lambda m: m["spec"]["signal"]["steps"].append({"step": "wavelet", "level": 3}))
+    for command in (("verify",), ("run", tmp_path / "none.edf")):
+        arguments = [bundle.path, *command[1:]]
+        assert run_command(_command(command[0]), "sjepa", list(map(str, arguments))) == 2
+        assert "wavelet" in capsys.readouterr().err
+
+
+def test_event_windows_beyond_the_ends_of_a_recording_are_told(tmp_path, capsys):
+    spec = small_spec(event_window=EventWindow(start=0.5, events=("go",)), phase="causal")
+    bundle = export_small(tmp_path / "bundle", spec)
+    np.save(tmp_path / "r.npy", eeg_windows(1, 8, 1000, 100.0, np.random.default_rng(0))[0])
+    command = [bundle.path, tmp_path / "r.npy", "--unit", "uV", "--sfreq", 100, "--events", tmp_path / "e.tsv"]
+    for onsets, status, words in (((3.0, 9.0), 0, "left out 1 of 2 events"), ((9.0, -4.0, 1e6), 2, "No window at 0.5 s")):
+        (tmp_path / "e.tsv").write_text("onset\ttrial_type\n" + "".join(f"{onset}\tgo\n" for onset in onsets))
+        assert run_command(_command("run"), "sjepa-run", list(map(str, command))) == status
+        shown = capsys.readouterr()
+        assert words in shown.err
+        assert len(shown.out.splitlines()) == (2 if status == 0 else 0)

@@ -64,9 +64,9 @@ def verify(bundle: Path, backends: tuple[str, ...], precisions: tuple[RunPrecisi
     """
     screen = console(json_output)
     opened = Bundle.open(bundle)
+    found = _judge(opened, backends, precisions, screen)
     for line in spec_lines(opened.spec):
         screen.print(escape(line), soft_wrap=True)
-    found = _judge(opened, backends, precisions, screen)
     screen.print(parity_table(found.results, f"{escape(found.bundle)}: parity on this machine"))
     for reason in dict.fromkeys(each.reason for each in found.not_judged):
         what = ", ".join(f"{each.precision} on {each.backend}" for each in found.not_judged if each.reason == reason)

@@ -49,7 +49,7 @@ def read_signal(path: Path | str) -> dict[str, Any]:
         raise SpecError(f"{path}: {e.problem}", e.mend) from e
     except DecodeError as e:
         hint = " YAML reads 1e-3 as text: write 0.001 or 1.0e-3." if "not str" in str(e) else ""
-        raise SpecError(f"{path} describes no signal: {e}.", f"Its keys are {', '.join(SIGNAL_FIELDS)}.{hint}") from e
+        raise SpecError(f"{path} describes no signal: {e}.", f"The keys at its top are {', '.join(SIGNAL_FIELDS)}.{hint}") from e
     except (ValueError, RecursionError) as e:
         raise SpecError(f"{path} is neither JSON nor, named .yaml, YAML ({e}).", "Mend it, or write the signal again.") from e
 
