@@ -29,8 +29,8 @@ from sjepa_deploy.bundle import (
     new_bundle,
     write_manifest,
 )
+from sjepa_deploy.eeg.amplitudes import check_amplitude
 from sjepa_deploy.eeg.chain import Chain, finish_windows, settling_time
-from sjepa_deploy.eeg.recording import check_amplitude
 from sjepa_deploy.eeg.steps import Reference as ReferenceStep
 from sjepa_deploy.eeg.synthetic import hard_windows
 from sjepa_deploy.eeg.units import conversion

@@ -724,7 +724,7 @@ def test_ctrl_c_ends_an_export_without_a_trace(sjepa, bundle, tmp_path, monkeypa
 def test_ctrl_c_in_a_process_of_its_own(bundle, array, tmp_path):
     code = (
         "import os, signal, sjepa_deploy.cli.run as m, sys\n"
-        "m.fit_recording = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
+        "m.fit_stretches = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.argv[0] = 'sjepa-run'; m.main()"
     )
     command = [sys.executable, "-c", code, str(bundle), *map(str, array), "--out", str(tmp_path / "out.tsv")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -20,11 +20,12 @@ from sjepa_deploy.cli.task import EventChoice
 from sjepa_deploy.eeg.epochs import holds_windows, read_windows
 from sjepa_deploy.eeg.events import Events
 from sjepa_deploy.eeg.names import parse_rename
-from sjepa_deploy.eeg.recording import fit_recording, read_recording
-from sjepa_deploy.eeg.windows import FittedRecording
+from sjepa_deploy.eeg.recording import read_recording
+from sjepa_deploy.eeg.stretches import FittedStretches, fit_stretches
 from sjepa_deploy.errors import RecordingError
 from sjepa_deploy.files import written_whole
 from sjepa_deploy.runtime.backend import FloatArray
+from sjepa_deploy.runtime.predictor import Predictor
 from sjepa_deploy.spec import ModelSpec
 
 
@@ -60,13 +61,17 @@ class Cut(EventChoice):
 class _Decodable:
     """Holds the windows to decode, and the columns of the table that stand before the predictions.
 
-    `what` says where the windows lie, and `hop` is the time in seconds from one to the next where they follow each other.
+    `batches` reads windows, at most so many at once. `columns` returns the cells of some of them. `changes` tells what reading
+    has shown so far. `what` says where the windows lie, and `hop` is the time in seconds from one to the next where they follow
+    each other.
     """
 
-    pieces: list[FloatArray]
-    columns: dict[str, Sequence[str]]
+    n: int
+    batches: Callable[[int], Iterator[FloatArray]]
+    columns: Callable[[slice], Mapping[str, Sequence[str]]]
     told: list[str]
     steps: tuple[str, ...]
+    changes: Callable[[], tuple[str, ...]] = tuple
     what: str = ""
     hop: float | None = None
 
@@ -132,30 +137,34 @@ def run(
             ch_names=facts.ch_names,
             row_names=spec.ch_names,
             rename=parse_rename(facts.rename, RecordingError),
+            preload=False,
         )
         events = cut.find(raw) if cut.events else None
-        fitted = fit_recording(raw, spec.signal, interpolate=interpolate or 0.0, check_unit=check_unit)
+        fitted = fit_stretches(raw, spec.signal, interpolate=interpolate or 0.0, check_unit=check_unit)
         found = _of_events(fitted, events, start) if events is not None else _one_after_the_other(fitted, step)
         found.told.insert(0, f"has {fitted.n_found} of the model's {spec.n_chans} channels")
     with choice.load(opened, check_unit=False) as predict:  # the recording was judged as a whole
         for note in found.told:
             screen.print(f"recording: {escape(note)}", soft_wrap=True)
-        with screen.status("decoding"):
-            outputs = np.concatenate([predict.predict(piece) for piece in found.pieces])
-    try:
-        with contextlib.nullcontext(sys.stdout) if out is None else _whole_file(out) as stream:
-            _write(stream, found.columns, outputs, spec, with_class=bool(cut.events))
-    except BrokenPipeError:
-        raise  # click ends quietly where a reader like `head` has seen enough
-    except OSError as e:
-        raise RecordingError(
-            f"{out or 'Standard output'} cannot be written ({e.strerror}).", "Choose another --out, or free some space."
-        ) from e
+        try:
+            with (
+                contextlib.nullcontext(sys.stdout) if out is None else _whole_file(out) as stream,
+                contextlib.nullcontext() if out is None else screen.status("decoding"),
+            ):
+                _decode(stream, found, predict, with_class=bool(cut.events))
+        except BrokenPipeError:
+            raise  # click ends quietly where a reader like `head` has seen enough
+        except OSError as e:
+            raise RecordingError(
+                f"{out or 'Standard output'} cannot be written ({e.strerror}).", "Choose another --out, or free some space."
+            ) from e
+    for note in found.changes():
+        screen.print(f"recording: {escape(note)}", soft_wrap=True)
     if opened.manifest.weights.random:
         screen.print("[bold yellow]The weights of this bundle are random: the predictions mean nothing.[/]")
     where = "" if out is None else f" in [bold]{escape(str(out))}[/]"
     what = f"windows of {spec.signal.seconds:g} s{found.what}"
-    screen.print(f"{len(outputs)} {what} decoded{where}", soft_wrap=True)
+    screen.print(f"{found.n} {what} decoded{where}", soft_wrap=True)
     screen.print(f"outputs: {escape(spec.outputs_told)}", soft_wrap=True)
     if json_output:
         print_json(
@@ -163,7 +172,7 @@ def run(
                 "bundle": str(bundle),
                 "recording": str(recording),
                 "out": str(out),
-                "n_windows": len(outputs),
+                "n_windows": found.n,
                 "hop": found.hop,
                 "events": cut.events,
                 "signal": spec.signal,
@@ -171,7 +180,7 @@ def run(
                 "outputs": spec.output_names,
                 "class_names": spec.class_names,
                 "output_unit": spec.output_unit,
-                "steps": found.steps,
+                "steps": (*found.steps, *found.changes()),
                 "random_weights": opened.manifest.weights.random,
             }
         )
@@ -183,65 +192,69 @@ def _cut_before(recording: Path, spec: ModelSpec, cut: Cut, facts: options.Signa
         raise click.UsageError(f"{recording.name} holds windows, which are decoded as they are. Leave out --hop.")
     tmin = cut.start(spec) if cut.events or spec.signal.event_window is not None else None
     windows = read_windows(recording, spec.signal, unit=facts.unit, tmin=tmin, check_unit=check_unit)
-    if not cut.events:
-        return _Decodable(
-            pieces=[windows.eeg],
-            columns={"time": _seconds(windows.times)},
-            told=[*windows.steps],
-            steps=windows.steps,
-        )
-    if windows.events is None:
-        raise click.UsageError(f"{recording.name} holds windows without events. Leave out --events.")
-    kept = windows.events.named(cut.events)
-    rows = np.flatnonzero([name in kept.description for name in windows.events.description])
+    eeg = windows.eeg
+    columns: Callable[[slice], Mapping[str, Sequence[str]]] = lambda rows: {"time": _seconds(windows.times[rows])}  # noqa: E731
+    if cut.events:
+        if windows.events is None:
+            raise click.UsageError(f"{recording.name} holds windows without events. Leave out --events.")
+        names = windows.events.named(cut.events).description
+        kept = np.flatnonzero([name in names for name in windows.events.description])
+        eeg, columns = eeg[kept], _of(windows.events[kept])
     return _Decodable(
-        pieces=[windows.eeg[rows]],
-        columns=_of(windows.events[rows]),
+        n=len(eeg),
+        batches=lambda n: (eeg[i : i + n] for i in range(0, len(eeg), n)),
+        columns=columns,
         told=[*windows.steps],
         steps=windows.steps,
-        what=" of events",
+        what=" of events" if cut.events else "",
     )
 
 
-def _one_after_the_other(fitted: FittedRecording, step: int) -> _Decodable:
+def _one_after_the_other(fitted: FittedStretches, step: int) -> _Decodable:
     starts = fitted.window_starts(step)
     return _Decodable(
-        pieces=fitted.windows(step),
-        columns={"time": _seconds(fitted.times(starts + fitted.signal.n_times - 1))},
+        n=len(starts),
+        batches=lambda n: fitted.cut(starts, n),
+        columns=lambda rows: {"time": _seconds(fitted.times(starts[rows] + fitted.signal.n_times - 1))},
         told=[*fitted.steps, *_settling(fitted, starts)],
         steps=fitted.steps,
+        changes=lambda: fitted.changes.told,
         what=f" every {step / fitted.sfreq:g} s",
         hop=step / fitted.sfreq,
     )
 
 
-def _of_events(fitted: FittedRecording, events: Events, start: float) -> _Decodable:
+def _of_events(fitted: FittedStretches, events: Events, start: float) -> _Decodable:
     starts, whole = fitted.place_windows(events.onset, start)
     if not whole.any():
         raise RecordingError(
             f"No window at {start:g} s after an event lies within the recording or within one of its stretches.",
             "Mend the onsets or --tmin, or give a longer recording.",
         )
-    told = [*fitted.steps, *_settling(fitted, starts[whole])]
+    starts = starts[whole]
+    told = [*fitted.steps, *_settling(fitted, starts)]
     if n := int((~whole).sum()):
         told.append(f"left out {n} of {len(whole)} events: their windows reach beyond the recording or over a pause")
     return _Decodable(
-        pieces=[fitted.cut(starts[whole])],
+        n=len(starts),
+        batches=lambda n: fitted.cut(starts, n),
         columns=_of(events[whole]),
         told=told,
         steps=fitted.steps,
+        changes=lambda: fitted.changes.told,
         what=f" at {start:g} s after events",
     )
 
 
-def _settling(fitted: FittedRecording, starts: NDArray[np.intp]) -> list[str]:
+def _settling(fitted: FittedStretches, starts: NDArray[np.intp]) -> list[str]:
     n, seconds = int(fitted.settling(starts).sum()), fitted.n_settling / fitted.sfreq
     return [f"{n} windows begin in the {seconds:.2g} s in which the steps settle"] if n else []
 
 
-def _of(events: Events) -> dict[str, Sequence[str]]:
+def _of(events: Events) -> Callable[[slice], Mapping[str, Sequence[str]]]:
     columns: dict[str, Sequence[str]] = {"onset": _seconds(events.onset), "description": events.description}
-    return columns | {name: values for name, values in events.columns.items() if name not in columns}
+    columns |= {name: values for name, values in events.columns.items() if name not in columns}
+    return lambda rows: {name: values[rows] for name, values in columns.items()}
 
 
 def _seconds(values: NDArray[np.float64]) -> list[str]:
@@ -266,18 +279,29 @@ def _whole_file(path: Path) -> Iterator[IO[str]]:
         yield stream
 
 
-def _write(stream: IO[str], columns: dict[str, Sequence[str]], outputs: FloatArray, spec: ModelSpec, *, with_class: bool) -> None:
-    """Write one row for each window: what is known of it, its outputs and, of events and a classifier, its class."""
+def _decode(stream: IO[str], found: _Decodable, predict: Predictor, *, with_class: bool) -> None:
+    """Decode all windows, and write their rows as they come."""
+    spec, n_done = predict.spec, 0
+    with_class &= spec.task == "classification"
+    stream.write("\t".join([*found.columns(slice(0)), *spec.output_names, *(["class"] if with_class else [])]) + "\n")
+    for windows in found.batches(predict.max_batch):
+        columns = found.columns(slice(n_done, n_done + len(windows)))
+        _write(stream, columns, predict.predict(windows), spec, with_class=with_class)
+        n_done += len(windows)
+    assert n_done == found.n
+    stream.flush()
+
+
+def _write(
+    stream: IO[str], columns: Mapping[str, Sequence[str]], outputs: FloatArray, spec: ModelSpec, *, with_class: bool
+) -> None:
+    """Write one row for each window: what is known of it, its outputs and its class."""
     rows = outputs.reshape(len(outputs), -1)
-    names = list(spec.output_names)
     cells = [*columns.values(), *([f"{value:.9g}" for value in column] for column in rows.T)]
-    if with_class and spec.task == "classification":
-        names.append("class")
+    if with_class:
         cells.append([spec.class_of(row.tolist()) for row in rows])
-    stream.write("\t".join([*columns, *names]) + "\n")
     for row in zip(*cells, strict=True):
         stream.write("\t".join(cell.replace("\t", " ").replace("\n", " ") for cell in row) + "\n")
-    stream.flush()
 
 
 main = entry("run")

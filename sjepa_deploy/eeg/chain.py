@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from sjepa_deploy.eeg.steps.base import FloatArray, Flow, Running, StreamStep
 from sjepa_deploy.eeg.steps.channels import Channels, Mixer
 from sjepa_deploy.eeg.steps.filters import NO_SECTIONS, CausalFilter, Filter
-from sjepa_deploy.eeg.steps.rate import RateReducer, Resample, ratio_of_rates
+from sjepa_deploy.eeg.steps.rate import RateReducer, Resample, ratio_of_rates, same_rate
 from sjepa_deploy.errors import RecordingError
 from sjepa_deploy.spec import SignalSpec
 
@@ -164,12 +165,80 @@ def zero_phase(
     fit_channels : callable
         Makes the channels of the model.
     """
-    for step, at in zip(signal.steps, flows_of(signal, flow), strict=True):
-        if isinstance(step, Channels):
-            data = fit_channels(data, at)
-        elif isinstance(step, StreamStep):
-            data = step.offline(data, at)
-    return data
+    return ZeroPhase(signal, flow, fit_channels)(data, last=True)
+
+
+class ZeroPhase:
+    """Runs the zero-phase forms of a signal's steps on a stretch that comes in pieces.
+
+    Each step has as many samples around those that it returns as it depends on (`StreamStep.reach`), so the result is that of the
+    whole stretch but for 1e-6 of its RMS. A piece that is a whole stretch gives the same bits.
+
+    Parameters
+    ----------
+    signal, flow, fit_channels
+        See `zero_phase`.
+    """
+
+    def __init__(self, signal: SignalSpec, flow: Flow, fit_channels: Callable[[FloatArray, Flow], FloatArray]) -> None:
+        self._stages: list[Callable[[FloatArray, bool], FloatArray]] = []
+        for step, at in zip(signal.steps, flows_of(signal, flow), strict=True):
+            if isinstance(step, Channels):
+                self._stages.append(lambda data, _, at=at: fit_channels(data, at))  # type: ignore[misc]
+            elif isinstance(step, StreamStep):
+                self._stages.append(_InTurn(step, at) if step.causal_only else _Overlapping(step, at))
+
+    def __call__(self, data: FloatArray, *, last: bool) -> FloatArray:
+        """Return what samples that follow the last ones, shape (n_chans, n_samples), make ready; all that is left if `last`."""
+        for stage in self._stages:
+            data = stage(data, last)
+        return data
+
+
+class _InTurn:
+    """Runs a step that has only its causal form."""
+
+    def __init__(self, step: StreamStep, flow: Flow) -> None:
+        self._running, self._started = step.causal(flow), False
+
+    def __call__(self, data: FloatArray, last: bool) -> FloatArray:
+        if not data.shape[1]:
+            return data
+        samples = np.ascontiguousarray(data.T)
+        if not self._started:
+            self._running.start(samples[0])
+            self._started = True
+        return np.ascontiguousarray(self._running(samples).T)
+
+
+class _Overlapping:
+    """Runs a step on each piece and on the samples around it that the step reaches."""
+
+    def __init__(self, step: StreamStep, flow: Flow) -> None:
+        self._step, self._flow, self._reach = step, flow, step.reach(flow)
+        ratio = Fraction(1)
+        if isinstance(step, Resample) and not same_rate(flow.sfreq, flow.goal.sfreq):
+            ratio = ratio_of_rates(flow.sfreq, flow.goal.sfreq)
+        self._up, self._down = ratio.numerator, ratio.denominator  # every `down` samples one of the new rate meets one of the old
+        self._held = np.empty((len(flow.ch_names), 0))
+        self._first = self._done = 0  # of the stretch: the first sample that is held, and the first that is not done
+
+    def __call__(self, data: FloatArray, last: bool) -> FloatArray:
+        held = self._held = np.concatenate([self._held, data], axis=1) if self._held.shape[1] else data
+        have = self._first + held.shape[1]
+        stop = have if last else self._meeting(have - self._reach)
+        if stop <= self._done:
+            return np.empty((len(held), 0))
+        made = self._step.offline(held, self._flow)
+        begin, end = ((at - self._first) * self._up // self._down for at in (self._done, stop))
+        if not last:
+            keep = self._meeting(stop - self._reach)
+            self._held, self._first, self._done = held[:, keep - self._first :].copy(), keep, stop
+        return made[:, begin : None if last else end]
+
+    def _meeting(self, sample: float) -> int:
+        """Return the last sample up to `sample` of the stretch at which both rates have one."""
+        return int(max(sample, 0)) // self._down * self._down
 
 
 def finish_windows(signal: SignalSpec, eeg: NDArray[np.float32]) -> NDArray[np.float32]:

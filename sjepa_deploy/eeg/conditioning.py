@@ -176,6 +176,11 @@ class Conditioner:
         self._spoilt = self._non_finite
         self._quality.restart()
 
+    @property
+    def knows_unit(self) -> bool:
+        """Return whether the amplitudes were judged, or need not be."""
+        return self._plausible
+
     def bad_in_newest(self, n: int) -> tuple[str, ...]:
         """Return the channels of the stream that were bad somewhere in the newest `n` samples that were made."""
         if self._n_made - self._any_bad_until >= n:

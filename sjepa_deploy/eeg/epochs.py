@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from sjepa_deploy.eeg.amplitudes import UNIT_MEND, check_amplitude
 from sjepa_deploy.eeg.chain import apply_to_cut
 from sjepa_deploy.eeg.events import Events
 from sjepa_deploy.eeg.montage import require_mne
 from sjepa_deploy.eeg.names import find_channels
 from sjepa_deploy.eeg.readers import heard, reading
-from sjepa_deploy.eeg.recording import UNIT_MEND, check_amplitude
 from sjepa_deploy.eeg.steps.rate import check_rate, resample
 from sjepa_deploy.eeg.units import check_unit as refuse_unknown
 from sjepa_deploy.eeg.units import volts_in

@@ -70,23 +70,24 @@ def segments_of(raw: mne.io.BaseRaw) -> tuple[Segment, ...]:
     """
     sfreq, n_times = raw.info["sfreq"], raw.n_times
     cuts: set[int] = set()
-    skipped = np.zeros(n_times, dtype=np.bool_)
+    skipped: list[tuple[int, int]] = []
     marks = raw.annotations
     for onset, duration, name in zip(marks.onset - raw.first_time, marks.duration, marks.description, strict=True):
         what = str(name).casefold()
         first = min(max(math.ceil(onset * sfreq - 1e-3), 0), n_times)
         if what.startswith(_SKIPPED):
             last = min(max(math.ceil((onset + duration) * sfreq - 1e-3), first), n_times)
-            skipped[first:last] = True
+            skipped.append((first, last))
             cuts |= {first, last}
         elif what.startswith(_CUTS):
             cuts.add(first)
     paused = [(sample - raw.first_samp, seconds) for sample, seconds in told(raw).paused]
     edges = sorted(cuts | {0, n_times})
+    begin, end = np.array(skipped, dtype=np.int64).reshape(-1, 2).T
     return tuple(
         Segment(start=start, stop=stop, onset=start / sfreq + sum(s for sample, s in paused if 0 < sample <= start))
         for start, stop in itertools.pairwise(edges)
-        if stop > start and not skipped[start]
+        if stop > start and not ((begin <= start) & (start < end)).any()
     )
 
 

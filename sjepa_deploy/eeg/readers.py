@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 FORMATS = "EDF, BDF, BrainVision (.vhdr), EEGLAB (.set), FIF, XDF or .npy"
 
+_TRIGGERS = 1 << 20  # samples of a trigger channel that are read at once
+
 # What the readers of MNE, SciPy and pyxdf were seen to raise on truncated and on garbage files.
 _READER_ERRORS = (
     OSError,
@@ -76,9 +78,9 @@ def heard(notes: list[str]) -> Iterator[None]:
             notes.append(text)
 
 
-def read_with_mne(path: Path, unit: Unit | None, notes: list[str]) -> mne.io.BaseRaw:
+def read_with_mne(path: Path, unit: Unit | None, notes: list[str], *, preload: bool) -> mne.io.BaseRaw:
     """Read the EEG channels of a file that is neither EDF nor BDF."""
-    raw = _read_raw(path, notes)
+    raw = _read_raw(path, notes, preload=preload)
     if unit is not None:
         stated = _volts_stated(raw, path)
         _rescale(raw, [volts_in(unit) / stated(name) for name in raw.ch_names], unit, path, notes)
@@ -88,7 +90,7 @@ def read_with_mne(path: Path, unit: Unit | None, notes: list[str]) -> mne.io.Bas
     return _only_eeg(raw, path)
 
 
-def read_edf(path: Path, unit: Unit | None, notes: list[str]) -> mne.io.BaseRaw:
+def read_edf(path: Path, unit: Unit | None, notes: list[str], *, preload: bool) -> mne.io.BaseRaw:
     """Read the EEG channels of an EDF or BDF file that have the rate of most of them, each in the unit that the header states."""
     header = read_edf_header(path)
     rates = Counter(header.sfreq(i) for i in header.signals if not says_other_than_eeg(header.labels[i]))
@@ -98,11 +100,11 @@ def read_edf(path: Path, unit: Unit | None, notes: list[str]) -> mne.io.BaseRaw:
     bare = [header.labels[i] for i in others]
     exclude = sorted({name for label in bare for name in (label, label.partition(" ")[2]) if name})
     try:
-        raw = _read_raw(path, notes, infer_types=True, exclude=exclude)
+        raw = _read_raw(path, notes, preload=preload, infer_types=True, exclude=exclude)
     except Exception as error:
         if type(error) is not Exception or "encoding" not in str(error):  # MNE's for annotations that are not UTF-8
             raise
-        raw = _read_raw(path, notes, infer_types=True, exclude=exclude, encoding="latin1")
+        raw = _read_raw(path, notes, preload=preload, infer_types=True, exclude=exclude, encoding="latin1")
         notes.append("read the annotations as Latin-1: they are not in UTF-8, as EDF+ asks for")
     if others:
         notes.append(f"left out {listed(bare)}, which have not the {rate:g} Hz of the other channels")
@@ -135,7 +137,7 @@ def read_npy(path: Path, sfreq: float | None, unit: Unit | None, ch_names: Seque
     return raw_from_array(data * volts_in(unit), sfreq, ch_names, path.name)
 
 
-def _read_raw(path: Path, notes: list[str], **options: Any) -> mne.io.BaseRaw:
+def _read_raw(path: Path, notes: list[str], *, preload: bool, **options: Any) -> mne.io.BaseRaw:
     from scipy.io.matlab import MatReadError  # type: ignore[import-untyped, unused-ignore]
 
     mne = require_mne()
@@ -151,7 +153,7 @@ def _read_raw(path: Path, notes: list[str], **options: Any) -> mne.io.BaseRaw:
     read = {"ANT": mne.io.read_raw_ant, "Neuroscan": mne.io.read_raw_cnt}.get(kind, mne.io.read_raw)
     try:
         with heard(notes):
-            raw = read(path, preload=True, verbose="warning", **options)
+            raw = read(path, preload=preload or not _in_stretches(path), verbose="warning", **options)
     except MatReadError as error:
         raise OSError(str(error)) from error
     except TypeError as error:
@@ -164,6 +166,12 @@ def _read_raw(path: Path, notes: list[str], **options: Any) -> mne.io.BaseRaw:
     if kind == "MFF":
         _mark_filled(raw, notes)
     return raw
+
+
+def _in_stretches(path: Path) -> bool:
+    """Return whether a file can be left on the disk and read stretch by stretch."""
+    suffix = path.suffix.lower()
+    return suffix in (".fif", ".edf", ".bdf", ".vhdr", ".ahdr") or (suffix == ".set" and path.with_suffix(".fdt").is_file())
 
 
 _PACKAGES = {"MFF": "mffpy", "MATLAB 7.3": "pymatreader", "ANT": "antio"}
@@ -212,8 +220,14 @@ def _mark_triggers(raw: mne.io.BaseRaw) -> None:
     """Add an annotation for each rise of a trigger channel, named by its value: "1"."""
     mne = require_mne()
     for name in [raw.ch_names[i] for i in mne.pick_types(raw.info, meg=False, stim=True)]:
-        events = mne.find_events(raw, stim_channel=name, shortest_event=1, verbose="error")
-        raw.annotations.append(events[:, 0] / raw.info["sfreq"], np.zeros(len(events)), [str(value) for value in events[:, 2]])
+        info = mne.create_info([name], raw.info["sfreq"], "stim")
+        for start in range(0, raw.n_times, _TRIGGERS):
+            first = max(start - 1, 0)  # the value before a rise
+            part = mne.io.RawArray(raw.get_data([name], first, start + _TRIGGERS), info, raw.first_samp + first, verbose="error")
+            events = mne.find_events(part, stim_channel=name, shortest_event=1, verbose="error")
+            raw.annotations.append(
+                events[:, 0] / raw.info["sfreq"], np.zeros(len(events)), [str(value) for value in events[:, 2]]
+            )
 
 
 def _check_length(raw: mne.io.BaseRaw, promised: int, path: Path) -> None:
@@ -237,11 +251,19 @@ def _volts_stated(raw: mne.io.BaseRaw, path: Path) -> Callable[[str], float]:
     raise RecordingError(f"{path.name} states the unit of its samples itself.", "Leave out `--unit`.")
 
 
+def _multiply(raw: mne.io.BaseRaw, factors: NDArray[np.float64]) -> None:
+    """Multiply each channel by its factor, now or, where the samples are still in the file, when they are read."""
+    if raw.preload:
+        raw._data *= factors[:, None]
+    else:
+        raw._cals *= factors
+
+
 def _rescale(raw: mne.io.BaseRaw, factors: Sequence[float], unit: Unit, path: Path, notes: list[str]) -> None:
     eeg = [kind == "eeg" for kind in raw.get_channel_types()]
     if any(is_eeg and not math.isclose(factor, 1.0) for is_eeg, factor in zip(eeg, factors, strict=True)):
         notes.append(f"taken as {unit}, by `--unit`, against what {path.name} states")
-    raw._data *= np.where(eeg, factors, 1.0)[:, None]
+    _multiply(raw, np.where(eeg, factors, 1.0))
 
 
 def _mend_units(raw: mne.io.BaseRaw, path: Path, dimensions: Sequence[str], unit: Unit | None, notes: list[str]) -> None:
@@ -250,7 +272,7 @@ def _mend_units(raw: mne.io.BaseRaw, path: Path, dimensions: Sequence[str], unit
     by_mne = [1e-6 if word in ("μV", "µV", "uV") else 1e-3 if word == "mV" else 1.0 for word in dimensions]
     if unit is not None:
         stated = sorted({word or "no unit" for word, is_eeg in zip(dimensions, eeg, strict=True) if is_eeg})
-        raw._data *= np.where(eeg, volts_in(unit) / np.array(by_mne), 1.0)[:, None]
+        _multiply(raw, np.where(eeg, volts_in(unit) / np.array(by_mne), 1.0))
         if any(unit_named(word) != unit for word in stated):
             notes.append(f"taken as {unit}, by `--unit`, and not as {listed(stated)}, as {path.name} states")
         return
@@ -260,7 +282,7 @@ def _mend_units(raw: mne.io.BaseRaw, path: Path, dimensions: Sequence[str], unit
         words = sorted({dimensions[i] for i in unknown} - {""})
         why = f"states the unit of its channels as {listed(words)}, which is no voltage" if words else "does not state its unit"
         raise RecordingError(f"{path.name} {why}.", "Give it with `--unit`, for most devices `--unit uV`.")
-    raw._data *= np.array([1.0 if v is None else v / m for v, m in zip(volts, by_mne, strict=True)])[:, None]
+    _multiply(raw, np.array([1.0 if v is None else v / m for v, m in zip(volts, by_mne, strict=True)]))
     if unknown:
         gone = [f"{raw.ch_names[i]} ({dimensions[i] or 'no unit'})" for i in unknown]
         notes.append(f"left out {listed(gone)}: no voltage; `--unit` takes all channels in one unit")

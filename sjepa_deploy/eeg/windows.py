@@ -17,17 +17,15 @@ from sjepa_deploy.spec import SignalSpec
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class FittedRecording:
-    """Holds a recording as a model expects it.
+class Fitted:
+    """Says what a recording is after it was fitted to a model, and where its windows lie.
 
     Attributes
     ----------
-    data : ndarray of float32, shape (n_chans, n_samples)
-        Contiguous samples in the unit and the channel order of the model, one segment after the other.
     signal : SignalSpec
         The signal of the model.
     segments : tuple of Segment
-        The stretches of `data` that were recorded without a pause, in which windows lie.
+        The stretches of the fitted samples that were recorded without a pause, in which windows lie.
     source_sfreq : float
         Rate of the recording in Hz.
     n_found : int
@@ -38,7 +36,6 @@ class FittedRecording:
         Sentences that say what was done to the recording, in order.
     """
 
-    data: NDArray[np.float32]
     signal: SignalSpec
     segments: tuple[Segment, ...]
     source_sfreq: float
@@ -48,16 +45,8 @@ class FittedRecording:
 
     @property
     def sfreq(self) -> float:
-        """Return the rate of `data` in Hz."""
+        """Return the rate of the fitted samples in Hz."""
         return self.signal.sfreq
-
-    def cut(self, starts: NDArray[np.intp]) -> NDArray[np.float32]:
-        """Return the windows that begin at samples of `data`, with all steps, shape (n_windows, n_chans, n_times)."""
-        n_times = self.signal.n_times
-        if not len(starts):
-            return np.empty((0, *self.signal.input_shape), np.float32)
-        cut = np.stack([self.data[:, start : start + n_times] for start in starts])
-        return finish_windows(self.signal, cut)
 
     def window_starts(self, hop: int) -> NDArray[np.intp]:
         """Return the first sample of every whole window, shape (n_windows,): each segment starts with one.
@@ -72,15 +61,6 @@ class FittedRecording:
         window_starts(longest, n_times, hop)  # refuses what there is no window of
         return np.concatenate([np.arange(s.start, s.stop - n_times + 1, hop) for s in self.segments])
 
-    def windows(self, hop: int) -> list[NDArray[np.float32]]:
-        """Return the windows of each segment that has one, see `windows`, the function.
-
-        They are a read-only view where the signal has no steps on windows.
-        """
-        n_times = self.signal.n_times
-        pieces = [self.data[:, segment.start : segment.stop] for segment in self.segments]
-        return [finish_windows(self.signal, windows(piece, n_times, hop)) for piece in pieces if piece.shape[1] >= n_times]
-
     def place_windows(self, onsets: NDArray[np.float64], start: float) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
         """Place windows after events, see `sjepa_deploy.eeg.events`.
 
@@ -94,7 +74,7 @@ class FittedRecording:
         Returns
         -------
         starts : ndarray of int, shape (n_events,)
-            The first sample of each window in `data`.
+            The first sample of each window of the fitted samples.
         whole : ndarray of bool, shape (n_events,)
             Whether event and window lie in one segment.
         """
@@ -108,18 +88,48 @@ class FittedRecording:
         return starts, whole
 
     def settling(self, starts: NDArray[np.intp]) -> NDArray[np.bool_]:
-        """Return which windows begin at samples of `data` in which the steps settle."""
+        """Return which windows begin at fitted samples in which the steps settle."""
         which = np.searchsorted([segment.start for segment in self.segments], starts, side="right") - 1
         begin = np.array([segment.start for segment in self.segments])[which]
         return np.asarray(starts - begin < self.n_settling)
 
     def times(self, samples: NDArray[np.intp]) -> NDArray[np.float64]:
-        """Return the times at which samples of `data` were taken, in seconds of the recording's own time."""
+        """Return the times at which fitted samples were taken, in seconds of the recording's own time."""
         which = np.searchsorted([segment.start for segment in self.segments], samples, side="right") - 1
         start = np.array([segment.start for segment in self.segments])[which]
         onset = np.array([segment.onset for segment in self.segments])[which]
         seconds: NDArray[np.float64] = onset + (samples - start) / self.sfreq
         return seconds
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FittedRecording(Fitted):
+    """Holds a recording as a model expects it.
+
+    Attributes
+    ----------
+    data : ndarray of float32, shape (n_chans, n_samples)
+        Contiguous samples in the unit and the channel order of the model, one segment after the other.
+    """
+
+    data: NDArray[np.float32]
+
+    def cut(self, starts: NDArray[np.intp]) -> NDArray[np.float32]:
+        """Return the windows that begin at samples of `data`, with all steps, shape (n_windows, n_chans, n_times)."""
+        n_times = self.signal.n_times
+        if not len(starts):
+            return np.empty((0, *self.signal.input_shape), np.float32)
+        cut = np.stack([self.data[:, start : start + n_times] for start in starts])
+        return finish_windows(self.signal, cut)
+
+    def windows(self, hop: int) -> list[NDArray[np.float32]]:
+        """Return the windows of each segment that has one, see `windows`, the function.
+
+        They are a read-only view where the signal has no steps on windows.
+        """
+        n_times = self.signal.n_times
+        pieces = [self.data[:, segment.start : segment.stop] for segment in self.segments]
+        return [finish_windows(self.signal, windows(piece, n_times, hop)) for piece in pieces if piece.shape[1] >= n_times]
 
 
 def window_starts(n_samples: int, n_times: int, hop: int) -> NDArray[np.intp]:

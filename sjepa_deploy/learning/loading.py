@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from sjepa_deploy.eeg.amplitudes import check_amplitude
 from sjepa_deploy.eeg.epochs import EPOCHS, epochs_at
 from sjepa_deploy.eeg.montage import Montage, read_montage, require_mne
 from sjepa_deploy.eeg.names import find_channels, renamed, says_other_than_eeg
 from sjepa_deploy.eeg.pauses import PAUSE, Told, sample_time, segments_of, time_of, told
 from sjepa_deploy.eeg.readers import heard, reading
-from sjepa_deploy.eeg.recording import check_amplitude, fit_recording, read_recording
+from sjepa_deploy.eeg.recording import fit_recording, read_recording
 from sjepa_deploy.eeg.steps.reference import average_reference
 from sjepa_deploy.eeg.synthetic import planted_eeg
 from sjepa_deploy.eeg.units import check_unit, conversion, volts_in

@@ -164,6 +164,7 @@ class RunningAlignment(StreamStep):
     """
 
     name: ClassVar[str] = "running-alignment"
+    causal_only: ClassVar[bool] = True
     changes_unit: ClassVar[bool] = True
 
     block: float = 10.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -125,6 +126,9 @@ class Step(ABC):
 class StreamStep(Step):
     """Describes a step on continuous samples."""
 
+    causal_only: ClassVar[bool] = False
+    """Whether the offline form is the causal one."""
+
     @abstractmethod
     def causal(self, flow: Flow) -> Running:
         """Return the form that runs live."""
@@ -135,6 +139,10 @@ class StreamStep(Step):
 
         The causal form of the stretch where a step has no zero-phase form.
         """
+
+    def reach(self, flow: Flow) -> float:
+        """Return on how many samples before and after a sample its offline form depends, but for 1e-6; infinity: on them all."""
+        return math.inf if self.memory else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,6 +175,10 @@ class BandPass(Filter):
         filtered: FloatArray = mne_filter().filter_data(data, flow.sfreq, self.l_freq, self.h_freq, phase="zero", verbose="error")
         return filtered
 
+    def reach(self, flow: Flow) -> float:
+        """Return the length of the zero-phase form: half of it, and what MNE needs to continue an edge."""
+        return round(self.length(flow.sfreq) * flow.sfreq)
+
 
 def settling_of(sos: FloatArray, sfreq: float) -> float:
     """Return the time in seconds in which the slowest pole of second-order sections decays to `SETTLED`."""

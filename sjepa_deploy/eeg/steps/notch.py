@@ -8,10 +8,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from sjepa_deploy.eeg.steps.base import FloatArray, Flow, scipy_signal
+from sjepa_deploy.eeg.steps.base import SETTLED, FloatArray, Flow, scipy_signal
 from sjepa_deploy.eeg.steps.checks import check_positive
 from sjepa_deploy.eeg.steps.filters import Filter
 from sjepa_deploy.errors import SpecError
+
+FORGOTTEN = 1e-9
+"""Share of a transient that is left where the zero-phase form runs on a part of a stretch: hum may be 1000 times the EEG."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,3 +89,7 @@ class Notch(Filter):
         padding = min(math.ceil(self.settling(flow) * flow.sfreq), data.shape[1] - 1)
         filtered: FloatArray = scipy_signal().sosfiltfilt(self.sections(flow), data, axis=1, padlen=padding)
         return filtered
+
+    def reach(self, flow: Flow) -> float:
+        """Return the samples in which the slowest pole decays to `FORGOTTEN`."""
+        return math.ceil(self.settling(flow) * flow.sfreq * math.log(FORGOTTEN) / math.log(SETTLED))

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from sjepa_deploy.eeg.steps.base import FloatArray, Flow, Running, StreamStep, scipy_signal
+from sjepa_deploy.eeg.steps.base import FloatArray, Flow, Phase, Running, StreamStep, scipy_signal
 from sjepa_deploy.eeg.steps.filters import NO_SECTIONS, CausalFilter, group_delay, settling_of
 from sjepa_deploy.errors import RecordingError, StreamError
 
@@ -54,7 +54,7 @@ class Resample(StreamStep):
 
     def told(self, flow: Flow) -> str:
         """Return both rates."""
-        same = math.isclose(flow.sfreq, flow.goal.sfreq)
+        same = same_rate(flow.sfreq, flow.goal.sfreq)
         return "" if same else f"resampled from {flow.sfreq:g} to {flow.goal.sfreq:g} Hz"
 
     def sections(self, flow: Flow) -> FloatArray:
@@ -77,6 +77,21 @@ class Resample(StreamStep):
     def offline(self, data: FloatArray, flow: Flow) -> FloatArray:
         """Return the signal at the times of the new rate, see `resample`."""
         return resample(data, flow.sfreq, flow.goal.sfreq)
+
+    def reach(self, flow: Flow) -> float:
+        """Return half of the window, and infinity where no sample of the one rate meets one of the other."""
+        if same_rate(flow.sfreq, flow.goal.sfreq):
+            return 0.0
+        ratio, exact = ratio_of_rates(flow.sfreq, flow.goal.sfreq), Fraction(flow.goal.sfreq) / Fraction(flow.sfreq)
+        drift = abs(ratio / exact - 1) > 1e-14  # 24 h at 1 kHz: 1e-6 of a sample
+        return math.inf if drift else float(_half_window(flow.sfreq, flow.goal.sfreq)[0])
+
+    def n_times(self, n_times: int, flow: Flow, phase: Phase) -> int:
+        """Return how many samples come of `n_times`."""
+        sfreq, goal = flow.sfreq, flow.goal.sfreq
+        if phase == "causal":
+            return math.ceil(n_times * ratio_of_rates(sfreq, goal))
+        return n_times if same_rate(sfreq, goal) else resampled_n_times(n_times, sfreq, goal)
 
     def settling(self, flow: Flow) -> float:
         """Return the time in which the low-pass decays, and that of the interpolation's samples."""
@@ -211,6 +226,11 @@ def check_rate(sfreq: float, sfreq_of_model: float, what: str = "recording") -> 
         )
 
 
+def same_rate(sfreq_in: float, sfreq_out: float) -> bool:
+    """Return whether two rates in Hz are taken as one."""
+    return math.isclose(sfreq_in, sfreq_out, rel_tol=1e-9)
+
+
 def resampled_n_times(n_times: int, sfreq_in: float, sfreq_out: float) -> int:
     """Return the number of samples at `sfreq_out`, the first at time 0, between the first and the last of `n_times` samples."""
     return math.floor((n_times - 1) * (sfreq_out / sfreq_in) * (1 + 1e-12) + 1e-9) + 1 if n_times else 0
@@ -242,11 +262,9 @@ def resample(data: NDArray[np.float64], sfreq_in: float, sfreq_out: float) -> ND
     """
     n_times = data.shape[1]
     n_out = resampled_n_times(n_times, sfreq_in, sfreq_out)
-    if math.isclose(sfreq_in, sfreq_out, rel_tol=1e-9) or n_times == 0:
+    if same_rate(sfreq_in, sfreq_out) or n_times == 0:
         return data
-    nyquist = min(1.0, sfreq_out / sfreq_in)  # the lower one, in half cycles a sample of the input
-    cutoff, width = nyquist * (1 + PASS) / 2, nyquist * (1 - PASS)
-    half = math.ceil((STOP_DB - 7.95) / (2.285 * np.pi * width) / 2)
+    half, cutoff = _half_window(sfreq_in, sfreq_out)
     padded = _continued(data, half)
     around = sliding_window_view(padded, 2 * half, axis=1).swapaxes(0, 1)  # (n, n_chans, 2 * half), a view
     position = np.arange(n_out) * (sfreq_in / sfreq_out)
@@ -261,6 +279,13 @@ def resample(data: NDArray[np.float64], sfreq_in: float, sfreq_out: float) -> ND
         # rows `before - half + 1` to `before + half` of the signal, which the padding has moved by half
         out[start : start + step] = np.matmul(around[before[start : start + step] + 1], weights[:, :, None])[..., 0]
     return np.ascontiguousarray(out.T)
+
+
+def _half_window(sfreq_in: float, sfreq_out: float) -> tuple[int, float]:
+    """Return half the samples of the window of `resample`, and where its sinc cuts off in half cycles a sample of the input."""
+    nyquist = min(1.0, sfreq_out / sfreq_in)  # the lower one
+    width = nyquist * (1 - PASS)
+    return math.ceil((STOP_DB - 7.95) / (2.285 * np.pi * width) / 2), nyquist * (1 + PASS) / 2
 
 
 def _taps(phase: NDArray[np.float64], half: int, cutoff: float) -> NDArray[np.float64]:

@@ -42,6 +42,7 @@ class ExponentialStandardise(StreamStep):
     """
 
     name: ClassVar[str] = "exponential-standardise"
+    causal_only: ClassVar[bool] = True
     changes_unit: ClassVar[bool] = True
 
     factor_new: float = 1e-3
