@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import tracemalloc
 from dataclasses import dataclass
 from typing import ClassVar
@@ -58,7 +59,7 @@ anywhere = [
     Notch(freq=24.0),
     Reference(),
     ExponentialStandardise(factor_new=1e-2),
-    Clip(limit=1e3),
+    Clip(limit=2e4),
     Scale(factors=(0.5,)),
     RunningAlignment(block=0.4, half_life=2.0),
     Whole(),
@@ -121,9 +122,8 @@ def test_windows_of_stretches_are_those_of_the_whole_recording(phase, sfreq, n_s
     try:
         whole = fit_recording(raw, signal)
     except RecordingError as error:
-        with pytest.raises(type(error)) as refused:
+        with pytest.raises(type(error), match=re.escape(str(error))):
             fit_stretches(raw, signal, n_values=n_values)
-        assert str(refused.value) == str(error)
         return
     fitted = fit_stretches(raw, signal, n_values=n_values)
     assert (fitted.segments, fitted.n_found, fitted.n_settling) == (whole.segments, whole.n_found, whole.n_settling)
