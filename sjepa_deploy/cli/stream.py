@@ -410,7 +410,7 @@ def _announce(screen: Console, decoder: Decoder) -> None:
     )
     delays = ", ".join(f"{seconds * 1e3:.0f} ms at {hertz:g} Hz" for hertz, seconds in decoder.windows.delay.at_hz)
     screen.print(f"delay of the causal filters: {delays or 'none'}", soft_wrap=True)
-    if spec.signal.phase == "zero-phase":
+    if spec.signal.phase == "zero-phase" and not decoder.predict.bundle.manifest.weights.random:
         screen.print(
             "[bold yellow]The model learned from zero-phase filtered windows; live filters are causal.[/] "
             "--check RECORDING --events NAME,.. measures what it costs; a model trained with --phase causal pays nothing.",
