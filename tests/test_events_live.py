@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from streams import ScriptedSource, chunks_of, info_of
+from streams import ScriptedSource, chunks_of, info_of, run_stream
 
 import sjepa_deploy
+from sjepa_deploy.eeg import prepare
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.recording import fit_recording
 from sjepa_deploy.eeg.steps import BandPass, Channels, Reference, Resample
@@ -25,7 +26,7 @@ from sjepa_deploy.runtime.live.recorder import record
 from sjepa_deploy.runtime.live.schedule import Events
 from sjepa_deploy.runtime.live.sources import Chunk, ReplaySource
 from sjepa_deploy.runtime.live.windows import WindowStream
-from sjepa_deploy.spec import SignalSpec
+from sjepa_deploy.spec import EventWindow, SignalSpec
 
 NAMES = ("Fz", "Cz", "Pz", "Oz")
 
@@ -89,7 +90,7 @@ def stream_windows(signal, info, chunks, arrivals, *, start, history=3.0):
     delays=st.lists(st.floats(0.0, 3.0), min_size=25, max_size=25),
     sizes=st.lists(st.integers(1, 400), min_size=1, max_size=8),
     order=st.randoms(use_true_random=False),
-    pause=st.integers(300, 1000),
+    pause=st.integers(400, 800),
     paused=st.booleans(),
 )
 def test_each_window_is_the_one_at_the_sample_of_mne(rates, samples, start, delays, sizes, order, pause, paused):
@@ -316,3 +317,58 @@ def test_an_event_is_decided_before_the_run_is_stopped_by_its_callback(predict):
     assert decoder.counters.events_past_end == 2
     assert_events_accounted(decoder.counters, len(decisions))
     assert dataclasses.asdict(decoder.counters)["events"] == 3
+
+
+def test_the_annotations_of_a_file_are_its_events(tmp_path, make_bundle, capsys):
+    """Through the command: pauses are left out of the stream, and each decision is that of the window that `prepare` cuts."""
+    bundle = make_bundle("prelocal")
+    spec = bundle.spec
+    volts = np.cumsum(np.random.default_rng(1).normal(size=(spec.n_chans, 3000)), axis=1) * 1e-6
+    raw = mne.io.RawArray(volts, mne.create_info(list(spec.ch_names), 100.0, "eeg"), verbose="error")
+    onsets = [0.5, 3.0, 9.0, 12.004, 20.0, 29.5]
+    marks = mne.Annotations([*onsets, 15.0], [0.0] * 7, ["a", "b", "a", "b", "a", "a", "BAD boundary"])
+    raw.set_annotations(marks, verbose="error")
+    raw.save(tmp_path / "trials_raw.fif", fmt="double", verbose="error")
+    out = tmp_path / "lines.jsonl"
+    source = f"file:{tmp_path / 'trials_raw.fif'}"
+    options = ["--source", source, "--speed", "inf", "--late", "queue", "--no-check-unit", "--quiet", "--out", out]
+    assert run_stream(bundle.path, *options, "--events", "a,b", "--tmin", "0.25") == 0, capsys.readouterr().err
+    read = [json.loads(line) for line in out.read_text().splitlines()]
+    found = {line["onset"]: line for line in read if "prediction" in line}
+    left = {line["onset"]: line["undecided"] for line in read if "undecided" in line}
+    assert left == {29.5: "past end"}
+    window = EventWindow(start=0.25, events=("a", "b"))
+    prepared = prepare(raw, dataclasses.replace(spec.signal, phase="causal", event_window=window), check_unit=False)
+    assert list(found) == [0.5, 3.0, 9.0, 12.0, 20.0]
+    with sjepa_deploy.load(bundle, check_unit=False) as predict:
+        for line, window in zip(found.values(), prepared.eeg, strict=True):
+            assert line["prediction"] == predict(window[None])[0].ravel().tolist()
+    assert "at events (a, b)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--source", "synthetic", "--events", "all", "--tmin", "0"], "--markers"),
+        (["--source", "synthetic", "--events", "all", "--markers", "every:1"], "after events"),
+        (["--source", "synthetic", "--events", "all", "--tmin", "0", "--markers", "every:x"], "every:2"),
+        (["--source", "synthetic", "--events", "all", "--tmin", "0", "--markers", "annotations"], "recording"),
+        (["--source", "synthetic", "--events", "all", "--tmin", "0", "--markers", "channel:STI"], "STI"),
+        (["--source", "synthetic", "--events", "all", "--tmin", "0", "--markers", "cloud:9"], "lsl:NAME"),
+        (["--source", "synthetic", "--markers", "every:1"], "--events"),
+        (["--source", "synthetic", "--events", "trials.tsv", "--markers", "every:1"], "table"),
+        (["--source", "synthetic", "--events", "all", "--markers", "every:1", "--record", "new.xdf"], "--record"),
+        (["--source", "synthetic", "--events", "all", "--tmin", "0", "--markers", "every:1", "--late", "hold"], "--late"),
+        (["--replay", "old.xdf", "--events", "all"], "--events"),
+    ],
+)
+def test_events_that_cannot_be_are_refused_with_a_way_out(make_bundle, capsys, arguments, word):
+    assert run_stream(make_bundle("prelocal").path, *arguments) == 2
+    assert word in " ".join(capsys.readouterr().err.split())
+
+
+def test_planted_events_of_the_synthetic_source(make_bundle, capsys):
+    arguments = ["--source", "synthetic", "--events", "all", "--tmin", "-0.5", "--markers", "every:2", "--speed", "inf"]
+    assert run_stream(make_bundle("prelocal").path, *arguments, "--duration", "21", "--json") == 0
+    counters = json.loads(capsys.readouterr().out)["counters"]
+    assert (counters["events"], counters["decisions"], counters["events_past_end"]) == (10, 9, 1)

@@ -11,6 +11,7 @@ import time
 import uuid
 from pathlib import Path
 
+import mne
 import numpy as np
 import pylsl
 import pytest
@@ -18,12 +19,16 @@ from streams import assert_accounted, kinds
 
 import sjepa_deploy
 from sjepa_deploy.eeg.info import StreamInfo
+from sjepa_deploy.eeg.recording import fit_recording
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.lsl import LslSource, changes, find_stream
+from sjepa_deploy.runtime.live.lsl_markers import LslMarkers
 from sjepa_deploy.runtime.live.lsl_outlet import LslOutlet
+from sjepa_deploy.runtime.live.open_markers import open_markers
+from sjepa_deploy.runtime.live.schedule import Events
 
 CONFIG = f"""[ports]
 IPv6=disable
@@ -81,6 +86,13 @@ class Amplifier:
         self._process.send_signal(signal.SIGSTOP)
         time.sleep(seconds)
         self._process.send_signal(signal.SIGCONT)
+
+
+class Markers(Amplifier):
+    def __init__(self, name, kind, delay):
+        arguments = [sys.executable, SENDER.with_name("lsl_marker_sender.py"), name, kind, str(delay), CONFIG]
+        self._process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout.readline() == "ready\n"
 
 
 def run_until(decoder, done, timeout=120.0):
@@ -416,3 +428,71 @@ def test_command_over_lsl_ends_well_on_a_signal(make_bundle, predict, name, tmp_
     record = read_record(tmp_path / "run.xdf")
     assert len(record.decisions) == counters["decisions"]
     assert sum(len(chunk.stamps) for chunk in record.chunks) == counters["samples"]
+
+
+def test_events_of_two_marker_streams_get_the_windows_at_their_samples(predict, name):
+    """The oracle cuts the recorded samples, conditioned offline, at the sample whose stamp is nearest to the event."""
+    config = StreamConfig(late="queue", check_unit=False, max_jitter=5.0)
+    with (
+        Amplifier(name, predict.spec.ch_names, unit="volts"),
+        Markers(f"{name}-t", "string", 0.0),
+        Markers(f"{name}-n", "int32", 1.5),
+    ):
+        source = LslSource(name)
+        markers = open_markers([f"lsl:{name}-t", f"lsl:name={name}-n,type=Markers"], source)
+        with Decoder(predict, source, config, schedule=Events(("go", "7"), 0.1), markers=markers) as decoder:
+            chunks, left = [], []
+            decoder.on_chunk(chunks.append)
+            decoder.on_undecided(left.append)
+            decisions, _ = run_until(decoder, lambda decisions, _: len(decisions) > 15, timeout=40.0)
+    counters = decoder.counters
+    assert counters.events == len(decisions) + len(left)
+    assert {d.event.description for d in decisions} == {"go", "7"}
+    delays = {name: [d.event.marker_delay for d in decisions if d.event.description == name] for name in ("go", "7")}
+    assert np.median(delays["go"]) < 0.5 < 1.5 < np.median(delays["7"]) < 2.0
+    stamps = np.concatenate([chunk.stamps for chunk in chunks])
+    samples = np.concatenate([chunk.samples for chunk in chunks]).astype(np.float64)
+    first_gap = int(np.argmax(np.diff(stamps) > 0.3)) or len(stamps)
+    raw = mne.io.RawArray(samples.T, mne.create_info(list(predict.spec.ch_names), 100.0, "eeg"), verbose="error")
+    offline = fit_recording(raw, predict.spec.signal, phase="causal", check_unit=False).data
+    n_compared = 0
+    for decision in decisions:
+        start = int(np.abs(stamps - decision.event.onset).argmin()) + 10
+        if start + 200 < first_gap:
+            want = predict(offline[None, :, start : start + 200])[0]
+            assert decision.prediction.tobytes() == want.tobytes()
+            n_compared += 1
+    assert n_compared > 0
+
+
+def test_a_marker_stream_that_is_not_there_lists_what_is(predict, name):
+    with Markers(f"{name}-t", "string", 0.0), Amplifier(name, predict.spec.ch_names):
+        source = LslSource(name)
+        try:
+            with pytest.raises(StreamError, match=f"{name}-t"):
+                open_markers(["lsl:nowhere"], source)
+            with pytest.raises(StreamError, match="markers"):
+                open_markers([f"lsl:{name}"], source)  # EEG
+        finally:
+            source.close()
+
+
+def test_markers_that_are_lost_and_come_back(name):
+    with Markers(f"{name}-t", "string", 0.0) as sender:
+        markers = LslMarkers(f"{name}-t")
+        try:
+            sender.kill()
+            wait_for(lambda: [incident.kind for incident in markers.incidents] == ["lost"])
+            with Markers(f"{name}-t", "string", 0.0):
+                wait_for(lambda: [incident.kind for incident in markers.incidents] == ["lost", "reconnected"])
+                markers.read()
+                wait_for(markers.read)
+        finally:
+            markers.close()
+
+
+def wait_for(happens, timeout=30.0):
+    ends = time.monotonic() + timeout
+    while not happens():
+        assert time.monotonic() < ends
+        time.sleep(0.05)

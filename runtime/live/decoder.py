@@ -21,6 +21,7 @@ from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.event_names import EventNames
 from sjepa_deploy.runtime.live.markers import MarkerSource
+from sjepa_deploy.runtime.live.open_markers import open_markers
 from sjepa_deploy.runtime.live.open_source import SourceOptions, open_source
 from sjepa_deploy.runtime.live.places import Reason, Undecided
 from sjepa_deploy.runtime.live.repeats import Repeats
@@ -148,6 +149,8 @@ class Decoder:
         config: StreamConfig | None = None,
         *,
         decisions: DecisionLayer | None = None,
+        schedule: Events | None = None,
+        markers: Sequence[str] = (),
         backend: str = DEFAULT_BACKEND,
         precision: RunPrecision | None = None,
         options: BackendOptions | None = None,
@@ -170,6 +173,10 @@ class Decoder:
             The configuration of the decoder.
         decisions : DecisionLayer or None
             Layer that gives every decision a state, see `DecisionLayer.load`.
+        schedule : Events or None
+            Events, each of which gets one decision. None decides every hop of `config`.
+        markers : sequence of str
+            Where the events come from, see `sjepa_deploy.runtime.live.open_markers`. Empty: the annotations of a recording.
         backend, precision, options
             See `sjepa_deploy.load`.
         unit, ch_names, rename, sfreq, speed
@@ -197,7 +204,10 @@ class Decoder:
                 ),
             )
             opened.callback(stream.close)
-            decoder = cls(predict, stream, config, decisions=decisions)
+            opened_markers = open_markers(markers, stream) if markers or schedule is not None else ()
+            for one in opened_markers:
+                opened.callback(one.close)
+            decoder = cls(predict, stream, config, decisions=decisions, schedule=schedule, markers=opened_markers)
             decoder._opened = predict
             opened.pop_all()
         return decoder

@@ -8,6 +8,7 @@ import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,11 @@ from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.errors import MissingDependencyError, StreamError
 from sjepa_deploy.runtime.live.sources import ReplaySource, Source, synthetic_source
 from sjepa_deploy.spec import SignalSpec, Unit
+
+if TYPE_CHECKING:
+    import mne
+
+    from sjepa_deploy.eeg.pauses import Segment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +162,24 @@ def open_file(path: str, signal: SignalSpec, options: SourceOptions) -> ReplaySo
     segments = segments_of(raw)
     volts = np.concatenate([raw.get_data(start=segment.start, stop=segment.stop) for segment in segments], axis=1)
     breaks = np.cumsum([segment.stop - segment.start for segment in segments])[:-1].tolist()
-    return ReplaySource(info, np.ascontiguousarray(volts.T), speed=options.speed, chunk=options.chunk, breaks=breaks)
+    return ReplaySource(
+        info, np.ascontiguousarray(volts.T), speed=options.speed, chunk=options.chunk, breaks=breaks, plan=_plan_of(raw, segments)
+    )
+
+
+def _plan_of(raw: mne.io.BaseRaw, segments: Sequence[Segment]) -> list[tuple[float, str]]:
+    """Return when the samples of the recording's events are due, in a stream that leaves its pauses out."""
+    from sjepa_deploy.eeg.events import events_of, nearest_sample
+
+    events, sfreq = events_of(raw), raw.info["sfreq"]
+    onsets = np.array([segment.onset for segment in segments])
+    begins = np.cumsum([0, *(segment.stop - segment.start for segment in segments)])
+    which = np.searchsorted(onsets - 0.5 / sfreq, events.onset, side="right") - 1
+    samples = nearest_sample(events.onset - onsets[np.maximum(which, 0)], sfreq)
+    due = (begins[np.maximum(which, 0)] + samples) / sfreq
+    in_pause = (which >= 0) & (which < len(segments) - 1) & (samples >= np.diff(begins)[which])
+    due[in_pause] = np.nan
+    return list(zip(due.tolist(), events.description, strict=True))
 
 
 def open_synthetic(_: str, signal: SignalSpec, options: SourceOptions) -> ReplaySource:

@@ -129,6 +129,8 @@ class ReplaySource:
         Stamps in place of those that are due. Infinite speed only.
     breaks : sequence of int
         Samples before which the recorder had paused: a chunk begins with each, and says that the stream was interrupted.
+    plan : sequence of (float, str) or None
+        Events of a recording: seconds of this clock and description, NaN for an event in a pause. None if it is no recording.
     """
 
     def __init__(
@@ -141,10 +143,11 @@ class ReplaySource:
         chunk: int | Callable[[], int] = 1,
         stamps: Stamps | None = None,
         breaks: Sequence[int] = (),
+        plan: Sequence[tuple[float, str]] | None = None,
     ) -> None:
         if not speed > 0:
             raise StreamError(f"The speed is {speed:g}.", "Use 1 for real time, or `inf` for as fast as possible.")
-        self.info = info
+        self.info, self.plan = info, plan
         self.incidents: deque[Incident] = deque()
         self.n_flushed = 0
         self.live = math.isfinite(speed)

@@ -28,6 +28,7 @@ from sjepa_deploy.runtime.live.lines import write_lines
 from sjepa_deploy.runtime.live.process import set_real_time, stopped_by_signals, undisturbed
 from sjepa_deploy.runtime.live.recorder import read_record, record
 from sjepa_deploy.runtime.live.replay import replay
+from sjepa_deploy.runtime.live.schedule import HISTORY_S, Events
 from sjepa_deploy.runtime.predictor import Predictor
 from sjepa_deploy.runtime.watch.dashboard import TOKEN_VARIABLE, Dashboard, parse_address
 from sjepa_deploy.runtime.watch.monitor import Monitor
@@ -45,7 +46,11 @@ class Task:
     check : Path or None
         Recording on which the live path is compared with PyTorch.
     events : EventChoice
-        Events of that recording about which decisions are compared.
+        Events of that recording about which decisions are compared, or events of the stream that are decided.
+    markers : tuple of str
+        Where the events of the stream come from.
+    history : float
+        Seconds of samples that are kept for markers that come late.
     replay : Path or None
         Record whose decisions are made again and compared.
     """
@@ -54,10 +59,23 @@ class Task:
     check: Path | None
     replay: Path | None
     events: EventChoice
+    markers: tuple[str, ...]
+    history: float
+
+    @property
+    def schedule(self) -> Events | None:
+        """Return the events of the stream that are decided; None for a decision every hop."""
+        names = self.events.events
+        if len(names) == 1 and names[0].endswith(".tsv"):
+            raise click.UsageError("A table of events is of --check. Name the events of a stream, or all.")
+        return Events(names, self.events.tmin, self.history) if names else None
 
 
-def _task(source: str | None, check: Path | None, replay: Path | None, **events: Any) -> Task:
-    return Task(source=source, check=check, replay=replay, events=EventChoice(**events))
+def _task(
+    source: str | None, check: Path | None, replay: Path | None, markers: tuple[str, ...], history: float, **events: Any
+) -> Task:
+    choice = EventChoice(**events)
+    return Task(source=source, check=check, replay=replay, events=choice, markers=markers, history=history)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,6 +161,14 @@ NO_LAYER = "none"
     event_options.which,
     event_options.tmin,
     event_options.labels,
+    click.option(
+        "--markers",
+        multiple=True,
+        metavar="ADDRESS",
+        help="Where the events of --source come from, once for each: lsl:NAME, lsl:type=Markers, channel:NAME of the stream, "
+        "annotations, every:SECONDS for synthetic.  [default: annotations of a file]",
+    ),
+    click.option("--history", type=float, default=HISTORY_S, help="Seconds of samples that are kept for markers that come late."),
 )
 @options.signal_facts
 @options.fills(
@@ -228,7 +254,7 @@ def stream(
     session: Session,
     json_output: bool,
 ) -> None:
-    """Decode a live stream with BUNDLE into one decision every hop, each with its age, and count every window that is left out.
+    """Decode a live stream with BUNDLE into one decision every hop or each event, and count every window that is left out.
 
     The stream goes through the causal twin of the preprocessing that the bundle asks for. Ctrl-C, SIGTERM and SIGHUP end the run
     with everything written. The exit status is 1 if --check or --replay find a difference. It is 2, after the summary, if an
@@ -239,8 +265,10 @@ def stream(
     outputs.check()
     screen = console(json_output or outputs.out == options.STDOUT)
     opened = Bundle.open(bundle)
-    if task.check is None and task.events.events:
-        raise click.UsageError("--events is of --check. A live stream is decoded every --hop seconds.")
+    if task.replay is not None and task.events.events:
+        raise click.UsageError("--events is of --source and --check. A record tells what was decided.")
+    if task.markers and (task.source is None or not task.events.events):
+        raise click.UsageError("--markers say where the events of --source come from. Name the events with --events, or all.")
     if task.check is not None:
         with choice.load(opened, check_unit=False) as predict:
             if task.events.events:
@@ -263,6 +291,8 @@ def stream(
         _replay(screen, opened, task.replay, choice, json_output)
         return
     assert task.source is not None
+    if outputs.record is not None and task.events.events:
+        raise click.UsageError("A record holds no events, so that decisions at events could not be replayed. Leave --record out.")
     layer = _layer(opened, decisions)
     if session.priority is not None:
         set_real_time(session.priority)
@@ -273,6 +303,8 @@ def stream(
                 task.source,
                 config,
                 decisions=layer,
+                schedule=task.schedule,
+                markers=task.markers,
                 backend=choice.backend,
                 precision=choice.precision,
                 options=choice.options,
@@ -390,22 +422,30 @@ def _replay(screen: Console, bundle: Bundle, path: Path, choice: options.Backend
         raise ParityError(f"The replay of {path} differs from window {first} on.", "Use the backend and release of the record.")
 
 
-def _told_of_layer(layer: DecisionLayer, hop: float) -> list[str]:
-    """Return sentences on a decision layer, and on what differs from the windows that it was fitted on."""
+def _told_of_layer(layer: DecisionLayer, hop: float | None) -> list[str]:
+    """Return sentences on a decision layer, and on what differs from the windows that it was fitted on.
+
+    Without a hop, windows belong to events.
+    """
     described = layer.description
     lines = [f"decisions: {escape(described.name)} ({described.digest[:12]}); sjepa-decide --show tells its steps"]
     fitted = described.fit
-    if fitted is not None and (fitted.hop is None or abs(fitted.hop - hop) > 1e-6):
-        where = "at events" if fitted.hop is None else f"every {fitted.hop:g} s"
-        lines.append(f"[bold yellow]The layer was fitted on windows {where}, not every {hop:g} s: its figures are of those.[/]")
+    if fitted is not None and (fitted.hop is None or hop is None or abs(fitted.hop - hop) > 1e-6) and fitted.hop != hop:
+        then, now = ("at events" if one is None else f"every {one:g} s" for one in (fitted.hop, hop))
+        lines.append(f"[bold yellow]The layer was fitted on windows {then}, not {now}: its figures are of those.[/]")
     return lines
 
 
 def _announce(screen: Console, decoder: Decoder) -> None:
     info, spec = decoder.source.info, decoder.spec
+    when = (
+        f"every {decoder.hop / spec.sfreq:g} s"
+        if decoder.schedule is None
+        else f"at events ({', '.join(decoder.schedule.names)})"
+    )
     screen.print(
         f"[bold]{escape(info.name)}[/]: {len(info.ch_names)} channels at {info.sfreq:g} Hz in {info.unit}; "
-        f"{spec.n_times / spec.sfreq:g} s windows every {decoder.hop / spec.sfreq:g} s, due within {decoder.deadline:g} s",
+        f"{spec.n_times / spec.sfreq:g} s windows {escape(when)}, due within {decoder.deadline:g} s",
         soft_wrap=True,
     )
     delays = ", ".join(f"{seconds * 1e3:.0f} ms at {hertz:g} Hz" for hertz, seconds in decoder.windows.delay.at_hz)
@@ -423,14 +463,14 @@ def _announce(screen: Console, decoder: Decoder) -> None:
                     f"({known.loss.low:+.3f} to {known.loss.high:+.3f}), other decisions in {known.ways[-1].differ:.1%}",
                     soft_wrap=True,
                 )
-    if (window := spec.signal.event_window) is not None:
+    if (window := spec.signal.event_window) is not None and decoder.schedule is None:
         screen.print(
             f"[bold yellow]The model learned from windows at {window.start:g} s after events.[/] "
             "Windows that slide show it other signals too.",
             soft_wrap=True,
         )
     if decoder.layer is not None:
-        for line in _told_of_layer(decoder.layer, decoder.hop / spec.sfreq):
+        for line in _told_of_layer(decoder.layer, None if decoder.schedule is not None else decoder.hop / spec.sfreq):
             screen.print(line, soft_wrap=True)
     for note in info.notes:
         screen.print(f"stream: {escape(note)}", soft_wrap=True)
