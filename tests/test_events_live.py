@@ -26,6 +26,8 @@ from sjepa_deploy.runtime.live.recorder import record
 from sjepa_deploy.runtime.live.schedule import Events
 from sjepa_deploy.runtime.live.sources import Chunk, ReplaySource
 from sjepa_deploy.runtime.live.windows import WindowStream
+from sjepa_deploy.runtime.watch.dashboard import describe
+from sjepa_deploy.runtime.watch.watching import watch
 from sjepa_deploy.spec import EventWindow, SignalSpec
 
 NAMES = ("Fz", "Cz", "Pz", "Oz")
@@ -281,6 +283,17 @@ def test_every_event_has_a_line(predict, tmp_path):
     assert (of_events["b"]["onset"], of_events["b"]["marker_delay"]) == (2.0, 0.5)
     assert len(of_events["b"]["prediction"]) == np.prod(predict.spec.output_shape)
     assert of_events["c"]["onset"] is None
+
+
+def test_a_page_takes_a_decoder_of_events_and_calls_no_decision_overdue(predict):
+    """The next event may be far: after a minute without one the state is still "decoding". JSON has no infinity."""
+    source = ReplaySource(info_of(predict.spec), microvolts(predict, 7000), speed=float("inf"), chunk=10)
+    markers = PlannedMarkers([(2.0, "x")], source.clock)
+    decoder = Decoder(predict, source, StreamConfig(late="queue"), schedule=Events(start=0.0), markers=[markers])
+    monitor = watch(decoder)
+    assert json.loads(json.dumps(describe(monitor.facts), allow_nan=False))["overdue"] is None
+    decoder.run()
+    assert monitor.snapshot().state == "decoding"
 
 
 def test_a_record_of_events_is_refused(predict, tmp_path):

@@ -64,7 +64,7 @@ class StreamFacts:
         Unit of `ChannelQuality.rms`.
     hop, deadline : float
         Seconds from one window to the next, and the age at which a decision misses its deadline.
-    overdue : float
+    overdue : float or None
         Seconds without a decision, while samples come, after which the state is "no decisions".
     output_names : tuple of str
         One name for each value of a decision; empty for a base model, whose features are not shown.
@@ -82,7 +82,7 @@ class StreamFacts:
     unit: Unit
     hop: float
     deadline: float
-    overdue: float
+    overdue: float | None
     output_names: tuple[str, ...]
     random_weights: bool = False
 
@@ -362,7 +362,8 @@ class Monitor:
         rows = np.frombuffer(self._rows.tobytes()).reshape(self._rows.shape)
         flags = tuple(self._flags)
         n, size, now = self._n_noted, len(flags), self._clock()
-        overdue = self._state in ("filling", "decoding") and now - self._expected_since > self.facts.overdue
+        limit = self.facts.overdue
+        overdue = limit is not None and self._state in ("filling", "decoding") and now - self._expected_since > limit
         if n < size:
             rows, flags = rows[:n], flags[:n]
         else:

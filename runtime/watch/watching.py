@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from sjepa_deploy.eeg.quality import ChannelState
@@ -44,7 +42,7 @@ class _Watcher:
                 unit=spec.unit,
                 hop=decoder.hop / spec.sfreq,
                 deadline=decoder.deadline,
-                overdue=math.inf  # nobody knows when the next event is
+                overdue=None  # nobody knows when the next event is
                 if decoder.schedule is not None
                 else (spec.n_times + max(OVERDUE_S * spec.sfreq, OVERDUE_HOPS * decoder.hop)) / spec.sfreq,
                 output_names=() if spec.variant == "base" else names,
