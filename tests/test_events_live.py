@@ -13,8 +13,9 @@ from streams import ScriptedSource, chunks_of, info_of, run_stream
 
 import sjepa_deploy
 from sjepa_deploy.eeg import prepare
+from sjepa_deploy.eeg.events import events_of
 from sjepa_deploy.eeg.info import StreamInfo
-from sjepa_deploy.eeg.recording import fit_recording
+from sjepa_deploy.eeg.recording import fit_recording, read_recording
 from sjepa_deploy.eeg.steps import BandPass, Channels, Reference, Resample
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.live.config import StreamConfig
@@ -22,7 +23,8 @@ from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.lines import write_lines
 from sjepa_deploy.runtime.live.markers import ChannelMarkers, Event, PlannedMarkers, RepeatedMarkers
-from sjepa_deploy.runtime.live.recorder import record
+from sjepa_deploy.runtime.live.recorder import read_record, record
+from sjepa_deploy.runtime.live.replay import replay
 from sjepa_deploy.runtime.live.schedule import Events
 from sjepa_deploy.runtime.live.sources import Chunk, ReplaySource
 from sjepa_deploy.runtime.live.windows import WindowStream
@@ -296,12 +298,53 @@ def test_a_page_takes_a_decoder_of_events_and_calls_no_decision_overdue(predict)
     assert monitor.snapshot().state == "decoding"
 
 
-def test_a_record_of_events_is_refused(predict, tmp_path):
-    source = ScriptedSource(info_of(predict.spec), [])
-    decoder = Decoder(predict, source, schedule=Events(start=0.0), markers=[RepeatedMarkers(1.0, source.clock)])
-    with pytest.raises(StreamError, match="events"):
-        record(decoder, tmp_path / "run.xdf")
-    assert not (tmp_path / "run.xdf").exists()
+def test_a_record_of_events_decodes_again_and_holds_them_for_others(predict, tmp_path):
+    """Late, early and doubled markers, and events without a window; `read_recording` gives the events back as annotations."""
+    rng = np.random.default_rng(2)
+    samples, file = microvolts(predict, 3000), tmp_path / "run.xdf"
+    source = ReplaySource(
+        info_of(predict.spec), samples, speed=float("inf"), chunk=lambda: int(rng.integers(1, 90)), breaks=(1500,)
+    )
+    plan = [
+        (2.0, "a", 0.0),
+        (-1.0, "a", 1.5),
+        (4.0, "b", 2.9),
+        (6.0, "a", 1.0),
+        (7.0, "c", 0.5),
+        (6.0, "a", 2.0),
+        (14.0, "b", 0.1),
+    ]
+    plan += [(float("nan"), "b", 0.0), (18.0, "b", 0.0), (29.0, "a", 0.0)]
+    markers = [PlannedMarkers(plan, source.clock), RepeatedMarkers(1.7, source.clock, "a")]
+    decoder = Decoder(predict, source, StreamConfig(late="queue"), schedule=Events(("a", "b"), 0.25), markers=markers)
+    recorder = record(decoder, file)
+    decisions = list(decoder)
+    recorder.close()
+    recorded = read_record(file)
+    result = replay(predict, recorded)
+    assert result.passed
+    assert result.n_decisions == len(decisions) > 15
+    assert {one.event.description for one in recorded.events} == {"a", "b", "c"}
+    found = events_of(read_recording(file))
+    came = sorted((one.event.onset, one.event.description) for one in recorded.events if one.event.onset >= 0)
+    inside = [(onset, name) for onset, name in zip(found.onset.tolist(), found.description, strict=True) if onset >= 0]
+    assert [name for _, name in inside] == [name for _, name in came]
+    np.testing.assert_allclose([onset for onset, _ in inside], [onset for onset, _ in came], atol=0.006)
+
+
+def test_a_replay_of_events_finds_a_decision_that_was_changed(predict, tmp_path):
+    source = ReplaySource(info_of(predict.spec), microvolts(predict, 1000), speed=float("inf"), chunk=10)
+    markers = [PlannedMarkers([(2.0, "a", 1.0), (5.0, "a", 0.0)], source.clock)]
+    decoder = Decoder(predict, source, StreamConfig(late="queue"), schedule=Events(start=0.0), markers=markers)
+    recorder = record(decoder, tmp_path / "run.xdf")
+    decoder.run()
+    recorder.close()
+    recorded = read_record(tmp_path / "run.xdf")
+    later = [
+        dataclasses.replace(one, event=dataclasses.replace(one.event, onset=one.event.onset + 0.01)) for one in recorded.events
+    ]
+    assert replay(predict, recorded).passed
+    assert replay(predict, dataclasses.replace(recorded, events=later)).differ == (0, 1)
 
 
 def test_what_makes_no_sense_with_events_is_refused(predict):
@@ -370,7 +413,6 @@ def test_the_annotations_of_a_file_are_its_events(tmp_path, make_bundle, capsys)
         (["--source", "synthetic", "--events", "all", "--tmin", "0", "--markers", "cloud:9"], "lsl:NAME"),
         (["--source", "synthetic", "--markers", "every:1"], "--events"),
         (["--source", "synthetic", "--events", "trials.tsv", "--markers", "every:1"], "table"),
-        (["--source", "synthetic", "--events", "all", "--markers", "every:1", "--record", "new.xdf"], "--record"),
         (["--source", "synthetic", "--events", "all", "--tmin", "0", "--markers", "every:1", "--late", "hold"], "--late"),
         (["--replay", "old.xdf", "--events", "all"], "--events"),
     ],

@@ -20,7 +20,7 @@ from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.event_names import EventNames
-from sjepa_deploy.runtime.live.markers import MarkerSource
+from sjepa_deploy.runtime.live.markers import Event, MarkerSource
 from sjepa_deploy.runtime.live.open_markers import open_markers
 from sjepa_deploy.runtime.live.open_source import SourceOptions, open_source
 from sjepa_deploy.runtime.live.places import Reason, Undecided
@@ -109,6 +109,7 @@ class Decoder:
         self._on_decision: list[Callable[[Decision], object]] = []
         self._on_chunk: list[Callable[[Chunk], object]] = []
         self._on_incident: list[Callable[[Incident], object]] = []
+        self._on_event: list[Callable[[Event], object]] = []
         self._on_undecided: list[Callable[[Undecided], object]] = []
         self._markers = tuple(markers)
         self._names = EventNames(schedule)
@@ -229,6 +230,10 @@ class Decoder:
         """Call `callback` with what happens to the stream: equal incidents once a minute, with their number (`Repeats`)."""
         self._on_incident.append(callback)
 
+    def on_event(self, callback: Callable[[Event], object]) -> None:
+        """Call `callback` with every event whose marker came, wanted or not, before its decision."""
+        self._on_event.append(callback)
+
     def on_undecided(self, callback: Callable[[Undecided], object]) -> None:
         """Call `callback` with every event that gets no decision."""
         self._on_undecided.append(callback)
@@ -309,6 +314,9 @@ class Decoder:
                 self._tell(dataclasses.replace(markers.incidents.popleft(), sample=self.counters.samples))
             if events:
                 self._names.came(events)
+                for event in events:
+                    for take in self._on_event:
+                        take(event)
                 yield from self._decide(self.windows.mark(events), -math.inf)
         if self._markers:
             self.counters.markers_lost = sum(markers.n_lost for markers in self._markers)

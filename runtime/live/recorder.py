@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 
 import sjepa_deploy
 from sjepa_deploy.eeg.info import StreamInfo
-from sjepa_deploy.eeg.xdf import CHUNKS_NAME, DECISIONS_NAME, INCIDENTS_NAME, load_xdf
+from sjepa_deploy.eeg.xdf import CHUNKS_NAME, DECISIONS_NAME, INCIDENTS_NAME, MARKERS_NAME, load_xdf
 from sjepa_deploy.errors import RecordingError, StreamError
 from sjepa_deploy.files import load_json
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.decoder import Decoder
+from sjepa_deploy.runtime.live.recorded_events import RecordedEvent
+from sjepa_deploy.runtime.live.schedule import Events
 from sjepa_deploy.runtime.live.sources import Chunk, Incident
 from sjepa_deploy.runtime.live.states import STATE_FIELDS, RecordedState, columns_of, recorded_state
 from sjepa_deploy.serialize import decode, encode
@@ -39,10 +41,11 @@ FLUSH_S = 1.0
 MOST_PENDING_S = 60.0
 """Seconds of the run that wait for a disk that stalls; what is more is not recorded, and counted."""
 
-_SAMPLES, _CHUNKS, _DECISIONS, _EVENTS = 1, 2, 3, 4  # stream ids
+_SAMPLES, _CHUNKS, _DECISIONS, _EVENTS, _MARKERS, _MARKS = 1, 2, 3, 4, 5, 6  # stream ids
 _FILE_HEADER, _STREAM_HEADER, _SAMPLES_TAG, _CLOCK_OFFSET, _BOUNDARY, _FOOTER = 1, 2, 3, 4, 5, 6  # tags of XDF 1.0
 _BOUNDARY_UUID = bytes.fromhex("43a546dccbf5410fb30ed5467383cbe4")
 _FORMATS = {"f4": "float32", "f8": "double64", "i1": "int8", "i2": "int16", "i4": "int32", "i8": "int64"}
+_TEXTS = (INCIDENTS_NAME, MARKERS_NAME, "events")
 _FIELDS = ("index", "due", "received", "decided", "infer_s", "held", "bridged", "n_bad_channels")
 
 
@@ -66,6 +69,8 @@ class RunDescription:
         Name and digest of the decision layer. None without a layer.
     class_names : tuple of str
         Classes of the decision layer in the order of their numbers.
+    schedule : Events or None
+        Events that were decided; None where a window was decided every hop.
     """
 
     stream: StreamInfo
@@ -78,11 +83,17 @@ class RunDescription:
     decisions: str | None = None
     decisions_digest: str | None = None
     class_names: tuple[str, ...] = ()
+    schedule: Events | None = None
 
     @property
     def n_state_fields(self) -> int:
         """Return the number of columns behind the outputs in a record."""
         return 0 if self.decisions is None else len(STATE_FIELDS)
+
+    @property
+    def n_streams(self) -> int:
+        """Return the number of streams in the file."""
+        return _EVENTS if self.schedule is None else _MARKS
 
 
 class Recorder:
@@ -106,7 +117,7 @@ class Recorder:
     Attributes
     ----------
     n_lost : dict of str to int
-        Samples, decisions and incidents that are not in the file: of a disk that was full, or stalled for a minute.
+        Samples, decisions, and incidents and events that are not in the file: of a disk that was full, or stalled for a minute.
 
     Raises
     ------
@@ -125,10 +136,12 @@ class Recorder:
     ) -> None:
         self._path = path
         self._run, self._n_outputs, self._on_failure, self._patient = run, n_outputs, on_failure, patient
+        self._streams = range(_SAMPLES, run.n_streams + 1)
         self._most_pending = round(MOST_PENDING_S * run.stream.sfreq)
         self._chunks: deque[Chunk] = deque()
         self._decisions: deque[Decision] = deque()
         self._incidents: deque[Incident] = deque()
+        self._marked: deque[RecordedEvent] = deque()
         self._n_taken = self._n_written = 0
         self.n_lost = {"samples": 0, "decisions": 0, "events": 0}
         self._dtype: np.dtype[Any] | None = None
@@ -160,6 +173,11 @@ class Recorder:
         if self._takes("events"):
             self._incidents.append(incident)
 
+    def event(self, event: RecordedEvent) -> None:
+        """Record an event."""
+        if self._takes("events"):
+            self._marked.append(event)
+
     def _takes(self, what: str, n: int = 1) -> bool:
         """Return whether there is room for more, or count it."""
         while self._patient and not self._failed and self._is_behind():
@@ -181,7 +199,7 @@ class Recorder:
         self._flush(ending=True)
         if self._dtype is not None:
             footer = b'<?xml version="1.0"?><info/>'
-            self._write(b"".join(_xdf_chunk(_FOOTER, struct.pack("<I", i) + footer) for i in range(_SAMPLES, _EVENTS + 1)))
+            self._write(b"".join(_xdf_chunk(_FOOTER, struct.pack("<I", i) + footer) for i in self._streams))
         with contextlib.suppress(OSError):
             os.fsync(self._file.fileno())
         self._file.close()
@@ -198,14 +216,15 @@ class Recorder:
 
     def _flush(self, *, ending: bool = False) -> None:
         chunks, decisions, incidents = _drained(self._chunks), _drained(self._decisions), _drained(self._incidents)
+        marked = _drained(self._marked)
         if not ending:  # a decision is handed over before its samples, and is written after them
             newest = chunks[-1].received if chunks else -math.inf
             early = [decision for decision in decisions if decision.received > newest]
-            decisions = decisions[: len(decisions) - len(early)]
+            decisions = [decision for decision in decisions if not decision.received > newest]
             self._decisions.extendleft(reversed(early))
         n = sum(len(chunk.stamps) for chunk in chunks)
         if self._failed:
-            self._count_lost(n, decisions, incidents)
+            self._count_lost(n, len(decisions), len(incidents) + len(marked))
             return
         parts = []
         if chunks and self._dtype is None:
@@ -213,12 +232,13 @@ class Recorder:
             self._write(self._headers())  # on a disk that is full already, a record without samples is still one
         if self._dtype is None:
             self._incidents.extendleft(reversed(incidents))  # until the type of the samples is known
+            self._marked.extendleft(reversed(marked))
             return
         if chunks:
             values = np.concatenate([chunk.samples for chunk in chunks]).astype(self._dtype)
             parts.append(_xdf_samples(_SAMPLES, np.concatenate([chunk.stamps for chunk in chunks]), values))
             # The stamps are on this machine's clock already. pyxdf warns of a stream that has stamps and no offset.
-            offsets = (struct.pack("<Idd", stream, chunks[-1].received, 0.0) for stream in range(_SAMPLES, _EVENTS + 1))
+            offsets = (struct.pack("<Idd", stream, chunks[-1].received, 0.0) for stream in self._streams)
             parts.extend(_xdf_chunk(_CLOCK_OFFSET, offset) for offset in offsets)
             facts = np.array([[len(chunk.stamps), chunk.received, chunk.restarted, chunk.correction] for chunk in chunks])
             parts.append(_xdf_samples(_CHUNKS, facts[:, 1], facts))
@@ -231,15 +251,19 @@ class Recorder:
             ]
             parts.append(_xdf_samples(_DECISIONS, np.array([d.time for d in decisions]), np.array(rows)))
         parts.extend(_xdf_text(_EVENTS, e.time, json.dumps(encode(e))) for e in incidents)
+        for one in marked:
+            parts.append(_xdf_text(_MARKERS, one.event.arrived, json.dumps(encode(one))))
+            if not math.isnan(one.event.onset):
+                parts.append(_xdf_text(_MARKS, one.event.onset - one.offset, one.event.description))
         if parts:
             parts.append(_xdf_chunk(_BOUNDARY, _BOUNDARY_UUID))
             self._write(b"".join(parts))
         self._n_written += n
         if self._failed:
-            self._count_lost(n, decisions, incidents)
+            self._count_lost(n, len(decisions), len(incidents) + len(marked))
 
-    def _count_lost(self, n_samples: int, decisions: list[Decision], incidents: list[Incident]) -> None:
-        for what, n in (("samples", n_samples), ("decisions", len(decisions)), ("events", len(incidents))):
+    def _count_lost(self, n_samples: int, n_decisions: int, n_events: int) -> None:
+        for what, n in (("samples", n_samples), ("decisions", n_decisions), ("events", n_events)):
             self.n_lost[what] += n
 
     def _headers(self) -> bytes:
@@ -265,7 +289,7 @@ class Recorder:
                     "double64",
                     rest=f"<fields>{fields}</fields><run>{run}</run>",
                 ),
-                _xdf_header(_EVENTS, INCIDENTS_NAME, "Markers", 1, 0, "string"),
+                *(_xdf_header(i, name, "Markers", 1, 0, "string") for i, name in zip(self._streams[3:], _TEXTS, strict=False)),
             )
         )
 
@@ -300,6 +324,7 @@ def describe_run(decoder: Decoder) -> RunDescription:
         decisions=None if layer is None else layer.name,
         decisions_digest=None if layer is None else layer.digest,
         class_names=() if layer is None else layer.class_names or (),
+        schedule=decoder.schedule,
     )
 
 
@@ -312,14 +337,7 @@ def record(decoder: Decoder, path: Path) -> Recorder:
         Its decisions wait for the disk only where its source does (`Source.live` is False).
     path : Path
         File to make; it must not exist.
-
-    Raises
-    ------
-    StreamError
-        If the decoder decides at events: a record holds no events yet, so that it could not be replayed.
     """
-    if decoder.schedule is not None:
-        raise StreamError("A record holds no events, so that decisions at events could not be replayed.", "Leave --record out.")
     recorder = Recorder(
         path,
         describe_run(decoder),
@@ -330,6 +348,11 @@ def record(decoder: Decoder, path: Path) -> Recorder:
     decoder.on_chunk(recorder.chunk)
     decoder.on_decision(recorder.decision)
     decoder.on_incident(recorder.incident)
+    decoder.on_event(
+        lambda event: recorder.event(
+            RecordedEvent(event=event, n_samples=decoder.counters.samples, offset=decoder.windows.offset)
+        )
+    )
     return recorder
 
 
@@ -387,6 +410,8 @@ class Record:
         What happened.
     states : list of RecordedState
         Every decision in order, also the held ones, if there was a decision layer.
+    events : list of RecordedEvent
+        Events whose markers came, in this order.
     """
 
     path: Path
@@ -398,6 +423,7 @@ class Record:
     n_cut_off: int
     incidents: list[Incident]
     states: list[RecordedState]
+    events: list[RecordedEvent]
 
 
 def read_record(path: Path) -> Record:
@@ -448,6 +474,7 @@ def read_record(path: Path) -> Record:
         decisions[int(row[0])] = row[n_fields : len(row) - n_more].astype(np.float32)
         times[int(row[0])] = float(stamp)
     incidents = [decode(Incident, load_json(text[0], finite=False)) for text in by_id[_EVENTS]["time_series"]]
+    marked = by_id[_MARKERS]["time_series"] if run.schedule is not None else ()
     return Record(
         path=path,
         run=run,
@@ -458,6 +485,7 @@ def read_record(path: Path) -> Record:
         n_cut_off=n_cut_off,
         incidents=incidents,
         states=states,
+        events=[decode(RecordedEvent, load_json(text[0], finite=False)) for text in marked],
     )
 
 

@@ -13,6 +13,7 @@ from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
 from sjepa_deploy.runtime.decisions.stored import layers_of
 from sjepa_deploy.runtime.live.decoder import Decoder
+from sjepa_deploy.runtime.live.recorded_events import RecordedMarkers
 from sjepa_deploy.runtime.live.recorder import Record, RecordSource
 from sjepa_deploy.runtime.live.states import numbers_of
 from sjepa_deploy.runtime.predictor import Predictor
@@ -83,7 +84,8 @@ def replay(predict: Predictor, record: Record) -> Replay:
     layer = None if run.decisions is None else _layer_of(record, predict.bundle)
     # What was late then is decoded now, and not compared; whole windows give the bits that new samples alone gave.
     config = dataclasses.replace(run.config, late="queue", roll=False)
-    decoder = Decoder(predict, RecordSource(record), config)
+    markers = () if run.schedule is None else (RecordedMarkers(record.events),)
+    decoder = Decoder(predict, RecordSource(record), config, schedule=run.schedule, markers=markers)
     again = {decision.index: decision.prediction for decision in decoder}
     return Replay(
         record=str(record.path),

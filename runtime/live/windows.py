@@ -169,9 +169,9 @@ class WindowStream:
     def mark(self, events: Iterable[Event]) -> Iterator[Window]:
         """Take events, and give the windows of those whose samples are there. The others come with their samples."""
         assert self._places is not None
-        for event in events:
+        for event in events:  # one by one: in which order windows come must not depend on which markers came together
             self._places.add(event)
-        yield from self._due_events()
+            yield from self._due_events()
 
     def finish(self) -> Iterator[Window]:
         """Give the last windows of events at the end of the stream, and account for the events that still wait."""

@@ -291,8 +291,6 @@ def stream(
         _replay(screen, opened, task.replay, choice, json_output)
         return
     assert task.source is not None
-    if outputs.record is not None and task.events.events:
-        raise click.UsageError("A record holds no events, so that decisions at events could not be replayed. Leave --record out.")
     layer = _layer(opened, decisions)
     if session.priority is not None:
         set_real_time(session.priority)

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 
     from sjepa_deploy.spec import Unit
 
-CHUNKS_NAME, DECISIONS_NAME, INCIDENTS_NAME = "sjepa chunks", "sjepa decisions", "sjepa events"
+CHUNKS_NAME, DECISIONS_NAME, INCIDENTS_NAME, MARKERS_NAME = "sjepa chunks", "sjepa decisions", "sjepa events", "sjepa markers"
 """Streams of our own records. Of each chunk there are the number of samples, when it was received, whether the stream was
 interrupted before it, and the correction in its stamps."""
+
+_NO_EVENTS = (INCIDENTS_NAME, MARKERS_NAME)
 
 LARGEST_RATE_ERROR = 0.01
 """Beyond this ratio a recorded stream is not at its nominal rate."""
@@ -154,7 +156,7 @@ def _markers(streams: list[dict[str, Any]]) -> tuple[NDArray[np.float64], NDArra
     times, texts = [], []
     for stream in streams:
         info = stream["info"]
-        if float(info["nominal_srate"][0]) == 0 and int(info["channel_count"][0]) == 1 and info["name"][0] != INCIDENTS_NAME:
+        if float(info["nominal_srate"][0]) == 0 and int(info["channel_count"][0]) == 1 and info["name"][0] not in _NO_EVENTS:
             times += [float(stamp) for stamp in stream["time_stamps"]]
             texts += [str(sample[0]) for sample in stream["time_series"]]
     return np.array(times, dtype=np.float64), np.array(texts, dtype=str)
