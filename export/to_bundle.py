@@ -31,6 +31,7 @@ from sjepa_deploy.bundle import (
 )
 from sjepa_deploy.eeg.amplitudes import check_amplitude
 from sjepa_deploy.eeg.chain import Chain, finish_windows, settling_time
+from sjepa_deploy.eeg.steps import Notch
 from sjepa_deploy.eeg.steps import Reference as ReferenceStep
 from sjepa_deploy.eeg.synthetic import hard_windows
 from sjepa_deploy.eeg.units import conversion
@@ -236,6 +237,9 @@ def through_steps(signal: SignalSpec, windows: FloatArray) -> FloatArray:
     windows : array of float32, shape (n, n_chans, n_times)
         Windows in the unit of the signal.
     """
+    beyond = [step for step in signal.steps if isinstance(step, Notch) and step.freq >= signal.sfreq / 2]
+    if beyond:  # windows at the model's rate hold nothing there
+        signal = signal.replace(steps=tuple(step for step in signal.steps if step not in beyond))
     names = list(signal.ch_names or map(str, range(signal.n_chans)))
     outside = {name.casefold() for name in names}
     for step in signal.stream_steps:
