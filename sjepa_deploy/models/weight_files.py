@@ -88,7 +88,8 @@ def read_file(file: Path) -> Content:
     """
     if file.suffix == ".safetensors":
         try:
-            return Content(tensors=load(file.read_bytes()), file_format="safetensors")
+            tensors = load(file.read_bytes())  # in an order of its own each time
+            return Content(tensors={name: tensors[name] for name in sorted(tensors)}, file_format="safetensors")
         except (SafetensorError, ValueError) as e:
             raise CheckpointError(f"{file} is truncated or not a safetensors file ({e}).", "Get the file again.") from e
     try:
