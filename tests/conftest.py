@@ -127,6 +127,15 @@ def recorded(request, written):
     return eeg_file if request.param == "real" else lambda name: written(name).path
 
 
+@pytest.fixture(scope="session")
+def own_lsl():
+    """Configure liblsl, which reads its configuration once in a process: every test that opens streams asks for this first."""
+    import pylsl  # most runs need none
+    from own_lsl import CONFIG
+
+    pylsl.set_config_content(CONFIG)
+
+
 @pytest.fixture(scope="module")
 def browser():
     """Return a `browser.Browser`: Chromium without a window, shared by the tests of a module."""

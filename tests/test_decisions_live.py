@@ -236,8 +236,9 @@ def test_the_command_asks_which_of_several_layers(bundle, tmp_path, capsys):
 
 
 @pytest.mark.alone
-def test_an_outlet_sends_state_class_and_probability(predict, bundle):
-    pylsl = pytest.importorskip("pylsl")
+def test_an_outlet_sends_state_class_and_probability(predict, bundle, own_lsl):
+    import pylsl
+
     from sjepa_deploy.runtime.live.lsl_outlet import STATE_CHANNELS, send_decisions
 
     samples, stamps = eventful()

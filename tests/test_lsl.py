@@ -15,6 +15,7 @@ import mne
 import numpy as np
 import pylsl
 import pytest
+from own_lsl import CONFIG
 from streams import assert_accounted, kinds
 
 import sjepa_deploy
@@ -30,27 +31,10 @@ from sjepa_deploy.runtime.live.lsl_outlet import LslOutlet
 from sjepa_deploy.runtime.live.open_markers import open_markers
 from sjepa_deploy.runtime.live.schedule import Events
 
-CONFIG = f"""[ports]
-IPv6=disable
-[multicast]
-ResolveScope=machine
-ListenAddress=127.0.0.1
-AddressesOverride={{127.0.0.1}}
-Interfaces={{127.0.0.1}}
-[lab]
-KnownPeers={{127.0.0.1}}
-SessionID=test-{uuid.uuid4().hex}
-[log]
-level=-3
-"""
-pytestmark = pytest.mark.alone  # streams are looked for on the network, for a few seconds
+# streams are looked for on the network, for a few seconds
+pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_lsl")]
 
 SENDER = Path(__file__).with_name("lsl_sender.py")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def lsl_of_our_own():
-    pylsl.set_config_content(CONFIG)
 
 
 @pytest.fixture(scope="module")
