@@ -57,8 +57,13 @@ struct Fiber {
   unsigned n_groups = 0;               // of copies that it committed
   const unsigned* waits_at = nullptr;  // sleeps while this generation lasts
   unsigned generation = 0;
+  unsigned seen = 0, looks = 0;        // `progress` at its latest pause, and its pauses at that progress
 };
 
+// A thread asks for numbers early, waits for others, and then judges the early ones. The write that it misses may have happened in
+// between, and nothing may ever be written after it: the thread must look again before it sleeps. A thread has at most this many early
+// looks at a time, `before` and `pending` in contextual.cu, so that its next pause at the same progress follows a fresh one.
+constexpr unsigned EARLY_LOOKS = 2;
 constexpr size_t STACK = 32768;
 static thread_local Fiber* self;
 static thread_local jmp_buf scheduler;
@@ -155,8 +160,9 @@ DEVICE long long nanoseconds() {
   return t.tv_sec * 1000000000ll + t.tv_nsec;
 }
 DEVICE void pause() {
-  gpu::self->waits_at = &gpu::progress;
-  gpu::self->generation = gpu::progress;
+  gpu::Fiber& me = *gpu::self;
+  if (me.seen != gpu::progress) me.seen = gpu::progress, me.looks = 0;
+  if (++me.looks > gpu::EARLY_LOOKS) me.waits_at = &gpu::progress, me.generation = gpu::progress;
   gpu::yield();
 }
 DEVICE void rest() { gpu::yield(); }
