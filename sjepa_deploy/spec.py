@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from sjepa_deploy.eeg.steps import BandPass, Channels, Goal, Phase, Resample, Step, WindowStep
@@ -259,7 +260,7 @@ class SignalSpec:
         last = self.stream_steps[-1]
         return isinstance(last, ReferenceStep) and last.channels is None
 
-    @property
+    @cached_property  # asked for at every window
     def window_steps(self) -> tuple[WindowStep, ...]:
         """The steps on windows."""
         return tuple(step for step in self.steps if isinstance(step, WindowStep))
