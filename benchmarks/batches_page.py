@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sjepa_deploy.pages.page import Section, render_page
 from sjepa_deploy.runtime.bench import report_plots, report_tables
 from sjepa_deploy.runtime.bench.cells import Cell, CellKey, Estimate, Latency, Percentile
-from sjepa_deploy.runtime.bench.report import Section, write_page
 from sjepa_deploy.spec import RunPrecision
 
 KERNELS = {"auto": "cuda", "window": "cuda, one at a time", "batch": "cuda, many at a time"}
@@ -84,15 +84,14 @@ def write(result: Path) -> Path:
         draw=(draw,),
     )
     page = result.with_suffix(".html")
-    write_page(
-        page,
+    text = render_page(
+        maker="gpu_batches.py",
         title=data["gpu"],
-        warnings=(),
-        recommendations=(),
-        command="\n".join(data["commands"]),
         facts=(f"PyTorch {data['torch']}", f"Python {data['python']}", f"commit {data['commit']}"),
-        sections=[(section, section.plots())],
+        command="\n".join(data["commands"]),
+        sections=(section,),
     )
+    page.write_text(text, encoding="utf-8")
     return page
 
 

@@ -97,6 +97,7 @@ def test_the_arrows_that_are_known_are_found():
         ("sjepa_deploy.learning", "sjepa_deploy.runtime"),
         ("sjepa_deploy.eeg", "sjepa_deploy.runtime"),
         ("sjepa_deploy.models", "sjepa_deploy.runtime"),
+        ("sjepa_deploy.pages", "sjepa_deploy.runtime"),
         ("sjepa_deploy.runtime", "sjepa_deploy.cli"),
         ("sjepa_deploy.runtime", "sjepa_deploy.export"),
         ("sjepa_deploy.runtime", "sjepa_deploy.learning"),

@@ -15,11 +15,11 @@ import pytest
 from bench_reports import make_report
 
 from sjepa_deploy.errors import BenchmarkError
+from sjepa_deploy.pages.tables import number
 from sjepa_deploy.runtime.bench.compare import compare, recommend
 from sjepa_deploy.runtime.bench.files import load_report, load_samples, write_report
 from sjepa_deploy.runtime.bench.merge import merge, renamed
 from sjepa_deploy.runtime.bench.report import to_markdown, warnings, write_html
-from sjepa_deploy.runtime.bench.tables import number
 
 OLD = Path(__file__).parent / "compat" / "report-of-4af6286.json"
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"

@@ -16,7 +16,8 @@ from scipy.optimize import isotonic_regression
 
 from sjepa_deploy.cli import _command, run_command
 from sjepa_deploy.errors import BenchmarkError, MissingDependencyError
-from sjepa_deploy.runtime.bench import figures, report_plots, report_tables, tables
+from sjepa_deploy.pages import figures, tables
+from sjepa_deploy.runtime.bench import report_plots, report_tables, words
 from sjepa_deploy.runtime.bench.cells import CellKey, Estimate, Percentile
 from sjepa_deploy.runtime.bench.compare import Change, Comparison
 from sjepa_deploy.runtime.bench.decision_age import decision_ages, with_decision_ages
@@ -105,7 +106,7 @@ def test_a_percentile_without_enough_samples_says_how_many_it_needs(made):
     table = report_tables.cell_tables(made[0], "back-to-back")[0]
     assert {entry.text for entry in column(table, "p99.9")} == {"needs 5,000"}
     assert all(entry.absent for entry in column(table, "p99.9"))
-    assert tables.percentile(Percentile(percent=99.0, value=Estimate(value=24.14, low=23.9, high=24.31), n_needed=500)) == (
+    assert words.percentile(Percentile(percent=99.0, value=Estimate(value=24.14, low=23.9, high=24.31), n_needed=500)) == (
         tables.Entry(text="24.1", small="23.9 to 24.3", sort=24.14)
     )
 

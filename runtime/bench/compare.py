@@ -8,11 +8,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sjepa_deploy.pages.tables import number
 from sjepa_deploy.runtime.backend import BACKENDS
 from sjepa_deploy.runtime.bench.cells import HARNESS, Cell, CellKey, Estimate, Samples
 from sjepa_deploy.runtime.bench.estimates import ratio
 from sjepa_deploy.runtime.bench.results import BenchReport, Recommendation
-from sjepa_deploy.runtime.bench.tables import number
 from sjepa_deploy.runtime.bench.words import why_noisy, why_partial
 from sjepa_deploy.spec import RUN_PRECISIONS
 

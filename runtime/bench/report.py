@@ -2,64 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import functools
-import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
 
-from sjepa_deploy.errors import BenchmarkError, MissingDependencyError
+from sjepa_deploy.errors import BenchmarkError
 from sjepa_deploy.files import write_atomically
+from sjepa_deploy.pages.figures import Plot
+from sjepa_deploy.pages.page import Card, Draw, Section, render_page
+from sjepa_deploy.pages.tables import Table, all_markdown, markdown_code, markdown_text
 from sjepa_deploy.runtime.bench import report_plots as plots
 from sjepa_deploy.runtime.bench import report_tables
 from sjepa_deploy.runtime.bench.cells import HARNESS, Cell, Samples, Scenario
 from sjepa_deploy.runtime.bench.compare import Comparison
-from sjepa_deploy.runtime.bench.figures import Plot
 from sjepa_deploy.runtime.bench.results import BenchReport, Judgement
-from sjepa_deploy.runtime.bench.tables import Table, all_markdown, markdown_code, markdown_text
 from sjepa_deploy.runtime.bench.words import why_noisy, why_partial
 from sjepa_deploy.spec import RUN_PRECISIONS
 
-Draw = Callable[[], Plot | None]
-
-TEMPLATE = "report.html"
-"""Jinja template in sjepa_deploy/assets."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """Describes a part of a report.
-
-    Attributes
-    ----------
-    name, title : str
-        Where links lead to, and the heading.
-    lead : str
-        Text to read before the figures.
-    tables : tuple of Table
-        Those without rows are left out. A section without rows and plots is left out as well.
-    draw : tuple of tuple of callables
-        What stands together, one after the other. Each returns a plot, or None where there is nothing to draw.
-    """
-
-    name: str
-    title: str
-    lead: str
-    tables: tuple[Table, ...] = ()
-    draw: tuple[tuple[Draw, ...], ...] = ()
-
-    @property
-    def has_rows(self) -> bool:
-        """Return whether a table has something to show."""
-        return any(table.rows for table in self.tables)
-
-    def plots(self) -> list[list[Plot]]:
-        """Draw the plots, those of each group in a list; groups with nothing to draw are left out."""
-        drawn = ([plot for draw in together if (plot := draw()) is not None] for together in self.draw)
-        return [group for group in drawn if group]
-
+MAKER = "sjepa-bench"
 
 _LEADS: dict[Scenario, tuple[str, str]] = {
     "back-to-back": (
@@ -210,16 +170,16 @@ def write_html(report: BenchReport, samples: Samples, path: Path) -> None:
     MissingDependencyError
         If matplotlib or Jinja2 is not installed.
     """
-    drawn = [(section, section.plots()) for section in sections(report, samples)]
-    write_page(
-        path,
+    page = render_page(
+        maker=MAKER,
         title=_headline(report),
-        warnings=warnings(report),
-        recommendations=report.recommendations,
-        command=report.command,
         facts=(report.created.replace("T", " "), *_verdicts(report)),
-        sections=[(section, plots) for section, plots in drawn if plots or section.has_rows],
+        warnings=warnings(report),
+        cards=[Card(about=r.bundle, answer=f"{r.backend} {r.precision}", why=r.why) for r in report.recommendations],
+        command=report.command,
+        sections=sections(report, samples),
     )
+    _write_text(path, page)
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
@@ -234,16 +194,14 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
     """
     _write_text(path.with_name(f"{path.name}.md"), comparison_to_markdown(comparison))
     table = report_tables.change_table(comparison)
-    section = Section(name="changes", title="Changes", lead="", tables=(table,))
-    write_page(
-        path.with_name(f"{path.name}.html"),
+    page = render_page(
+        maker=MAKER,
         title=f"{comparison.before} against {comparison.after}",
-        warnings=comparison_warnings(comparison),
-        recommendations=(),
-        command="",
         facts=(f"{len(table.rows)} cells in both",),
-        sections=[(section, [])],
+        warnings=comparison_warnings(comparison),
+        sections=(Section(name="changes", title="Changes", lead="", tables=(table,)),),
     )
+    _write_text(path.with_name(f"{path.name}.html"), page)
 
 
 def warnings(report: BenchReport) -> tuple[str, ...]:
@@ -296,36 +254,6 @@ def _verdicts(report: BenchReport) -> tuple[str, ...]:
     if report.noise is not None:
         facts.append("noisy machine" if report.noise.noisy else "quiet machine")
     return tuple(facts)
-
-
-def write_page(path: Path, **content: object) -> None:
-    """Write a page of tables and plots to one HTML file, whole or not at all.
-
-    Parameters
-    ----------
-    path : Path
-        File to write.
-    **content
-        Variables of the template: `title`, `warnings`, `recommendations`, `command`, `facts`, and `sections`, each a pair of a
-        `Section` and its groups of plots.
-
-    Raises
-    ------
-    BenchmarkError
-        If it cannot be written.
-    MissingDependencyError
-        If Jinja2 is not installed.
-    """
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ImportError as e:
-        raise MissingDependencyError("Jinja2", "bench") from e
-    source = resources.files("sjepa_deploy").joinpath("assets", TEMPLATE).read_text(encoding="utf-8")
-    script = source.partition("<script>")[2].partition("</script>")[0]
-    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(source).render(script_hash=allowed, **content)
-    _write_text(path, page)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sjepa_deploy.runtime.bench.cells import HARNESS, Cell, Samples
-from sjepa_deploy.runtime.bench.estimates import percentile
-from sjepa_deploy.runtime.bench.figures import (
+from sjepa_deploy.pages.figures import (
     BAD,
     INK,
     N_SERIES,
@@ -23,8 +21,10 @@ from sjepa_deploy.runtime.bench.figures import (
     strips,
     with_room,
 )
+from sjepa_deploy.pages.tables import duration, number
+from sjepa_deploy.runtime.bench.cells import HARNESS, Cell, Samples
+from sjepa_deploy.runtime.bench.estimates import percentile
 from sjepa_deploy.runtime.bench.results import DecisionAge
-from sjepa_deploy.runtime.bench.tables import duration, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,23 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from sjepa_deploy.pages.tables import NOTHING, Column, Entry, Row, Table, duration, number, plain, without_empty_columns
 from sjepa_deploy.parity import NOT_FINITE, ParityResult
 from sjepa_deploy.runtime.bench.cells import HARNESS, PERCENTS, Cell, CellKey, Estimate, Scenario
 from sjepa_deploy.runtime.bench.compare import Comparison
 from sjepa_deploy.runtime.bench.results import BenchReport, Judgement
-from sjepa_deploy.runtime.bench.tables import (
-    NOTHING,
-    Column,
-    Entry,
-    Row,
-    Table,
-    duration,
-    estimate,
-    number,
-    percentile,
-    plain,
-    without_empty_columns,
-)
+from sjepa_deploy.runtime.bench.words import estimate, percentile
 from sjepa_deploy.runtime.machine import MachineState
 
 

@@ -1,12 +1,13 @@
-"""Makes the sentences of a report from kinds and values, where the sentences are printed."""
+"""Makes the sentences and table entries of a report from kinds and values, where these are printed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sjepa_deploy.pages.tables import NOTHING, Entry, number
+from sjepa_deploy.runtime.bench.cells import Estimate, Percentile
 from sjepa_deploy.runtime.bench.noise import MAX_STOLEN_FROM_CELL
 from sjepa_deploy.runtime.bench.results import BenchReport, Disturbance, Ending, Noise
-from sjepa_deploy.runtime.bench.tables import number
 
 
 def why_partial(report: BenchReport) -> str:
@@ -61,3 +62,19 @@ def spans(numbers: Sequence[int]) -> str:
         else:
             found.append([each])
     return ", ".join(f"{first}{f' to {rest[-1]}' if rest else ''}" for first, *rest in found)
+
+
+def estimate(value: Estimate | None, factor: float = 1.0) -> Entry:
+    """Return an entry for a figure with its interval."""
+    if value is None:
+        return NOTHING
+    low, high = value.low, value.high
+    interval = "" if low is None or high is None else f"{number(low * factor)} to {number(high * factor)}"
+    return Entry(text=number(value.value * factor), small=interval, sort=value.value * factor)
+
+
+def percentile(found: Percentile) -> Entry:
+    """Return an entry for a percentile, or for how many samples it would need."""
+    if found.value is not None:
+        return estimate(found.value)
+    return Entry(text=f"needs {number(found.n_needed)}", absent=True)

@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from sjepa_deploy.runtime.bench.cells import Estimate, Percentile
-
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
@@ -109,22 +107,6 @@ def duration(seconds: float) -> str:
 def plain(value: float | None, unit: str = "") -> Entry:
     """Return an entry for a number that may be missing."""
     return NOTHING if value is None else Entry(text=f"{number(value)}{unit}", sort=value)
-
-
-def estimate(value: Estimate | None, factor: float = 1.0) -> Entry:
-    """Return an entry for a figure with its interval."""
-    if value is None:
-        return NOTHING
-    low, high = value.low, value.high
-    interval = "" if low is None or high is None else f"{number(low * factor)} to {number(high * factor)}"
-    return Entry(text=number(value.value * factor), small=interval, sort=value.value * factor)
-
-
-def percentile(found: Percentile) -> Entry:
-    """Return an entry for a percentile, or for how many samples it would need."""
-    if found.value is not None:
-        return estimate(found.value)
-    return Entry(text=f"needs {number(found.n_needed)}", absent=True)
 
 
 # ---- Markdown -------------------------------------------------------------------------------------------------------------

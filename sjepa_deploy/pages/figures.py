@@ -36,7 +36,7 @@ SERIES = tuple(f"#f0{i:02x}01" for i in range(N_SERIES))
 INK, FAINT, GRID, BAD = "#f1a001", "#f1b001", "#f1c001", "#f1d001"
 _CSS = {colour: f"var(--series-{i})" for i, colour in enumerate(SERIES)} | {
     INK: "var(--ink)",
-    FAINT: "var(--faint)",
+    FAINT: "var(--soft)",
     GRID: "var(--grid)",
     BAD: "var(--bad)",
 }
