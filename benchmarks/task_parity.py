@@ -23,8 +23,8 @@ from sjepa_deploy.eeg.montage import read_montage
 from sjepa_deploy.eeg.prepared import prepare
 from sjepa_deploy.eeg.recording import fit_recording
 from sjepa_deploy.eeg.steps import BandPass, Channels, Phase, Reference, Resample
-from sjepa_deploy.evaluation.metrics import balanced_accuracy
 from sjepa_deploy.evaluation.task import live_windows
+from sjepa_deploy.learning.metrics import balanced_accuracy
 from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.spec import EncoderSpec, EventWindow, ModelSpec, SignalSpec
 
@@ -107,7 +107,7 @@ def main() -> None:
             for variant in VARIANTS:
                 spec = ModelSpec(variant=variant, signal=signal, n_outputs=2, class_names=CLASSES, encoder=ENCODER)
                 model = learned(spec, taught.eeg, labels(taught.events.description), seed)
-                live = np.stack(list(live_windows(test, causal, starts, spec, interpolate=0.0, seed=seed)))
+                live = np.stack(list(live_windows(test, causal, starts, spec.signal, interpolate=0.0, seed=seed)))
                 with torch.inference_mode():
                     decided = [model(torch.as_tensor(eeg)).numpy().argmax(axis=1) for eeg in (judged.eeg, live)]
                 offline, online = (balanced_accuracy(truth, np.eye(2)[each]) for each in decided)

@@ -102,6 +102,7 @@ def test_the_arrows_that_are_known_are_found():
         ("sjepa_deploy.runtime", "sjepa_deploy.export"),
         ("sjepa_deploy.runtime", "sjepa_deploy.learning"),
         ("sjepa_deploy.runtime", "sjepa_deploy.evaluation"),
+        ("sjepa_deploy.learning", "sjepa_deploy.evaluation"),
         ("sjepa_deploy.serving", "sjepa_deploy.evaluation"),
         ("sjepa_deploy.export", "sjepa_deploy.evaluation"),
         ("sjepa_deploy.eeg", "sjepa_deploy.learning"),

@@ -15,11 +15,11 @@ from torch.utils.data import DistributedSampler
 
 from sjepa_deploy.cli import run_command
 from sjepa_deploy.cli.finetune import finetune as command
-from sjepa_deploy.evaluation.metrics import balanced_weights, best_threshold
 from sjepa_deploy.learning.data import DataConfig, Target, split_windows
 from sjepa_deploy.learning.finetune import FinetuneConfig, finetune
 from sjepa_deploy.learning.loading import load_windows
 from sjepa_deploy.learning.loop import Engine
+from sjepa_deploy.learning.metrics import balanced_weights, best_threshold
 from sjepa_deploy.models.checkpoint import TRAINING_KEY
 from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.serialize import encode

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from sjepa_deploy.evaluation.metrics import scores
+from sjepa_deploy.learning.metrics import scores
 
 
 def test_regression_scores_equal_those_of_scikit_learn():

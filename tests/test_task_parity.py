@@ -157,7 +157,7 @@ def test_a_model_of_a_recorded_experiment_decides_live_as_in_training(recorded, 
     assert [way.score.value for way in result.ways] == pytest.approx([score] * 3)
     fitted = fit_recording(raw, signal)
     starts, whole = fitted.place_windows(events.onset, -0.5)
-    live = np.stack(list(live_windows(raw, fitted, starts[whole], bundle.spec, interpolate=0.0, seed=3)))
+    live = np.stack(list(live_windows(raw, fitted, starts[whole], bundle.spec.signal, interpolate=0.0, seed=3)))
     assert live.tobytes() == prepared.eeg.tobytes()
     with load(bundle, check_unit=False) as predict:
         assert np.concatenate([predict(window[None]) for window in live]).tobytes() == offline.tobytes()

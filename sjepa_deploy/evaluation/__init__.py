@@ -1,1 +1,1 @@
-"""Evaluates decoders: scores with intervals, and whether the live decoder decodes what the model learned."""
+"""Evaluates decoders over folds, seeds and recordings, and says whether the live decoder decodes what the model learned."""

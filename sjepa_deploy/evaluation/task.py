@@ -18,8 +18,8 @@ from sjepa_deploy.eeg.pauses import Segment, segments_of
 from sjepa_deploy.eeg.recording import fit_recording
 from sjepa_deploy.eeg.windows import FittedRecording
 from sjepa_deploy.errors import BundleError, RecordingError, listed
-from sjepa_deploy.evaluation.metrics import Score, balanced_accuracy, r2
 from sjepa_deploy.files import bytes_hash, json_file, load_json, seal, write_atomically
+from sjepa_deploy.learning.metrics import Score, balanced_accuracy, r2
 from sjepa_deploy.runtime.backend import open_backend
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
@@ -27,7 +27,7 @@ from sjepa_deploy.runtime.live.sources import ReplaySource
 from sjepa_deploy.runtime.live.windows import WindowStream
 from sjepa_deploy.runtime.predictor import Predictor
 from sjepa_deploy.serialize import DecodeError, decode, encode
-from sjepa_deploy.spec import ModelSpec
+from sjepa_deploy.spec import ModelSpec, SignalSpec
 
 if TYPE_CHECKING:
     import mne
@@ -168,7 +168,7 @@ def check_task(
         "PyTorch": np.concatenate([reference.run(windows[i : i + BATCH]) for i in range(0, len(windows), BATCH)]),
         "offline": predict.predict(windows),
     }
-    streamed = np.stack(list(live_windows(raw, causal, live_starts, spec, interpolate=interpolate, seed=seed)))
+    streamed = np.stack(list(live_windows(raw, causal, live_starts, signal, interpolate=interpolate, seed=seed)))
     outputs["live"] = np.concatenate([predict(window[None]) for window in streamed])
     same = [live.tobytes() == offline.tobytes() for live, offline in zip(streamed, causal.cut(live_starts), strict=True)]
     decisions = {name: _decisions(out, spec) for name, out in outputs.items()}
@@ -282,7 +282,7 @@ def live_windows(
     raw: mne.io.BaseRaw,
     fitted: FittedRecording,
     starts: NDArray[np.intp],
-    spec: ModelSpec,
+    signal: SignalSpec,
     *,
     interpolate: float,
     seed: int,
@@ -307,11 +307,11 @@ def live_windows(
         place = places[segment.onset]
         samples = np.ascontiguousarray(raw.get_data(start=place.start, stop=place.stop).T)
         source = ReplaySource(info, samples, speed=float("inf"), chunk=lambda: int(rng.integers(1, 500)))
-        stream = WindowStream(spec.signal, info, config, counters=Counters(), report=lambda kind, text: None)
+        stream = WindowStream(signal, info, config, counters=Counters(), report=lambda kind, text: None)
         while (chunk := source.read(0.0)) is not None:
             for window in stream.push(chunk):
                 if window.index in wanted:
-                    found[segment.start + window.index] = finish_windows(spec.signal, stream.eeg())[0].copy()
+                    found[segment.start + window.index] = finish_windows(signal, stream.eeg())[0].copy()
     yield from (found[int(start)] for start in starts)
 
 

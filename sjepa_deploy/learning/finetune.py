@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sjepa_deploy.errors import DataError, TrainingError, listed
-from sjepa_deploy.evaluation.metrics import CLASSIFICATION, REGRESSION, Score, balanced_weights, best_threshold, scores
 from sjepa_deploy.files import write_atomically
 from sjepa_deploy.learning.data import DataConfig, Split, Target, Windows, split_windows
 from sjepa_deploy.learning.loading import load_windows
@@ -32,6 +31,7 @@ from sjepa_deploy.learning.loop import (
     fit,
     predict,
 )
+from sjepa_deploy.learning.metrics import CLASSIFICATION, REGRESSION, Score, balanced_weights, best_threshold, scores
 from sjepa_deploy.learning.origin import ORIGIN_KEY, SPLIT_FILE, Origin, check_unseen, origin_of, split_table, stored_origin
 from sjepa_deploy.learning.progress import Epoch
 from sjepa_deploy.learning.report import DataReport, report_on
