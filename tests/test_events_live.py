@@ -22,7 +22,8 @@ from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.lines import write_lines
-from sjepa_deploy.runtime.live.markers import ChannelMarkers, Event, PlannedMarkers, RepeatedMarkers
+from sjepa_deploy.runtime.live.markers import Event, PlannedMarkers, RepeatedMarkers
+from sjepa_deploy.runtime.live.open_markers import open_markers
 from sjepa_deploy.runtime.live.recorder import read_record, record
 from sjepa_deploy.runtime.live.replay import replay
 from sjepa_deploy.runtime.live.schedule import Events
@@ -190,21 +191,55 @@ def test_an_event_over_lost_samples_has_no_window():
     assert counters.skipped_gap == 2
 
 
-def test_a_trigger_channel_names_events_by_its_rising_values():
-    """The oracle is `mne.find_events`; the chunks have one sample, or many."""
-    rng = np.random.default_rng(3)
-    values = np.repeat(rng.integers(0, 4, 200), rng.integers(1, 6, 200)).astype(float)
-    raw = mne.io.RawArray(values[None], mne.create_info(["STI"], 100.0, "stim"), verbose="error")
-    want = mne.find_events(raw, stim_channel="STI", consecutive="increasing", shortest_event=1, verbose="error")
+def heard(address, values, size, stamps=None, began=-np.inf):
+    """Return (sample, name) of the events that a trigger channel has."""
     info = StreamInfo(name="amp", ch_names=("Fz", "STI"), sfreq=100.0, unit="V")
-    for size in (1, 7, 1000):
-        markers = ChannelMarkers(info, "sti")
-        for chunk in chunks_of(np.stack([0 * values, values], axis=1), np.arange(len(values)) / 100.0, size):
-            markers.hear(chunk, 0.0)
-        found = [(round(event.onset * 100), event.description) for event in markers.read()]
-        assert found == [(int(sample), f"{code}") for sample, _, code in want if sample > 0]
-    with pytest.raises(StreamError, match="Trigger"):
-        ChannelMarkers(info, "Trigger")
+    (markers,) = open_markers([address], ScriptedSource(info, []))
+    stamps = np.arange(len(values)) / 100.0 if stamps is None else stamps
+    for chunk in chunks_of(np.stack([0 * values, values], axis=1), stamps, size):
+        markers.hear(chunk, 0.0, began)
+    return [(event.onset * 100, event.description) for event in markers.read()]
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize("mask", [None, 0b0110, 0b1000_0001])
+def test_a_trigger_channel_names_events_by_its_rising_values(size, mask):
+    """The oracle is `mne.find_events`, which masks too."""
+    rng = np.random.default_rng(3)
+    values = np.repeat(rng.integers(0, 256, 200), rng.integers(1, 6, 200)).astype(float)
+    values = np.r_[values, 0.0]
+    raw = mne.io.RawArray(values[None], mne.create_info(["STI"], 100.0, "stim"), verbose="error")
+    want = mne.find_events(raw, "STI", consecutive="increasing", shortest_event=1, mask=mask, verbose="error")
+    found = heard("channel:sti" if mask is None else f"channel:sti,mask={mask:#x}", values, size)
+    assert [(round(sample), name) for sample, name in found] == [(int(sample), f"{code}") for sample, _, code in want]
+    assert len(found) > 20
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6)), min_size=1, max_size=40), st.integers(1, 5), st.integers(1, 50))
+def test_values_that_do_not_last_are_none(runs, least, size):
+    """The oracle drops short runs of the whole channel, and looks where what is left rises."""
+    values = np.array([value for value, n in runs for _ in range(n)], float)
+    starts = [(value, [i for i, _ in run]) for value, run in itertools.groupby(enumerate(values), key=lambda each: each[1])]
+    lasting = [(value, run[0]) for value, run in starts if len(run) >= least]
+    want = [(start, f"{value:g}") for (before, _), (value, start) in itertools.pairwise(lasting) if value > before]
+    found = heard(f"channel:STI,debounce={least / 100}", values, size)
+    assert [(round(sample), name) for sample, name in found] == want
+
+
+def test_a_value_that_rose_in_a_loss_has_no_onset():
+    """The first sample after the loss is not when the event was; other edges keep their samples."""
+    values = np.array([0, 0, 5, 0, 7, 7, 0, 3, 0], float)
+    stamps = np.r_[0:4, 40:45] / 100.0
+    (first, _), (lost, name), (last, _) = heard("channel:STI", values, 3, stamps, began=0.4)
+    assert (first, last, name) == (2, pytest.approx(43), "7")
+    assert np.isnan(lost)
+
+
+@pytest.mark.parametrize("text", ["Trigger", "STI,mask=no", "STI,mask=0", "STI,debounce=-1", "STI,debounce=x", "STI,edge=up"])
+def test_a_trigger_channel_that_cannot_be_is_refused(text):
+    with pytest.raises(StreamError):
+        heard(f"channel:{text}", np.zeros(3), 1)
 
 
 @pytest.fixture(scope="module")
@@ -400,6 +435,13 @@ def test_the_annotations_of_a_file_are_its_events(tmp_path, make_bundle, capsys)
         for line, window in zip(found.values(), prepared.eeg, strict=True):
             assert line["prediction"] == predict(window[None])[0].ravel().tolist()
     assert "at events (a, b)" in capsys.readouterr().out
+    table = tmp_path / "trials.tsv"
+    table.write_text("onset\ttrial_type\n" + "".join(f"{onset}\tx\n" for onset in onsets))
+    assert run_stream(bundle.path, *options, "--force", "--events", table, "--tmin", "0.25") == 0, capsys.readouterr().err
+    of_table = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["onset"], line["prediction"]) for line in of_table if "prediction" in line] == [
+        (line["onset"], line["prediction"]) for line in found.values()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -412,7 +454,8 @@ def test_the_annotations_of_a_file_are_its_events(tmp_path, make_bundle, capsys)
         (["--source", "synthetic", "--events", "all", "--tmin", "0", "--markers", "channel:STI"], "STI"),
         (["--source", "synthetic", "--events", "all", "--tmin", "0", "--markers", "cloud:9"], "lsl:NAME"),
         (["--source", "synthetic", "--markers", "every:1"], "--events"),
-        (["--source", "synthetic", "--events", "trials.tsv", "--markers", "every:1"], "table"),
+        (["--source", "synthetic", "--events", "trials.tsv", "--tmin", "0", "--markers", "every:1"], "table"),
+        (["--source", "synthetic", "--events", "gone.tsv", "--tmin", "0"], "gone.tsv"),
         (["--source", "synthetic", "--events", "all", "--tmin", "0", "--markers", "every:1", "--late", "hold"], "--late"),
         (["--replay", "old.xdf", "--events", "all"], "--events"),
     ],

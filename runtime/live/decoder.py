@@ -299,7 +299,7 @@ class Decoder:
         yield from self._mark()
         yield from self._decide(self.windows.push(chunk), chunk.received)
         for markers in self._markers:
-            markers.hear(chunk, self.windows.offset)
+            markers.hear(chunk, self.windows.offset, self.windows.began)
         yield from self._mark()
         for take in self._on_chunk:
             take(chunk)

@@ -67,7 +67,7 @@ class LslMarkers:
         self._thread = threading.Thread(target=self._keep_reading, name=f"markers of {name}", daemon=True)
         self._thread.start()
 
-    def hear(self, chunk: Chunk, offset: float) -> None:
+    def hear(self, chunk: Chunk, offset: float, began: float) -> None:
         """Do nothing: the markers do not depend on samples."""
 
     def read(self) -> list[Event]:

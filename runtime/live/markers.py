@@ -51,8 +51,12 @@ class MarkerSource(Protocol):
     incidents: deque[Incident]
     n_lost: int
 
-    def hear(self, chunk: Chunk, offset: float) -> None:
-        """Look at samples that came; `offset` seconds bring their stamps to the source's clock."""
+    def hear(self, chunk: Chunk, offset: float, began: float) -> None:
+        """Look at samples that came.
+
+        `offset` seconds bring their stamps to the source's clock. `began` is the time of the first one after the last loss, on
+        that clock.
+        """
         ...
 
     def read(self) -> list[Event]:
@@ -88,7 +92,7 @@ class PlannedMarkers:
         self.incidents: deque[Incident] = deque()
         self.n_lost = 0
 
-    def hear(self, chunk: Chunk, offset: float) -> None:
+    def hear(self, chunk: Chunk, offset: float, began: float) -> None:
         """Do nothing: the plan does not depend on samples."""
 
     def read(self) -> list[Event]:
@@ -148,31 +152,53 @@ class ChannelMarkers:
         The stream.
     name : str
         The channel.
+    mask : int or None
+        Bits of the value that count, as `mask` of `mne.find_events`. None takes the whole value.
+    debounce : float
+        Seconds for which a value must stay the same: shorter ones, as of lines that do not switch at once, are no values. The
+        event is at the first sample of its value, and its marker comes that much later.
 
     Raises
     ------
     StreamError
-        If the stream has no such channel.
+        If the stream has no such channel, the mask has no bits, or the time is none.
     """
 
-    def __init__(self, info: StreamInfo, name: str) -> None:
+    def __init__(self, info: StreamInfo, name: str, *, mask: int | None = None, debounce: float = 0.0) -> None:
         names = [one.casefold() for one in info.ch_names]
         if name.casefold() not in names:
             raise StreamError(
                 f"{info.name} has no channel {name}; its channels are {listed(info.ch_names)}.", "Name the trigger channel."
             )
-        self._column = names.index(name.casefold())
-        self._last: float | None = None
+        if mask is not None and mask <= 0:
+            raise StreamError(f"The mask {mask} has no bits.", "Use for example mask=255 for the lowest eight.")
+        if not (math.isfinite(debounce) and debounce >= 0):
+            raise StreamError(f"A value cannot last for {debounce:g} s.", "Give seconds, as debounce=0.005.")
+        self._column, self._mask = names.index(name.casefold()), mask
+        self._least = max(1, math.ceil(debounce * info.sfreq - 1e-6))
+        self._value: float | None = None  # that counts
+        self._newest: float | None = None
+        self._since, self._n = math.nan, 0  # onset of the newest value, and for how many samples it has lasted
         self._found: list[Event] = []
         self.incidents: deque[Incident] = deque()
         self.n_lost = 0
 
-    def hear(self, chunk: Chunk, offset: float) -> None:
-        """Look for rising values. The value of the first sample of all is no event."""
+    def hear(self, chunk: Chunk, offset: float, began: float) -> None:
+        """Look for rising values. The first value of all is no event, and nobody knows when one rose that rose in a loss."""
         for value, stamp in zip(chunk.samples[:, self._column].tolist(), chunk.stamps.tolist(), strict=True):
-            if self._last is not None and value > self._last and value != 0:
-                self._found.append(Event(stamp + offset, f"{value:g}", chunk.received))
-            self._last = value
+            if not math.isfinite(value):
+                continue
+            if self._mask is not None:
+                value = round(value) & self._mask
+            if value != self._newest:
+                onset = stamp + offset
+                self._newest, self._n = value, 0
+                self._since = math.nan if onset == began else onset
+            self._n += 1
+            if self._n >= self._least and value != self._value:
+                if self._value is not None and value > self._value:
+                    self._found.append(Event(self._since, f"{value:g}", chunk.received))
+                self._value = value
 
     def read(self) -> list[Event]:
         """Return the events that were found since the last call."""

@@ -1,15 +1,21 @@
-"""Opens sources of markers from their addresses: `annotations`, `channel:NAME`, `every:SECONDS`, `lsl:NAME`."""
+"""Opens sources of markers from their addresses: `annotations`, `channel:NAME`, `every:SECONDS`, `lsl:NAME`, `table:FILE`."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
+from sjepa_deploy.eeg.events import read_events
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.live.markers import ChannelMarkers, MarkerSource, PlannedMarkers, RepeatedMarkers
 from sjepa_deploy.runtime.live.sources import ReplaySource, Source
 
-ADDRESSES = "lsl:NAME, lsl:type=Markers, channel:NAME, annotations (of file:RECORDING), every:SECONDS (of synthetic)"
+ADDRESSES = (
+    "lsl:NAME, lsl:type=Markers, channel:NAME[,mask=255][,debounce=0.005], annotations (of file:RECORDING), table:FILE.tsv (of "
+    "a recording or synthetic), every:SECONDS (of synthetic)"
+)
 
 
 def open_markers(addresses: Sequence[str], source: Source) -> tuple[MarkerSource, ...]:
@@ -19,8 +25,10 @@ def open_markers(addresses: Sequence[str], source: Source) -> tuple[MarkerSource
     ----------
     addresses : sequence of str
         "lsl:NAME" or "lsl:type=Markers" (see `sjepa_deploy.runtime.live.lsl.find_stream`), a stream of markers; "channel:NAME", a
-        trigger channel of `source`; "annotations", those of the recording that `source` plays; "every:SECONDS", planted events
-        called "event" for the synthetic source. Empty: the annotations of a recording.
+        trigger channel of `source`, with ",mask=BITS" and ",debounce=SECONDS" (see `ChannelMarkers`); "annotations", those of the
+        recording that `source` plays; "table:FILE.tsv", those of a table (see `sjepa_deploy.eeg.events.read_events`), for a
+        recording or the synthetic source; "every:SECONDS", planted events called "event" for the synthetic source. Empty: the
+        annotations of a recording.
     source : Source
         Source of the samples, just opened.
 
@@ -51,8 +59,13 @@ def _open(address: str, source: Source) -> MarkerSource:
         if not (isinstance(source, ReplaySource) and source.plan is not None):
             raise StreamError(f"{source.info.name} has no annotations: it is no recording.", f"Use {ADDRESSES}.")
         return PlannedMarkers(source.plan, source.clock)
+    if kind == "table" and what:
+        if not isinstance(source, ReplaySource):
+            raise StreamError(f"{source.info.name} is no recording: nobody knows its events beforehand.", f"Use {ADDRESSES}.")
+        table = read_events(Path(what))
+        return PlannedMarkers(list(zip(source.when(table.onset).tolist(), table.description, strict=True)), source.clock)
     if kind == "channel" and what:
-        return ChannelMarkers(source.info, what)
+        return _open_channel(what, source)
     if kind == "every" and what:
         if not (isinstance(source, ReplaySource) and source.plan is None):
             raise StreamError("Only the synthetic source takes planted events.", f"Use {ADDRESSES}.")
@@ -66,3 +79,19 @@ def _open(address: str, source: Source) -> MarkerSource:
 
         return LslMarkers(what)
     raise StreamError(f"{address!r} is no source of markers.", f"Use one of {ADDRESSES}.")
+
+
+def _open_channel(text: str, source: Source) -> ChannelMarkers:
+    """Open a trigger channel: ``NAME[,mask=BITS][,debounce=SECONDS]``."""
+    name, *rest = text.split(",")
+    known: dict[str, Callable[[str], Any]] = {"mask": lambda value: int(value, 0), "debounce": float}
+    given: dict[str, Any] = {}
+    for part in rest:
+        key, _, value = part.partition("=")
+        try:
+            given[key.strip()] = known[key.strip()](value)
+        except (KeyError, ValueError):
+            raise StreamError(
+                f"{part.strip()!r} says nothing of a trigger channel.", "Write for example channel:STI,mask=0xFF,debounce=0.005."
+            ) from None
+    return ChannelMarkers(source.info, name, **given)

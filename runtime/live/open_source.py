@@ -7,11 +7,14 @@ import importlib.util
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
+from sjepa_deploy.eeg.events import events_of, nearest_sample
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.errors import MissingDependencyError, StreamError
@@ -19,8 +22,6 @@ from sjepa_deploy.runtime.live.sources import ReplaySource, Source, synthetic_so
 from sjepa_deploy.spec import SignalSpec, Unit
 
 if TYPE_CHECKING:
-    import mne
-
     from sjepa_deploy.eeg.pauses import Segment
 
 
@@ -162,24 +163,29 @@ def open_file(path: str, signal: SignalSpec, options: SourceOptions) -> ReplaySo
     segments = segments_of(raw)
     volts = np.concatenate([raw.get_data(start=segment.start, stop=segment.stop) for segment in segments], axis=1)
     breaks = np.cumsum([segment.stop - segment.start for segment in segments])[:-1].tolist()
+    when = partial(_when, segments=segments, sfreq=raw.info["sfreq"])
+    events = events_of(raw)
     return ReplaySource(
-        info, np.ascontiguousarray(volts.T), speed=options.speed, chunk=options.chunk, breaks=breaks, plan=_plan_of(raw, segments)
+        info,
+        np.ascontiguousarray(volts.T),
+        speed=options.speed,
+        chunk=options.chunk,
+        breaks=breaks,
+        plan=list(zip(when(events.onset).tolist(), events.description, strict=True)),
+        when=when,
     )
 
 
-def _plan_of(raw: mne.io.BaseRaw, segments: Sequence[Segment]) -> list[tuple[float, str]]:
-    """Return when the samples of the recording's events are due, in a stream that leaves its pauses out."""
-    from sjepa_deploy.eeg.events import events_of, nearest_sample
-
-    events, sfreq = events_of(raw), raw.info["sfreq"]
+def _when(seconds: NDArray[np.float64], *, segments: Sequence[Segment], sfreq: float) -> NDArray[np.float64]:
+    """Return when the samples at times of a recording are due, in a stream that leaves its pauses out."""
     onsets = np.array([segment.onset for segment in segments])
     begins = np.cumsum([0, *(segment.stop - segment.start for segment in segments)])
-    which = np.searchsorted(onsets - 0.5 / sfreq, events.onset, side="right") - 1
-    samples = nearest_sample(events.onset - onsets[np.maximum(which, 0)], sfreq)
-    due = (begins[np.maximum(which, 0)] + samples) / sfreq
+    which = np.searchsorted(onsets - 0.5 / sfreq, seconds, side="right") - 1
+    samples = nearest_sample(seconds - onsets[np.maximum(which, 0)], sfreq)
+    due: NDArray[np.float64] = (begins[np.maximum(which, 0)] + samples) / sfreq
     in_pause = (which >= 0) & (which < len(segments) - 1) & (samples >= np.diff(begins)[which])
     due[in_pause] = np.nan
-    return list(zip(due.tolist(), events.description, strict=True))
+    return due
 
 
 def open_synthetic(_: str, signal: SignalSpec, options: SourceOptions) -> ReplaySource:

@@ -180,6 +180,11 @@ class EventPlaces:
         """Return the samples until the next window is there, at least 1; a large number if no event waits."""
         return max(1, self._pending[0][0] - self._n_made) if self._pending else 2**31
 
+    @property
+    def began(self) -> float:
+        """Return the time of the first sample after the last interruption; -inf if there was none."""
+        return self._stretches[-1].first_stamp if self._stretches and not self._stretches[-1].first else -math.inf
+
     def add(self, event: Event) -> None:
         """Take an event, early or late."""
         if not self._events.wants(event.description):

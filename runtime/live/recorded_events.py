@@ -44,7 +44,7 @@ class RecordedMarkers:
         self._events = deque(events)
         self._n_heard = 0
 
-    def hear(self, chunk: Chunk, offset: float) -> None:
+    def hear(self, chunk: Chunk, offset: float, began: float) -> None:
         """Count samples that were decoded."""
         self._n_heard += len(chunk.stamps)
 

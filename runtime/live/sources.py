@@ -131,6 +131,8 @@ class ReplaySource:
         Samples before which the recorder had paused: a chunk begins with each, and says that the stream was interrupted.
     plan : sequence of (float, str) or None
         Events of a recording: seconds of this clock and description, NaN for an event in a pause. None if it is no recording.
+    when : callable
+        Returns the seconds of this clock for seconds of the recording's own time, NaN for a time in a pause.
     """
 
     def __init__(
@@ -144,10 +146,11 @@ class ReplaySource:
         stamps: Stamps | None = None,
         breaks: Sequence[int] = (),
         plan: Sequence[tuple[float, str]] | None = None,
+        when: Callable[[NDArray[np.float64]], NDArray[np.float64]] = lambda seconds: seconds,
     ) -> None:
         if not speed > 0:
             raise StreamError(f"The speed is {speed:g}.", "Use 1 for real time, or `inf` for as fast as possible.")
-        self.info, self.plan = info, plan
+        self.info, self.plan, self.when = info, plan, when
         self.incidents: deque[Incident] = deque()
         self.n_flushed = 0
         self.live = math.isfinite(speed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -147,6 +148,11 @@ class WindowStream:
     def offset(self) -> float:
         """Return the seconds that bring the stamps of chunks to the source's clock, where they are on another one."""
         return self._arrival.offset
+
+    @property
+    def began(self) -> float:
+        """Return the time of the first sample after the last loss, on the source's clock; -inf if nothing was lost."""
+        return -math.inf if self._places is None else self._places.began
 
     @property
     def codes(self) -> NDArray[np.int8]:

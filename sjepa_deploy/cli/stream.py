@@ -18,6 +18,7 @@ from sjepa_deploy.cli import console, entry, options, print_json
 from sjepa_deploy.cli import task as event_options
 from sjepa_deploy.cli.live import live_view, summary_table
 from sjepa_deploy.cli.task import EventChoice
+from sjepa_deploy.eeg.events import ALL
 from sjepa_deploy.errors import OutputError, ParityError, SjepaError
 from sjepa_deploy.evaluation.task import read_tasks
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
@@ -65,10 +66,17 @@ class Task:
     @property
     def schedule(self) -> Events | None:
         """Return the events of the stream that are decided; None for a decision every hop."""
-        names = self.events.events
-        if len(names) == 1 and names[0].endswith(".tsv"):
-            raise click.UsageError("A table of events is of --check. Name the events of a stream, or all.")
+        names = (ALL,) if self.events.table is not None else self.events.events
         return Events(names, self.events.tmin, self.history) if names else None
+
+    @property
+    def event_markers(self) -> tuple[str, ...]:
+        """Return where the events of the stream come from."""
+        if self.events.table is None:
+            return self.markers
+        if self.markers:
+            raise click.UsageError("A table of events tells them all. Leave --markers out, or name events of the markers.")
+        return (f"table:{self.events.table}",)
 
 
 def _task(
@@ -166,7 +174,7 @@ NO_LAYER = "none"
         multiple=True,
         metavar="ADDRESS",
         help="Where the events of --source come from, once for each: lsl:NAME, lsl:type=Markers, channel:NAME of the stream, "
-        "annotations, every:SECONDS for synthetic.  [default: annotations of a file]",
+        "annotations, every:SECONDS for synthetic.  [default: annotations of a file, or the table of --events]",
     ),
     click.option("--history", type=float, default=HISTORY_S, help="Seconds of samples that are kept for markers that come late."),
 )
@@ -302,7 +310,7 @@ def stream(
                 config,
                 decisions=layer,
                 schedule=task.schedule,
-                markers=task.markers,
+                markers=task.event_markers,
                 backend=choice.backend,
                 precision=choice.precision,
                 options=choice.options,

@@ -45,10 +45,15 @@ class EventChoice:
     classes: tuple[str, ...] | None
     column: str | None
 
+    @property
+    def table(self) -> Path | None:
+        """Return the path of the table of events; None where events are named."""
+        return Path(self.events[0]) if len(self.events) == 1 and self.events[0].endswith(".tsv") else None
+
     def find(self, raw: mne.io.BaseRaw) -> Events:
         """Return the chosen events of a recording."""
-        if len(self.events) == 1 and self.events[0].endswith(".tsv"):
-            return read_events(Path(self.events[0])).named((ALL,))
+        if self.table is not None:
+            return read_events(self.table).named((ALL,))
         return events_of(raw).named(self.events)
 
     def start(self, spec: ModelSpec) -> float:
