@@ -184,7 +184,8 @@ def fast(bundle: Path, hours: float, hop: float, sfreq: float, extra: list[str])
 
 def accounted(counters: dict[str, int]) -> bool:
     """Whether every window that was due has its decision, or is counted among those left out."""
-    return counters["windows"] == sum(counters[key] for key in ("decisions", "held", "skipped_late", "skipped_gap", "failed"))
+    reasons = ("held", "skipped_late", "skipped_gap", "skipped_paused", "failed")
+    return counters["windows"] == sum(counters[key] for key in ("decisions", *reasons))
 
 
 def percentiles(seconds: np.ndarray) -> dict[str, float]:

@@ -133,6 +133,10 @@ class StreamError(SjepaError):
     """Reports a live stream that cannot be found, breaks the model's contract, or was lost for good."""
 
 
+class CommandError(SjepaError, ValueError):
+    """Reports a command that a live decoder cannot take."""
+
+
 class DecisionError(SjepaError, ValueError):
     """Reports a decision layer that is missing, damaged, of another bundle, or cannot be fitted."""
 

@@ -107,9 +107,8 @@ def replay(predict, samples, chunk, *, info=None, **config):
 
 
 def assert_accounted(counters, decisions):
-    assert counters.windows == (
-        counters.decisions + counters.held + counters.skipped_late + counters.skipped_gap + counters.failed
-    )
+    skipped = counters.skipped_late + counters.skipped_gap + counters.skipped_paused
+    assert counters.windows == counters.decisions + counters.held + skipped + counters.failed
     assert len(decisions) == counters.decisions + counters.held
     assert [d.index for d in decisions] == sorted({d.index for d in decisions})
 

@@ -59,7 +59,8 @@ def assert_events_accounted(counters, n_decided):
         + counters.events_doubled
         + counters.events_ahead
     )
-    assert counters.windows == n_decided + counters.skipped_late + counters.skipped_gap + counters.failed
+    skipped = counters.skipped_late + counters.skipped_gap + counters.skipped_paused
+    assert counters.windows == n_decided + skipped + counters.failed
 
 
 def stream_windows(signal, info, chunks, arrivals, *, start, history=3.0):

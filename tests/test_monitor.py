@@ -88,7 +88,7 @@ def test_counters_are_those_of_the_decoder(make_bundle):
     taken = monitor.snapshot()
     assert taken.counters == decoder.counters
     assert taken.skips == {
-        "late": decoder.counters.skipped_late, "gap": decoder.counters.skipped_gap, "held": 0, "backend failed": 0
+        "late": decoder.counters.skipped_late, "gap": decoder.counters.skipped_gap, "paused": 0, "held": 0, "backend failed": 0
     }  # fmt: skip
     assert taken.counters.windows == taken.counters.decisions + taken.n_skipped
     assert taken.skips["late"] > 5

@@ -584,7 +584,7 @@ def test_monitor_follows_the_decoder(predict):
     shot = monitor.snapshot()
     assert shot.counters == counters
     assert shot.counters.samples_lost == 300
-    assert shot.skips == {"late": 0, "gap": counters.skipped_gap, "held": 0, "backend failed": 0}
+    assert shot.skips == {"late": 0, "gap": counters.skipped_gap, "paused": 0, "held": 0, "backend failed": 0}
     assert ChannelState(shot.quality.state[2]) is ChannelState.FLAT
     assert shot.quality.repaired.tolist() == [False, False, True] + [False] * 5
     assert any("300 samples" in incident.text for incident in shot.incidents)

@@ -569,5 +569,6 @@ def test_counters_name_every_way_out_of_the_invariant():
         "held",
         "skipped_late",
         "skipped_gap",
+        "skipped_paused",
         "failed",
     }

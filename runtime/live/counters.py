@@ -9,9 +9,9 @@ from dataclasses import dataclass
 class Counters:
     """Counts what happened to every sample and every window.
 
-    ``windows = decisions + held + skipped_late + skipped_gap + failed``. A decoder of events makes one window for each event that
-    can have one: ``events = windows + events_before_start + events_past_end + events_past_history + events_doubled +
-    events_ahead`` once it has ended.
+    ``windows = decisions + held + skipped_late + skipped_gap + skipped_paused + failed``. A decoder of events makes one
+    window for each event that can have one: ``events = windows + events_before_start + events_past_end + events_past_history +
+    events_doubled + events_ahead`` once it has ended.
 
     Attributes
     ----------
@@ -26,9 +26,9 @@ class Counters:
         Windows that were due.
     decisions, held : int
         Windows decoded, and windows answered by the last decision because they were late (`late="hold"`).
-    skipped_late, skipped_gap, failed : int
-        Windows left out because they were late (`late="skip"`), because samples are missing in them, or because the backend
-        failed, or its server did not answer.
+    skipped_late, skipped_gap, skipped_paused, failed : int
+        Windows left out because they were late (`late="skip"`), because samples are missing in them, because the decoder was
+        paused, or because the backend failed, or its server did not answer.
     events, events_before_start, events_past_end, events_past_history, events_doubled, events_ahead : int
         Events that came; and of these, events whose windows begin before the first sample, or end after the last one; whose
         markers came when their samples were kept no more; that came twice; and whose stamps are too far ahead of the samples.
@@ -54,6 +54,7 @@ class Counters:
     held: int = 0
     skipped_late: int = 0
     skipped_gap: int = 0
+    skipped_paused: int = 0
     failed: int = 0
     events: int = 0
     events_before_start: int = 0

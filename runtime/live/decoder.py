@@ -16,6 +16,7 @@ from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, BackendOptions
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
 from sjepa_deploy.runtime.decisions.stored import check_bundle
 from sjepa_deploy.runtime.live.calls import BackendCalls
+from sjepa_deploy.runtime.live.commands import BadChannels, Commands, Executed, Mark, Pause, Reply, Start, Status, Stop
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decision import Decision
@@ -30,6 +31,7 @@ from sjepa_deploy.runtime.live.sources import Chunk, Incident, Source
 from sjepa_deploy.runtime.live.waiting import Waiting
 from sjepa_deploy.runtime.live.windows import Window, WindowStream
 from sjepa_deploy.runtime.predictor import Predictor, load
+from sjepa_deploy.serialize import encode
 from sjepa_deploy.spec import RunPrecision, Unit
 
 POLL_S = 0.1
@@ -63,6 +65,10 @@ class Decoder:
     ----------
     counters : Counters
         Counts of what happened to every sample and every window.
+    commands : Commands
+        Takes commands from other threads, as `Pause` and `Mark`.
+    paused : bool
+        Whether windows get no decision until `Start`.
 
     Raises
     ------
@@ -111,6 +117,8 @@ class Decoder:
         self._on_incident: list[Callable[[Incident], object]] = []
         self._on_event: list[Callable[[Event], object]] = []
         self._on_undecided: list[Callable[[Undecided], object]] = []
+        self.commands = Commands(source.clock)
+        self.paused = False
         self._markers = tuple(markers)
         self._names = EventNames(schedule)
         self._repeats = Repeats()
@@ -141,6 +149,13 @@ class Decoder:
         self._heard = monotonic()
         self._silent = False
         self._stop_at = math.inf
+        take = self.commands.handle
+        take(Status, lambda command, asked: self._status())
+        take(Start, lambda command, asked: self._pause(False))
+        take(Pause, lambda command, asked: self._pause(True))
+        take(Stop, lambda command, asked: self._obey_stop())
+        take(Mark, self._obey_mark)
+        take(BadChannels, lambda command, asked: self._obey_bads(command))
 
     @classmethod
     def open(
@@ -238,6 +253,10 @@ class Decoder:
         """Call `callback` with every event that gets no decision."""
         self._on_undecided.append(callback)
 
+    def on_command(self, callback: Callable[[Executed], object]) -> None:
+        """Call `callback` with every command that was answered, see `Commands`."""
+        self.commands.on_executed(callback)
+
     def __iter__(self) -> Iterator[Decision]:
         """Give decisions until the source ends, or `stop` is called."""
         calls = self._calls
@@ -257,6 +276,7 @@ class Decoder:
                     yield from self._mark()
                     self._watch()
                     self._stopping |= self.source.clock() >= self._stop_at
+                self.commands.execute_next(self.counters.samples)
                 self._tell_repeated()
                 if calls.keep_warm is not None:
                     calls.fill_pause()
@@ -267,6 +287,7 @@ class Decoder:
                 self.counters.failed += 1
                 if window.event is not None:
                     self._tell_undecided(Undecided(window.event, "failed"))
+            self.commands.close(self.counters.samples)
             self._tell_repeated(ending=True)
 
     def run(self) -> Counters:
@@ -325,6 +346,11 @@ class Decoder:
 
     def _decide(self, windows: Iterable[Window], received: float) -> Iterator[Decision]:
         for window in windows:
+            if self.paused:
+                self.counters.skipped_paused += 1
+                if window.event is not None:
+                    self._tell_undecided(Undecided(window.event, "paused"))
+                continue
             n_late = self.counters.skipped_late
             decision = self._calls.decide(window, received)
             if decision is not None:
@@ -352,6 +378,38 @@ class Decoder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _status(self) -> Reply:
+        bundle = self.predict.bundle
+        data = {
+            "time": self.source.clock(),
+            "bundle": bundle.path.name,
+            "digest": bundle.manifest.digest,
+            "backend": self.predict.backend.name,
+            "decisions": None if self.layer is None else self.layer.description.name,
+            "source": self.source.info.name,
+            "interpolated": encode(self.windows.interpolated),
+            "counters": encode(self.counters),
+        }
+        return Reply(accepted=True, text="paused" if self.paused else "deciding", data=data)
+
+    def _pause(self, paused: bool) -> Reply:
+        was, self.paused = self.paused, paused
+        return Reply(accepted=True, text=f"{'Already' if was == paused else 'Now'} {'paused' if paused else 'deciding'}.")
+
+    def _obey_stop(self) -> Reply:
+        self.stop()
+        return Reply(accepted=True, text="The run ends.")
+
+    def _obey_mark(self, mark: Mark, asked: float) -> Reply:
+        incident = Incident(kind="mark", time=asked, text=mark.text, sample=self.counters.samples)
+        for tell in self._on_incident:  # equal ones are all told
+            tell(incident)
+        return Reply(accepted=True, text=f"Marked at {asked:.3f} s.")
+
+    def _obey_bads(self, command: BadChannels) -> Reply:
+        self.windows.name_bads(command.names)
+        return Reply(accepted=True, text=f"Named as bad: {', '.join(command.names) or 'none'}.")
 
     def _watch(self) -> None:
         """Look how long the source has been silent."""

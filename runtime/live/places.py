@@ -23,8 +23,8 @@ from sjepa_deploy.runtime.live.markers import Event
 from sjepa_deploy.runtime.live.schedule import Events
 from sjepa_deploy.spec import SignalSpec
 
-Reason = Literal["gap", "before start", "past end", "past history", "doubled", "ahead", "late", "failed"]
-"""Why an event has no decision. "late" and "failed" are said of its window; the others mean that the event has no window."""
+Reason = Literal["gap", "before start", "past end", "past history", "doubled", "ahead", "late", "paused", "failed"]
+"""Why an event has no decision. "late", "paused" and "failed" are said of its window; for the others there is no window."""
 
 MOST_AHEAD_S = 60.0
 """Seconds beyond which an event is not waited for: its stamp is of another clock."""

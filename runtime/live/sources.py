@@ -54,7 +54,7 @@ class Incident:
     ----------
     kind : str
         From the source: "flushed", "lost", "reconnected". From the decoder: "gap", "interruption", "clock", "clock reset",
-        "bridged", "rate", "channel", "silent", "deadline", "unanswered". From what writes: "record", "out".
+        "bridged", "rate", "channel", "silent", "deadline", "unanswered", "mark". From what writes: "record", "out".
     time : float
         Seconds of the source's clock.
     text : str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -163,6 +163,10 @@ class WindowStream:
     def interpolated(self) -> tuple[str, ...]:
         """Return the channels of the model that are made from others now."""
         return self._conditioner.interpolated
+
+    def name_bads(self, names: Sequence[str]) -> None:
+        """Count these channels of the stream as bad from the next sample on, see `Conditioner.name_bads`."""
+        self._conditioner.name_bads(names)
 
     def eeg(self, behind: int = 0) -> NDArray[np.float32]:
         """Return the window whose newest sample came `behind` samples ago (`Window.behind`), shape (1, n_chans, n_times)."""

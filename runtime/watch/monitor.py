@@ -38,7 +38,13 @@ TIME_EDGES: tuple[float, ...] = (*(round(step * 10.0**decade, 9) for decade in r
 SAMPLES_FOR_P99 = 100
 """A 99th percentile of fewer values than this would be their largest, and is not given."""
 
-SKIPS = {"skipped_late": "late", "skipped_gap": "gap", "held": "held", "failed": "backend failed"}
+SKIPS = {
+    "skipped_late": "late",
+    "skipped_gap": "gap",
+    "skipped_paused": "paused",
+    "held": "held",
+    "failed": "backend failed",
+}
 """Reasons why a window has no decision of its own: the counter, and the reason in words."""
 
 Measure = Literal["age", "latency"]

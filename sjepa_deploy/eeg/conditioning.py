@@ -101,6 +101,7 @@ class Conditioner:
         self.codes = np.zeros(n, np.int8)
         self.n_non_finite = 0
         self._non_finite = self._spoilt = np.zeros(n, bool)  # now, and somewhere in this block
+        self._named = np.zeros(n, bool)
         self._any_non_finite = False
         self._newest = np.zeros(n)
         self._n_made = 0
@@ -170,6 +171,29 @@ class Conditioner:
         self._update(self._newest)
         return True
 
+    def name_bads(self, names: Sequence[str]) -> None:
+        """Count these channels of the stream as bad from the next sample on, and no others but those that look bad.
+
+        Raises
+        ------
+        StreamError
+            If there are no such channels, bad channels end the stream, or too few others are left to repair the channels by.
+        """
+        number = {name.casefold(): i for i, name in enumerate(self.ch_names)}
+        if unknown := sorted({name for name in names if name.casefold() not in number}):
+            raise StreamError(f"{self._info.name} has no channels {listed(unknown)} that the model uses.", "Name others.")
+        named = np.zeros(len(number), bool)
+        named[[number[name.casefold()] for name in names]] = True
+        if named.any() and self._policy == "stop":
+            raise StreamError("A bad channel would end this stream.", "Use another --bad-channels.")
+        if self._policy == "repair":
+            bad = [name for name, is_bad in zip(self.ch_names, named | (self.codes != ChannelState.OK), strict=True) if is_bad]
+            if len(self.ch_names) - len(bad) < LEAST_GOOD:
+                raise StreamError(f"{len(bad)} channels would be bad, too many to repair.", "Name fewer channels.")
+            mixing_matrix(self.ch_names, self._signal, bad)
+        self._named = named
+        self._update(self._newest)
+
     def restart(self) -> None:
         """Start anew: the next sample does not follow the last one."""
         self._started = False
@@ -203,6 +227,7 @@ class Conditioner:
     def _update(self, sample: FloatArray) -> None:
         """Bring the verdicts on the channels up to date, and act on those that changed."""
         codes = np.where(self._non_finite, ChannelState.NAN, self._quality.codes).astype(np.int8)
+        codes[self._named] = ChannelState.MISSING
         changed = np.flatnonzero(codes != self.codes)
         if not len(changed):
             return
@@ -218,7 +243,7 @@ class Conditioner:
                 "Mend the electrodes, or use another --bad-channels.",
             )
         self._any_bad = bool(bad)
-        if recovered:
+        if recovered and self._started:
             self._chain.restart_channels(recovered, sample)
         if self._policy == "repair":
             if len(self.ch_names) - len(bad) < LEAST_GOOD:

@@ -43,6 +43,7 @@ REASONS = {
     ChannelState.SATURATED: "saturated",
     ChannelState.NOISY: "disconnected, or very noisy",
     ChannelState.NAN: "not finite",
+    ChannelState.MISSING: "named as bad",
 }
 """Names each state of a channel in words."""
 
