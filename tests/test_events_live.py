@@ -26,7 +26,7 @@ from sjepa_deploy.runtime.live.markers import Event, PlannedMarkers, RepeatedMar
 from sjepa_deploy.runtime.live.open_markers import open_markers
 from sjepa_deploy.runtime.live.recorder import read_record, record
 from sjepa_deploy.runtime.live.replay import replay
-from sjepa_deploy.runtime.live.schedule import Events
+from sjepa_deploy.runtime.live.schedule import Events, Hop
 from sjepa_deploy.runtime.live.sources import Chunk, ReplaySource
 from sjepa_deploy.runtime.live.windows import WindowStream
 from sjepa_deploy.runtime.watch.dashboard import describe
@@ -280,6 +280,17 @@ def test_a_decision_belongs_to_its_event_and_is_that_of_the_window(predict):
         assert decision.prediction.tobytes() == every[first].tobytes()
         assert decision.time == pytest.approx((first + n_times - 1) / 100.0)
     assert decisions[1].event.marker_delay == pytest.approx(1.5)
+
+
+def test_a_hop_is_a_schedule_too(predict):
+    samples = microvolts(predict, 600)
+
+    def decided(config, schedule):
+        source = ReplaySource(info_of(predict.spec), samples, speed=float("inf"), chunk=10)
+        decoder = Decoder(predict, source, config, schedule=schedule)
+        return decoder.config, [(d.index, d.prediction.tobytes()) for d in decoder]
+
+    assert decided(StreamConfig(late="queue"), Hop(0.3)) == decided(StreamConfig(late="queue", hop=0.3), None)
 
 
 def test_the_deadline_counts_from_the_later_of_window_and_marker(predict):

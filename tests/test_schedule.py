@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sjepa_deploy.runtime.live.schedule import Hop
+from sjepa_deploy.runtime.live.schedule import HopCounter
 
 
 @given(
@@ -15,7 +15,7 @@ from sjepa_deploy.runtime.live.schedule import Hop
 def test_windows_are_due_on_the_grid_of_the_first_sample(n_times, hop_share, pieces):
     """The oracle marks every sample as there or lost, and looks at each stretch of `n_times` of them that ends on the grid."""
     hop = max(1, round(hop_share * n_times))
-    schedule, there, whole, n_lost_windows = Hop(n_times, hop), [], [], 0
+    schedule, there, whole, n_lost_windows = HopCounter(n_times, hop), [], [], 0
     for lost, n in pieces:
         there += [not lost] * n
         if lost and n:
@@ -33,7 +33,7 @@ def test_windows_are_due_on_the_grid_of_the_first_sample(n_times, hop_share, pie
 
 
 def test_a_loss_of_nothing_breaks_the_windows_across_it():
-    schedule = Hop(10, 5)
+    schedule = HopCounter(10, 5)
     assert schedule.advance(10)
     assert schedule.whole
     assert schedule.skip(0) == 0

@@ -26,7 +26,7 @@ from sjepa_deploy.runtime.live.open_markers import open_markers
 from sjepa_deploy.runtime.live.open_source import SourceOptions, open_source
 from sjepa_deploy.runtime.live.places import Reason, Undecided
 from sjepa_deploy.runtime.live.repeats import Repeats
-from sjepa_deploy.runtime.live.schedule import Events
+from sjepa_deploy.runtime.live.schedule import Events, Hop, Schedule
 from sjepa_deploy.runtime.live.sources import Chunk, Incident, Source
 from sjepa_deploy.runtime.live.waiting import Waiting
 from sjepa_deploy.runtime.live.windows import Window, WindowStream
@@ -54,8 +54,8 @@ class Decoder:
         The configuration of the decoder.
     decisions : DecisionLayer or None
         Layer that gives every decision a state. None leaves the outputs alone.
-    schedule : Events or None
-        Events, each of which gets one decision. None decides every hop of `config`.
+    schedule : Hop, Events or None
+        When a window is decided: every hop, or once for each event. None decides every hop of `config`.
     markers : sequence of MarkerSource
         Where the events come from. The decoder closes them.
     monotonic : callable
@@ -69,6 +69,8 @@ class Decoder:
         Takes commands from other threads, as `Pause` and `Mark`.
     paused : bool
         Whether windows get no decision until `Start`.
+    events : Events or None
+        The events that are decided. None where a window is decided every hop.
 
     Raises
     ------
@@ -91,11 +93,15 @@ class Decoder:
         config: StreamConfig | None = None,
         *,
         decisions: DecisionLayer | None = None,
-        schedule: Events | None = None,
+        schedule: Schedule | None = None,
         markers: Sequence[MarkerSource] = (),
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        if (schedule is None) != (not markers):
+        config = config or StreamConfig()
+        if isinstance(schedule, Hop):
+            config = dataclasses.replace(config, hop=schedule.seconds)
+        events = schedule if isinstance(schedule, Events) else None
+        if (events is None) != (not markers):
             raise StreamError(
                 "Markers are of no use without events, and events come from markers.", "Name events (--events) and --markers."
             )
@@ -107,7 +113,7 @@ class Decoder:
                     "Fit it on windows of a stream, with sjepa-decide --hop.",
                 )
             decisions.restart()
-        self.config, self.layer, self.schedule = config or StreamConfig(), decisions, schedule
+        self.config, self.layer, self.events = config, decisions, events
         self.predict, self.source, self.spec = predict, source, predict.spec
         self.hop = self.config.hop_samples(self.spec.signal)
         self.deadline = self.config.deadline_s(self.spec.signal)
@@ -120,7 +126,7 @@ class Decoder:
         self.commands = Commands(source.clock)
         self.paused = False
         self._markers = tuple(markers)
-        self._names = EventNames(schedule)
+        self._names = EventNames(events)
         self._repeats = Repeats()
         self._opened: Predictor | None = None
         self._stopping = False
@@ -130,7 +136,7 @@ class Decoder:
             self.config,
             counters=self.counters,
             report=self._report,
-            schedule=schedule,
+            schedule=events,
             undecided=self._tell_undecided,
         )
         self._waiting = Waiting(source.info.sfreq, self.deadline)
@@ -143,7 +149,7 @@ class Decoder:
             report=self._report,
             waiting=self._waiting,
             layer=decisions,
-            at_events=schedule is not None,
+            at_events=events is not None,
         )
         self._monotonic = monotonic
         self._heard = monotonic()
@@ -165,7 +171,7 @@ class Decoder:
         config: StreamConfig | None = None,
         *,
         decisions: DecisionLayer | None = None,
-        schedule: Events | None = None,
+        schedule: Schedule | None = None,
         markers: Sequence[str] = (),
         backend: str = DEFAULT_BACKEND,
         precision: RunPrecision | None = None,
@@ -189,8 +195,8 @@ class Decoder:
             The configuration of the decoder.
         decisions : DecisionLayer or None
             Layer that gives every decision a state, see `DecisionLayer.load`.
-        schedule : Events or None
-            Events, each of which gets one decision. None decides every hop of `config`.
+        schedule : Hop, Events or None
+            When a window is decided: every hop, or once for each event. None decides every hop of `config`.
         markers : sequence of str
             Where the events come from, see `sjepa_deploy.runtime.live.open_markers`. Empty: the annotations of a recording.
         backend, precision, options
@@ -211,7 +217,8 @@ class Decoder:
         config = config or StreamConfig()
         with contextlib.ExitStack() as opened:
             predict = opened.enter_context(load(bundle, backend=backend, precision=precision, options=options, check_unit=False))
-            chunk = config.hop_samples(predict.spec.signal) if math.isinf(speed) else 1
+            hop = dataclasses.replace(config, hop=schedule.seconds) if isinstance(schedule, Hop) else config
+            chunk = hop.hop_samples(predict.spec.signal) if math.isinf(speed) else 1
             stream = open_source(
                 source,
                 predict.spec.signal,
@@ -220,7 +227,7 @@ class Decoder:
                 ),
             )
             opened.callback(stream.close)
-            opened_markers = open_markers(markers, stream) if markers or schedule is not None else ()
+            opened_markers = open_markers(markers, stream) if markers or isinstance(schedule, Events) else ()
             for one in opened_markers:
                 opened.callback(one.close)
             decoder = cls(predict, stream, config, decisions=decisions, schedule=schedule, markers=opened_markers)

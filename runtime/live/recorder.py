@@ -324,7 +324,7 @@ def describe_run(decoder: Decoder) -> RunDescription:
         decisions=None if layer is None else layer.name,
         decisions_digest=None if layer is None else layer.digest,
         class_names=() if layer is None else layer.class_names or (),
-        schedule=decoder.schedule,
+        schedule=decoder.events,
     )
 
 

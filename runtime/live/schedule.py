@@ -11,6 +11,19 @@ HISTORY_S = 3.0
 
 
 @dataclass(frozen=True)
+class Hop:
+    """Says that one window is decided every so many seconds.
+
+    Attributes
+    ----------
+    seconds : float
+        Seconds from one decision to the next, rounded to samples of the model; 0 decides at every sample.
+    """
+
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Events:
     """Says that one window is decided for each event.
 
@@ -22,18 +35,25 @@ class Events:
         Start of the window in seconds after its event; may be negative. None takes the model's `event_window`.
     history : float
         Seconds of samples that are kept beside a window: the longest delay of a marker behind the end of its window.
+    trial_starts : tuple of str
+        Descriptions of the events that begin a trial, for a decision layer that adds up the evidence of a trial's events. They
+        are decided themselves only if `names` has them too. Empty: each event is a trial.
     """
 
     names: tuple[str, ...] = (ALL,)
     start: float | None = None
     history: float = HISTORY_S
+    trial_starts: tuple[str, ...] = ()
 
     def wants(self, description: str) -> bool:
         """Return whether an event of this description is decided."""
         return self.names == (ALL,) or description in self.names
 
 
-class Hop:
+Schedule = Hop | Events
+
+
+class HopCounter:
     """Counts the samples of a stream at the model's rate, and says after which of them a window is due.
 
     The first window is due when `n_times` samples have come, and then one every `hop` samples. Samples that were lost count too,

@@ -21,7 +21,7 @@ from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.markers import Event
 from sjepa_deploy.runtime.live.places import EventPlaces, Undecided
 from sjepa_deploy.runtime.live.ring import Ring
-from sjepa_deploy.runtime.live.schedule import Events, Hop
+from sjepa_deploy.runtime.live.schedule import Events, HopCounter
 from sjepa_deploy.runtime.live.sources import Chunk, Samples
 from sjepa_deploy.spec import SignalSpec
 
@@ -68,7 +68,7 @@ class WindowStream:
     """Turns chunks of a stream into windows of a model, with every sample and every window accounted for.
 
     `Continuity` says which samples follow each other. Samples that do go through the `Conditioner` into a `Ring`, and
-    the schedule says when the ring holds a window that is due: a `Hop` counts samples, `EventPlaces` follow events.
+    the schedule says when the ring holds a window that is due: a `HopCounter` counts samples, `EventPlaces` follow events.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ class WindowStream:
         )
         self.ch_names, self.missing, self.delay = self._conditioner.ch_names, self._conditioner.missing, self._conditioner.delay
         self._continuity = Continuity(info.sfreq, config.max_jitter, trusted=config.bridge > 0)
-        self._schedule = Hop(signal.n_times, config.hop_samples(signal))
+        self._schedule = HopCounter(signal.n_times, config.hop_samples(signal))
         self._places: EventPlaces | None = None
         n_older = 0
         if schedule is not None:

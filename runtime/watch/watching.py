@@ -43,7 +43,7 @@ class _Watcher:
                 hop=decoder.hop / spec.sfreq,
                 deadline=decoder.deadline,
                 overdue=None  # nobody knows when the next event is
-                if decoder.schedule is not None
+                if decoder.events is not None
                 else (spec.n_times + max(OVERDUE_S * spec.sfreq, OVERDUE_HOPS * decoder.hop)) / spec.sfreq,
                 output_names=() if spec.variant == "base" else names,
                 random_weights=manifest.weights.random,

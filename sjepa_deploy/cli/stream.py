@@ -444,11 +444,7 @@ def _told_of_layer(layer: DecisionLayer, hop: float | None) -> list[str]:
 
 def _announce(screen: Console, decoder: Decoder) -> None:
     info, spec = decoder.source.info, decoder.spec
-    when = (
-        f"every {decoder.hop / spec.sfreq:g} s"
-        if decoder.schedule is None
-        else f"at events ({', '.join(decoder.schedule.names)})"
-    )
+    when = f"every {decoder.hop / spec.sfreq:g} s" if decoder.events is None else f"at events ({', '.join(decoder.events.names)})"
     screen.print(
         f"[bold]{escape(info.name)}[/]: {len(info.ch_names)} channels at {info.sfreq:g} Hz in {info.unit}; "
         f"{spec.n_times / spec.sfreq:g} s windows {escape(when)}, due within {decoder.deadline:g} s",
@@ -469,14 +465,14 @@ def _announce(screen: Console, decoder: Decoder) -> None:
                     f"({known.loss.low:+.3f} to {known.loss.high:+.3f}), other decisions in {known.ways[-1].differ:.1%}",
                     soft_wrap=True,
                 )
-    if (window := spec.signal.event_window) is not None and decoder.schedule is None:
+    if (window := spec.signal.event_window) is not None and decoder.events is None:
         screen.print(
             f"[bold yellow]The model learned from windows at {window.start:g} s after events.[/] "
             "Windows that slide show it other signals too.",
             soft_wrap=True,
         )
     if decoder.layer is not None:
-        for line in _told_of_layer(decoder.layer, None if decoder.schedule is not None else decoder.hop / spec.sfreq):
+        for line in _told_of_layer(decoder.layer, None if decoder.events is not None else decoder.hop / spec.sfreq):
             screen.print(line, soft_wrap=True)
     for note in info.notes:
         screen.print(f"stream: {escape(note)}", soft_wrap=True)
