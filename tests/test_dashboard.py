@@ -20,8 +20,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sjepa_deploy.eeg.quality import ChannelState
 from sjepa_deploy.errors import DashboardError, MissingDependencyError
+from sjepa_deploy.runtime.side_process import is_loopback
 from sjepa_deploy.runtime.watch import dashboard as dashboard_module
-from sjepa_deploy.runtime.watch.dashboard import Dashboard, is_loopback, parse_address
+from sjepa_deploy.runtime.watch.dashboard import DASHBOARD, Dashboard
 from sjepa_deploy.runtime.watch.dashboard_server import Feed
 
 TOKEN = "not-a-secret-0123456789"
@@ -589,13 +590,13 @@ def test_extra_is_named(monkeypatch):
     ],
 )
 def test_addresses(text, address):
-    assert parse_address(text) == address
+    assert DASHBOARD.parse(text) == address
 
 
 @pytest.mark.parametrize("text", ["::1", "a:b", "127.0.0.1:99999", "127.0.0.1:-1"])
 def test_what_is_no_address(text):
     with pytest.raises(DashboardError, match="is not an address"):
-        parse_address(text)
+        DASHBOARD.parse(text)
 
 
 def test_an_address_of_another_machine_is_refused():

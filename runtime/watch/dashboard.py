@@ -11,14 +11,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import ipaddress
 import json
 import logging
 import math
-import os
-import socket
 import subprocess
-import sys
 import tempfile
 import threading
 from types import TracebackType
@@ -30,29 +26,20 @@ from sjepa_deploy.eeg.montage import scalp_map
 from sjepa_deploy.eeg.quality import ChannelState
 from sjepa_deploy.errors import DashboardError, MissingDependencyError
 from sjepa_deploy.runtime.live.counters import Counters
+from sjepa_deploy.runtime.side_process import Served, end_server, start_server
 from sjepa_deploy.runtime.watch.monitor import SKIPS, TIME_EDGES, Measure, Monitor, Snapshot, StreamFacts, Times
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-DEFAULT_PORT = 8765
 TOKEN_VARIABLE = "SJEPA_DASHBOARD_TOKEN"
 """Environment variable of the token, which other users of the machine would read in the arguments of a command."""
-
-MIN_TOKEN_LENGTH = 16
-"""Characters that a token must have: `python -c "import secrets; print(secrets.token_urlsafe())"` makes one of 43."""
 
 INTERVAL = 0.25
 """Seconds from one state to the next: as fast as somebody can read a number."""
 
 RESTART_AFTER = 5.0
 """Seconds until a server that died is started again."""
-
-SEND_BUFFER = 65536
-"""Bytes that the system buffers for a client: the more, the older is what a slow one reads."""
-
-DEAD_CLIENT_MS = 20_000
-"""Milliseconds after which the system gives up a client that takes nothing."""
 
 _COUNTED = {"samples": "samples received"} | {
     field.name: field.name.replace("_", " ")
@@ -61,40 +48,17 @@ _COUNTED = {"samples": "samples received"} | {
 }
 """Counters that the page and Prometheus show as they are: the field, and its name in words."""
 
+SERVER = "sjepa_deploy.runtime.watch.dashboard_server"
+
 _LOG = logging.getLogger(__name__)
-_START = """import os, sys
-os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))  # the decoder may be a real-time process
-os.nice(10)
-sys.path[:] = sys.argv.pop().split("\\n")
-from sjepa_deploy.runtime.watch.dashboard_server import main
-main()
-"""
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """Return host and port of "HOST:PORT", "HOST", ":PORT", "PORT" or nothing. IPv6 as in "[::1]:8765".
-
-    Raises
-    ------
-    DashboardError
-        If it is no address.
-    """
-    host, colon, port = text.rpartition(":")
-    if not colon or text.endswith("]"):
-        host, port = ("", text) if text.isdecimal() else (text, "")
-    if (port and not port.isdecimal()) or int(port or 0) > 65535 or (":" in host and not host.startswith("[")):
-        raise DashboardError(f"{text!r} is not an address.", "Give HOST:PORT, such as 127.0.0.1:8765 or [::1]:8765.")
-    return host.strip("[]") or "127.0.0.1", int(port) if port else DEFAULT_PORT
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+DASHBOARD = Served(
+    name="dashboard",
+    gives_away="show the stream to",
+    option="--dashboard-address",
+    token_from=f"environment variable {TOKEN_VARIABLE}",
+    port=8765,
+    error=DashboardError,
+)
 
 
 class Dashboard:
@@ -124,15 +88,17 @@ class Dashboard:
     ...     print(dashboard.url)
     """
 
-    def __init__(self, monitor: Monitor, *, host: str = "127.0.0.1", port: int = DEFAULT_PORT, token: str | None = None) -> None:
+    def __init__(
+        self, monitor: Monitor, *, host: str = "127.0.0.1", port: int = DASHBOARD.port, token: str | None = None
+    ) -> None:
         for package in ("starlette", "uvicorn", "prometheus_client"):
             if importlib.util.find_spec(package) is None:
                 raise MissingDependencyError(package, "dashboard")
-        _check_token(host, token)
+        DASHBOARD.check_token(host, token)
         self._monitor = monitor
         self._host = host
         self._token = token
-        self._listener = _listen(host, port)
+        self._listener = DASHBOARD.listen(host, port)
         self._stop = threading.Event()
         self._feeder = threading.Thread(target=self._feed, name="dashboard", daemon=True)
         self._server: subprocess.Popen[bytes] | None = None
@@ -173,7 +139,7 @@ class Dashboard:
     def _feed(self) -> None:
         while not self._stop.is_set():
             with tempfile.TemporaryFile() as complaints:
-                self._server = self._start_server(complaints)
+                self._server = start_server(SERVER, [self._listener], complaints)
                 pipe = self._server.stdin
                 assert pipe is not None
                 with contextlib.suppress(BrokenPipeError):  # it died: said below
@@ -181,24 +147,13 @@ class Dashboard:
                         self._write_states(pipe)
                     finally:
                         pipe.close()
-                status = self._end_server(self._server)
+                status = end_server(self._server)
                 if not self._stop.is_set():
                     complaints.seek(0)
                     last = complaints.read().decode(errors="replace").strip().splitlines()[-1:]
                     what = "The dashboard's server ended with status %d %s; it starts again in %g s."
                     _LOG.warning(what, status, last, RESTART_AFTER)
                     self._stop.wait(RESTART_AFTER)
-
-    def _start_server(self, complaints: IO[bytes]) -> subprocess.Popen[bytes]:
-        fd = self._listener.fileno()
-        return subprocess.Popen(
-            [sys.executable, "-c", _START, str(fd), "\n".join(sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=complaints,
-            pass_fds=(fd,),
-            start_new_session=True,  # Ctrl-C is for the decoder, which then ends the server
-        )
 
     def _write_states(self, pipe: IO[bytes]) -> None:
         _write_line(pipe, {"token": self._token, "port": self.port, "facts": describe(self._monitor.facts)})
@@ -211,15 +166,6 @@ class Dashboard:
             if last:
                 return
             self._stop.wait(INTERVAL)
-
-    @staticmethod
-    def _end_server(server: subprocess.Popen[bytes]) -> int:
-        """Return the exit status of the server, which ends when its pipe does."""
-        try:
-            return server.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            return server.wait()
 
 
 def describe(facts: StreamFacts) -> dict[str, Any]:
@@ -287,38 +233,3 @@ def _plain(values: ArrayLike, digits: int) -> list[Any]:
 def _write_line(pipe: IO[bytes], message: dict[str, Any]) -> None:
     pipe.write(json.dumps(message, allow_nan=False, separators=(",", ":")).encode() + b"\n")
     pipe.flush()
-
-
-def _check_token(host: str, token: str | None) -> None:
-    if token is None and not is_loopback(host):
-        raise DashboardError(
-            f"The dashboard would show the stream to everyone who reaches {host}.",
-            f"Set a token (environment variable {TOKEN_VARIABLE}), or listen on 127.0.0.1.",
-        )
-    if token is not None and (len(token) < MIN_TOKEN_LENGTH or not token.isascii() or not token.isprintable()):
-        raise DashboardError(
-            f"The dashboard's token is shorter than {MIN_TOKEN_LENGTH} characters, or not plain ASCII.",
-            'Make one with: python -c "import secrets; print(secrets.token_urlsafe())".',
-        )
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, kind, proto)
-    except (OSError, UnicodeError) as e:
-        raise DashboardError(f"{host!r} is no address of this machine ({e}).", "Use 127.0.0.1, or an address of it.") from e
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_CLIENT_MS)
-        listener.bind(address)
-        listener.listen(64)
-    except OSError as e:
-        listener.close()
-        raise DashboardError(
-            f"The dashboard cannot listen on {host} port {port} ({os.strerror(e.errno or 0)}).",
-            "Choose another --dashboard-address HOST:PORT; port 0 takes a free one.",
-        ) from e
-    return listener

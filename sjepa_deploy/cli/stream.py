@@ -31,7 +31,7 @@ from sjepa_deploy.runtime.live.recorder import read_record, record
 from sjepa_deploy.runtime.live.replay import replay
 from sjepa_deploy.runtime.live.schedule import HISTORY_S, Events
 from sjepa_deploy.runtime.predictor import Predictor
-from sjepa_deploy.runtime.watch.dashboard import TOKEN_VARIABLE, Dashboard, parse_address
+from sjepa_deploy.runtime.watch.dashboard import DASHBOARD, TOKEN_VARIABLE, Dashboard
 from sjepa_deploy.runtime.watch.monitor import Monitor
 from sjepa_deploy.runtime.watch.watching import watch
 
@@ -323,7 +323,7 @@ def stream(
         monitor = watch(decoder)
         recorder = lines = error = None
         if outputs.dashboard or outputs.dashboard_address is not None:  # files come last: a start that fails leaves none
-            host, port = parse_address(outputs.dashboard_address or "")
+            host, port = DASHBOARD.parse(outputs.dashboard_address or "")
             served = closing.enter_context(Dashboard(monitor, host=host, port=port, token=os.environ.get(TOKEN_VARIABLE)))
             screen.print(f"dashboard: {served.url}", soft_wrap=True)
         if outputs.outlet is not None:
