@@ -73,6 +73,12 @@ class CollapseError(TrainingError):
     exit_code = 1
 
 
+class NoGainError(TrainingError):
+    """Reports a calibration that makes a model no better on trials that it was not fitted on."""
+
+    exit_code = 1
+
+
 class TrainingStoppedError(TrainingError):
     """Reports a training run that was stopped from outside. The run can go on from its last whole epoch.
 

@@ -16,26 +16,28 @@ from sjepa_deploy.cli.options import Names
 from sjepa_deploy.eeg.synthetic import eeg_windows
 from sjepa_deploy.serialize import encode
 
-MODEL, SIGNAL = {"export", "pretrain", "finetune"}, {"run", "stream", "decide"}
+MODEL, SIGNAL = {"export", "pretrain", "finetune"}, {"run", "stream", "decide", "calibrate"}
 RECIPES = {"pretrain", "finetune"}
 MEANINGS = {
     "--sfreq": (MODEL, SIGNAL),  # of the model, or of a recording that does not say
     "--unit": ({"export"}, SIGNAL | RECIPES),  # of the model, or of a recording
     "--channels": ({"export"}, SIGNAL),
-    "--out": (SIGNAL, {"export", "bench"} | RECIPES),  # a file, or a folder
+    "--out": (SIGNAL - {"calibrate"}, {"export", "bench", "calibrate"} | RECIPES),  # a file, or a folder
     "--config": (set(COMMANDS) - RECIPES, RECIPES),  # options, or a recipe
     # one, several, Lightning's
     "--precision": ({"run", "stream", "serve", "decide"}, {"verify", "bench", "export", "build"}, RECIPES),
     "--backend": ({"run", "stream", "serve", "decide"}, {"verify", "bench"}),  # one, several
-    "--events": ({"run", "stream", "decide"}, {"export"}),  # to decode, of the model
+    "--events": (SIGNAL, {"export"}),  # to decode, of the model
     "--phase": ({"export"}, RECIPES),  # that a model learned from, to learn from
     "--task": ({"export"}, {"finetune"}),  # of any model, to learn
-    "--seed": ({"export", "bench"}, RECIPES),  # a recipe has its own
+    "--data": (RECIPES, {"calibrate"}),  # of many people, of one
+    "--lr": (RECIPES, {"calibrate"}),  # from the beginning, of a model that has learned
+    "--seed": ({"export", "bench", "calibrate"}, RECIPES),  # a recipe has its own
     "--variant": ({"export"}, {"finetune"}),  # a base model is not fine-tuned
     "--max-batch": ({"export"}, {"build"}),  # of a graph, of an engine
     "--class-names": ({"export"}, {"decide"}),  # one for each output; two for one output too
-    "--classes": ({"stream", "decide", "export"}, {"finetune"}),  # pairs of class and event, names of classes alone
-    "--column": ({"stream", "decide", "export"}, {"finetune"}),  # of a table of events, or of whatever holds a target
+    "--classes": ({"stream", "decide", "export", "calibrate"}, {"finetune"}),  # pairs of class and event, names of classes alone
+    "--column": ({"stream", "decide", "export", "calibrate"}, {"finetune"}),  # of a table, or of whatever holds a target
     "--hop": ({"run"}, {"stream"}, {"decide"}),  # a recording is cut into windows side by side, a stream is decided on often
     "--deadline": ({"stream"}, {"bench"}, {"serve"}),  # the hop, the next window, seconds to an answer
     "--time-limit": ({"bench"}, {"build"}),  # ends with what it has, is given up

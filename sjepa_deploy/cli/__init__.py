@@ -29,7 +29,10 @@ from sjepa_deploy.parity import ParityResult
 from sjepa_deploy.serialize import encode
 from sjepa_deploy.spec import ModelSpec
 
-COMMANDS = ("pretrain", "finetune", "export", "build", "verify", "run", "stream", "decide", "bench", "serve", "doctor")
+COMMANDS = (
+    *("pretrain", "finetune", "calibrate", "export", "build", "verify"),
+    *("run", "stream", "decide", "bench", "serve", "doctor"),
+)
 """Each is a module of this package with a click command of the same name."""
 
 

@@ -16,15 +16,11 @@ from rich.table import Table
 from sjepa_deploy.bundle import DECISION_FOLDER, Bundle
 from sjepa_deploy.cli import console, entry, options, print_json, task
 from sjepa_deploy.cli.task import EventChoice
-from sjepa_deploy.eeg.events import events_of
-from sjepa_deploy.eeg.names import parse_rename
-from sjepa_deploy.eeg.recording import read_recording
-from sjepa_deploy.errors import DecisionError, OutputError, RecordingError, listed
-from sjepa_deploy.evaluation.task import labels_of
+from sjepa_deploy.errors import DecisionError, OutputError, listed
 from sjepa_deploy.files import write_atomically
 from sjepa_deploy.runtime.decisions.accumulate import Rule
 from sjepa_deploy.runtime.decisions.chain import Asked, FitRequest
-from sjepa_deploy.runtime.decisions.data import CalibrationData, LabelledEvents, event_windows, joined, labelled, read_npz
+from sjepa_deploy.runtime.decisions.data import CalibrationData, joined
 from sjepa_deploy.runtime.decisions.description import LayerFacts, classes_of
 from sjepa_deploy.runtime.decisions.fit import Fit, fit
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
@@ -35,10 +31,9 @@ from sjepa_deploy.runtime.live.calibration import stream_windows
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.open_source import SourceOptions
 from sjepa_deploy.runtime.predictor import Predictor
-from sjepa_deploy.spec import ModelSpec
 
 if TYPE_CHECKING:
-    import mne
+    pass
 
 DEFAULT_NAME = "default"
 GAP_HOPS = 3
@@ -106,18 +101,6 @@ class Cut(EventChoice):
 
     class_names: tuple[str, ...] | None
     hop: float | None
-
-    def label(self, raw: mne.io.BaseRaw, spec: ModelSpec, class_names: tuple[str, ...] | None) -> LabelledEvents:
-        """Return the chosen events of a recording; without a choice, those that are of a class."""
-        events = self.find(raw) if self.events else events_of(raw)
-        named = spec.replace(class_names=class_names) if class_names is not None else spec
-        labels = labels_of(events, named, classes=self.class_of, column=self.column)
-        if labels is None and class_names is None:
-            raise DecisionError(
-                "Nothing tells the number of each event.", "Name the --column of the events' table that holds it."
-            )
-        known = list(events.description) if labels is None else labels
-        return labelled(events, known, class_names, all_of_them=bool(self.events))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -317,19 +300,10 @@ def _read(
 ) -> CalibrationData:
     """Return the windows of one source, decoded, with their labels."""
     spec = predict.spec
-    if source.suffix == ".npz":
-        return read_npz(source, spec, class_names, predict.predict)
-    raw = read_recording(
-        source,
-        sfreq=facts.sfreq,
-        unit=facts.unit,
-        ch_names=facts.ch_names,
-        row_names=spec.ch_names,
-        rename=parse_rename(facts.rename, RecordingError),
-    )
+    if cut.hop is None or source.suffix == ".npz":
+        return task.read_trials(source, spec, class_names, predict.predict, cut, facts, check_unit=check_unit)
+    raw = task.read_source(source, spec, facts)
     events, start = cut.label(raw, spec, class_names), cut.start(spec)
-    if cut.hop is None:
-        return event_windows(raw, spec, events, predict.predict, start=start, name=source.name, check_unit=check_unit)
     if class_names is None:
         raise DecisionError("The windows of a stream have no number each.", "Leave --hop out: one window an event.")
     config = StreamConfig(hop=cut.hop, late="queue", check_unit=check_unit)

@@ -1,7 +1,8 @@
-"""Holds what `sjepa-stream --check` and `sjepa-export --task-data` share: the events of a recording, and the gate of the task."""
+"""Holds what commands share that need labelled events: how events of a recording are chosen, and the gate of the task."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +16,9 @@ from sjepa_deploy.cli import options
 from sjepa_deploy.eeg.events import ALL, Events, events_of, read_events
 from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.eeg.recording import read_recording
-from sjepa_deploy.errors import ParityError, RecordingError
+from sjepa_deploy.errors import DecisionError, ParityError, RecordingError
 from sjepa_deploy.evaluation.task import DIFFERS, TaskParity, check_task, labels_of, write_task
+from sjepa_deploy.runtime.decisions.data import CalibrationData, LabelledEvents, Predict, event_windows, labelled, read_npz
 from sjepa_deploy.runtime.predictor import Predictor
 from sjepa_deploy.spec import ModelSpec
 
@@ -56,6 +58,18 @@ class EventChoice:
             return read_events(self.table).named((ALL,))
         return events_of(raw).named(self.events)
 
+    def label(self, raw: mne.io.BaseRaw, spec: ModelSpec, class_names: Sequence[str] | None) -> LabelledEvents:
+        """Return the chosen events of a recording with their classes; without a choice, those that are of a class."""
+        events = self.find(raw) if self.events else events_of(raw)
+        named = spec.replace(class_names=tuple(class_names)) if class_names is not None else spec
+        labels = labels_of(events, named, classes=self.class_of, column=self.column)
+        if labels is None and class_names is None:
+            raise DecisionError(
+                "Nothing tells the number of each event.", "Name the --column of the events' table that holds it."
+            )
+        known = list(events.description) if labels is None else labels
+        return labelled(events, known, class_names, all_of_them=bool(self.events))
+
     def start(self, spec: ModelSpec) -> float:
         """Return the start of the windows in seconds after their events."""
         if self.tmin is not None:
@@ -92,7 +106,14 @@ def read_task(
 ) -> tuple[mne.io.BaseRaw, Events, list[str] | None]:
     """Read a recording, and return it with the chosen events and the label of each event, where something tells."""
     choice.start(spec)  # before the recording is read
-    raw = read_recording(
+    raw = read_source(recording, spec, facts)
+    events = choice.find(raw)
+    return raw, events, labels_of(events, spec, classes=choice.class_of, column=choice.column)
+
+
+def read_source(recording: Path, spec: ModelSpec, facts: options.SignalFacts) -> mne.io.BaseRaw:
+    """Read a recording with what the user says of it."""
+    return read_recording(
         recording,
         sfreq=facts.sfreq,
         unit=facts.unit,
@@ -100,8 +121,25 @@ def read_task(
         row_names=spec.ch_names,
         rename=parse_rename(facts.rename, RecordingError),
     )
-    events = choice.find(raw)
-    return raw, events, labels_of(events, spec, classes=choice.class_of, column=choice.column)
+
+
+def read_trials(
+    source: Path,
+    spec: ModelSpec,
+    class_names: Sequence[str] | None,
+    predict: Predict,
+    choice: EventChoice,
+    facts: options.SignalFacts,
+    *,
+    check_unit: bool,
+) -> CalibrationData:
+    """Return what `predict` makes of one window an event, with the label of each, from a recording or an ``.npz`` file."""
+    if source.suffix == ".npz":
+        return read_npz(source, spec, class_names, predict)
+    start = choice.start(spec)
+    raw = read_source(source, spec, facts)
+    events = choice.label(raw, spec, class_names)
+    return event_windows(raw, spec, events, predict, start=start, name=source.name, check_unit=check_unit)
 
 
 def judge_task(

@@ -249,6 +249,14 @@ def build_model(spec: ModelSpec, *, seed: int | None = None) -> SignalJEPAModule
         return MODELS[spec.variant](spec)
 
 
+def last_linear(model: SignalJEPAModule) -> nn.Linear:
+    """Return the last layer of a variant, which gives its outputs. The base model has none."""
+    assert model.spec.variant != "base", "the base model outputs features"
+    layer = model.final_layer[1] if isinstance(model, SignalJEPA_PreLocal) else model.final_layer.linear  # type: ignore[union-attr]
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
 @contextlib.contextmanager
 def reference_mode(model: nn.Module) -> Iterator[None]:
     """Evaluate without dropout, gradient or the transformer fast path, whose rounding differs."""
