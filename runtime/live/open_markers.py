@@ -1,4 +1,4 @@
-"""Opens sources of markers from their addresses: `annotations`, `channel:NAME`, `every:SECONDS`, `lsl:NAME`, `table:FILE`."""
+"""Opens sources of markers from addresses: `annotations`, `board`, `channel:NAME`, `every:SECONDS`, `lsl:NAME`, `table:FILE`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sjepa_deploy.runtime.live.sources import ReplaySource, Source
 
 ADDRESSES = (
     "lsl:NAME, lsl:type=Markers, channel:NAME[,mask=255][,debounce=0.005], annotations (of file:RECORDING), table:FILE.tsv (of "
-    "a recording or synthetic), every:SECONDS (of synthetic)"
+    "a recording or synthetic), board (of brainflow:BOARD), every:SECONDS (of synthetic)"
 )
 
 
@@ -27,8 +27,8 @@ def open_markers(addresses: Sequence[str], source: Source) -> tuple[MarkerSource
         "lsl:NAME" or "lsl:type=Markers" (see `sjepa_deploy.runtime.live.lsl.find_stream`), a stream of markers; "channel:NAME", a
         trigger channel of `source`, with ",mask=BITS" and ",debounce=SECONDS" (see `ChannelMarkers`); "annotations", those of the
         recording that `source` plays; "table:FILE.tsv", those of a table (see `sjepa_deploy.eeg.events.read_events`), for a
-        recording or the synthetic source; "every:SECONDS", planted events called "event" for the synthetic source. Empty: the
-        annotations of a recording.
+        recording or the synthetic source; "board", what was inserted beside the samples of a BrainFlow board; "every:SECONDS",
+        planted events called "event" for the synthetic source. Empty: the annotations of a recording.
     source : Source
         Source of the samples, just opened.
 
@@ -64,6 +64,12 @@ def _open(address: str, source: Source) -> MarkerSource:
             raise StreamError(f"{source.info.name} is no recording: nobody knows its events beforehand.", f"Use {ADDRESSES}.")
         table = read_events(Path(what))
         return PlannedMarkers(list(zip(source.when(table.onset).tolist(), table.description, strict=True)), source.clock)
+    if address == "board":
+        from sjepa_deploy.runtime.live.brainflow import BrainFlowSource, InsertedMarkers
+
+        if not isinstance(source, BrainFlowSource):
+            raise StreamError(f"{source.info.name} is no board of BrainFlow.", f"Use {ADDRESSES}.")
+        return InsertedMarkers(source)
     if kind == "channel" and what:
         return _open_channel(what, source)
     if kind == "every" and what:

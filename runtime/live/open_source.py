@@ -1,4 +1,4 @@
-"""Opens a source from its address: `lsl:NAME`, `file:PATH`, `synthetic`."""
+"""Opens a source from its address: `lsl:NAME`, `brainflow:BOARD`, `file:PATH`, `synthetic`."""
 
 from __future__ import annotations
 
@@ -88,6 +88,13 @@ SOURCES: dict[str, SourceEntry] = {
         extra="stream",
         takes=("unit", "ch_names", "rename", "successor"),
     ),
+    "brainflow": SourceEntry(
+        target="sjepa_deploy.runtime.live.brainflow:open_brainflow",
+        address="brainflow:BOARD",
+        package="brainflow",
+        extra="brainflow",
+        takes=("unit", "ch_names", "rename"),
+    ),
     "file": SourceEntry(
         target="sjepa_deploy.runtime.live.open_source:open_file",
         address="file:RECORDING",
@@ -112,7 +119,8 @@ def open_source(address: str, signal: SignalSpec, options: SourceOptions | None 
     Parameters
     ----------
     address : str
-        "lsl:NAME", "lsl:type=EEG", "lsl:source_id=..." (see `sjepa_deploy.runtime.live.lsl.find_stream`); "file:RECORDING" (see
+        "lsl:NAME", "lsl:type=EEG", "lsl:source_id=..." (see `sjepa_deploy.runtime.live.lsl.find_stream`); "brainflow:BOARD" or
+        "brainflow:BOARD,serial_port=..." (see `sjepa_deploy.runtime.live.brainflow.BrainFlowSource`); "file:RECORDING" (see
         `sjepa_deploy.eeg.recording.read_recording`); or "synthetic".
     signal : SignalSpec
         The signal of the model that will decode it.

@@ -163,7 +163,10 @@ NO_LAYER = "none"
 @options.fills(
     "task",
     _task,
-    click.option("--source", help="Stream to decode: lsl:NAME, lsl:type=EEG, lsl:source_id=..., file:RECORDING or synthetic."),
+    click.option(
+        "--source",
+        help="Stream to decode: lsl:NAME, lsl:type=EEG, lsl:source_id=..., brainflow:BOARD, file:RECORDING or synthetic.",
+    ),
     click.option("--check", type=options.path, help="Instead: compare the live path on this recording with PyTorch."),
     click.option("--replay", type=options.path, help="Instead: decode a record again and compare its decisions."),
     event_options.which,
@@ -174,7 +177,8 @@ NO_LAYER = "none"
         multiple=True,
         metavar="ADDRESS",
         help="Where the events of --source come from, once for each: lsl:NAME, lsl:type=Markers, channel:NAME of the stream, "
-        "annotations, every:SECONDS for synthetic.  [default: annotations of a file, or the table of --events]",
+        "annotations, board of brainflow:BOARD, every:SECONDS for synthetic.  [default: annotations of a file, or the table of "
+        "--events]",
     ),
     click.option("--history", type=float, default=HISTORY_S, help="Seconds of samples that are kept for markers that come late."),
 )
