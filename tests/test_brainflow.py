@@ -143,10 +143,12 @@ def test_inserted_markers_are_decided_on_the_synthetic_board(bundle, tmp_path):
 
         stopped, inserting = threading.Event(), threading.Thread(target=insert)
         inserting.start()
-        decisions = list(decoder)
-        stopped.set()
-        inserting.join()
-        recorder.close()
+        try:
+            decisions = list(decoder)
+        finally:
+            stopped.set()
+            inserting.join()
+            recorder.close()
     counters = decoder.counters
     assert_accounted(counters, decisions)
     assert counters.samples_lost == 0

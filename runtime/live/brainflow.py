@@ -228,7 +228,7 @@ class InsertedMarkers:
         self.incidents: deque[Incident] = deque()
         self.n_lost = 0
 
-    def hear(self, chunk: Chunk, offset: float) -> None:
+    def hear(self, chunk: Chunk, offset: float, began: float) -> None:
         """Look for markers: every value but 0 is one."""
         for row in np.flatnonzero(chunk.samples[:, -1]).tolist():
             self._found.append(Event(float(chunk.stamps[row]) + offset, f"{chunk.samples[row, -1]:g}", chunk.received))
