@@ -385,6 +385,17 @@ def test_evidence_begins_anew_after_a_decision_and_is_not_gathered_in_the_refrac
     assert names_of(layer, [0.7] * 8) == [u, u, "yes", r, u, u, "yes", r]
 
 
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_trial_that_is_over_stays_over_whatever_comes_between(waits):
+    """A refractory time and a pause both forget evidence; only the next trial brings another decision to a layer that waits."""
+    evidence = Accumulate(rule="fixed", most=1, waits=waits)
+    layer = two(Refractory(seconds=0.2), evidence, signal=Signal(max_gap=0.5))
+    flags = [(NEW_TRIAL,), (), (), (), (), (NEW_TRIAL,), ("no trial",)]
+    found = names_of(layer, [0.9] * 7, [0.0, 0.1, 0.2, 0.3, 2.0, 3.0, 4.0], flags)
+    u, r = "undecided", "refractory"
+    assert found == (["yes", r, u, u, u, "yes", u] if waits else ["yes", r, "yes", r, "yes", "yes", u])
+
+
 # ---------------------------------------------------------------- what holds for every stream
 
 

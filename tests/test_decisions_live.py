@@ -12,6 +12,7 @@ from streams import ScriptedSource, chunks_of, decode, eeg, info_of, run_stream
 
 import sjepa_deploy
 from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.cli import _command, run_command
 from sjepa_deploy.eeg.events import events_of
 from sjepa_deploy.eeg.recording import read_recording
 from sjepa_deploy.errors import DecisionError, StreamError
@@ -30,9 +31,12 @@ from sjepa_deploy.runtime.live.calibration import stream_windows
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.lines import line_of
+from sjepa_deploy.runtime.live.markers import PlannedMarkers
 from sjepa_deploy.runtime.live.open_source import SourceOptions
 from sjepa_deploy.runtime.live.recorder import read_record, record
 from sjepa_deploy.runtime.live.replay import replay
+from sjepa_deploy.runtime.live.schedule import Events
+from sjepa_deploy.runtime.live.sources import ReplaySource
 
 CLASSES = ("left", "right", "rest")
 CHAIN = (
@@ -196,6 +200,105 @@ def test_a_layer_that_waits_for_trials_is_refused_every_hop(predict, bundle):
     layer = DecisionLayer(described(bundle, steps=(Probabilities(), evidence)))
     decoder = Decoder(predict, ScriptedSource(info_of(predict.spec), chunks_of(samples, stamps)), decisions=layer)
     assert sum(decision.state.name == "decided" for decision in decoder) > 10
+
+
+# ---------------------------------------------------------------- trials of events
+
+
+def events_decided(predict, layer, plan, schedule, n_samples=2000):
+    source = ReplaySource(info_of(predict.spec), eeg(n_samples), speed=math.inf, chunk=10)
+    markers = [PlannedMarkers(plan, source.clock)]
+    return Decoder(predict, source, StreamConfig(late="queue"), decisions=layer, schedule=schedule, markers=markers)
+
+
+def test_an_event_counts_in_its_own_trial_or_in_none(predict, bundle):
+    """Markers come late: of an event whose trial is over, of an event before the first trial, and of a trial itself."""
+    evidence = Accumulate(rule="fixed", most=2, waits=True)
+    layer = DecisionLayer(described(bundle, steps=(Probabilities(), evidence), signal=Signal()))
+    plan = [
+        (0.5, "a", 0.0),
+        (1.0, "go", 0.0),
+        (1.0, "a", 0.0),
+        (4.0, "go", 0.0),
+        (4.0, "a", 0.0),
+        (2.0, "a", 4.5),  # 4.0 is decided at 6.0
+        (6.0, "a", 0.5),
+        (7.0, "a", 0.0),
+        (9.0, "a", 0.0),
+        (8.5, "go", 3.0),  # 9.0 is decided at 11.0
+        (10.0, "a", 1.5),
+    ]
+    decoder = events_decided(predict, layer, plan, Events(("a",), 0.0, trial_starts=("go",)))
+    found = {d.event.onset: (d.trial, d.state.name, d.state.reason) for d in decoder}
+    over, none = "the trial is over", "the window is in no trial that goes on"
+    assert found == {
+        0.5: (None, "undecided", none),
+        1.0: (1.0, "undecided", "evidence of 1 windows is not enough"),
+        4.0: (4.0, "undecided", "evidence of 1 windows is not enough"),
+        2.0: (1.0, "undecided", none),
+        6.0: (4.0, "decided", "enough evidence after 2 windows"),
+        7.0: (4.0, "undecided", over),
+        9.0: (4.0, "undecided", over),
+        10.0: (8.5, "undecided", "evidence of 1 windows is not enough"),
+    }
+    assert list(found) == [0.5, 1.0, 4.0, 2.0, 6.0, 7.0, 9.0, 10.0]
+
+
+def test_a_layer_of_trials_needs_to_know_where_they_begin(predict, bundle):
+    def layer_of(most):
+        evidence = Accumulate(rule="fixed", most=most, waits=True)
+        return DecisionLayer(described(bundle, steps=(Probabilities(), evidence)))
+
+    plan = [(1.0, "a"), (3.0, "a"), (5.0, "b")]
+    with pytest.raises(DecisionError, match="trial-starts"):
+        events_decided(predict, layer_of(3), plan, Events(start=0.0))
+    assert [d.state.name for d in events_decided(predict, layer_of(1), plan, Events(start=0.0))] == ["decided"] * 3
+
+
+def test_the_events_of_a_trial_are_fitted_decided_recorded_and_replayed(bundle, tmp_path, capsys):
+    """Through the commands. The oracle steps the layer alone, with a new trial at the first event of each."""
+    copied = Bundle.open(copy_bundle(bundle, tmp_path / "bundle"))
+    spec, rng, file = copied.spec, np.random.default_rng(4), tmp_path / "trials_raw.fif"
+    volts = eeg(8000, spec.n_chans).T * 1e-6
+    onsets, names = [], []
+    for k in range(25):
+        name = CLASSES[rng.integers(3)]
+        onsets += [3.0 * k + 0.3, *(3.0 * k + 0.5 * np.arange(1, 5))]
+        names += ["trial", *[name] * 4]
+    raw = mne.io.RawArray(volts, mne.create_info(list(spec.ch_names), 100.0, "eeg"), verbose="error")
+    raw.set_annotations(mne.Annotations(onsets, [0.0] * len(onsets), names), verbose="error")
+    raw.save(file, verbose="error")
+    arguments = ["--trial-starts", "trial", "--stop", "margin", "--tmin", "0", "--decisions", "trials", "--accept-rate", "0.8"]
+    assert run_command(_command("decide"), "sjepa-decide", [str(copied.path), "--fit", str(file), *arguments]) == 0
+    layer = DecisionLayer.load(copied, "trials")
+    assert layer.description.fit.n_events == 25
+    assert layer.description.steps[-1].trial_windows == 4
+    out = tmp_path / "lines.jsonl"
+    options = ["--source", f"file:{file}", "--speed", "inf", "--late", "queue", "--quiet", "--out", out, "--record"]
+    options += [tmp_path / "run.xdf", "--events", ",".join(CLASSES), "--tmin", "0", "--decisions", "trials"]
+    assert run_stream(copied.path, *options) == 2
+    assert "--trial-starts" in capsys.readouterr().err
+    assert run_stream(copied.path, *options, "--trial-starts", "trial") == 0, capsys.readouterr().err
+    lines = lines_of(out)
+    assert len(lines) == 100
+    for i, line in enumerate(lines):
+        assert line["trial"] == pytest.approx(3.0 * (i // 4) + 0.3)
+        state = layer.step(np.array(line["prediction"]), line["time"], ("new trial",) if i % 4 == 0 else ())
+        assert (line["state"], line.get("class_name"), line["reason"]) == (state.name, state.class_name, state.reason)
+    assert {line["state"] for line in lines} >= {"undecided", "decided"}
+    assert run_stream(copied.path, "--replay", tmp_path / "run.xdf", "--json") == 0
+    result = json.loads(capsys.readouterr().out.partition("{")[2].join(["{", ""]))
+    assert (result["n_states"], result["n_states_differ"]) == (100, 0)
+
+
+def test_a_trial_of_several_classes_cannot_be_fitted(bundle):
+    raw = mne.io.RawArray(np.zeros((1, 1000)), mne.create_info(["a"], 100.0, "eeg"), verbose="error")
+    raw.set_annotations(mne.Annotations([0.0, 1.0, 2.0], [0.0] * 3, ["go", "left", "right"]), verbose="error")
+    found = events_of(raw)
+    with pytest.raises(DecisionError, match="several classes"):
+        labelled(found, found.description, CLASSES, all_of_them=False, trials=np.array([0, 0, 0]))
+    kept = labelled(found, found.description, CLASSES, all_of_them=False, trials=np.array([-1, -1, 0]))
+    assert (kept.onset.tolist(), kept.trials.tolist()) == ([2.0], [0])
 
 
 # ---------------------------------------------------------------- the command

@@ -17,6 +17,9 @@ AtMost = Literal["decide", "reject"]
 NEW_TRIAL = "new trial"
 """Flag of the first window of a trial."""
 
+NO_TRIAL = "no trial"
+"""Flag of a window that is in no trial, or in one that is over. Its evidence does not count."""
+
 SMALLEST_PROBABILITY = 1e-300
 """A probability of zero would veto a class for good."""
 
@@ -84,9 +87,9 @@ class Accumulate(Step):
         prior_offsets(self.fitted_prevalence, self.prevalence)
 
     @property
-    def needs_trials(self) -> bool:
-        """Whether the step waits for windows with the flag "new trial"."""
-        return self.waits
+    def trial_windows(self) -> int:
+        """Most windows of a trial that the step adds up before it waits for the flag "new trial"; 0: it waits for no trial."""
+        return self.most if self.waits else 0
 
     def machine(self, n_classes: int) -> Machine:
         """Return the machine that adds up."""
@@ -113,12 +116,22 @@ class _Accumulate(Machine):
         self._n = 0
         self._over = False
 
+    def interrupt(self) -> None:
+        """Forget the evidence. A trial that is over stays over."""
+        over = self._over and self._settings.waits
+        self.restart()
+        self._over = over
+
     def step(self, moment: Moment) -> None:
+        if NO_TRIAL in moment.flags:
+            if moment.state is None:
+                moment.settle("undecided", "the window is in no trial that goes on")
+            return
         if NEW_TRIAL in moment.flags:
             self.restart()
         if moment.state is not None:
             if moment.state == "refractory":
-                self.restart()
+                self.interrupt()
             return
         if self._over:
             if self._settings.waits:

@@ -195,15 +195,25 @@ class LabelledEvents:
         Number of the class; of a regression zeros.
     targets : ndarray of float64, shape (n_events,), or None
         Number of each event, of a regression.
+    trials : ndarray of int, shape (n_events,), or None
+        Trial of each event. None: each event is a trial.
     """
 
     onset: NDArray[np.float64]
     duration: NDArray[np.float64]
     labels: NDArray[np.intp]
     targets: NDArray[np.float64] | None
+    trials: NDArray[np.intp] | None = None
 
 
-def labelled(events: Events, labels: Sequence[str], class_names: Sequence[str] | None, *, all_of_them: bool) -> LabelledEvents:
+def labelled(
+    events: Events,
+    labels: Sequence[str],
+    class_names: Sequence[str] | None,
+    *,
+    all_of_them: bool,
+    trials: NDArray[np.intp] | None = None,
+) -> LabelledEvents:
     """Return events with their classes or numbers.
 
     Parameters
@@ -216,11 +226,14 @@ def labelled(events: Events, labels: Sequence[str], class_names: Sequence[str] |
         Classes of the layer; None for a regression.
     all_of_them : bool
         Whether events of other classes are an error. Otherwise they are left out.
+    trials : ndarray of int, shape (n_events,), or None
+        Trial of each event, negative for events before the first one, which are left out. None: each event is a trial.
 
     Raises
     ------
     DecisionError
-        If no event is of a class, or an event of no class is there with `all_of_them`, or a label is no number.
+        If no event is of a class, or an event of no class is there with `all_of_them`, or a label is no number, or the events of
+        a trial are of several classes.
     """
     kept = np.array([class_names is None or label in class_names for label in labels], np.bool_)
     if class_names is not None and (not kept.any() or (all_of_them and not kept.all())):
@@ -228,6 +241,8 @@ def labelled(events: Events, labels: Sequence[str], class_names: Sequence[str] |
             f"There are events of {listed(sorted(set(labels))) or 'nothing'}; the classes are {listed(class_names)}.",
             "Say which event is of which class with --classes CLASS=EVENT,...",
         )
+    if trials is not None:
+        kept &= trials >= 0
     durations = events.columns.get("duration", ("0",) * len(events))
     targets = None
     try:
@@ -239,7 +254,19 @@ def labelled(events: Events, labels: Sequence[str], class_names: Sequence[str] |
     numbers = [
         0 if class_names is None else class_names.index(label) for label, ok in zip(labels, kept.tolist(), strict=True) if ok
     ]
-    return LabelledEvents(onset=events.onset[kept], duration=duration, labels=np.array(numbers, np.intp), targets=targets)
+    if trials is not None:
+        trials = trials[kept]
+        if len(trials) == 0:
+            raise DecisionError("No event comes after one that begins a trial.", "Name other --trial-starts.")
+        pairs = set(zip(trials.tolist(), numbers, strict=True))
+        if len({trial for trial, _ in pairs}) < len(pairs):
+            raise DecisionError(
+                "A trial has events of several classes, whose evidence cannot be added up.",
+                "Name the events that begin a trial of one class with --trial-starts.",
+            )
+    return LabelledEvents(
+        onset=events.onset[kept], duration=duration, labels=np.array(numbers, np.intp), targets=targets, trials=trials
+    )
 
 
 def event_windows(
@@ -288,7 +315,9 @@ def event_windows(
         labels=events.labels[whole],
         targets=None if events.targets is None else events.targets[whole],
         times=fitted.times(starts + spec.n_times - 1),
-        events=np.arange(len(starts)),
+        events=np.arange(len(starts))
+        if events.trials is None
+        else np.unique(events.trials[whole], return_inverse=True)[1].astype(np.intp),
         recordings=np.zeros(len(starts), np.intp),
         flags=((),) * len(starts),
         minutes=fitted.data.shape[1] / fitted.sfreq / 60,

@@ -88,7 +88,8 @@ class DecisionLayer:
         time : float
             Stamp of the window's newest sample in seconds. An earlier time than before starts anew: the clock was set.
         flags : sequence of str
-            What is known of the window, see `sjepa_deploy.runtime.live.decision.Decision.flags`; "new trial" begins a trial.
+            What is known of the window, see `sjepa_deploy.runtime.live.decision.Decision.flags`; "new trial" begins a trial,
+            "no trial" keeps a window out of the evidence of trials.
 
         Raises
         ------

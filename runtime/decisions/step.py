@@ -74,9 +74,9 @@ class Step:
     """Describes one step of a layer. `str` gives the step in words."""
 
     @property
-    def needs_trials(self) -> bool:
-        """Whether the step waits for windows with the flag "new trial"."""
-        return False
+    def trial_windows(self) -> int:
+        """Most windows of a trial that the step adds up before it waits for the flag "new trial"; 0: it waits for no trial."""
+        return 0
 
     def machine(self, n_classes: int) -> Machine:
         """Return the machine of the step for a layer of `n_classes` classes, 0 for a regression.

@@ -17,6 +17,8 @@ from sjepa_deploy.runtime.keep_warm import KeepWarm
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decision import Decision, flags_of
+from sjepa_deploy.runtime.live.schedule import Events
+from sjepa_deploy.runtime.live.trials import EventSteps
 from sjepa_deploy.runtime.live.waiting import Waiting
 from sjepa_deploy.runtime.live.windows import Window, WindowStream
 from sjepa_deploy.runtime.predictor import Predictor
@@ -52,8 +54,8 @@ class BackendCalls:
         Tells whether windows are late because samples waited in the source.
     layer : DecisionLayer or None
         Layer that gives every decision a state.
-    at_events : bool
-        Whether windows belong to events: then they are whole ones on every backend.
+    events : Events or None
+        Events to which the windows belong: then they are whole ones on every backend. None where a window is decided every hop.
 
     Raises
     ------
@@ -73,18 +75,19 @@ class BackendCalls:
         report: Callable[[str, str], None],
         waiting: Waiting,
         layer: DecisionLayer | None = None,
-        at_events: bool = False,
+        events: Events | None = None,
     ) -> None:
-        if at_events and config.late == "hold":
+        if events is not None and config.late == "hold":
             raise StreamError("The decision on one event is none on the next one.", "Use --late skip or --late queue.")
         self._predict, self._windows, self._late = predict, windows, config.late
         self._clock, self._counters, self._report, self._layer = clock, counters, report, layer
+        self._steps = None if layer is None or events is None else EventSteps(layer, events)
         self._hop, self._n_times = config.hop_samples(predict.spec.signal), predict.spec.n_times
         self._signal = predict.spec.signal
         self._sfreq, self._deadline = predict.spec.sfreq, config.deadline_s(predict.spec.signal)
         self.waiting = waiting
         self._last: Decision | None = None
-        why_whole = _why_whole_windows(predict, config, at_events=at_events)
+        why_whole = _why_whole_windows(predict, config, at_events=events is not None)
         if config.roll and why_whole is not None:
             raise why_whole
         self._rolls = config.roll is not False and why_whole is None
@@ -144,7 +147,10 @@ class BackendCalls:
                 settling=window.settling,
                 bad_channels=bool(window.bad_channels),
             )
-            state = self._layer.step(prediction, window.stamp, flags)
+            if self._steps is not None:
+                state = self._steps.step(prediction, window.stamp, flags, window.trial)
+            else:
+                state = self._layer.step(prediction, window.stamp, flags)
         decision = self._last = Decision(
             window.index,
             prediction,
@@ -160,6 +166,7 @@ class BackendCalls:
             window.settling,
             state,
             window.event,
+            window.trial,
         )
         return decision
 

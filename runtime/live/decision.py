@@ -40,6 +40,8 @@ class Decision:
         What the decision layer says: class, probability and reason. None without a layer.
     event : Event or None
         The event that the window belongs to. None where a window is decided every hop.
+    trial : float or None
+        When the trial of the event began, in seconds of the source's clock. None if the event is in no trial.
     """
 
     index: int
@@ -56,6 +58,7 @@ class Decision:
     settling: bool = False
     state: State | None = None
     event: Event | None = None
+    trial: float | None = None
 
     @property
     def age(self) -> float:

@@ -77,7 +77,7 @@ class Decoder:
     StreamError
         If the stream breaks the model's contract.
     DecisionError
-        If the decision layer is of another bundle, or waits for trials.
+        If the decision layer is of another bundle, or waits for trials that nothing begins.
 
     Examples
     --------
@@ -107,10 +107,10 @@ class Decoder:
             )
         if decisions is not None:
             check_bundle(decisions.description, predict.bundle)
-            if any(step.needs_trials for step in decisions.description.steps):
+            if events is None and any(step.trial_windows for step in decisions.description.steps):
                 raise DecisionError(
-                    f"The decision layer {decisions.description.name} waits for trials, and a stream has none.",
-                    "Fit it on windows of a stream, with sjepa-decide --hop.",
+                    f"The decision layer {decisions.description.name} waits for trials, and windows every hop have none.",
+                    "Decide at events (--events, `schedule=Events(...)`), or fit it on windows of a stream (sjepa-decide --hop).",
                 )
             decisions.restart()
         self.config, self.layer, self.events = config, decisions, events
@@ -149,7 +149,7 @@ class Decoder:
             report=self._report,
             waiting=self._waiting,
             layer=decisions,
-            at_events=events is not None,
+            events=events,
         )
         self._monotonic = monotonic
         self._heard = monotonic()

@@ -25,7 +25,7 @@ class EventNames:
     """
 
     def __init__(self, events: Events | None) -> None:
-        self._names = () if events is None else events.names
+        self._names = () if events is None else (*events.names, *events.trial_starts)
         self._came: Counter[str] = Counter()
         self._at = math.inf if events is None else math.nan
 
@@ -40,8 +40,7 @@ class EventNames:
         if now < self._at:
             return None
         self._at = math.inf
-        names = self._names if self._names != (ALL,) else ()
-        missing = [name for name in names if name not in self._came]
+        missing = [name for name in self._names if name not in self._came and name != ALL]
         if not missing and self._came:
             return None
         what = listed([f"{name} ({n})" for name, n in sorted(self._came.items())], 20) or "none at all"

@@ -154,6 +154,8 @@ def line_of(what: Decision | Incident | Undecided) -> dict[str, object]:
     }
     if what.event is not None:
         line |= _event_of(what.event)
+    if what.trial is not None:
+        line["trial"] = what.trial
     if what.state is not None:
         line["state"] = what.state.name
         line |= {key: value for key, value in encode(what.state).items() if key != "name" and value not in (None, [])}

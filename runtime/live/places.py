@@ -21,6 +21,7 @@ from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.markers import Event
 from sjepa_deploy.runtime.live.schedule import Events
+from sjepa_deploy.runtime.live.trials import Trials
 from sjepa_deploy.spec import SignalSpec
 
 Reason = Literal["gap", "before start", "past end", "past history", "doubled", "ahead", "late", "paused", "failed"]
@@ -71,12 +72,15 @@ class Place:
         Samples at the model's rate that have come since the window's newest one.
     stamp : float
         Stamp of the newest sample of the window on the source's clock.
+    trial : float or None
+        When the trial of the event began; None if the event is in no trial.
     """
 
     event: Event
     start: int
     behind: int
     stamp: float
+    trial: float | None
 
 
 @dataclass(eq=False)
@@ -159,7 +163,7 @@ class EventPlaces:
             start = signal.event_window.start
         if not (math.isfinite(events.history) and events.history >= 0):
             raise StreamError(f"A history of {events.history:g} s cannot be kept.", "Give seconds, as 3.")
-        self._events, self._start = events, start
+        self._events, self._start, self._trials = events, start, Trials(events.trial_starts)
         self._sfreq, self._sfreq_model, self._n_times = sfreq, signal.sfreq, signal.n_times
         self._counters, self._tell = counters, undecided
         self.n_older = math.ceil(events.history * signal.sfreq)
@@ -187,10 +191,11 @@ class EventPlaces:
 
     def add(self, event: Event) -> None:
         """Take an event, early or late."""
+        newest = self._stretches[-1].newest if self._stretches else math.inf
+        self._trials.came(event, newest)
         if not self._events.wants(event.description):
             return
         self._counters.events += 1
-        newest = self._stretches[-1].newest if self._stretches else math.inf
         if math.isnan(event.onset):
             self._leave(event, "gap")
         elif event.onset > newest + MOST_AHEAD_S or len(self._early) + len(self._pending) >= MOST_WAITING:
@@ -228,7 +233,7 @@ class EventPlaces:
                 self._leave(event, "past history")
                 continue
             stamp = float(self._made_at[(end - 1) % self._n_kept])
-            yield Place(event, start - stretch.first_made, self._n_made - end, stamp)
+            yield Place(event, start - stretch.first_made, self._n_made - end, stamp, self._trials.of(event))
 
     def interrupt(self) -> None:
         """End the stretch: what comes does not follow the last sample."""

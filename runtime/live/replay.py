@@ -6,16 +6,17 @@ import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
 from sjepa_deploy.runtime.decisions.stored import layers_of
+from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.recorded_events import RecordedMarkers
 from sjepa_deploy.runtime.live.recorder import Record, RecordSource
 from sjepa_deploy.runtime.live.states import numbers_of
+from sjepa_deploy.runtime.live.trials import EventSteps
 from sjepa_deploy.runtime.predictor import Predictor
 
 
@@ -86,14 +87,14 @@ def replay(predict: Predictor, record: Record) -> Replay:
     config = dataclasses.replace(run.config, late="queue", roll=False)
     markers = () if run.schedule is None else (RecordedMarkers(record.events),)
     decoder = Decoder(predict, RecordSource(record), config, schedule=run.schedule, markers=markers)
-    again = {decision.index: decision.prediction for decision in decoder}
+    again = {decision.index: decision for decision in decoder}
     return Replay(
         record=str(record.path),
         backend=predict.backend.name,
         precision=predict.backend.precision,
         n_samples=decoder.counters.samples,
         n_decisions=len(record.decisions),
-        differ=tuple(i for i, was in record.decisions.items() if i in again and again[i].tobytes() != was.tobytes()),
+        differ=tuple(i for i, was in record.decisions.items() if i in again and again[i].prediction.tobytes() != was.tobytes()),
         missing=tuple(i for i in record.decisions if i not in again),
         n_cut_off=record.n_cut_off,
         decisions=run.decisions,
@@ -115,13 +116,16 @@ def _layer_of(record: Record, bundle: Bundle) -> DecisionLayer:
     )
 
 
-def _states_that_differ(layer: DecisionLayer, record: Record, again: dict[int, NDArray[np.float32]]) -> tuple[int, ...]:
+def _states_that_differ(layer: DecisionLayer, record: Record, again: dict[int, Decision]) -> tuple[int, ...]:
     """Return the windows whose states are not those of the record. A held window repeats the last prediction, as it did then."""
     differ: list[int] = []
-    last: NDArray[np.float32] | None = None
+    last: Decision | None = None
+    steps = None if record.run.schedule is None else EventSteps(layer, record.run.schedule)
     for was in record.states:
         last = last if "held" in was.flags else again.get(was.index)
-        now = numbers_of(layer.step(last, was.time, was.flags), layer.class_names)
+        outputs, trial = (None, None) if last is None else (last.prediction, last.trial)
+        state = layer.step(outputs, was.time, was.flags) if steps is None else steps.step(outputs, was.time, was.flags, trial)
+        now = numbers_of(state, layer.class_names)
         if np.array(now).tobytes() != np.array(was.numbers).tobytes():
             differ.append(was.index)
     return tuple(differ)

@@ -37,7 +37,7 @@ class Events:
         Seconds of samples that are kept beside a window: the longest delay of a marker behind the end of its window.
     trial_starts : tuple of str
         Descriptions of the events that begin a trial, for a decision layer that adds up the evidence of a trial's events. They
-        are decided themselves only if `names` has them too. Empty: each event is a trial.
+        are decided themselves only if `names` has them by name. Empty: each event is a trial.
     """
 
     names: tuple[str, ...] = (ALL,)
@@ -47,7 +47,7 @@ class Events:
 
     def wants(self, description: str) -> bool:
         """Return whether an event of this description is decided."""
-        return self.names == (ALL,) or description in self.names
+        return description in self.names or (self.names == (ALL,) and description not in self.trial_starts)
 
 
 Schedule = Hop | Events

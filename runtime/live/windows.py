@@ -52,6 +52,8 @@ class Window:
     behind : int
         Samples that have come since its newest one: of an event whose marker came after its samples. What is `bridged`,
         `doubtful` or bad somewhere in them counts too.
+    trial : float or None
+        When the trial of the event began, on the source's clock; None if the event is in no trial.
     """
 
     index: int
@@ -62,6 +64,7 @@ class Window:
     settling: bool
     event: Event | None = None
     behind: int = 0
+    trial: float | None = None
 
 
 class WindowStream:
@@ -326,6 +329,7 @@ class WindowStream:
                 place.start < self._conditioner.n_settling,
                 place.event,
                 behind,
+                place.trial,
             )
 
     def _check_rate(self) -> None:

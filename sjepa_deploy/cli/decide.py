@@ -185,6 +185,7 @@ def _shares(prevalence: dict[str, str], class_names: tuple[str, ...]) -> tuple[f
     click.option(
         "--hop", type=float, help="Seconds between windows of a stream, decoded as live.  [default: one window an event]"
     ),
+    task.trial_starts,
 )
 @options.fills(
     "chain",
@@ -258,6 +259,8 @@ def decide(
     spec = opened.spec
     if cut.class_names is not None and spec.class_names is not None:
         raise DecisionError(f"The model names its classes: {listed(spec.class_names)}.", "Leave --class-names out.")
+    if cut.trial_starts and (chain.stop is None or cut.hop is not None):
+        raise click.UsageError("--trial-starts is of layers that add up the events of a trial: use --stop, and no --hop.")
     class_names = classes_of(spec, cut.class_names)
     request = chain.request(wanted, class_names, cut.hop)
     described = LayerFacts(

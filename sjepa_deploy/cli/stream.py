@@ -67,7 +67,7 @@ class Task:
     def schedule(self) -> Events | None:
         """Return the events of the stream that are decided; None for a decision every hop."""
         names = (ALL,) if self.events.table is not None else self.events.events
-        return Events(names, self.events.tmin, self.history) if names else None
+        return Events(names, self.events.tmin, self.history, self.events.trial_starts) if names else None
 
     @property
     def event_markers(self) -> tuple[str, ...]:
@@ -181,6 +181,7 @@ NO_LAYER = "none"
         "--events]",
     ),
     click.option("--history", type=float, default=HISTORY_S, help="Seconds of samples that are kept for markers that come late."),
+    event_options.trial_starts,
 )
 @options.signal_facts
 @options.fills(
@@ -279,6 +280,8 @@ def stream(
     opened = Bundle.open(bundle)
     if task.replay is not None and task.events.events:
         raise click.UsageError("--events is of --source and --check. A record tells what was decided.")
+    if task.events.trial_starts and (task.source is None or not task.events.events):
+        raise click.UsageError("--trial-starts begin the trials of --events of a --source. Name the events, or all.")
     if task.markers and (task.source is None or not task.events.events):
         raise click.UsageError("--markers say where the events of --source come from. Name the events with --events, or all.")
     if task.check is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -40,12 +41,15 @@ class EventChoice:
         "CLASS=EVENT" for events that are not called like their class.
     column : str or None
         Column of the events that holds the class or the number.
+    trial_starts : tuple of str
+        Events that begin a trial, whose evidence a decision layer adds up. Empty: each event is a trial.
     """
 
     events: tuple[str, ...]
     tmin: float | None
     classes: tuple[str, ...] | None
     column: str | None
+    trial_starts: tuple[str, ...] = ()
 
     @property
     def table(self) -> Path | None:
@@ -68,7 +72,12 @@ class EventChoice:
                 "Nothing tells the number of each event.", "Name the --column of the events' table that holds it."
             )
         known = list(events.description) if labels is None else labels
-        return labelled(events, known, class_names, all_of_them=bool(self.events))
+        trials = None
+        if self.trial_starts:
+            every = events if self.table is not None else events_of(raw)
+            begins = every.named(self.trial_starts).onset
+            trials = np.searchsorted(begins, events.onset, side="right") - 1
+        return labelled(events, known, class_names, all_of_them=bool(self.events) and trials is None, trials=trials)
 
     def start(self, spec: ModelSpec) -> float:
         """Return the start of the windows in seconds after their events."""
@@ -92,6 +101,13 @@ class EventChoice:
 which = options.several("--events", help="Decode the window of each event: names of events, all, or a table FILE.tsv.")
 tmin = click.option(
     "--tmin", type=float, help="Start of a window in seconds after its event; may be negative.  [default: the model's]"
+)
+trial_starts = click.option(
+    "--trial-starts",
+    type=options.Names(),
+    default=(),
+    metavar="NAME,...",
+    help="Events that begin a trial, for a decision layer that adds up the events of a trial.",
 )
 labels = options.added(
     click.option(
