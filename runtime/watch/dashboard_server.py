@@ -18,7 +18,8 @@ import socket
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 from http.cookies import CookieError, SimpleCookie
 from importlib import resources
 from typing import Any
@@ -125,7 +126,7 @@ class Feed:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """Yield the facts, and then always the newest state: a slow reader misses the ones between.
 
         The last event is "end" if there will be no more states, or "displaced" if newer pages need the place.
@@ -385,6 +386,19 @@ def _or_nan(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
+class EventStream(StreamingResponse):
+    """Streams events, and ends their generator with the connection: the garbage collector does it some minutes later."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        async with aclosing(self._events):
+            await super().__call__(scope, receive, send)
+
+
 def make_app(feed: Feed, *, token: str | None, port: int) -> ASGIApp:
     """Return the application that serves `feed`."""
     html = resources.files("sjepa_deploy.runtime.watch").joinpath("dashboard.html").read_text(encoding="utf-8")
@@ -395,7 +409,7 @@ def make_app(feed: Feed, *, token: str | None, port: int) -> ASGIApp:
         return Response(html, media_type="text/html")
 
     async def events(request: Request) -> Response:
-        return StreamingResponse(feed.events(), media_type="text/event-stream")
+        return EventStream(feed.events())
 
     async def metrics(request: Request) -> Response:
         return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})
