@@ -61,9 +61,9 @@ PYTEST ?=
 test: $(VENV)/installed
 	@if ! ($(HAS_BROWSER)) && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
 		$(MAKE) browser || echo "Chromium cannot be installed here: the tests of pages are skipped."; fi
-	@echo "1 of 2: the tests that run two at a time."
+	@echo "1 of 2: the tests that run beside each other: three on two cores, since many of them wait."
 	@failed=0; \
-	$(BIN)/python -m pytest -rs --numprocesses 2 --dist worksteal -m "not gpu and not alone" $(PYTEST) || failed=1; \
+	$(BIN)/python -m pytest -rs --numprocesses 3 --dist worksteal -m "not gpu and not alone" $(PYTEST) || failed=1; \
 	echo "2 of 2: the tests that measure time or keep both cores busy, one at a time."; \
 	$(BIN)/python -m pytest -rs -m "alone and not gpu" $(PYTEST) || failed=1; \
 	exit $$failed

@@ -31,8 +31,7 @@ from sjepa_deploy.runtime.live.lsl_outlet import LslOutlet
 from sjepa_deploy.runtime.live.open_markers import open_markers
 from sjepa_deploy.runtime.live.schedule import Events
 
-# streams are looked for on the network, for a few seconds
-pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("own_lsl")]
+pytestmark = pytest.mark.usefixtures("own_lsl")
 
 SENDER = Path(__file__).with_name("lsl_sender.py")
 
