@@ -57,6 +57,12 @@ def shared_registry():
         yield
 
 
+@pytest.fixture(autouse=True)
+def _no_lines_of_progress(monkeypatch):
+    """Keep standard error of commands free of lines that a busy machine would add."""
+    monkeypatch.setattr("sjepa_deploy.cli.progress.FIRST_LINE_AFTER", 3600.0)
+
+
 @pytest.fixture(scope="session")
 def once(tmp_path_factory):
     """Return a function that lets one process of this run make something, and gives its folder to all: once(key, make)."""

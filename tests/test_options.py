@@ -51,6 +51,10 @@ def options_of(name):
     return [each for each in _command(name).params if isinstance(each, click.Option)]
 
 
+def long_ones(option):
+    return [spelling for spelling in option.opts if spelling.startswith("--")]
+
+
 def look(option):
     """Return what a user sees of an option, without defaults that depend on the command."""
     kind = option.type.to_info_dict() | {"metavar": option.metavar, "choices": getattr(option.type, "choices", None)}
@@ -63,11 +67,21 @@ def test_an_option_means_the_same_in_every_command():
     seen = {}
     for command in COMMANDS:
         for option in options_of(command):
-            for spelling in option.opts:
+            for spelling in long_ones(option):
                 groups = [each for each in MEANINGS.get(spelling, (set(COMMANDS),)) if command in each]
                 assert len(groups) == 1, f"{spelling} of {command} belongs to {len(groups)} groups"
                 first, known = seen.setdefault((spelling, frozenset(groups[0])), (command, look(option)))
                 assert look(option) == known, f"{spelling} of {command} and of {first}"
+
+
+def test_a_short_option_stands_for_one_long_option():
+    stands_for = {}
+    for command in COMMANDS:
+        for option in options_of(command):
+            for short in set(option.opts) - set(long_ones(option)):
+                assert re.fullmatch("-[A-Za-z]", short)
+                assert stands_for.setdefault(short, long_ones(option)) == long_ones(option), (command, short)
+    assert {"-o", "-f", "-b", "-p", "-c", "-s", "-e", "-v", "-q", "-V", "-j"} <= {*stands_for}
 
 
 def test_no_meaning_is_listed_in_vain():
@@ -81,9 +95,9 @@ def test_no_meaning_is_listed_in_vain():
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_takes_config_version_help_and_json(name, capsys):
     opts = {spelling for option in options_of(name) for spelling in option.opts}
-    assert {"--config", "--version", "--json"} <= opts
+    assert {"--config", "--version", "--json", "--verbose", "--quiet", "--help-all"} <= opts
     settings = _command(name).context_settings
-    assert settings == {"help_option_names": ["-h", "--help"], "show_default": True}
+    assert settings == {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
     assert run_command(_command(name), f"sjepa-{name}", ["--version"]) == 0
     assert re.fullmatch(rf"sjepa-{name}, version \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
 

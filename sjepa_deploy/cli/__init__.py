@@ -23,6 +23,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from sjepa_deploy.cli.help_page import WIDTH
 from sjepa_deploy.eeg.steps import Step
 from sjepa_deploy.errors import SjepaError, TrainingStoppedError, listed
 from sjepa_deploy.parity import ParityResult
@@ -34,6 +35,9 @@ COMMANDS = (
     *("run", "stream", "decide", "bench", "serve", "doctor"),
 )
 """Each is a module of this package with a click command of the same name."""
+
+SHELLS = ("bash", "zsh", "fish")
+"""Shells that complete commands."""
 
 
 class _Commands(click.Group):
@@ -51,10 +55,38 @@ def _command(name: str) -> click.Command:
     return command
 
 
-@click.group(cls=_Commands, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="sjepa-deploy")
-def group() -> None:
-    """Turn a SignalJEPA checkpoint into a verified, real-time decoder."""
+def _completion(ctx: click.Context, param: click.Parameter, shell: str | None) -> None:
+    """Print what a shell evaluates to complete all commands."""
+    if shell is None or ctx.resilient_parsing:
+        return
+    from sjepa_deploy.cli.completion import script
+
+    click.echo(script(shell, {"sjepa": ctx.command} | {f"sjepa-{name}": ctx.command for name in COMMANDS}))
+    ctx.exit()
+
+
+@click.group(
+    cls=_Commands,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH},
+)
+@click.version_option(None, "-V", "--version", package_name="sjepa-deploy")
+@click.option(
+    "--completion",
+    type=click.Choice(SHELLS),
+    is_eager=True,
+    expose_value=False,
+    callback=_completion,
+    help="Print what a shell evaluates to complete all commands, and exit.",
+)
+@click.pass_context
+def group(ctx: click.Context) -> None:
+    """Turn a SignalJEPA checkpoint into a verified, real-time decoder.
+
+    Each command is a program too: sjepa export is sjepa-export.
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 def sjepa() -> None:

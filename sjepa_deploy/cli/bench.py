@@ -12,11 +12,11 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, options, print_json
 from sjepa_deploy.cli.bench_print import print_comparison, print_kept, print_recommendations, print_report
+from sjepa_deploy.cli.progress import progress
 from sjepa_deploy.errors import BenchmarkError, MissingDependencyError, RegressionError, listed
 from sjepa_deploy.runtime.backend import BACKENDS, FASTEST_BACKEND, BackendOptions
 from sjepa_deploy.runtime.bench.cells import SCENARIOS, Samples, Scenario
@@ -210,12 +210,11 @@ class Outputs:
 
 
 @options.command
-@click.argument("bundles", nargs=-1, type=options.path)
+@options.bundles
 @options.fills(
     "plan",
     _plan,
-    options.backends,
-    options.precisions,
+    options.section(options.BACKEND, options.backends, options.precisions, options.threads, options.rare(options.device)),
     click.option(
         "--scenario", "scenarios", type=click.Choice(SCENARIOS), multiple=True, help="Load; may be repeated.  [default: all]"
     ),
@@ -223,34 +222,37 @@ class Outputs:
         "--batch", "batches", type=int, multiple=True, help="Batch of the closed loops.  [default: 1; throughput 1,4,16,64]"
     ),
     click.option("--rate", "rates", type=float, multiple=True, help="Windows a second when paced.  [default: 10, 100]"),
-    click.option("--deadline", type=float, help="Seconds from due to done.  [default: until the next window]"),
+    options.rare(click.option("--deadline", type=float, help="Seconds from due to done.  [default: until the next window]")),
     click.option(
+        "-d",
         "--duration",
         "durations",
         type=Duration(),
         multiple=True,
         help="Seconds in each cell, or of one scenario: 2, paced=50; may be repeated.  [default: 10]",
     ),
-    click.option(
-        "--processes", type=click.IntRange(min=1), help=f"Cold starts of each backend.  [default: {BenchConfig.processes}]"
+    options.rare(
+        click.option(
+            "--processes", type=click.IntRange(min=1), help=f"Cold starts of each backend.  [default: {BenchConfig.processes}]"
+        )
     ),
-    click.option("--quick", is_flag=True, help=f"Measure {QUICK_S:g} s in each cell, and {QUICK_PROCESSES} cold start."),
-    click.option("--time-limit", type=float, help="Seconds after which the run ends with what it has."),
-    options.threads,
-    options.device,
+    click.option("-Q", "--quick", is_flag=True, help=f"Measure {QUICK_S:g} s in each cell, and {QUICK_PROCESSES} cold start."),
+    options.rare(click.option("--time-limit", type=float, help="Seconds after which the run ends with what it has.")),
     options.seed,
+    title="What is measured",
 )
 @options.fills(
     "outputs",
     Outputs,
     options.out_folder("bench-DATE-TIME"),
-    click.option("--name", default="bench", help="Name of the files in --out, without suffix."),
+    options.rare(click.option("--name", default="bench", help="Name of the files in --out, without suffix.")),
     options.force,
+    title=options.OUTPUT,
 )
 @options.fills(
     "aim",
     Aim,
-    click.option("--recommend", is_flag=True, help="Measure only what tells which backend to use, and name it."),
+    click.option("-r", "--recommend", is_flag=True, help="Measure only what tells which backend to use, and name it."),
     click.option(
         "--keep-fastest",
         is_flag=True,
@@ -258,8 +260,11 @@ class Outputs:
     ),
     click.option("--from", "source", type=options.path, help="With --keep-fastest: use this report (.json); measure nothing."),
     click.option("--compare", "compared", type=options.path, nargs=2, help="Compare two reports (.json)."),
-    click.option("--render", "rendered", type=options.path, help="Write the pages of a report (.json) anew."),
-    click.option("--fail-above", type=Share(), help="With --compare: exit status 1 for a slowdown above this, e.g. 10%."),
+    options.rare(click.option("--render", "rendered", type=options.path, help="Write the pages of a report (.json) anew.")),
+    options.rare(
+        click.option("--fail-above", type=Share(), help="With --compare: exit status 1 for a slowdown above this, e.g. 10%.")
+    ),
+    title="Aim",
 )
 @options.json_output
 def bench(bundles: tuple[Path, ...], *, plan: Plan, outputs: Outputs, aim: Aim, json_output: bool) -> None:
@@ -290,14 +295,12 @@ def bench(bundles: tuple[Path, ...], *, plan: Plan, outputs: Outputs, aim: Aim, 
     config = plan.config(aim)
     folder = outputs.out or Path(f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     _make(folder)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
-        task = bar.add_task("opening", total=None)
+    with progress("opening backends") as steps:
         report, samples = run_bench(
             opened,
             config,
             command=_command_line(),
-            progress=lambda text, done, total: bar.update(task, description=text, completed=done, total=total or None),
+            progress=lambda text, done, total: steps.at(text, done, total),
         )
     path = folder / f"{outputs.name}.json"
     report = write_report(report, samples, path)
@@ -364,7 +367,7 @@ def _command_line() -> str:
             continue
         value = context.params[parameter.name]
         for each in value if isinstance(value, tuple) else (value,):
-            name = [] if isinstance(parameter, click.Argument) else [parameter.opts[0]]
+            name = [] if isinstance(parameter, click.Argument) else [max(parameter.opts, key=len)]
             words += [] if each is False else name if each is True else [*name, str(each)]
     return shlex.join(words)
 

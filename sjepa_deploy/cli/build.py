@@ -9,10 +9,10 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, options, parity_table, print_json
+from sjepa_deploy.cli.progress import progress
 from sjepa_deploy.export.to_tensorrt import build_engine, default_settings, other_machine
 from sjepa_deploy.runtime.backends.engines import EngineRecord
 from sjepa_deploy.runtime.backends.tensorrt_api import MODULES
@@ -56,7 +56,7 @@ def _request(
 
 @options.command
 @options.bundle
-@options.precisions
+@options.section(options.BACKEND, options.precisions)
 @options.fills(
     "request",
     _request,
@@ -71,13 +71,20 @@ def _request(
     click.option("--opt-batch", type=click.IntRange(min=1), help="Batch that kernels are chosen for.  [default: 1]"),
     click.option("--max-batch", type=click.IntRange(min=1), help="Largest batch.  [default: the graph's]"),
     click.option("--optimization-level", type=click.IntRange(0, 5), default=3, help="How long the builder searches."),
-    click.option(
-        "--workspace", "workspace_mib", type=click.IntRange(min=1), help="Scratch memory in MiB.  [default: what the GPU has]"
+    options.rare(
+        click.option(
+            "--workspace", "workspace_mib", type=click.IntRange(min=1), help="Scratch memory in MiB.  [default: what the GPU has]"
+        )
     ),
-    click.option("--refittable", is_flag=True, help="Let weights be replaced later; costs speed."),
-    click.option("--version-compatible", is_flag=True, help="Let later versions of TensorRT load the engine; costs speed."),
-    click.option("--time-limit", type=float, help="Seconds after which a build is given up (TensorRT 10 and later)."),
+    options.rare(click.option("--refittable", is_flag=True, help="Let weights be replaced later; costs speed.")),
+    options.rare(
+        click.option("--version-compatible", is_flag=True, help="Let later versions of TensorRT load the engine; costs speed.")
+    ),
+    options.rare(
+        click.option("--time-limit", type=float, help="Seconds after which a build is given up (TensorRT 10 and later).")
+    ),
     click.option("--rebuild", is_flag=True, help="Build engines again that are there."),
+    title="Engines",
 )
 @options.json_output
 def build(bundle: Path, precisions: tuple[RunPrecision, ...], request: EngineRequest, json_output: bool) -> None:
@@ -104,9 +111,7 @@ def build_engines(
     records = []
     for precision, target in itertools.product(precisions, request.targets or (None,)):
         settings = dataclasses.replace(default_settings(bundle, precision), **request.changes)
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=screen, transient=True) as bar:
-            task = bar.add_task(precision)
+        with progress(f"{precision}: building an engine") as steps:
             record = build_engine(
                 bundle,
                 precision,
@@ -116,7 +121,7 @@ def build_engines(
                 target=target,
                 rebuild=request.rebuild,
                 time_limit=request.time_limit,
-                progress=lambda text, bar=bar, task=task, p=precision: bar.update(task, description=f"{p}: {text}"),  # type: ignore[misc]
+                progress=lambda text, steps=steps, p=precision: steps.at(f"{p}: {text}"),  # type: ignore[misc]
             )
         records.append(record)
         machine = record.identity.machine

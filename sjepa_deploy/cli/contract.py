@@ -199,7 +199,9 @@ of_the_model = options.fills(
         metavar="LOW HIGH",
         help="Band in Hz that recordings are filtered to; 0 leaves a side open.",
     ),
-    click.option("--notch", type=float, metavar="HZ", help="Mains frequency that is removed with its harmonics; 0 is none."),
+    options.rare(
+        click.option("--notch", type=float, metavar="HZ", help="Mains frequency that is removed with its harmonics; 0 is none.")
+    ),
     click.option("--phase", type=click.Choice(get_args(Phase)), help="Form of the filters that made the training windows."),
     options.several(
         "--events", help="Events that the windows of the model belong to; with --task-data those to judge, all or FILE.tsv too."
@@ -209,11 +211,12 @@ of_the_model = options.fills(
         "--assume-signal", is_flag=True, help="Confirm what is assumed of the signal where neither checkpoint nor flags tell."
     ),
     click.option("--task", type=click.Choice(get_args(Task)), help="What the outputs are for."),
-    click.option("--n-outputs", type=int, help="Outputs of the model."),
+    options.rare(click.option("--n-outputs", type=int, help="Outputs of the model.")),
     click.option(
         "--class-names", type=options.Names(), metavar="A,B,...", help="Names of the outputs; two names for a single output."
     ),
-    click.option("--output-unit", metavar="UNIT", help="Unit of the outputs of a regression, such as s."),
+    options.rare(click.option("--output-unit", metavar="UNIT", help="Unit of the outputs of a regression, such as s.")),
     options.spatial_filters,
+    title="What the model takes and gives",
 )
 """Hands a `Contract` to the command as ``contract``."""

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from sjepa_deploy.bundle import DECISION_FOLDER, Bundle
 from sjepa_deploy.cli import console, entry, options, print_json, task
+from sjepa_deploy.cli.progress import progress
 from sjepa_deploy.cli.task import EventChoice
 from sjepa_deploy.errors import DecisionError, OutputError, listed
 from sjepa_deploy.files import write_atomically
@@ -162,9 +163,12 @@ def _shares(prevalence: dict[str, str], class_names: tuple[str, ...]) -> tuple[f
 
 @options.command
 @options.bundle
-@click.option("--show", is_flag=True, help="Instead of a fit: tell the decision layers of the bundle in words.")
-@click.option(
-    "--fit", "sources", type=options.path, multiple=True, help="Recording with annotations, or .npz of windows with labels."
+@options.section(
+    "Data",
+    click.option("--show", is_flag=True, help="Instead of a fit: tell the decision layers of the bundle in words."),
+    click.option(
+        "--fit", "sources", type=options.path, multiple=True, help="Recording with annotations, or .npz of windows with labels."
+    ),
 )
 @options.fills(
     "wanted",
@@ -173,29 +177,42 @@ def _shares(prevalence: dict[str, str], class_names: tuple[str, ...]) -> tuple[f
     click.option("--max-false-per-minute", type=float, help="Most decisions a minute that are wrong or belong to no event."),
     click.option("--target-accuracy", type=float, help="Share of right decisions among those that are made."),
     click.option("--coverage", type=float, help="Of a regression: share of targets that lie inside the interval."),
+    title="What is asked for: one of",
 )
-@options.decisions(f"{DEFAULT_NAME}")
 @options.fills(
     "cut",
     Cut,
     task.which,
     task.labels,
     task.tmin,
-    click.option("--class-names", type=options.Names(), metavar="A,B,...", help="Classes of a model that names none."),
+    options.rare(
+        click.option("--class-names", type=options.Names(), metavar="A,B,...", help="Classes of a model that names none.")
+    ),
     click.option(
         "--hop", type=float, help="Seconds between windows of a stream, decoded as live.  [default: one window an event]"
     ),
     task.trial_starts,
+    title="Data",
 )
 @options.fills(
     "chain",
     Chain,
-    click.option(
-        "--prevalence", type=Pairs(), default={}, metavar="CLASS=SHARE,...", help="Share of each class where the layer decides."
+    options.rare(
+        click.option(
+            "--prevalence",
+            type=Pairs(),
+            default={},
+            metavar="CLASS=SHARE,...",
+            help="Share of each class where the layer decides.",
+        )
     ),
     click.option("--smoothing", type=float, help="Time constant in seconds of an exponential mean of the probabilities."),
-    click.option("--mean-of", type=click.IntRange(min=1), help="Number of windows whose probabilities are averaged."),
-    click.option("--hysteresis", type=float, default=0.0, help="How far the probability of a decided class may fall."),
+    options.rare(
+        click.option("--mean-of", type=click.IntRange(min=1), help="Number of windows whose probabilities are averaged.")
+    ),
+    options.rare(
+        click.option("--hysteresis", type=float, default=0.0, help="How far the probability of a decided class may fall.")
+    ),
     click.option("--dwell", type=float, default=0.0, help="Seconds that a class must last."),
     click.option("--refractory", type=float, default=0.0, help="Seconds after a decision without another one."),
     click.option(
@@ -203,21 +220,27 @@ def _shares(prevalence: dict[str, str], class_names: tuple[str, ...]) -> tuple[f
         type=click.Choice(["fixed", "margin", "probability", "bayes"]),
         help="Add up the evidence of an event's windows until this rule stops.",
     ),
-    click.option("--most", type=click.IntRange(min=1), help="Most windows that --stop adds up."),
-    options.several(
-        "--no-signal",
-        "no_signal",
-        choices=("held", "bridged", "bad channels", "doubtful", "settling", "late", "none"),
-        default=DEFAULTS.refuse,
-        help="Flags of windows that are no signal.",
+    options.rare(click.option("--most", type=click.IntRange(min=1), help="Most windows that --stop adds up.")),
+    options.rare(
+        options.several(
+            "--no-signal",
+            "no_signal",
+            choices=("held", "bridged", "bad channels", "doubtful", "settling", "late", "none"),
+            default=DEFAULTS.refuse,
+            help="Flags of windows that are no signal.",
+        )
     ),
-    click.option(
-        "--max-gap", type=float, help="Seconds without signal after which everything begins anew.  [default: three hops]"
+    options.rare(
+        click.option(
+            "--max-gap", type=float, help="Seconds without signal after which everything begins anew.  [default: three hops]"
+        )
     ),
+    title="Steps of the layer",
 )
-@options.check_unit
 @options.signal_facts
+@options.section(options.SIGNAL, options.check_unit)
 @options.backend_choice()
+@options.section(options.OUTPUT, options.decisions(DEFAULT_NAME))
 @options.out_file
 @options.force
 @options.json_output
@@ -272,10 +295,11 @@ def decide(
     )
     with choice.load(opened, check_unit=False) as predict:
         parts = []
-        for source in sources:
-            with screen.status(f"decoding {source.name}"):
+        with progress("decoding", total=len(sources)) as steps:
+            for source in sources:
+                steps.begin(f"decoding {source.name}")
                 parts.append(_read(predict, source, class_names, cut, facts, check_unit=check_unit))
-    with screen.status("fitting"):
+    with progress("fitting the layer"):
         result = fit(joined(parts), described, request)
     file = write_layer(opened, result.layer)
     if out is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
-import click
 from rich.markup import escape
 from rich.table import Table
 
@@ -21,7 +20,7 @@ from sjepa_deploy.serialize import encode
 
 
 @options.command
-@click.argument("bundles", nargs=-1, type=options.path)
+@options.bundles
 @options.json_output
 def doctor(bundles: tuple[Path, ...], json_output: bool) -> None:
     """Show versions, hardware, which backends run on this machine, and why others do not.

@@ -15,6 +15,7 @@ from rich.markup import escape
 from sjepa_deploy.bundle import MAX_BATCH, check_writable
 from sjepa_deploy.cli import console, entry, options, parity_table, print_json, spec_lines, task
 from sjepa_deploy.cli.contract import Contract, of_the_model
+from sjepa_deploy.cli.progress import progress
 from sjepa_deploy.cli.task import EventChoice
 from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.eeg.units import conversion
@@ -172,32 +173,36 @@ def _outputs(engines: tuple[str, ...], **values: Any) -> Outputs:
     click.option(
         "--variant", type=click.Choice([*VARIANTS, "all"]), help="Model to export. Without it the checkpoint names the model."
     ),
-    click.option("--checkpoint", type=options.path, help="Folder or file of the weights. Without it they are random."),
-    click.option("--prefix", help="What stands before the model's keys in a checkpoint that holds several models."),
-    options.allow_left_out,
+    click.option("-k", "--checkpoint", type=options.path, help="Folder or file of the weights. Without it they are random."),
+    options.rare(click.option("--prefix", help="What stands before the model's keys in a checkpoint that holds several models.")),
+    options.rare(options.allow_left_out),
     options.untold,
+    title="Model",
 )
 @of_the_model
 @options.fills(
     "graphs",
     _graphs,
     options.precisions,
-    click.option("--opset", type=int, default=17, help="ONNX opset."),
+    options.rare(click.option("--opset", type=int, default=17, help="ONNX opset.")),
     click.option("--max-batch", type=click.IntRange(min=1, max=MAX_BATCH), default=64, help="Largest batch of windows."),
-    click.option(
-        "--static-batch", type=click.IntRange(min=1, max=MAX_BATCH), help="The only batch size, in place of 1 to --max-batch."
+    options.rare(
+        click.option(
+            "--static-batch", type=click.IntRange(min=1, max=MAX_BATCH), help="The only batch size, in place of 1 to --max-batch."
+        )
     ),
     options.seed,
     click.option("--parity-data", type=options.path, help="Recording, or .npy of windows, to judge with as well."),
-    options.interpolate,
-    options.rename,
+    options.rare(options.interpolate, options.rename),
     options.check_unit,
+    title="Graphs, and what judges them",
 )
 @options.fills(
     "judged",
     Judged,
     click.option("--task-data", type=options.path, help="Recording with events on which the live decoder is judged too."),
-    task.labels,
+    options.rare(task.labels),
+    title="Graphs, and what judges them",
 )
 @options.fills(
     "outputs",
@@ -213,9 +218,12 @@ def _outputs(engines: tuple[str, ...], **values: Any) -> Outputs:
         "and a GPU are there.",
     ),
     click.option("--triton", type=options.path, help="Triton model repository to add the bundle to."),
-    click.option(
-        "--triton-platform", type=click.Choice(TRITON_PLATFORMS), default="python", help="Runtime of the graph in Triton."
+    options.rare(
+        click.option(
+            "--triton-platform", type=click.Choice(TRITON_PLATFORMS), default="python", help="Runtime of the graph in Triton."
+        )
     ),
+    title=options.OUTPUT,
 )
 @options.json_output
 def export(*, weights: Weights, contract: Contract, graphs: Graphs, judged: Judged, outputs: Outputs, json_output: bool) -> None:
@@ -301,7 +309,7 @@ def _export_one(
             notes=read.notes + _length_note(read.known, model, eeg, parity_data, seed) + told,
         )
     try:
-        with screen.status("exporting") as status:
+        with progress(f"{spec.variant}: exporting", total=2 + 2 * len(graphs.precisions)) as steps:
             bundle = to_bundle(
                 model,
                 out,
@@ -314,7 +322,7 @@ def _export_one(
                 check_unit=graphs.check_unit,
                 seed=seed,
                 force=outputs.force,
-                progress=lambda text: status.update(f"{spec.variant}: {text}"),
+                progress=lambda text: steps.begin(f"{spec.variant}: {text}"),
             )
     except ExportParityError as e:
         screen.print(parity_table(e.results, f"{spec.variant}: parity with the PyTorch model in float64"))
@@ -490,7 +498,8 @@ def _report(screen: Console, bundle: Bundle, random: bool) -> None:
             f"changes.",
             soft_wrap=True,
         )
-    screen.print(f"Next: sjepa-verify {path}", soft_wrap=True)
+    n = len(manifest.parity)
+    screen.print(f"[bold green]exported:[/] {n} graph{'s' * (n > 1)} equal to PyTorch. Next: sjepa-verify {path}", soft_wrap=True)
 
 
 def _summary(bundle: Bundle) -> dict[str, Any]:

@@ -74,17 +74,20 @@ def _model(
     click.option("--variant", type=click.Choice(["prelocal", "postlocal", "contextual"]), help="Model to train."),
     click.option("--pretrained", help="Checkpoint of the base model. Without one, training starts from scratch."),
     click.option("--freeze-encoder", is_flag=True, help="Train the spatial filters and the last layer only."),
-    click.option("--transfer-encoder", is_flag=True, help="Take the feature encoder into PreLocal too."),
-    click.option("--accept-sfreq", is_flag=True, help="Take a base model of another sampling rate."),
-    click.option("--allow-overlap", is_flag=True, help="Take a base model that has seen subjects of the test part."),
+    options.rare(click.option("--transfer-encoder", is_flag=True, help="Take the feature encoder into PreLocal too.")),
+    options.rare(click.option("--accept-sfreq", is_flag=True, help="Take a base model of another sampling rate.")),
+    options.rare(
+        click.option("--allow-overlap", is_flag=True, help="Take a base model that has seen subjects of the test part.")
+    ),
     click.option(
         "--class-weights",
         type=click.Choice(["balanced", "none"]),
         help="Whether rare classes count as much as frequent ones in the loss.  [default: balanced without --config]",
     ),
-    options.allow_left_out,
+    options.rare(options.allow_left_out),
     options.spatial_filters,
-    click.option("--warmup-epochs", type=int, help="Epochs in which only the new layers learn."),
+    options.rare(click.option("--warmup-epochs", type=int, help="Epochs in which only the new layers learn.")),
+    title="Model",
 )
 @options.fills(
     "target",
@@ -98,13 +101,16 @@ def _model(
     click.option(
         "--task", type=click.Choice(["regression", "classification"]), help="Whether the target is a number or a class."
     ),
-    click.option(
-        "--stimulus",
-        multiple=True,
-        help="Event that a reaction time starts at, or trial_type of the rows of --column; may be repeated.",
+    options.rare(
+        click.option(
+            "--stimulus",
+            multiple=True,
+            help="Event that a reaction time starts at, or trial_type of the rows of --column; may be repeated.",
+        )
     ),
-    click.option("--response", multiple=True, help="Event that a reaction time ends at; may be repeated."),
+    options.rare(click.option("--response", multiple=True, help="Event that a reaction time ends at; may be repeated.")),
     click.option("--column", help="Column of a TSV, of participants.tsv or of Epochs' metadata that holds the target."),
+    title="Target",
 )
 @training_options
 def finetune(

@@ -1,7 +1,7 @@
 """Defines the options that commands share: each has one name, one type, one default and one help text.
 
 `fills` collects options into one dataclass, so that a command takes a few arguments. `command` gives every command ``--help``,
-``--version`` and ``--config``. `check_file` and `check_files` hold the rule of ``--out``.
+``--version``, ``--verbose``, ``--quiet`` and ``--config``. `check_file` and `check_files` hold the rule of ``--out``.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from sjepa_deploy.bundle import Bundle
+from sjepa_deploy.cli import completion, help_page
+from sjepa_deploy.cli.help_page import Function, Option
+from sjepa_deploy.cli.help_page import added as added
+from sjepa_deploy.cli.help_page import rare as rare
+from sjepa_deploy.cli.help_page import section as section
 from sjepa_deploy.eeg.interpolation import INTERPOLATED_SHARE
 from sjepa_deploy.errors import OutputError, listed
 from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, BackendOptions
 from sjepa_deploy.runtime.predictor import Predictor, load
 from sjepa_deploy.spec import RUN_PRECISIONS, UNITS_IN_VOLTS, RunPrecision, Unit
-
-Function = Callable[..., Any]
-Option = Callable[[Function], Function]
-"""Adds an option to the function of a command."""
 
 STDOUT = Path("-")
 """Path by which ``--out`` names standard output."""
@@ -50,6 +52,10 @@ class Names(click.ParamType[tuple[str, ...]]):
             self.fail(f"{unknown[0]!r} is not one of {', '.join(map(repr, self.choices))}.", param, ctx)
         return names
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the choices that complete the last name."""
+        return completion.after_commas(incomplete, self.choices)
+
 
 class Share(click.ParamType[float]):
     """A share from 0 to 1; in a configuration file also true, which is `INTERPOLATED_SHARE`, and false."""
@@ -69,7 +75,7 @@ class Share(click.ParamType[float]):
         return share
 
 
-def several(*spellings: str, choices: Sequence[str] = (), default: Sequence[str] = (), help: str) -> Option:
+def several(*spellings: str, choices: Sequence[str] = (), default: Sequence[str] = (), help: str, **more: Any) -> Option:
     """Return an option that takes names separated by commas, and that may be repeated. The command gets them as one tuple."""
 
     def joined(ctx: click.Context, param: click.Parameter, values: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
@@ -77,28 +83,30 @@ def several(*spellings: str, choices: Sequence[str] = (), default: Sequence[str]
 
     metavar = f"[{'|'.join(choices)}],..." if choices else "A,B,..."
     kind = Names(choices)
-    return click.option(*spellings, type=kind, multiple=True, default=default, metavar=metavar, callback=joined, help=help)
+    return click.option(
+        *spellings, type=kind, multiple=True, default=default, metavar=metavar, callback=joined, help=help, **more
+    )
 
 
 def out_folder(default: str | None) -> Option:
     """Return ``--out`` of a command that writes a folder. Without a `default` the user must give the folder."""
     if default is None:
-        return click.option("--out", type=path, required=True, help="Folder to write.")
-    return click.option("--out", type=path, help=f"Folder to write.  [default: {default}]")
+        return section(OUTPUT, click.option("-o", "--out", type=path, required=True, help="Folder to write."))
+    return section(OUTPUT, click.option("-o", "--out", type=path, help=f"Folder to write.  [default: {default}]"))
 
 
 def command(function: Function) -> click.Command:
-    """Return `function` as a command with ``--config``, ``--version`` and ``--help``."""
+    """Return `function` as a command with ``--config`` and the options of every command."""
     return recipe_command(config(function))
 
 
 def recipe_command(function: Function) -> click.Command:
-    """Return `function`, which has a ``--config`` of its own, as a command with ``--version`` and ``--help``."""
-    settings = {"help_option_names": ["-h", "--help"], "show_default": True}
-    return click.command(context_settings=settings)(click.version_option(package_name="sjepa-deploy")(function))
+    """Return `function`, which has a ``--config`` of its own, as a command with the options of every command."""
+    settings = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": help_page.WIDTH}
+    return click.command(cls=help_page.Command, context_settings=settings)(help_page.general(function))
 
 
-def fills(name: str, make: Callable[..., object], *options: Option) -> Option:
+def fills(name: str, make: Callable[..., object], *options: Option, title: str | None = None) -> Option:
     """Return a decorator that adds `options` to a command and collects their values.
 
     Parameters
@@ -109,8 +117,10 @@ def fills(name: str, make: Callable[..., object], *options: Option) -> Option:
         A dataclass, or a function, that takes the options by their names.
     *options : decorator
         Options in the order of the help page.
+    title : str or None
+        Heading above the options on the help page. None leaves them to whoever takes the result.
     """
-    names = [parameter.name for parameter in _parameters(options)]
+    names = [parameter.name for parameter in help_page.parameters(*options)]
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
@@ -118,45 +128,41 @@ def fills(name: str, make: Callable[..., object], *options: Option) -> Option:
             own = {each: values.pop(each) for each in names}
             return function(*args, **{name: make(**own)}, **values)
 
-        return added(*options)(collected)
+        return (added(*options) if title is None else section(title, *options))(collected)
 
     return decorate
-
-
-def added(*options: Option) -> Option:
-    """Return a decorator that adds `options` in the order of the help page."""
-
-    def decorate(function: Function) -> Function:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
-
-
-def _parameters(options: Iterable[Option]) -> list[click.Parameter]:
-    def nothing() -> None:
-        pass
-
-    added(*options)(nothing)
-    parameters: list[click.Parameter] = nothing.__click_params__  # type: ignore[attr-defined]
-    return parameters[::-1]
 
 
 # ---- options of one value -----------------------------------------------------------------------------------------------------
 
+OUTPUT, BACKEND, SIGNAL = "Output", "Backend", "Signal"
+"""Headings that several commands share."""
+
 path = click.Path(path_type=Path)
-bundle = click.argument("bundle", type=path)
-backend = click.option("--backend", default=DEFAULT_BACKEND, help="Backend that runs the model; sjepa-doctor lists them.")
-precision = click.option(
-    "--precision", type=click.Choice(RUN_PRECISIONS), help="Precision to compute in.  [default: the bundle's first]"
+bundle = click.argument("bundle", type=path, shell_complete=completion.bundles)
+bundles = click.argument("bundles", type=path, nargs=-1, shell_complete=completion.bundles)
+backend = click.option(
+    "-b",
+    "--backend",
+    default=DEFAULT_BACKEND,
+    shell_complete=completion.backends,
+    help="Backend that runs the model; sjepa-doctor lists them.",
 )
-backends = several("--backend", "backends", help="Backends, separated by commas or repeated.  [default: all that run here]")
+precision = click.option(
+    "-p", "--precision", type=click.Choice(RUN_PRECISIONS), help="Precision to compute in.  [default: the bundle's first]"
+)
+backends = several(
+    "-b",
+    "--backend",
+    "backends",
+    shell_complete=completion.backends,
+    help="Backends, separated by commas or repeated.  [default: all that run here]",
+)
 precisions = several(
-    "--precision", "precisions", choices=RUN_PRECISIONS, help="Precisions, separated by commas or repeated.  [default: all]"
+    "-p", "--precision", "precisions", choices=RUN_PRECISIONS, help="Precisions, separated by commas or repeated.  [default: all]"
 )
 threads = click.option(
-    "--threads", "n_threads", type=click.IntRange(min=1), help="CPU threads of a call.  [default: the backend's]"
+    "-t", "--threads", "n_threads", type=click.IntRange(min=1), help="CPU threads of a call.  [default: the backend's]"
 )
 device = click.option("--device", type=click.IntRange(min=0), default=0, help="Number of the GPU.")
 interpolate = click.option(
@@ -170,16 +176,22 @@ interpolate = click.option(
 rename = click.option(
     "--rename", type=Names(), metavar="THEIRS=MINE,...", help="Names to give to channels of the recording or stream."
 )
-unit = click.option("--unit", type=click.Choice(list(UNITS_IN_VOLTS)), help="Unit of a recording or stream, whatever it states.")
-check_unit = click.option(
-    "--check-unit/--no-check-unit", default=True, help="Whether amplitudes that no EEG has in the stated unit are refused."
+unit = click.option(
+    "-u", "--unit", type=click.Choice(list(UNITS_IN_VOLTS)), help="Unit of a recording or stream, whatever it states."
+)
+check_unit = rare(
+    click.option(
+        "--check-unit/--no-check-unit", default=True, help="Whether amplitudes that no EEG has in the stated unit are refused."
+    )
 )
 tmin = click.option("--tmin", type=float, help="Start of a window in seconds after its event; may be negative.")
-montage = click.option("--montage", help="Channels with positions: a montage of MNE, or a file with name, x, y, z in metres.")
+montage = click.option(
+    "-m", "--montage", help="Channels with positions: a montage of MNE, or a file with name, x, y, z in metres."
+)
 model_sfreq = click.option("--sfreq", type=float, help="Sampling rate of the model in Hz.")
 n_times = click.option("--n-times", type=int, help="Samples of a window.")
-spatial_filters = click.option("--spatial-filters", type=int, help="Spatial filters of the model.")
-seed = click.option("--seed", type=click.IntRange(0, 2**62 - 1), default=0, help="Seed of everything random.")
+spatial_filters = rare(click.option("--spatial-filters", type=int, help="Spatial filters of the model."))
+seed = rare(click.option("--seed", type=click.IntRange(0, 2**62 - 1), default=0, help="Seed of everything random."))
 
 
 def decisions(default: str) -> Option:
@@ -187,11 +199,12 @@ def decisions(default: str) -> Option:
     return click.option("--decisions", metavar="NAME", help=f"Decision layer of the bundle.  [default: {default}]")
 
 
-out_file = click.option("--out", type=path, help="File to write; - is standard output.")
-force = click.option("--force", is_flag=True, help="Replace files that are there.")
-append = click.option("--append", is_flag=True, help="Add to the end of the file of --out.")
-quiet = click.option("--quiet", is_flag=True, help="Show no live view.")
-json_output = click.option("--json", "json_output", is_flag=True, help="Print the result as JSON.")
+out_file = section(OUTPUT, click.option("-o", "--out", type=path, help="File to write; - is standard output."))
+force = section(OUTPUT, click.option("-f", "--force", is_flag=True, help="Replace files that are there."))
+append = click.option("-a", "--append", is_flag=True, help="Add to the end of the file of --out.")
+json_output = section(
+    help_page.GENERAL, click.option("-j", "--json", "json_output", is_flag=True, help="Print the result as JSON.")
+)
 
 
 # ---- options that fill a dataclass ---------------------------------------------------------------------------------------------
@@ -227,7 +240,7 @@ def backend_choice(*more: Option) -> Option:
     def make(backend: str, precision: RunPrecision | None, **options: Any) -> BackendChoice:
         return BackendChoice(backend=backend, precision=precision, options=BackendOptions(**options))
 
-    return fills("choice", make, backend, precision, threads, device, *more)
+    return fills("choice", make, backend, precision, threads, rare(device), *map(rare, more), title=BACKEND)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +282,7 @@ signal_facts = fills(
     ),
     rename,
     click.option("--sfreq", type=float, help="Rate in Hz of a recording that does not state it, or of the synthetic stream."),
+    title=SIGNAL,
 )
 """Hands `SignalFacts` to the command as ``facts``."""
 
@@ -287,7 +301,7 @@ def _strides(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 allow_left_out = several(
     "--allow-left-out", "allow_left_out", help="Weights or modules in the checkpoint that are of no SignalJEPA model."
 )
-untold = added(
+untold = rare(
     click.option("--n-heads", type=click.IntRange(min=1), help="Attention heads of the transformer."),
     click.option(
         "--strides",
@@ -309,6 +323,10 @@ untold = added(
 # ---- --config ----------------------------------------------------------------------------------------------------------------
 
 
+NO_KEYS = ("config", "version", "help_all")
+"""Options that a file of options cannot hold."""
+
+
 def _read_config(ctx: click.Context, param: click.Parameter, file: Path | None) -> None:
     """Take the values of `file` where the command line gives none."""
     if file is None:
@@ -316,8 +334,9 @@ def _read_config(ctx: click.Context, param: click.Parameter, file: Path | None) 
     options = {
         spelling.lstrip("-"): option
         for option in ctx.command.params
-        if isinstance(option, click.Option) and option.expose_value
+        if isinstance(option, click.Option) and option.name not in NO_KEYS
         for spelling in option.opts
+        if spelling.startswith("--")
     }
     values = {}
     for key, value in _read_yaml(file).items():
@@ -367,14 +386,18 @@ def _checked(ctx: click.Context, option: click.Option, value: object) -> object:
     return value
 
 
-config = click.option(
-    "--config",
-    type=path,
-    is_eager=True,
-    expose_value=False,
-    callback=_read_config,
-    metavar="FILE",
-    help="YAML file of options, as in hop: 0.1; the command line wins.",
+config = section(
+    help_page.GENERAL,
+    click.option(
+        "-c",
+        "--config",
+        type=path,
+        is_eager=True,
+        expose_value=False,
+        callback=_read_config,
+        metavar="FILE",
+        help="YAML file of options, as in hop: 0.1; the command line wins.",
+    ),
 )
 
 

@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, options, print_json, task
+from sjepa_deploy.cli.progress import Steps, progress
 from sjepa_deploy.cli.task import EventChoice
 from sjepa_deploy.eeg.epochs import holds_windows, read_windows
 from sjepa_deploy.eeg.events import Events
@@ -87,10 +88,10 @@ class _Decodable:
     click.option("--hop", type=float, help="Seconds from one window to the next.  [default: one window]"),
     task.which,
     task.tmin,
+    title="Windows",
 )
-@options.interpolate
-@options.check_unit
 @options.signal_facts
+@options.section(options.SIGNAL, options.interpolate, options.check_unit)
 @options.backend_choice()
 @options.json_output
 def run(
@@ -149,9 +150,9 @@ def run(
         try:
             with (
                 contextlib.nullcontext(sys.stdout) if out is None else _whole_file(out) as stream,
-                contextlib.nullcontext() if out is None else screen.status("decoding"),
+                progress("decoding windows", total=found.n) as steps,
             ):
-                _decode(stream, found, predict, with_class=bool(cut.events))
+                _decode(stream, found, predict, steps, with_class=bool(cut.events))
         except BrokenPipeError:
             raise  # click ends quietly where a reader like `head` has seen enough
         except OSError as e:
@@ -164,8 +165,8 @@ def run(
         screen.print("[bold yellow]The weights of this bundle are random: the predictions mean nothing.[/]")
     where = "" if out is None else f" in [bold]{escape(str(out))}[/]"
     what = f"windows of {spec.signal.seconds:g} s{found.what}"
-    screen.print(f"{found.n} {what} decoded{where}", soft_wrap=True)
     screen.print(f"outputs: {escape(spec.outputs_told)}", soft_wrap=True)
+    screen.print(f"[bold green]decoded:[/] {found.n} {what}{where}", soft_wrap=True)
     if json_output:
         print_json(
             {
@@ -279,7 +280,7 @@ def _whole_file(path: Path) -> Iterator[IO[str]]:
         yield stream
 
 
-def _decode(stream: IO[str], found: _Decodable, predict: Predictor, *, with_class: bool) -> None:
+def _decode(stream: IO[str], found: _Decodable, predict: Predictor, steps: Steps, *, with_class: bool) -> None:
     """Decode all windows, and write their rows as they come."""
     spec, n_done = predict.spec, 0
     with_class &= spec.task == "classification"
@@ -288,6 +289,7 @@ def _decode(stream: IO[str], found: _Decodable, predict: Predictor, *, with_clas
         columns = found.columns(slice(n_done, n_done + len(windows)))
         _write(stream, columns, predict.predict(windows), spec, with_class=with_class)
         n_done += len(windows)
+        steps.at(done=n_done)
     assert n_done == found.n
     stream.flush()
 

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from sjepa_deploy.bundle import MANIFEST_FILE, Bundle
-from sjepa_deploy.cli import console, entry, options, print_json
+from sjepa_deploy.cli import completion, console, entry, options, print_json
+from sjepa_deploy.cli.progress import progress
 from sjepa_deploy.errors import ServingError, SjepaError, listed
 from sjepa_deploy.export.to_triton import DEFAULT_DEADLINE, PLATFORMS, ServedModel, to_triton
 from sjepa_deploy.serving.server import Server
@@ -42,14 +43,13 @@ class ServerOptions:
 
 
 @options.command
-@click.argument("bundles", type=options.path, nargs=-1, required=True)
+@click.argument("bundles", type=options.path, nargs=-1, required=True, shell_complete=completion.bundles)
 @options.fills(
     "model",
     _model,
     click.option("--name", help="Name of the model, for a single bundle.  [default: sjepa-VARIANT]"),
     click.option("--platform", type=click.Choice(PLATFORMS), default="python", help="Runtime of the graph inside the server."),
-    options.backend,
-    options.precision,
+    options.section(options.BACKEND, options.backend, options.precision),
     click.option("--deadline", type=float, default=DEFAULT_DEADLINE, help="Seconds to an answer; batches and queues follow."),
     click.option("--no-batching", is_flag=True, help="Run every request alone."),
     click.option("--instances", type=click.IntRange(min=1), help="Copies of the model at work.  [default: one on each core]"),
@@ -57,9 +57,13 @@ class ServerOptions:
     click.option(
         "--from-unit", type=click.Choice(list(UNITS_IN_VOLTS)), help="Take windows in this unit and any reference (an ensemble)."
     ),
+    title="Model",
 )
-@click.option("--repository", type=options.path, help="Model repository to add to.  [default: a temporary one]")
-@click.option("--no-start", is_flag=True, help="Write the repository, and start no server.")
+@options.section(
+    "Server",
+    click.option("--repository", type=options.path, help="Model repository to add to.  [default: a temporary one]"),
+    click.option("--no-start", is_flag=True, help="Write the repository, and start no server."),
+)
 @options.fills(
     "server",
     ServerOptions,
@@ -68,6 +72,7 @@ class ServerOptions:
     click.option("--http-port", type=int, help="Port for HTTP.  [default: a free one]"),
     click.option("--metrics-port", type=int, help="Port for Prometheus.  [default: a free one]"),
     click.option("--tritonserver", "program", type=options.path, help="Server to run.  [default: the one that is installed]"),
+    title="Server",
 )
 @options.json_output
 def serve(
@@ -103,8 +108,9 @@ def serve(
             if json_output:
                 print_json({"repository": str(folder), "models": [_summary(served) for served in models]})
             return
-        with _interrupts() as interrupted, screen.status("starting tritonserver") as status, running:
-            status.stop()
+        with _interrupts() as interrupted, contextlib.ExitStack() as started:
+            with progress("starting tritonserver"):
+                started.enter_context(running)
             for what, where in running.endpoints.items():
                 screen.print(f"{what}: [bold]{escape(where)}[/]")
             for served in models:

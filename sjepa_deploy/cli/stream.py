@@ -16,7 +16,9 @@ from rich.markup import escape
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, options, print_json
 from sjepa_deploy.cli import task as event_options
+from sjepa_deploy.cli.help_page import is_quiet
 from sjepa_deploy.cli.live import live_view, summary_table
+from sjepa_deploy.cli.progress import progress
 from sjepa_deploy.cli.task import EventChoice
 from sjepa_deploy.eeg.events import ALL
 from sjepa_deploy.errors import OutputError, ParityError, SjepaError
@@ -139,15 +141,12 @@ class Session:
         Seconds after the first sample's arrival after which the decoder stops.
     priority : int or None
         Real-time priority of the decoder's threads.
-    quiet : bool
-        Whether the live view is left out.
     """
 
     speed: float
     successor: bool
     duration: float | None
     priority: int | None
-    quiet: bool
 
 
 def _config(bads: tuple[str, ...] | None, interpolate: float | None, **values: Any) -> StreamConfig:
@@ -164,6 +163,7 @@ NO_LAYER = "none"
     "task",
     _task,
     click.option(
+        "-s",
         "--source",
         help="Stream to decode: lsl:NAME, lsl:type=EEG, lsl:source_id=..., brainflow:BOARD, file:RECORDING or synthetic.",
     ),
@@ -171,7 +171,7 @@ NO_LAYER = "none"
     click.option("--replay", type=options.path, help="Instead: decode a record again and compare its decisions."),
     event_options.which,
     event_options.tmin,
-    event_options.labels,
+    options.rare(event_options.labels),
     click.option(
         "--markers",
         multiple=True,
@@ -180,8 +180,13 @@ NO_LAYER = "none"
         "annotations, board of brainflow:BOARD, every:SECONDS for synthetic.  [default: annotations of a file, or the table of "
         "--events]",
     ),
-    click.option("--history", type=float, default=HISTORY_S, help="Seconds of samples that are kept for markers that come late."),
-    event_options.trial_starts,
+    options.rare(
+        click.option(
+            "--history", type=float, default=HISTORY_S, help="Seconds of samples that are kept for markers that come late."
+        )
+    ),
+    options.rare(event_options.trial_starts),
+    title="What is decoded",
 )
 @options.signal_facts
 @options.fills(
@@ -194,36 +199,51 @@ NO_LAYER = "none"
         "--deadline", type=float, help="Seconds after the newest sample by which a decision is due.  [default: the hop]"
     ),
     click.option("--late", type=click.Choice(["skip", "queue", "hold"]), default=DEFAULTS.late, help="Policy for late windows."),
-    click.option("--bridge", type=int, default=DEFAULTS.bridge, help="Largest number of lost samples to interpolate in time."),
+    options.rare(
+        click.option("--bridge", type=int, default=DEFAULTS.bridge, help="Largest number of lost samples to interpolate in time.")
+    ),
     click.option(
         "--bad-channels",
         type=click.Choice(["flag", "repair", "stop"]),
         default=DEFAULTS.bad_channels,
         help="Policy for flat, saturated, disconnected or non-finite channels.",
     ),
-    options.interpolate,
-    options.check_unit,
-    click.option(
-        "--bads", type=options.Names(), metavar="A,B,...", help="Channels of the stream known to be bad: they count as missing."
+    options.section(options.SIGNAL, options.interpolate, options.check_unit),
+    options.rare(
+        click.option(
+            "--bads",
+            type=options.Names(),
+            metavar="A,B,...",
+            help="Channels of the stream known to be bad: they count as missing.",
+        )
     ),
-    click.option(
-        "--max-jitter",
-        type=float,
-        default=DEFAULTS.max_jitter,
-        help="Seconds that a stamp may be off before it always means lost samples.",
+    options.rare(
+        click.option(
+            "--max-jitter",
+            type=float,
+            default=DEFAULTS.max_jitter,
+            help="Seconds that a stamp may be off before it always means lost samples.",
+        )
     ),
-    click.option("--give-up", type=float, help="Seconds without samples after which the decoder stops.  [default: never]"),
-    click.option("--keep-warm", type=float, help="Seconds after which an idle backend gets a dummy call, for GPUs: 0.005."),
-    click.option(
-        "--roll/--no-roll",
-        default=None,
-        help="Whether the backend gets new samples alone, and keeps the others: --backend cuda.  [default: where it can]",
+    options.rare(
+        click.option("--give-up", type=float, help="Seconds without samples after which the decoder stops.  [default: never]")
     ),
+    options.rare(
+        click.option("--keep-warm", type=float, help="Seconds after which an idle backend gets a dummy call, for GPUs: 0.005.")
+    ),
+    options.rare(
+        click.option(
+            "--roll/--no-roll",
+            default=None,
+            help="Whether the backend gets new samples alone, and keeps the others: --backend cuda.  [default: where it can]",
+        )
+    ),
+    title="Decoding",
 )
 @options.backend_choice(
     click.option("--persistent", is_flag=True, help="Keep a kernel on the GPU that answers without a launch: --backend cuda.")
 )
-@options.decisions("the only one; none: outputs alone")
+@options.section("Decoding", options.decisions("the only one; none: outputs alone"))
 @options.fills(
     "outputs",
     Outputs,
@@ -233,11 +253,14 @@ NO_LAYER = "none"
     click.option("--record", type=options.path, help="XDF file to record the run in, for --replay."),
     options.force,
     click.option("--dashboard", is_flag=True, help="Serve a page for browsers, and /metrics for Prometheus."),
-    click.option(
-        "--dashboard-address",
-        metavar="HOST:PORT",
-        help=f"Address of the page; other machines need the token in {TOKEN_VARIABLE}.  [default: 127.0.0.1:8765]",
+    options.rare(
+        click.option(
+            "--dashboard-address",
+            metavar="HOST:PORT",
+            help=f"Address of the page; other machines need the token in {TOKEN_VARIABLE}.  [default: 127.0.0.1:8765]",
+        )
     ),
+    title=options.OUTPUT,
 )
 @options.fills(
     "session",
@@ -245,14 +268,20 @@ NO_LAYER = "none"
     click.option(
         "--speed", type=float, default=1.0, help="Speed of a file or of the synthetic stream; inf: as fast as possible."
     ),
-    click.option(
-        "--successor", is_flag=True, help="Go on with another LSL stream of the same name after a lost one without a source_id."
+    options.rare(
+        click.option(
+            "--successor",
+            is_flag=True,
+            help="Go on with another LSL stream of the same name after a lost one without a source_id.",
+        )
     ),
     click.option(
-        "--duration", type=float, help="Seconds from the first sample on after which the decoder stops.  [default: never]"
+        "-d", "--duration", type=float, help="Seconds from the first sample on after which the decoder stops.  [default: never]"
     ),
-    click.option("--priority", type=click.IntRange(1, 99), help="Real-time priority (SCHED_FIFO) of the decoder's threads."),
-    options.quiet,
+    options.rare(
+        click.option("--priority", type=click.IntRange(1, 99), help="Real-time priority (SCHED_FIFO) of the decoder's threads.")
+    ),
+    title="Run",
 )
 @options.json_output
 def stream(
@@ -350,7 +379,7 @@ def stream(
         _announce(screen, decoder)
         if opened.manifest.weights.random:
             screen.print("[bold yellow]The weights of this bundle are random: the predictions mean nothing.[/]")
-        view = contextlib.nullcontext() if session.quiet or json_output else live_view(monitor, screen)
+        view = contextlib.nullcontext() if is_quiet() or json_output else live_view(monitor, screen)
         started = time.monotonic()
         with view, undisturbed(decoder):
             try:
@@ -386,7 +415,8 @@ def _check(
 ) -> None:
     from sjepa_deploy.runtime.live.check import check_streaming
 
-    result = check_streaming(predict, recording, config, **dataclasses.asdict(facts))
+    with progress(f"comparing live, offline and PyTorch on {recording.name}"):
+        result = check_streaming(predict, recording, config, **dataclasses.asdict(facts))
     bits = "the same bits" if result.identical else "[bold red]other bits[/]"
     screen.print(
         f"{result.n_windows} decisions in chunks of {', '.join(result.chunks)} samples and offline: {bits} with {result.backend}",
@@ -408,11 +438,15 @@ def _check(
         print_json(result)
     if not result.passed:
         raise ParityError(f"The live path differs from the offline one on {recording}.", "Do not decode with this release.")
+    screen.print(f"[bold green]checked:[/] {result.n_windows} live decisions are the offline ones", soft_wrap=True)
 
 
 def _replay(screen: Console, bundle: Bundle, path: Path, choice: options.BackendChoice, json_output: bool) -> None:
     recorded = read_record(path)
-    with choice.load(bundle, precision=recorded.run.precision, check_unit=False) as predict:
+    with (
+        choice.load(bundle, precision=recorded.run.precision, check_unit=False) as predict,
+        progress(f"decoding {path.name} again"),
+    ):
         result = replay(predict, recorded)
     screen.print(
         f"{result.n_decisions} decisions on {result.n_samples} samples decoded again with {result.backend}: "
@@ -433,6 +467,7 @@ def _replay(screen: Console, bundle: Bundle, path: Path, choice: options.Backend
     if not result.passed:
         first = min(result.differ + result.missing + result.states_differ)
         raise ParityError(f"The replay of {path} differs from window {first} on.", "Use the backend and release of the record.")
+    screen.print(f"[bold green]replayed:[/] {result.n_decisions} decisions are those of the record", soft_wrap=True)
 
 
 def _told_of_layer(layer: DecisionLayer, hop: float | None) -> list[str]:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sjepa_deploy.cli import options
+from sjepa_deploy.cli.progress import progress
 from sjepa_deploy.eeg.events import ALL, Events, events_of, read_events
 from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.eeg.recording import read_recording
@@ -98,7 +99,7 @@ class EventChoice:
         return {event.strip(): name.strip() for name, event in pairs}
 
 
-which = options.several("--events", help="Decode the window of each event: names of events, all, or a table FILE.tsv.")
+which = options.several("-e", "--events", help="Decode the window of each event: names of events, all, or a table FILE.tsv.")
 tmin = click.option(
     "--tmin", type=float, help="Start of a window in seconds after its event; may be negative.  [default: the model's]"
 )
@@ -170,16 +171,17 @@ def judge_task(
 ) -> TaskParity:
     """Decode events three ways, print the result, and write it into the bundle."""
     raw, events, known = read_task(recording, choice, predict.spec, facts)
-    result = check_task(
-        predict,
-        raw,
-        events,
-        recording=recording.name,
-        start=choice.start(predict.spec),
-        labels=known,
-        interpolate=interpolate,
-        check_unit=check_unit,
-    )
+    with progress(f"decoding the events of {recording.name} three ways"):
+        result = check_task(
+            predict,
+            raw,
+            events,
+            recording=recording.name,
+            start=choice.start(predict.spec),
+            labels=known,
+            interpolate=interpolate,
+            check_unit=check_unit,
+        )
     print_task(screen, result)
     file = write_task(predict.bundle, result)
     screen.print(f"written: {escape(str(file))}", soft_wrap=True)

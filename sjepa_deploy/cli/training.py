@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sjepa_deploy.cli import options
+from sjepa_deploy.cli.help_page import GENERAL, is_quiet
 from sjepa_deploy.errors import MissingDependencyError
 from sjepa_deploy.spec import ModelSpec, Unit
 
@@ -55,60 +56,80 @@ def _changes(
 
 
 training_options = options.added(
-    click.option(
-        "--config",
-        "config_file",
-        type=options.path,
-        metavar="FILE",
-        help="YAML file of the recipe, or the name of one in sjepa_deploy/configs; the command line wins.",
+    options.section(
+        GENERAL,
+        click.option(
+            "-c",
+            "--config",
+            "config_file",
+            type=options.path,
+            metavar="FILE",
+            help="YAML file of the recipe, or the name of one in sjepa_deploy/configs; the command line wins.",
+        ),
     ),
     options.out_folder(None),
     options.force,
-    click.option("--resume", is_flag=True, help="Go on with the run in --out."),
+    options.section(options.OUTPUT, click.option("--resume", is_flag=True, help="Go on with the run in --out.")),
     options.fills(
         "changes",
         _changes,
-        click.option("--data", "sources", multiple=True, help="Recording, *-epo.fif, .npz or BIDS folder; may be repeated."),
-        options.several("--subjects", help="Subjects of BIDS folders to take."),
-        options.several("--sessions", help="Sessions of BIDS folders to take."),
-        options.several("--tasks", help="Tasks of BIDS folders to take."),
-        options.several("--runs", help="Runs of BIDS folders to take."),
-        options.montage,
-        options.interpolate,
-        options.rename,
-        options.unit,
-        options.check_unit,
-        options.model_sfreq,
-        options.n_times,
-        click.option(
-            "--phase",
-            type=click.Choice(["causal", "zero-phase"]),
-            help="Form of the filters. Live decoding is causal: learn from causal windows to decode live.",
+        options.section(
+            "Data",
+            click.option("--data", "sources", multiple=True, help="Recording, *-epo.fif, .npz or BIDS folder; may be repeated."),
+            options.rare(options.several("--subjects", help="Subjects of BIDS folders to take.")),
+            options.rare(options.several("--sessions", help="Sessions of BIDS folders to take.")),
+            options.rare(options.several("--tasks", help="Tasks of BIDS folders to take.")),
+            options.rare(options.several("--runs", help="Runs of BIDS folders to take.")),
+            options.montage,
+            options.interpolate,
+            options.rename,
+            options.unit,
+            options.check_unit,
+            options.model_sfreq,
+            options.n_times,
+            click.option(
+                "--phase",
+                type=click.Choice(["causal", "zero-phase"]),
+                help="Form of the filters. Live decoding is causal: learn from causal windows to decode live.",
+            ),
+            click.option(
+                "--split",
+                type=click.Choice(["auto", "subject", "session", "block"]),
+                help="What the training, validation and test parts do not share.",
+            ),
+            options.rare(
+                click.option("--n-folds", type=int, help="Number of folds that subjects, sessions or blocks are dealt to.")
+            ),
+            options.rare(click.option("--fold", type=int, help="Number of the fold to test on.")),
+            options.rare(click.option("--split-seed", type=int, help="Seed by which subjects or sessions are dealt to folds.")),
+            options.rare(
+                click.option(
+                    "--memory", type=float, help="Largest size in GiB of windows in memory; more are kept in a mapped file."
+                )
+            ),
         ),
-        click.option(
-            "--split",
-            type=click.Choice(["auto", "subject", "session", "block"]),
-            help="What the training, validation and test parts do not share.",
-        ),
-        click.option("--n-folds", type=int, help="Number of folds that subjects, sessions or blocks are dealt to."),
-        click.option("--fold", type=int, help="Number of the fold to test on."),
-        click.option("--split-seed", type=int, help="Seed by which subjects or sessions are dealt to folds."),
-        click.option("--seed", type=int, help="Seed of everything random but the folds."),
-        click.option("--memory", type=float, help="Largest size in GiB of windows in memory; more are kept in a mapped file."),
+        options.rare(click.option("--seed", type=int, help="Seed of everything random but the folds.")),
         click.option("--max-epochs", type=int, help="Largest number of epochs."),
-        click.option("--patience", type=int, help="Epochs without improvement after which training ends."),
+        options.rare(click.option("--patience", type=int, help="Epochs without improvement after which training ends.")),
         click.option("--batch-size", type=int, help="Windows of a step on each device."),
         click.option("--lr", type=float, help="Learning rate."),
-        click.option(
-            "--precision",
-            type=click.Choice(["32-true", "bf16-mixed", "16-mixed"]),
-            help="Arithmetic of the training, as Lightning calls it.",
+        options.rare(
+            click.option(
+                "--precision",
+                type=click.Choice(["32-true", "bf16-mixed", "16-mixed"]),
+                help="Arithmetic of the training, as Lightning calls it.",
+            )
         ),
         click.option("--accelerator", type=click.Choice(["auto", "cpu", "gpu"]), help="Kind of device to train on."),
-        click.option("--devices", type=int, help="Number of devices of a host; start that many processes with torchrun."),
-        click.option("--num-nodes", type=int, help="Number of hosts."),
-        click.option("--num-workers", type=int, help="Processes that fetch windows."),
-        click.option("--compile", "compile_step", is_flag=True, help="Compile the training step with torch.compile."),
+        options.rare(
+            click.option("--devices", type=int, help="Number of devices of a host; start that many processes with torchrun.")
+        ),
+        options.rare(click.option("--num-nodes", type=int, help="Number of hosts.")),
+        options.rare(click.option("--num-workers", type=int, help="Processes that fetch windows.")),
+        options.rare(
+            click.option("--compile", "compile_step", is_flag=True, help="Compile the training step with torch.compile.")
+        ),
+        title="Training",
     ),
     options.json_output,
 )
@@ -154,8 +175,8 @@ def telling(screen: Console) -> dict[str, Any]:
 
     if not is_first_process():
         return {}
-    bar = screen.is_terminal and not screen.stderr  # Lightning's bar writes to stdout
-    line = {} if bar else {"tell_epoch": lambda epoch: screen.print(str(epoch), soft_wrap=True)}
+    bar = screen.is_terminal and not screen.stderr and not is_quiet()  # Lightning's bar writes to stdout
+    line = {} if bar or is_quiet() else {"tell_epoch": lambda epoch: screen.print(str(epoch), soft_wrap=True)}
     return {"progress": bar, "tell": functools.partial(print_data, screen), **line}
 
 

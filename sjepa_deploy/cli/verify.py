@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, options, parity_table, print_json, spec_lines
 from sjepa_deploy.cli.doctor import engine_line
+from sjepa_deploy.cli.help_page import is_verbose
+from sjepa_deploy.cli.progress import Steps, progress
 from sjepa_deploy.errors import BackendError, ParityError
 from sjepa_deploy.parity import ParityResult, batch_sizes, check_parity
 from sjepa_deploy.runtime.backend import BACKENDS, is_server, open_backend, why_not
@@ -54,8 +56,7 @@ class Verification:
 
 @options.command
 @options.bundle
-@options.backends
-@options.precisions
+@options.section(options.BACKEND, options.backends, options.precisions)
 @options.json_output
 def verify(bundle: Path, backends: tuple[str, ...], precisions: tuple[RunPrecision, ...], json_output: bool) -> None:
     """Compare what BUNDLE gives on this machine with the float64 outputs that the export stored in it.
@@ -64,13 +65,13 @@ def verify(bundle: Path, backends: tuple[str, ...], precisions: tuple[RunPrecisi
     """
     screen = console(json_output)
     opened = Bundle.open(bundle)
-    found = _judge(opened, backends, precisions, screen)
+    with progress("opening backends") as steps:
+        found = _judge(opened, backends, precisions, steps)
     for line in spec_lines(opened.spec):
         screen.print(escape(line), soft_wrap=True)
     screen.print(parity_table(found.results, f"{escape(found.bundle)}: parity on this machine"))
-    for reason in dict.fromkeys(each.reason for each in found.not_judged):
-        what = ", ".join(f"{each.precision} on {each.backend}" for each in found.not_judged if each.reason == reason)
-        screen.print(f"not judged: {what}. {escape(reason)}", soft_wrap=True)
+    for line in _not_judged(found):
+        screen.print(escape(line), soft_wrap=True)
     for state in engine_states(opened):
         if state.unproven:
             screen.print(escape(engine_line(state)), soft_wrap=True)
@@ -78,9 +79,40 @@ def verify(bundle: Path, backends: tuple[str, ...], precisions: tuple[RunPrecisi
         print_json(found)
     if not found.passed:
         raise ParityError(f"{bundle} does not give the reference outputs on this machine.", "Do not decode with what failed.")
+    judged = [result.backend for result in found.results]
+    screen.print(f"[bold green]verified:[/] {escape(', '.join(map(_right, *_counted(judged))))}", soft_wrap=True)
 
 
-def _judge(bundle: Bundle, backends: tuple[str, ...], precisions: tuple[RunPrecision, ...], screen: Console) -> Verification:
+def _counted(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return the different names, and how often each comes."""
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+    return tuple(counts), tuple(counts.values())
+
+
+def _right(backend: str, n: int) -> str:
+    return f"{n} graph{'s' * (n > 1)} right on {backend}"
+
+
+def _not_judged(found: Verification) -> list[str]:
+    """Return what was not judged in one line; with ``--verbose`` a line for each reason."""
+    if not found.not_judged:
+        return []
+    if is_verbose():
+        told = []
+        for reason in dict.fromkeys(each.reason for each in found.not_judged):
+            what = ", ".join(f"{each.precision} on {each.backend}" for each in found.not_judged if each.reason == reason)
+            told.append(f"not judged: {what}. {reason}")
+        return told
+    judged = {result.backend for result in found.results}
+    parts = [f"{each.precision} on {each.backend}" for each in found.not_judged if each.backend in judged]
+    if others := dict.fromkeys(each.backend for each in found.not_judged if each.backend not in judged):
+        parts.append(f"anything on {', '.join(others)}")
+    return [f"not judged: {', '.join(parts)} (--verbose and --json tell why)"]
+
+
+def _judge(bundle: Bundle, backends: tuple[str, ...], precisions: tuple[RunPrecision, ...], steps: Steps) -> Verification:
     """Judge the named backends and precisions; without names, all that run on this machine."""
     reference = bundle.reference()
     results: list[ParityResult] = []
@@ -95,11 +127,10 @@ def _judge(bundle: Bundle, backends: tuple[str, ...], precisions: tuple[RunPreci
                 left_out.append(NotJudged(precision=precision, backend=name, reason=reason))
                 continue
             sizes = batch_sizes(graph.max_batch, graph.static_batch)
-            with screen.status(f"{precision} on {name}"):
-                backend = open_backend(bundle, name, precision)
-                result = check_parity(backend.run, reference, backend=name, precision=precision, sizes=sizes)
-                backend.close()
-            results.append(result)
+            steps.at(f"judging {precision} on {name}")
+            backend = open_backend(bundle, name, precision)
+            results.append(check_parity(backend.run, reference, backend=name, precision=precision, sizes=sizes))
+            backend.close()
     if not results:
         reasons = "; ".join(f"{each.precision} on {each.backend}: {each.reason}" for each in left_out)
         have = reasons or f"it has {', '.join(bundle.precisions)}."
