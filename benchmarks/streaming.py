@@ -150,7 +150,7 @@ def live(bundle: Path, sfreq: float, hop: float, minutes: float, priority: int |
         "counters": summary["counters"],
         "filter_delay": summary["filter_delay"],
         "memory_mib": memory,
-        "events": [row for row in rows if "event" in row][:200],
+        "events": [row for row in rows if row["type"] == "incident"][:200],
         "accounted": accounted(summary["counters"]),
         "others_cores": after.others_since(before),
         "stolen_cores": after.stolen_since(before),

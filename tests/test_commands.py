@@ -140,7 +140,7 @@ def test_marks_are_in_lines_and_records(predict, tmp_path):
     marks = [(i.time, i.text, i.sample) for i in run.incidents if i.kind == "mark"]
     assert marks == [(2.99, "eyes closed", 300), (3.99, "eyes closed", 400)]
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [(line["time"], line["text"], line["sample"]) for line in lines if line.get("event") == "mark"] == marks
+    assert [(line["time"], line["text"], line["sample"]) for line in lines if line.get("kind") == "mark"] == marks
     recorded = read_record(tmp_path / "run.xdf").incidents
     assert [(i.time, i.text, i.sample) for i in recorded if i.kind == "mark"] == marks
     for text in ("", "x" * 1001, "\ud800"):

@@ -30,8 +30,8 @@ from sjepa_deploy.runtime.decisions.threshold import Threshold
 from sjepa_deploy.runtime.live.calibration import stream_windows
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
-from sjepa_deploy.runtime.live.lines import line_of
 from sjepa_deploy.runtime.live.markers import PlannedMarkers
+from sjepa_deploy.runtime.live.messages import Messages
 from sjepa_deploy.runtime.live.open_source import SourceOptions
 from sjepa_deploy.runtime.live.recorder import read_record, record
 from sjepa_deploy.runtime.live.replay import replay
@@ -170,14 +170,19 @@ def test_lines_carry_the_state(predict, bundle):
         StreamConfig(late="hold"),
         decisions=DecisionLayer.load(bundle),
     )
+    messages = Messages(decoder)
+    assert messages.head()["classes"] == list(CLASSES)
     for decision in decoder:
-        line = json.loads(json.dumps(line_of(decision)))
+        line = json.loads(json.dumps(messages.of(decision)))
+        assert (line["type"], line["run"]) == ("decision", messages.head()["run"])
         assert line["state"] == decision.state.name
         assert line["reason"] == decision.state.reason
-        assert line.get("class_name") == decision.state.class_name
+        assert line.get("class") == decision.state.class_name
         assert line.get("probability") == decision.state.probability
-        assert ("probabilities" in line) == (decision.state.name != "no signal")
-    assert "state" not in line_of(decode(predict, Late(info_of(predict.spec), chunks_of(samples, stamps, 7)))[1][0])
+        assert tuple(line.get("probabilities", {}).values()) == decision.state.probabilities
+        assert list(line.get("probabilities", CLASSES)) == list(CLASSES)
+    bare, decisions, _ = decode(predict, Late(info_of(predict.spec), chunks_of(samples, stamps, 7)))
+    assert "state" not in Messages(bare).of(decisions[0])
 
 
 def test_a_layer_of_another_bundle_or_of_other_classes_is_refused(predict, make_bundle):
@@ -284,7 +289,7 @@ def test_the_events_of_a_trial_are_fitted_decided_recorded_and_replayed(bundle, 
     for i, line in enumerate(lines):
         assert line["trial"] == pytest.approx(3.0 * (i // 4) + 0.3)
         state = layer.step(np.array(line["prediction"]), line["time"], ("new trial",) if i % 4 == 0 else ())
-        assert (line["state"], line.get("class_name"), line["reason"]) == (state.name, state.class_name, state.reason)
+        assert (line["state"], line.get("class"), line["reason"]) == (state.name, state.class_name, state.reason)
     assert {line["state"] for line in lines} >= {"undecided", "decided"}
     assert run_stream(copied.path, "--replay", tmp_path / "run.xdf", "--json") == 0
     result = json.loads(capsys.readouterr().out.partition("{")[2].join(["{", ""]))
@@ -305,7 +310,7 @@ def test_a_trial_of_several_classes_cannot_be_fitted(bundle):
 
 
 def lines_of(path):
-    return [line for line in map(json.loads, path.read_text().splitlines()) if "event" not in line]
+    return [line for line in map(json.loads, path.read_text().splitlines()) if line["type"] == "decision"]
 
 
 def stream(bundle, *arguments):

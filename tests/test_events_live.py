@@ -326,8 +326,8 @@ def test_every_event_has_a_line(predict, tmp_path):
     decoder.run()
     lines.close()
     read = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
-    of_events = {line["description"]: line for line in read if "description" in line}
-    reasons = {name: line.get("undecided") for name, line in of_events.items()}
+    of_events = {line["event"]: line for line in read if "event" in line}
+    reasons = {name: line["reason"] if line["type"] == "undecided" else None for name, line in of_events.items()}
     assert reasons == {"a": "before start", "b": None, "c": "gap", "d": "past end"}
     assert (of_events["b"]["onset"], of_events["b"]["marker_delay"]) == (2.0, 0.5)
     assert len(of_events["b"]["prediction"]) == np.prod(predict.spec.output_shape)
@@ -438,7 +438,7 @@ def test_the_annotations_of_a_file_are_its_events(tmp_path, make_bundle, capsys)
     assert run_stream(bundle.path, *options, "--events", "a,b", "--tmin", "0.25") == 0, capsys.readouterr().err
     read = [json.loads(line) for line in out.read_text().splitlines()]
     found = {line["onset"]: line for line in read if "prediction" in line}
-    left = {line["onset"]: line["undecided"] for line in read if "undecided" in line}
+    left = {line["onset"]: line["reason"] for line in read if line["type"] == "undecided"}
     assert left == {29.5: "past end"}
     window = EventWindow(start=0.25, events=("a", "b"))
     prepared = prepare(raw, dataclasses.replace(spec.signal, phase="causal", event_window=window), check_unit=False)

@@ -78,6 +78,7 @@ def test_samples_stamps_and_decisions_come_back_to_the_bit(predict, tmp_path, dt
         config=decoder.config,
         bundle=str(predict.bundle.path),
         bundle_digest=predict.bundle.manifest.digest,
+        run_id=decoder.run_id,
         backend="ort-cpu",
         precision="fp32",
         version=sjepa_deploy.__version__,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -69,6 +70,8 @@ class Decoder:
         Takes commands from other threads, as `Pause` and `Mark`.
     paused : bool
         Whether windows get no decision until `Start`.
+    run_id : str
+        Name of this run, which nothing else has.
     events : Events or None
         The events that are decided. None where a window is decided every hop.
 
@@ -125,6 +128,7 @@ class Decoder:
         self._on_undecided: list[Callable[[Undecided], object]] = []
         self.commands = Commands(source.clock)
         self.paused = False
+        self.run_id = secrets.token_hex(8)
         self._markers = tuple(markers)
         self._names = EventNames(events)
         self._repeats = Repeats()

@@ -1,4 +1,4 @@
-"""Writes decisions and incidents as JSON lines."""
+"""Writes what happens in a run as JSON lines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import errno
 import io
 import json
-import math
 import os
 import queue
 import threading
@@ -15,12 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sjepa_deploy.errors import StreamError
-from sjepa_deploy.runtime.live.decision import Decision
+from sjepa_deploy.runtime.live.commands import Status
 from sjepa_deploy.runtime.live.decoder import Decoder
-from sjepa_deploy.runtime.live.markers import Event
-from sjepa_deploy.runtime.live.places import Undecided
-from sjepa_deploy.runtime.live.sources import Incident
-from sjepa_deploy.serialize import encode
+from sjepa_deploy.runtime.live.messages import Messages, Told
 
 MOST_LINES = 10_000
 """Lines that wait for a reader that stalls; what is more is left out, and counted."""
@@ -30,7 +26,9 @@ LAST_LINES_S = 5.0
 
 
 class LineWriter:
-    """Appends decisions, events without one and incidents to a file, one JSON object a line: a slow reader delays nothing.
+    """Appends decisions, events without one, incidents and commands to a file, one JSON object a line, after a line on the run.
+
+    A slow reader delays nothing.
 
     A thread of its own writes the lines, past Python's buffers: when a reader has stopped, the end of the process would wait for
     a buffer's lock.
@@ -39,6 +37,8 @@ class LineWriter:
     ----------
     path : Path
         File to append to; ``-`` is standard output.
+    messages : Messages
+        Makes the lines.
     on_failure : callable
         Called with one sentence when lines are left out for the first time, or the file takes no more. It may be called in
         another thread.
@@ -56,9 +56,9 @@ class LineWriter:
         If the file cannot be written, or is a FIFO that nobody reads.
     """
 
-    def __init__(self, path: Path, on_failure: Callable[[str], object], *, patient: bool = False) -> None:
-        self._path, self._on_failure, self._patient = path, on_failure, patient
-        self._queue: queue.Queue[Decision | Incident | Undecided | None] = queue.Queue(MOST_LINES)
+    def __init__(self, path: Path, messages: Messages, on_failure: Callable[[str], object], *, patient: bool = False) -> None:
+        self._path, self._messages, self._on_failure, self._patient = path, messages, on_failure, patient
+        self._queue: queue.Queue[Told | None] = queue.Queue(MOST_LINES)
         self.n_lost = 0
         self._is_new = str(path) != "-" and not path.exists()
         self._wrote = False
@@ -71,7 +71,7 @@ class LineWriter:
         self._thread = threading.Thread(target=self._keep_writing, name="lines", daemon=True)
         self._thread.start()
 
-    def put(self, what: Decision | Incident | Undecided) -> None:
+    def put(self, what: Told) -> None:
         """Write a line soon, or count it if too many wait already."""
         try:
             self._queue.put(what, block=self._patient)
@@ -96,9 +96,10 @@ class LineWriter:
     def _keep_writing(self) -> None:
         try:
             while (what := self._queue.get()) is not None:
-                line = memoryview(json.dumps(line_of(what)).encode() + b"\n")
-                while line:
-                    line = line[self._file.write(line) :]
+                lines = [self._messages.of(what)] if self._wrote else [self._messages.head(), self._messages.of(what)]
+                text = memoryview("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
+                while text:
+                    text = text[self._file.write(text) :]
                     self._wrote = True
         except OSError as e:  # the disk is full, or the reader of a pipe has gone
             self._on_failure(f"{self._path} takes no more lines: {e.strerror}.")
@@ -115,7 +116,7 @@ def _open_to_append(path: Path) -> int:
 
 
 def write_lines(decoder: Decoder, path: Path) -> LineWriter:
-    """Write the decisions and incidents of `decoder` to `path` from now on. Close the writer after the run.
+    """Write what happens in the run of `decoder` to `path` from now on. Close the writer after the run.
 
     Parameters
     ----------
@@ -124,48 +125,9 @@ def write_lines(decoder: Decoder, path: Path) -> LineWriter:
     path : Path
         See `LineWriter`.
     """
-    lines = LineWriter(path, lambda why: decoder.note("out", why), patient=not decoder.source.live)
+    lines = LineWriter(path, Messages(decoder), lambda why: decoder.note("out", why), patient=not decoder.source.live)
     decoder.on_decision(lines.put)
     decoder.on_incident(lines.put)
     decoder.on_undecided(lines.put)
+    decoder.on_command(lambda executed: None if isinstance(executed.command, Status) else lines.put(executed))
     return lines
-
-
-def line_of(what: Decision | Incident | Undecided) -> dict[str, object]:
-    """Return a decision, an event without one or an incident as an object for JSON.
-
-    An incident has the key "event", with its kind. An event without a decision has the key "undecided", with the reason.
-    """
-    if isinstance(what, Incident):
-        return {"event": what.kind, "time": what.time, "text": what.text, "sample": what.sample}
-    if isinstance(what, Undecided):
-        return {"undecided": what.reason, **_event_of(what.event)}
-    line: dict[str, object] = {
-        "index": what.index,
-        "time": what.time,
-        "due": what.due,
-        "received": what.received,
-        "decided": what.decided,
-        "infer_s": round(what.infer_s, 6),
-        "age": round(what.age, 6),
-        "prediction": what.prediction.ravel().tolist(),
-        "flags": what.flags,
-        "bad_channels": what.bad_channels,
-    }
-    if what.event is not None:
-        line |= _event_of(what.event)
-    if what.trial is not None:
-        line["trial"] = what.trial
-    if what.state is not None:
-        line["state"] = what.state.name
-        line |= {key: value for key, value in encode(what.state).items() if key != "name" and value not in (None, [])}
-    return line
-
-
-def _event_of(event: Event) -> dict[str, object]:
-    in_pause = math.isnan(event.onset)
-    return {
-        "onset": None if in_pause else event.onset,
-        "description": event.description,
-        "marker_delay": None if in_pause else round(event.marker_delay, 6),
-    }

@@ -71,6 +71,8 @@ class RunDescription:
         Classes of the decision layer in the order of their numbers.
     schedule : Events or None
         Events that were decided; None where a window was decided every hop.
+    run_id : str
+        Name of the run. Empty in records of 0.1.
     """
 
     stream: StreamInfo
@@ -84,6 +86,7 @@ class RunDescription:
     decisions_digest: str | None = None
     class_names: tuple[str, ...] = ()
     schedule: Events | None = None
+    run_id: str = ""
 
     @property
     def n_state_fields(self) -> int:
@@ -325,6 +328,7 @@ def describe_run(decoder: Decoder) -> RunDescription:
         decisions_digest=None if layer is None else layer.digest,
         class_names=() if layer is None else layer.class_names or (),
         schedule=decoder.events,
+        run_id=decoder.run_id,
     )
 
 
