@@ -88,6 +88,7 @@ def read_xdf(path: Path, unit: Unit | None, ch_names: Sequence[str] | None, note
     name, rate = info["name"][0], float(info["nominal_srate"][0])
     values, stamps = np.asarray(stream["time_series"]), np.asarray(stream["time_stamps"], dtype=np.float64)
     restarts: list[int] = []
+    corrections = np.zeros(1)  # from the sender's clock, whose stamps tell losses, to that of the markers
     own = next((other for other in streams if other["info"]["name"][0] == CHUNKS_NAME), None)
     if own is not None:
         facts = np.asarray(own["time_series"], dtype=np.float64)
@@ -99,17 +100,17 @@ def read_xdf(path: Path, unit: Unit | None, ch_names: Sequence[str] | None, note
         restarts = starts[(facts[:, 2] > 0) & (starts > 0)].tolist()
         values, stamps = values[: ends[-1]], stamps[: ends[-1]]
         if facts.shape[1] > 3:
-            stamps = stamps - np.repeat(facts[:, 3], facts[:, 0].astype(int))
+            corrections = np.repeat(facts[:, 3], facts[:, 0].astype(int))
     elif stream.get("footer") is None:
         raise RecordingError(
             f"{path.name} is truncated: stream {name} has no footer.",
             "Copy it again, or repair it by loading and saving it.",
         )
     try:
-        stretches = stretches_of(values, stamps, rate, restarts=restarts)
+        stretches = stretches_of(values, stamps - corrections, rate, restarts=restarts)
     except StreamError as error:
         raise RecordingError(f"Stream {name}: {error}", "Mend the stamps.") from error
-    _check_rate(name, stamps[stretches.rows], rate, stretches)
+    _check_rate(name, (stamps - corrections)[stretches.rows], rate, stretches)
     samples = values[stretches.rows].astype(np.float64).T
     described = (((info["desc"] or [None])[0] or {}).get("channels") or [None])[0] or {}
     channels: list[dict[str, list[str]]] = described.get("channel") or [{}] * len(samples)
