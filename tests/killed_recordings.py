@@ -18,7 +18,8 @@ from sjepa_deploy.errors import RecordingError
 from sjepa_deploy.runtime.live import recorder as recorder_module
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
-from sjepa_deploy.runtime.live.recorder import read_record, record
+from sjepa_deploy.runtime.live.recorder import record
+from sjepa_deploy.runtime.live.records import read_record
 from sjepa_deploy.runtime.live.replay import replay
 
 

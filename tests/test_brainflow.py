@@ -22,7 +22,8 @@ from sjepa_deploy.runtime.live.brainflow import BrainFlowSource, _info_of, requi
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counted import CountedStamps
 from sjepa_deploy.runtime.live.decoder import Decoder
-from sjepa_deploy.runtime.live.recorder import read_record, record
+from sjepa_deploy.runtime.live.recorder import record
+from sjepa_deploy.runtime.live.records import read_record
 from sjepa_deploy.runtime.live.replay import replay
 from sjepa_deploy.runtime.live.schedule import Events
 from sjepa_deploy.spec import EventWindow

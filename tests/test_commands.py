@@ -28,7 +28,8 @@ from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.lines import write_lines
 from sjepa_deploy.runtime.live.markers import Event, PlannedMarkers
-from sjepa_deploy.runtime.live.recorder import read_record, record
+from sjepa_deploy.runtime.live.recorder import record
+from sjepa_deploy.runtime.live.records import read_record
 from sjepa_deploy.runtime.live.schedule import Events
 from sjepa_deploy.serialize import decode, encode
 from sjepa_deploy.spec import Preprocessing

@@ -24,7 +24,7 @@ from sjepa_deploy.models.checkpoint import load_model, read_checkpoint
 from sjepa_deploy.parity import TOLERANCE
 from sjepa_deploy.runtime.backends import fastest
 from sjepa_deploy.runtime.live.decoder import Decoder
-from sjepa_deploy.runtime.live.recorder import RecordSource, read_record
+from sjepa_deploy.runtime.live.records import RecordSource, read_record
 
 COMPAT = Path(__file__).parent / "compat"
 

@@ -33,7 +33,8 @@ from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.markers import PlannedMarkers
 from sjepa_deploy.runtime.live.messages import Messages
 from sjepa_deploy.runtime.live.open_source import SourceOptions
-from sjepa_deploy.runtime.live.recorder import read_record, record
+from sjepa_deploy.runtime.live.recorder import record
+from sjepa_deploy.runtime.live.records import read_record
 from sjepa_deploy.runtime.live.replay import replay
 from sjepa_deploy.runtime.live.schedule import Events
 from sjepa_deploy.runtime.live.sources import ReplaySource

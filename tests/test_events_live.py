@@ -24,7 +24,8 @@ from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.lines import write_lines
 from sjepa_deploy.runtime.live.markers import Event, PlannedMarkers, RepeatedMarkers
 from sjepa_deploy.runtime.live.open_markers import open_markers
-from sjepa_deploy.runtime.live.recorder import read_record, record
+from sjepa_deploy.runtime.live.recorder import record
+from sjepa_deploy.runtime.live.records import read_record
 from sjepa_deploy.runtime.live.replay import replay
 from sjepa_deploy.runtime.live.schedule import Events, Hop
 from sjepa_deploy.runtime.live.sources import Chunk, ReplaySource

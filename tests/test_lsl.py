@@ -406,7 +406,7 @@ def test_command_over_lsl_ends_well_on_a_signal(make_bundle, predict, name, tmp_
     counters = json.loads(printed)["counters"]
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert counters["decisions"] == sum("index" in line for line in lines) >= 5
-    from sjepa_deploy.runtime.live.recorder import read_record
+    from sjepa_deploy.runtime.live.records import read_record
 
     record = read_record(tmp_path / "run.xdf")
     assert len(record.decisions) == counters["decisions"]

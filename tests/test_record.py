@@ -28,7 +28,8 @@ from sjepa_deploy.errors import RecordingError, StreamError
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.lines import write_lines
-from sjepa_deploy.runtime.live.recorder import RunDescription, read_record, record
+from sjepa_deploy.runtime.live.recorder import record
+from sjepa_deploy.runtime.live.records import EVENT_FIELDS, RunDescription, read_record
 from sjepa_deploy.runtime.live.replay import replay
 from sjepa_deploy.runtime.live.sources import Chunk
 from sjepa_deploy.spec import Preprocessing
@@ -82,6 +83,7 @@ def test_samples_stamps_and_decisions_come_back_to_the_bit(predict, tmp_path, dt
         backend="ort-cpu",
         precision="fp32",
         version=sjepa_deploy.__version__,
+        event_fields=EVENT_FIELDS,
     )
 
 

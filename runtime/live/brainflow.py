@@ -231,7 +231,7 @@ class InsertedMarkers:
     def hear(self, chunk: Chunk, offset: float, began: float) -> None:
         """Look for markers: every value but 0 is one."""
         for row in np.flatnonzero(chunk.samples[:, -1]).tolist():
-            self._found.append(Event(float(chunk.stamps[row]) + offset, f"{chunk.samples[row, -1]:g}", chunk.received))
+            self._found.append(Event(float(chunk.stamps[row]) + offset, f"{chunk.samples[row, -1]:g}", chunk.received, MARKER))
 
     def read(self) -> list[Event]:
         """Return the events that were found since the last call."""

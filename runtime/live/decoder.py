@@ -58,7 +58,7 @@ class Decoder:
     schedule : Hop, Events or None
         When a window is decided: every hop, or once for each event. None decides every hop of `config`.
     markers : sequence of MarkerSource
-        Where the events come from. The decoder closes them.
+        Where the events come from. The decoder closes them. Without `Events` they are only told, and recorded.
     monotonic : callable
         Clock of the watchdog in seconds.
 
@@ -104,10 +104,8 @@ class Decoder:
         if isinstance(schedule, Hop):
             config = dataclasses.replace(config, hop=schedule.seconds)
         events = schedule if isinstance(schedule, Events) else None
-        if (events is None) != (not markers):
-            raise StreamError(
-                "Markers are of no use without events, and events come from markers.", "Name events (--events) and --markers."
-            )
+        if events is not None and not markers:
+            raise StreamError("Events come from markers, and there are none.", "Name their source (--markers).")
         if decisions is not None:
             check_bundle(decisions.description, predict.bundle)
             if events is None and any(step.trial_windows for step in decisions.description.steps):
@@ -349,7 +347,8 @@ class Decoder:
                 for event in events:
                     for take in self._on_event:
                         take(event)
-                yield from self._decide(self.windows.mark(events), -math.inf)
+                if self.events is not None:
+                    yield from self._decide(self.windows.mark(events), -math.inf)
         if self._markers:
             self.counters.markers_lost = sum(markers.n_lost for markers in self._markers)
             if (lacking := self._names.lacking(self.source.clock())) is not None:

@@ -117,7 +117,7 @@ class LslMarkers:
             value = sample[0]
             description = value if isinstance(value, str) else f"{value:g}"
             try:
-                self._queue.put_nowait(Event(stamp + self._correction, description, now))
+                self._queue.put_nowait(Event(stamp + self._correction, description, now, self._found.name()))
             except queue.Full:
                 self.n_lost += 1
         if now > self._correct_at:

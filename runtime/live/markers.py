@@ -25,11 +25,14 @@ class Event:
         What it is called.
     arrived : float
         When its marker came, in seconds of the same clock.
+    stream : str
+        Name of the stream of markers.
     """
 
     onset: float
     description: str
     arrived: float
+    stream: str = "events"
 
     @property
     def marker_delay(self) -> float:

@@ -1,4 +1,4 @@
-"""Records a run in one XDF file, such that it can be decoded again: samples as received, decisions, incidents."""
+"""Records a run in one XDF file, such that it can be decoded again. `sjepa_deploy.runtime.live.records` reads the file."""
 
 from __future__ import annotations
 
@@ -7,33 +7,41 @@ import errno
 import json
 import math
 import os
-import struct
+import shutil
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
 import numpy as np
-from numpy.typing import NDArray
 
 import sjepa_deploy
-from sjepa_deploy.eeg.info import StreamInfo
-from sjepa_deploy.eeg.xdf import CHUNKS_NAME, DECISIONS_NAME, INCIDENTS_NAME, MARKERS_NAME, load_xdf
-from sjepa_deploy.errors import RecordingError, StreamError
-from sjepa_deploy.files import load_json
-from sjepa_deploy.runtime.live.config import StreamConfig
+from sjepa_deploy.eeg import xdf_chunks
+from sjepa_deploy.eeg.xdf import CHUNKS_NAME, COMMANDS_NAME, DECISIONS_NAME, INCIDENTS_NAME, MARKERS_NAME, UNDECIDED_NAME
+from sjepa_deploy.errors import StreamError
+from sjepa_deploy.runtime.live.commands import Executed, Reply
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.decoder import Decoder
-from sjepa_deploy.runtime.live.recorded_events import RecordedEvent
-from sjepa_deploy.runtime.live.schedule import Events
+from sjepa_deploy.runtime.live.markers import Event
+from sjepa_deploy.runtime.live.places import Undecided
+from sjepa_deploy.runtime.live.recorded_events import RecordedEvent, recorded_event
+from sjepa_deploy.runtime.live.records import (
+    CHUNKS,
+    DECISIONS,
+    EVENT_FIELDS,
+    FIELDS,
+    INCIDENTS,
+    SAMPLES,
+    RecordedUndecided,
+    RunDescription,
+    RunLabels,
+)
 from sjepa_deploy.runtime.live.sources import Chunk, Incident
-from sjepa_deploy.runtime.live.states import STATE_FIELDS, RecordedState, columns_of, recorded_state
-from sjepa_deploy.serialize import decode, encode
-from sjepa_deploy.spec import RunPrecision
+from sjepa_deploy.runtime.live.states import columns_of
+from sjepa_deploy.serialize import encode
 
 FLUSH_S = 1.0
 """Seconds from one write to the next: what a kill can cost."""
@@ -41,68 +49,17 @@ FLUSH_S = 1.0
 MOST_PENDING_S = 60.0
 """Seconds of the run that wait for a disk that stalls; what is more is not recorded, and counted."""
 
-_SAMPLES, _CHUNKS, _DECISIONS, _EVENTS, _MARKERS, _MARKS = 1, 2, 3, 4, 5, 6  # stream ids
-_FILE_HEADER, _STREAM_HEADER, _SAMPLES_TAG, _CLOCK_OFFSET, _BOUNDARY, _FOOTER = 1, 2, 3, 4, 5, 6  # tags of XDF 1.0
-_BOUNDARY_UUID = bytes.fromhex("43a546dccbf5410fb30ed5467383cbe4")
-_FORMATS = {"f4": "float32", "f8": "double64", "i1": "int8", "i2": "int16", "i4": "int32", "i8": "int64"}
-_TEXTS = (INCIDENTS_NAME, MARKERS_NAME, "events")
-_FIELDS = ("index", "due", "received", "decided", "infer_s", "held", "bridged", "n_bad_channels")
+LEAST_ROOM_S = 600.0
+"""Seconds of recording for which a disk has room when that is told."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class RunDescription:
-    """Says what was decoded, with which model and backend, and how.
-
-    Attributes
-    ----------
-    stream : StreamInfo
-        The source's contract.
-    config : StreamConfig
-        How it was decoded.
-    bundle, bundle_digest : str
-        The bundle's path, and the digest of its manifest.
-    backend, precision : str
-        What ran it.
-    version : str
-        Release of sjepa-deploy.
-    decisions, decisions_digest : str or None
-        Name and digest of the decision layer. None without a layer.
-    class_names : tuple of str
-        Classes of the decision layer in the order of their numbers.
-    schedule : Events or None
-        Events that were decided; None where a window was decided every hop.
-    run_id : str
-        Name of the run. Empty in records of 0.1.
-    """
-
-    stream: StreamInfo
-    config: StreamConfig
-    bundle: str
-    bundle_digest: str
-    backend: str
-    precision: RunPrecision
-    version: str
-    decisions: str | None = None
-    decisions_digest: str | None = None
-    class_names: tuple[str, ...] = ()
-    schedule: Events | None = None
-    run_id: str = ""
-
-    @property
-    def n_state_fields(self) -> int:
-        """Return the number of columns behind the outputs in a record."""
-        return 0 if self.decisions is None else len(STATE_FIELDS)
-
-    @property
-    def n_streams(self) -> int:
-        """Return the number of streams in the file."""
-        return _EVENTS if self.schedule is None else _MARKS
+_MARKERS, _COMMANDS, _UNDECIDED, _FIRST_MARKS = 5, 7, 8, 16  # numbers of streams; each stream of markers has one from 16 on
+_TEXTS = {INCIDENTS: INCIDENTS_NAME, _MARKERS: MARKERS_NAME, _COMMANDS: COMMANDS_NAME, _UNDECIDED: UNDECIDED_NAME}
 
 
 class Recorder:
     """Writes a run in a thread of its own, once a second, so that a kill costs a second and a slow disk no decision.
 
-    Register `chunk`, `decision` and `incident` as callbacks of the decoder.
+    `record` registers its methods as callbacks of the decoder.
 
     Parameters
     ----------
@@ -113,14 +70,19 @@ class Recorder:
     n_outputs : int
         Values of a prediction.
     on_failure : callable
-        Called with one sentence if the disk is full, or takes no more; decoding goes on, recording does not.
+        Called with one sentence if the disk is nearly full, or takes no more: then decoding goes on, and recording does not.
     patient : bool
         Whether a slow disk is waited for, as for a recording that is decoded as fast as possible.
 
     Attributes
     ----------
+    path : Path
+        The file.
+    n_bytes : int
+        Size of the file.
     n_lost : dict of str to int
-        Samples, decisions, and incidents and events that are not in the file: of a disk that was full, or stalled for a minute.
+        Samples, decisions, and incidents, events and commands that are not in the file: of a disk that was full, or stalled for a
+        minute.
 
     Raises
     ------
@@ -137,25 +99,28 @@ class Recorder:
         *,
         patient: bool = False,
     ) -> None:
-        self._path = path
+        self.path = path
         self._run, self._n_outputs, self._on_failure, self._patient = run, n_outputs, on_failure, patient
-        self._streams = range(_SAMPLES, run.n_streams + 1)
+        self._streams = [SAMPLES, CHUNKS, DECISIONS, *_TEXTS]
+        self._marks: dict[str, int] = {}  # numbers of the streams of markers
         self._most_pending = round(MOST_PENDING_S * run.stream.sfreq)
         self._chunks: deque[Chunk] = deque()
-        self._decisions: deque[Decision] = deque()
-        self._incidents: deque[Incident] = deque()
-        self._marked: deque[RecordedEvent] = deque()
-        self._n_taken = self._n_written = 0
+        self._decisions: deque[tuple[Decision, int, float]] = deque()
+        self._told: deque[Incident | RecordedEvent | RecordedUndecided | Executed] = deque()
+        self._n_events = 0
+        self._numbers: dict[int, tuple[int, Event]] = {}  # of the events that wait for their decision, by their identity
+        self._n_taken = self._n_written = self.n_bytes = 0
         self.n_lost = {"samples": 0, "decisions": 0, "events": 0}
         self._dtype: np.dtype[Any] | None = None
-        self._failed = False
+        self._failed = self._has_little_room = False
+        self._began = time.monotonic()
         try:
             self._file = path.open("xb", buffering=0)
         except FileExistsError:
             raise StreamError(f"{path} exists.", "Choose another --record: a record is never overwritten.") from None
         except OSError as e:
             raise StreamError(f"{path} cannot be written ({e.strerror}).", "Choose another --record.") from e
-        self._write(b"XDF:" + _xdf_chunk(_FILE_HEADER, b'<?xml version="1.0"?><info><version>1.0</version></info>'))
+        self._write(xdf_chunks.file_start())
         self._stop, self._hurry = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._keep_writing, name="recorder", daemon=True)
         self._thread.start()
@@ -166,20 +131,42 @@ class Recorder:
             self._n_taken += len(chunk.stamps)
             self._chunks.append(chunk)
 
-    def decision(self, decision: Decision) -> None:
-        """Record a decision."""
+    def decision(self, decision: Decision, offset: float = 0.0) -> None:
+        """Record a decision; `offset` is the seconds in its time that bring stamps to the source's clock."""
+        number = self._number_of(decision.event)
         if self._takes("decisions"):
-            self._decisions.append(decision)
+            self._decisions.append((decision, number, offset))
 
     def incident(self, incident: Incident) -> None:
         """Record an incident."""
         if self._takes("events"):
-            self._incidents.append(incident)
+            self._told.append(incident)
 
     def event(self, event: RecordedEvent) -> None:
         """Record an event."""
         if self._takes("events"):
-            self._marked.append(event)
+            self._told.append(event)
+            if self._run.schedule is not None and self._run.schedule.wants(event.event.description):
+                self._numbers[id(event.event)] = self._n_events, event.event
+            self._n_events += 1
+
+    def undecided(self, left: Undecided) -> None:
+        """Record that an event gets no decision."""
+        number = self._number_of(left.event)
+        if self._takes("events") and number >= 0:
+            self._told.append(RecordedUndecided(event=number, reason=left.reason, arrived=left.event.arrived))
+
+    def command(self, executed: Executed) -> None:
+        """Record a command and whether it was accepted, without the data of the answer."""
+        if self._takes("events"):
+            reply = Reply(accepted=executed.reply.accepted, text=executed.reply.text)
+            self._told.append(
+                Executed(command=executed.command, reply=reply, asked=executed.asked, time=executed.time, sample=executed.sample)
+            )
+
+    def _number_of(self, event: Event | None) -> int:
+        """Return the number of an event, which has its decision now; -1 if there is none in the file."""
+        return self._numbers.pop(id(event), (-1, None))[0]
 
     def _takes(self, what: str, n: int = 1) -> bool:
         """Return whether there is room for more, or count it."""
@@ -201,13 +188,12 @@ class Recorder:
         self._thread.join()
         self._flush(ending=True)
         if self._dtype is not None:
-            footer = b'<?xml version="1.0"?><info/>'
-            self._write(b"".join(_xdf_chunk(_FOOTER, struct.pack("<I", i) + footer) for i in self._streams))
+            self._write(b"".join(xdf_chunks.stream_footer(i) for i in (*self._streams, *self._marks.values())))
         with contextlib.suppress(OSError):
             os.fsync(self._file.fileno())
         self._file.close()
-        if self._dtype is None and self._path.is_file():  # not a device
-            self._path.unlink()
+        if self._dtype is None and self.path.is_file():  # not a device
+            self.path.unlink()
 
     def _keep_writing(self) -> None:
         while not self._stop.is_set():
@@ -216,54 +202,80 @@ class Recorder:
             self._flush()
             with contextlib.suppress(OSError):
                 os.fsync(self._file.fileno())
+                self._watch_room()
+
+    def _watch_room(self) -> None:
+        """Tell once when the disk has room for ten minutes at the rate so far."""
+        elapsed = time.monotonic() - self._began
+        if self._patient or self._has_little_room or elapsed < 10 * FLUSH_S:
+            return
+        seconds = shutil.disk_usage(self.path.parent).free / (self.n_bytes / elapsed)
+        if seconds < LEAST_ROOM_S:
+            self._has_little_room = True
+            self._on_failure(f"The disk of the record has room for {seconds / 60:.0f} minutes more.")
 
     def _flush(self, *, ending: bool = False) -> None:
-        chunks, decisions, incidents = _drained(self._chunks), _drained(self._decisions), _drained(self._incidents)
-        marked = _drained(self._marked)
+        chunks, decisions, told = _drained(self._chunks), _drained(self._decisions), _drained(self._told)
         if not ending:  # a decision is handed over before its samples, and is written after them
             newest = chunks[-1].received if chunks else -math.inf
-            early = [decision for decision in decisions if decision.received > newest]
-            decisions = [decision for decision in decisions if not decision.received > newest]
+            early = [each for each in decisions if each[0].received > newest]
+            decisions = [each for each in decisions if not each[0].received > newest]
             self._decisions.extendleft(reversed(early))
         n = sum(len(chunk.stamps) for chunk in chunks)
         if self._failed:
-            self._count_lost(n, len(decisions), len(incidents) + len(marked))
+            self._count_lost(n, len(decisions), len(told))
             return
         parts = []
         if chunks and self._dtype is None:
             self._dtype = chunks[0].samples.dtype.newbyteorder("<")
             self._write(self._headers())  # on a disk that is full already, a record without samples is still one
         if self._dtype is None:
-            self._incidents.extendleft(reversed(incidents))  # until the type of the samples is known
-            self._marked.extendleft(reversed(marked))
+            self._told.extendleft(reversed(told))  # until the type of the samples is known
             return
         if chunks:
             values = np.concatenate([chunk.samples for chunk in chunks]).astype(self._dtype)
-            parts.append(_xdf_samples(_SAMPLES, np.concatenate([chunk.stamps for chunk in chunks]), values))
+            parts.append(xdf_chunks.samples(SAMPLES, np.concatenate([chunk.stamps for chunk in chunks]), values))
             # The stamps are on this machine's clock already. pyxdf warns of a stream that has stamps and no offset.
-            offsets = (struct.pack("<Idd", stream, chunks[-1].received, 0.0) for stream in self._streams)
-            parts.extend(_xdf_chunk(_CLOCK_OFFSET, offset) for offset in offsets)
+            parts += [xdf_chunks.clock_offset(i, chunks[-1].received, 0.0) for i in (*self._streams, *self._marks.values())]
             facts = np.array([[len(chunk.stamps), chunk.received, chunk.restarted, chunk.correction] for chunk in chunks])
-            parts.append(_xdf_samples(_CHUNKS, facts[:, 1], facts))
+            parts.append(xdf_chunks.samples(CHUNKS, facts[:, 1], facts))
         if decisions:
-            names = self._run.class_names
-            rows = [
-                [float(getattr(d, name)) for name in _FIELDS[:-1]]
-                + [float(len(d.bad_channels)), *d.prediction.ravel().tolist(), *columns_of(d, names)]
-                for d in decisions
-            ]
-            parts.append(_xdf_samples(_DECISIONS, np.array([d.time for d in decisions]), np.array(rows)))
-        parts.extend(_xdf_text(_EVENTS, e.time, json.dumps(encode(e))) for e in incidents)
-        for one in marked:
-            parts.append(_xdf_text(_MARKERS, one.event.arrived, json.dumps(encode(one))))
-            if not math.isnan(one.event.onset):
-                parts.append(_xdf_text(_MARKS, one.event.onset - one.offset, one.event.description))
+            parts.append(self._rows(decisions))
+        for each in told:
+            parts += self._texts(each)
         if parts:
-            parts.append(_xdf_chunk(_BOUNDARY, _BOUNDARY_UUID))
+            parts.append(xdf_chunks.boundary())
             self._write(b"".join(parts))
         self._n_written += n
         if self._failed:
-            self._count_lost(n, len(decisions), len(incidents) + len(marked))
+            self._count_lost(n, len(decisions), len(told))
+
+    def _rows(self, decisions: list[tuple[Decision, int, float]]) -> bytes:
+        names = self._run.class_names
+        rows = [
+            [float(getattr(d, name)) for name in FIELDS[:-1]]
+            + [float(len(d.bad_channels)), *d.prediction.ravel().tolist(), *columns_of(d, names), float(number), offset]
+            for d, number, offset in decisions
+        ]
+        return xdf_chunks.samples(DECISIONS, np.array([d.time for d, _, _ in decisions]), np.array(rows))
+
+    def _texts(self, what: Incident | RecordedEvent | RecordedUndecided | Executed) -> list[bytes]:
+        told = json.dumps(encode(what))
+        if isinstance(what, Incident):
+            return [xdf_chunks.text(INCIDENTS, what.time, told)]
+        if isinstance(what, Executed):
+            return [xdf_chunks.text(_COMMANDS, what.time, told)]
+        if isinstance(what, RecordedUndecided):
+            return [xdf_chunks.text(_UNDECIDED, what.arrived, told)]
+        event, parts = what.event, [xdf_chunks.text(_MARKERS, what.event.arrived, told)]
+        if not math.isnan(event.onset):
+            stamp = event.onset - what.offset
+            if event.stream not in self._marks:
+                stream = self._marks[event.stream] = _FIRST_MARKS + len(self._marks)
+                parts.append(xdf_chunks.stream_header(stream, event.stream, "Markers", 1))
+                parts.append(xdf_chunks.clock_offset(stream, stamp, 0.0))
+            parts.append(xdf_chunks.text(self._marks[event.stream], stamp, event.description))
+        return parts
 
     def _count_lost(self, n_samples: int, n_decisions: int, n_events: int) -> None:
         for what, n in (("samples", n_samples), ("decisions", n_decisions), ("events", n_events)):
@@ -271,28 +283,18 @@ class Recorder:
 
     def _headers(self) -> bytes:
         assert self._dtype is not None
-        stream = self._run.stream
-        channels = "".join(
-            f"<channel><label>{escape(name)}</label><type>EEG</type><unit>{stream.unit}</unit></channel>"
-            for name in stream.ch_names
-        )
-        run = escape(json.dumps(encode(self._run)))
-        n = len(stream.ch_names)
-        fields = "".join(f"<field>{name}</field>" for name in _FIELDS)
+        stream, run, double = self._run.stream, self._run, np.dtype("<f8")
+        channels = [(name, "Misc", "") if name in stream.other_units else (name, "EEG", stream.unit) for name in stream.ch_names]
+        fields = "".join(f"<field>{name}</field>" for name in FIELDS)
+        described = f"<fields>{fields}</fields><run>{escape(json.dumps(encode(run)))}</run>"
+        n_columns = len(FIELDS) + self._n_outputs + len(run.state_fields) + len(run.event_fields)
+        header = xdf_chunks.stream_header
         return b"".join(
             (
-                _xdf_header(_SAMPLES, stream.name, "EEG", n, stream.sfreq, _FORMATS[self._dtype.str[1:]], channels=channels),
-                _xdf_header(_CHUNKS, CHUNKS_NAME, "Chunks", 4, 0, "double64"),
-                _xdf_header(
-                    _DECISIONS,
-                    DECISIONS_NAME,
-                    "Decision",
-                    len(_FIELDS) + self._n_outputs + self._run.n_state_fields,
-                    0,
-                    "double64",
-                    rest=f"<fields>{fields}</fields><run>{run}</run>",
-                ),
-                *(_xdf_header(i, name, "Markers", 1, 0, "string") for i, name in zip(self._streams[3:], _TEXTS, strict=False)),
+                header(SAMPLES, stream.name, "EEG", len(channels), sfreq=stream.sfreq, dtype=self._dtype, channels=channels),
+                header(CHUNKS, CHUNKS_NAME, "Chunks", 4, dtype=double),
+                header(DECISIONS, DECISIONS_NAME, "Decision", n_columns, dtype=double, described=described),
+                *(header(i, name, "Markers", 1) for i, name in _TEXTS.items()),
             )
         )
 
@@ -304,6 +306,7 @@ class Recorder:
             view = memoryview(data)
             while view:
                 view = view[self._file.write(view) :]
+            self.n_bytes = whole + len(data)
         except OSError as e:
             self._failed = True
             with contextlib.suppress(OSError):
@@ -312,7 +315,7 @@ class Recorder:
             self._on_failure(f"Recording ended: {why}.")
 
 
-def describe_run(decoder: Decoder) -> RunDescription:
+def describe_run(decoder: Decoder, labels: RunLabels | None = None) -> RunDescription:
     """Return the description of the run of `decoder`."""
     bundle, backend = decoder.predict.bundle, decoder.predict.backend
     layer = None if decoder.layer is None else decoder.layer.description
@@ -329,10 +332,12 @@ def describe_run(decoder: Decoder) -> RunDescription:
         class_names=() if layer is None else layer.class_names or (),
         schedule=decoder.events,
         run_id=decoder.run_id,
+        labels=labels,
+        event_fields=EVENT_FIELDS,
     )
 
 
-def record(decoder: Decoder, path: Path) -> Recorder:
+def record(decoder: Decoder, path: Path, labels: RunLabels | None = None) -> Recorder:
     """Record the run of `decoder` in `path` from now on. Close the recorder after the run.
 
     Parameters
@@ -341,181 +346,24 @@ def record(decoder: Decoder, path: Path) -> Recorder:
         Its decisions wait for the disk only where its source does (`Source.live` is False).
     path : Path
         File to make; it must not exist.
+    labels : RunLabels or None
+        Whose run it is, in a session.
     """
     recorder = Recorder(
         path,
-        describe_run(decoder),
+        describe_run(decoder, labels),
         math.prod(decoder.spec.output_shape),
         lambda why: decoder.note("record", why),
         patient=not decoder.source.live,
     )
     decoder.on_chunk(recorder.chunk)
-    decoder.on_decision(recorder.decision)
+    decoder.on_decision(lambda decision: recorder.decision(decision, decoder.windows.offset))
     decoder.on_incident(recorder.incident)
-    decoder.on_event(
-        lambda event: recorder.event(
-            RecordedEvent(event=event, n_samples=decoder.counters.samples, offset=decoder.windows.offset)
-        )
-    )
+    decoder.on_event(lambda event: recorder.event(recorded_event(decoder, event)))
+    decoder.on_undecided(recorder.undecided)
+    decoder.on_command(recorder.command)
     return recorder
 
 
 def _drained(queue: deque[Any]) -> list[Any]:
     return [queue.popleft() for _ in range(len(queue))]
-
-
-def _xdf_chunk(tag: int, content: bytes) -> bytes:
-    return b"\x08" + struct.pack("<QH", len(content) + 2, tag) + content
-
-
-def _xdf_header(
-    stream: int, name: str, kind: str, n: int, sfreq: float, fmt: str, *, channels: str = "", rest: str = ""
-) -> bytes:
-    xml = (
-        f'<?xml version="1.0"?><info><name>{escape(name)}</name><type>{kind}</type><channel_count>{n}</channel_count>'
-        f"<nominal_srate>{sfreq!r}</nominal_srate><channel_format>{fmt}</channel_format>"
-        f"<desc><channels>{channels}</channels>{rest}</desc></info>"
-    )
-    return _xdf_chunk(_STREAM_HEADER, struct.pack("<I", stream) + xml.encode())
-
-
-def _xdf_samples(stream: int, stamps: NDArray[np.float64], values: NDArray[Any]) -> bytes:
-    rows = np.empty(len(stamps), np.dtype([("n", "u1"), ("stamp", "<f8"), ("values", values.dtype, (values.shape[1],))]))
-    rows["n"], rows["stamp"], rows["values"] = 8, stamps, values
-    return _xdf_chunk(_SAMPLES_TAG, struct.pack("<IBI", stream, 4, len(rows)) + rows.tobytes())
-
-
-def _xdf_text(stream: int, stamp: float, text: str) -> bytes:
-    data = text.encode()
-    return _xdf_chunk(_SAMPLES_TAG, struct.pack("<IBIBdBI", stream, 4, 1, 8, stamp, 4, len(data)) + data)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Record:
-    """Holds a recorded run.
-
-    Attributes
-    ----------
-    path : Path
-        The file.
-    run : RunDescription
-        Description of the run.
-    chunks : list of Chunk
-        Samples as they were received.
-    decisions : dict of int to ndarray of float32
-        Prediction of each window that was decoded, shape (n_outputs,), without those that repeat another.
-    stamps : dict of int to float
-        Stamp of the newest sample of each of these windows.
-    n_held : int
-        Windows answered by the last decision.
-    n_cut_off : int
-        Decisions at the end whose samples a kill kept from the file. These are not among `decisions`.
-    incidents : list of Incident
-        What happened.
-    states : list of RecordedState
-        Every decision in order, also the held ones, if there was a decision layer.
-    events : list of RecordedEvent
-        Events whose markers came, in this order.
-    """
-
-    path: Path
-    run: RunDescription
-    chunks: list[Chunk]
-    decisions: dict[int, NDArray[np.float32]]
-    stamps: dict[int, float]
-    n_held: int
-    n_cut_off: int
-    incidents: list[Incident]
-    states: list[RecordedState]
-    events: list[RecordedEvent]
-
-
-def read_record(path: Path) -> Record:
-    """Read a record, whole or cut short by a kill.
-
-    Raises
-    ------
-    RecordingError
-        If it is no record of `sjepa-stream`.
-    MissingDependencyError
-        If pyxdf is not installed.
-    """
-    if not path.is_file():
-        raise RecordingError(f"There is no record {path}.", "Check the path.")
-    try:
-        by_id = {stream["info"]["stream_id"]: stream for stream in load_xdf(path, synchronize=False)}
-        described = load_json(by_id[_DECISIONS]["info"]["desc"][0]["run"][0], finite=False)
-        described["config"].setdefault("interpolate_share", 1.0)  # records of 0.1 made any number of channels
-        run = decode(RunDescription, described)
-    except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, struct.error) as error:
-        raise RecordingError(
-            f"{path.name} is no record of sjepa-stream ({type(error).__name__}: {error}).", "Give a file made by --record."
-        ) from error
-    samples, stamps = np.asarray(by_id[_SAMPLES]["time_series"]), np.asarray(by_id[_SAMPLES]["time_stamps"])
-    chunks, start = [], 0
-    for n, received, restarted, *correction in by_id[_CHUNKS]["time_series"]:  # without a correction in records of 0.1
-        stop = start + int(n)
-        if stop > len(stamps):
-            break
-        chunks.append(Chunk(samples[start:stop], stamps[start:stop], float(received), bool(restarted), *map(float, correction)))
-        start = stop
-    decisions, times, n_held, n_cut_off = {}, {}, 0, 0
-    states: list[RecordedState] = []
-    n_fields, n_more = len(_FIELDS), run.n_state_fields
-    last_received = chunks[-1].received if chunks else -math.inf
-    rows = np.asarray(by_id[_DECISIONS]["time_series"], np.float64)
-    for row, stamp in zip(rows, by_id[_DECISIONS]["time_stamps"], strict=True):
-        fields = dict(zip(_FIELDS, row.tolist(), strict=False))
-        cut_off = fields["received"] > last_received
-        if n_more and not cut_off:
-            states.append(recorded_state(fields, row[-n_more:].tolist(), float(stamp)))
-        if fields["held"]:
-            n_held += 1
-            continue
-        if cut_off:
-            n_cut_off += 1
-            continue
-        decisions[int(row[0])] = row[n_fields : len(row) - n_more].astype(np.float32)
-        times[int(row[0])] = float(stamp)
-    incidents = [decode(Incident, load_json(text[0], finite=False)) for text in by_id[_EVENTS]["time_series"]]
-    marked = by_id[_MARKERS]["time_series"] if run.schedule is not None else ()
-    return Record(
-        path=path,
-        run=run,
-        chunks=chunks,
-        decisions=decisions,
-        stamps=times,
-        n_held=n_held,
-        n_cut_off=n_cut_off,
-        incidents=incidents,
-        states=states,
-        events=[decode(RecordedEvent, load_json(text[0], finite=False)) for text in marked],
-    )
-
-
-class RecordSource:
-    """Hands out the samples of a record in the chunks in which they were received."""
-
-    def __init__(self, record: Record) -> None:
-        self.info = record.run.stream
-        self.incidents: deque[Incident] = deque()
-        self.n_flushed, self.live = 0, False
-        self._chunks = iter(record.chunks)
-        self._now = 0.0
-        self.ended = not record.chunks
-
-    def read(self, timeout: float) -> Chunk | None:
-        """Return the next chunk."""
-        chunk = next(self._chunks, None)
-        if chunk is None:
-            self.ended = True
-        else:
-            self._now = chunk.received
-        return chunk
-
-    def clock(self) -> float:
-        """Return the time at which the last chunk was received."""
-        return self._now
-
-    def close(self) -> None:
-        """Release nothing."""

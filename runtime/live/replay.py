@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +12,12 @@ from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
 from sjepa_deploy.runtime.decisions.stored import layers_of
+from sjepa_deploy.runtime.live.commands import BadChannels, Pause, Start
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.recorded_events import RecordedMarkers
-from sjepa_deploy.runtime.live.recorder import Record, RecordSource
+from sjepa_deploy.runtime.live.records import Record, RecordSource
+from sjepa_deploy.runtime.live.sources import Chunk
 from sjepa_deploy.runtime.live.states import numbers_of
 from sjepa_deploy.runtime.live.trials import EventSteps
 from sjepa_deploy.runtime.predictor import Predictor
@@ -67,6 +70,8 @@ class Replay:
 def replay(predict: Predictor, record: Record) -> Replay:
     """Decode the samples of a record again, in the chunks in which they were received, and compare every decision to the bit.
 
+    Commands that alter decisions are executed where they were.
+
     Parameters
     ----------
     predict : Predictor
@@ -87,6 +92,7 @@ def replay(predict: Predictor, record: Record) -> Replay:
     config = dataclasses.replace(run.config, late="queue", roll=False)
     markers = () if run.schedule is None else (RecordedMarkers(record.events),)
     decoder = Decoder(predict, RecordSource(record), config, schedule=run.schedule, markers=markers)
+    _obey(decoder, record)
     again = {decision.index: decision for decision in decoder}
     return Replay(
         record=str(record.path),
@@ -101,6 +107,19 @@ def replay(predict: Predictor, record: Record) -> Replay:
         n_states=len(record.states),
         states_differ=() if layer is None else _states_that_differ(layer, record, again),
     )
+
+
+def _obey(decoder: Decoder, record: Record) -> None:
+    """Let `decoder` execute the commands of a record that alter decisions, after the samples after which they were executed."""
+    alter = (BadChannels, Pause, Start)
+    waiting = deque(one for one in record.commands if one.reply.accepted and isinstance(one.command, alter))
+
+    def execute(chunk: Chunk) -> None:
+        while waiting and waiting[0].sample <= decoder.counters.samples:
+            decoder.commands.submit(waiting.popleft().command)
+            decoder.commands.execute_next(decoder.counters.samples)
+
+    decoder.on_chunk(execute)
 
 
 def _layer_of(record: Record, bundle: Bundle) -> DecisionLayer:

@@ -29,7 +29,8 @@ from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.lines import write_lines
 from sjepa_deploy.runtime.live.process import set_real_time, stopped_by_signals, undisturbed
-from sjepa_deploy.runtime.live.recorder import read_record, record
+from sjepa_deploy.runtime.live.recorder import record
+from sjepa_deploy.runtime.live.records import read_record
 from sjepa_deploy.runtime.live.replay import replay
 from sjepa_deploy.runtime.live.schedule import HISTORY_S, Events
 from sjepa_deploy.runtime.predictor import Predictor
@@ -117,6 +118,11 @@ class Outputs:
     force: bool
     dashboard: bool
     dashboard_address: str | None
+
+    @property
+    def records(self) -> bool:
+        """Return whether the run is recorded."""
+        return self.record is not None
 
     def check(self) -> None:
         """Check, before the decoder starts, that every file may be written."""
@@ -311,8 +317,8 @@ def stream(
         raise click.UsageError("--events is of --source and --check. A record tells what was decided.")
     if task.events.trial_starts and (task.source is None or not task.events.events):
         raise click.UsageError("--trial-starts begin the trials of --events of a --source. Name the events, or all.")
-    if task.markers and (task.source is None or not task.events.events):
-        raise click.UsageError("--markers say where the events of --source come from. Name the events with --events, or all.")
+    if task.markers and (task.source is None or not (task.events.events or outputs.records)):
+        raise click.UsageError("--markers say where the events of --source come from. Name them with --events, or record them.")
     if task.check is not None:
         with choice.load(opened, check_unit=False) as predict:
             if task.events.events:
