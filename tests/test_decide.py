@@ -197,6 +197,23 @@ def test_added_evidence_keeps_its_promise(rule):
         assert not decided.reshape(300, 6)[:, :5].any()
 
 
+@pytest.mark.parametrize("rule", ["value", "distribution", "bds1", "bds2"])
+def test_other_rules_stop_trials_once_and_as_often_as_asked(rule):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(3, size=60)
+    outputs = rng.normal(size=(60, 3, 3)) + 1.5 * (np.arange(3) == labels[:, None, None])
+    data = data_of(outputs.reshape(-1, 3), np.repeat(labels, 3), events=np.repeat(np.arange(60), 3))
+    request = FitRequest(asked="accept-rate", wanted=0.8, stop=rule, target_pf=0.6, target_pd=0.3)
+    found = fit.fit(data, FACTS, request)
+    assert found.layer.steps[-1].rule == ("bayes" if rule.startswith("bds") else rule)
+    flags = [("new trial",) if i % 3 == 0 else () for i in range(180)]
+    states = DecisionLayer(found.layer).run(data.outputs, data.times, flags)
+    decided = np.array([state.name == "decided" for state in states]).reshape(60, 3).sum(axis=1)
+    assert decided.max() == 1
+    assert decided.mean() == pytest.approx(0.8, abs=0.07) or rule.startswith("bds")
+    assert decided.mean() > 0.3
+
+
 def test_the_interval_of_a_regression_holds_other_targets():
     def regression(seed):
         rng = np.random.default_rng(seed)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import scipy.special
 import sklearn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyntbci.stopping import BayesStopping, CriterionStopping, MarginStopping
+from pyntbci.stopping import BayesStopping, CriterionStopping, DistributionStopping, MarginStopping, ValueStopping
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.calibration import CalibratedClassifierCV, calibration_curve
 from sklearn.frozen import FrozenEstimator
@@ -22,11 +23,12 @@ from sklearn.metrics import log_loss
 from sjepa_deploy.errors import DecisionError
 from sjepa_deploy.runtime.decisions.accumulate import NEW_TRIAL, Accumulate
 from sjepa_deploy.runtime.decisions.calibrate import (
+    accuracy_thresholds,
     bayes_thresholds,
+    bayes_thresholds_for,
     calibration_error,
     conformal_radius,
     fit_temperature,
-    margin_thresholds,
 )
 from sjepa_deploy.runtime.decisions.description import LayerDescription
 from sjepa_deploy.runtime.decisions.interval import Interval
@@ -329,12 +331,54 @@ def test_margin_stopping_is_pyntbcis():
     test, _ = trials(150, 6, seed=1)
     theirs = MarginStopping(Scores(), 1.0, 1, target_p=0.85, margin_min=0.0, margin_max=30.0, margin_step=0.05, max_time=6.0)
     theirs.fit(train, labels)
-    thresholds = margin_thresholds(sums_of(train), labels, 0.85, np.arange(0.0, 30.0, 0.05))
+    sums = sums_of(train)
+    margins = np.diff(np.sort(sums, axis=2)[:, :, -2:], axis=2)[:, :, 0]
+    right = sums.argmax(axis=2) == labels[:, None]
+    thresholds = accuracy_thresholds(margins, right, 0.85, np.arange(0.0, 30.0, 0.05))
     assert thresholds == pytest.approx(theirs.margins_)
     step = Accumulate(rule="margin", most=6, thresholds=thresholds, waits=True)
     found = our_stops(step, test)
     assert found == stops(theirs, test)
     assert len({k for k, _ in found}) > 3
+
+
+def test_value_stopping_is_pyntbcis():
+    train, labels = trials(400, 6)
+    test, _ = trials(150, 6, seed=1)
+    theirs = ValueStopping(Scores(), 1.0, 1, target_p=0.85, value_min=0.0, value_max=30.0, value_step=0.05, max_time=6.0)
+    theirs.fit(train, labels)
+    sums = sums_of(train)
+    thresholds = accuracy_thresholds(sums.max(axis=2), sums.argmax(axis=2) == labels[:, None], 0.85, np.arange(0.0, 30.0, 0.05))
+    assert thresholds == pytest.approx(theirs.values_)
+    found = our_stops(Accumulate(rule="value", most=6, thresholds=thresholds, waits=True), test)
+    assert found == stops(theirs, test)
+    assert len({k for k, _ in found}) > 3
+
+
+@pytest.mark.parametrize("target", [0.9, 0.999])
+def test_distribution_stopping_is_pyntbcis(target):
+    test, _ = trials(150, 6, seed=1)
+    theirs = DistributionStopping(Scores(), 1.0, 1, distribution="norm", target_p=target, max_time=6.0)
+    theirs.fit(*trials(20, 6))
+    found = our_stops(Accumulate(rule="distribution", most=6, thresholds=(target,) * 6, waits=True), test)
+    assert found == stops(theirs, test)
+    assert len({k for k, _ in found}) > 1
+
+
+@pytest.mark.parametrize(("target_pf", "target_pd"), [(0.05, 0.8), (0.02, 0.95), (0.3, 0.5), (1e-9, 0.8)])
+@pytest.mark.parametrize("method", ["bds1", "bds2"])
+def test_bayesian_stopping_with_targets_is_pyntbcis(method, target_pf, target_pd):
+    """Of targets that are not reachable, pyntbci warns at every prediction."""
+    train, labels = trials(400, 6, sharp=1.0)
+    test, _ = trials(150, 6, seed=1, sharp=1.0)
+    targets = {"target_pf": target_pf, "target_pd": target_pd}
+    theirs = BayesStopping(Scores(), 1.0, 1, method=method, cr=1.0, max_time=6.0, approach="score", **targets)
+    theirs.fit(train, labels)
+    thresholds = bayes_thresholds_for(method, sums_of(train), labels, 1.0, **targets)
+    found = our_stops(Accumulate(rule="bayes", most=6, thresholds=thresholds, waits=True), test)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "target_p. is not reachable")
+        assert found == stops(theirs, test)
 
 
 @pytest.mark.parametrize("cost_ratio", [1.0, 3.0, 10.0])
@@ -519,6 +563,10 @@ def test_dwell_is_what_the_whole_history_says(stream, enter, seconds):
         (lambda: Accumulate(rule="never", most=3), "never"),
         (lambda: Accumulate(rule="margin", most=3, thresholds=(1.0,)), "1 thresholds for 3 windows"),
         (lambda: Accumulate(rule="probability", most=1, thresholds=(1.5,)), r"threshold is 1\.5"),
+        (
+            lambda: described(Accumulate(rule="distribution", most=1, thresholds=(0.9,)), class_names=("a", "b"), n_outputs=1),
+            "2 classes leave no distribution",
+        ),
         (lambda: Accumulate(rule="fixed", most=2, least=3), "smallest number of windows"),
         (lambda: described(Interval(radius=1, coverage=0.9)), "this layer has classes"),
         (lambda: described(Threshold(enter=0.5), class_names=None), "needs classes"),

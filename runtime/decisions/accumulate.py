@@ -11,7 +11,10 @@ from sjepa_deploy.errors import DecisionError
 from sjepa_deploy.runtime.decisions.probabilities import prior_offsets, softmax
 from sjepa_deploy.runtime.decisions.step import Machine, Moment, Step, check_number, needs_classes
 
-Rule = Literal["fixed", "margin", "probability", "bayes"]
+Rule = Literal["fixed", "margin", "probability", "bayes", "value", "distribution"]
+FEWEST_OF_DISTRIBUTION = 3
+"""Classes of the rule "distribution": one other has no spread."""
+
 AtMost = Literal["decide", "reject"]
 
 NEW_TRIAL = "new trial"
@@ -30,12 +33,14 @@ class Accumulate(Step):
 
     The rules are those of pyntbci's `stopping`: "margin" (Thielen et al. 2015, doi 10.1371/journal.pone.0133797) compares the
     difference between the largest and the second sum, "bayes" (Ahmadi et al. 2024, doi 10.3389/fnhum.2024.1437965) the largest
-    sum less the mean of all, "probability" the probability that the sums give. Each must exceed the threshold of this number of
+    sum less the mean of all, and so does "value", whose thresholds are fitted otherwise. "probability" compares the probability
+    that the sums give, "distribution" (Thielen et al. 2021, doi 10.1088/1741-2552/abecef) the probability that none of as many
+    draws from a Gaussian through the other sums is as large as the largest. Each must exceed the threshold of this number of
     windows. "fixed" decides after `most` windows.
 
     Attributes
     ----------
-    rule : {"fixed", "margin", "probability", "bayes"}
+    rule : {"fixed", "margin", "probability", "bayes", "value", "distribution"}
         When to stop.
     most : int
         Windows of a trial: the evidence ends there.
@@ -78,7 +83,8 @@ class Accumulate(Step):
             )
         if len(self.temperatures) not in (0, self.most):
             raise DecisionError(f"There are {len(self.temperatures)} temperatures for {self.most} windows.", "Give one each.")
-        low, high = {"margin": (0.0, math.inf), "probability": (0.0, 1.0)}.get(self.rule, (-math.inf, math.inf))
+        ranges = {"margin": (0.0, math.inf), "probability": (0.0, 1.0), "distribution": (0.0, 1.0)}
+        low, high = ranges.get(self.rule, (-math.inf, math.inf))
         for threshold in self.thresholds:
             if threshold is not None:
                 check_number("A threshold", threshold, low, high)
@@ -94,6 +100,10 @@ class Accumulate(Step):
     def machine(self, n_classes: int) -> Machine:
         """Return the machine that adds up."""
         needs_classes(self, n_classes)
+        if self.rule == "distribution" and n_classes < FEWEST_OF_DISTRIBUTION:
+            raise DecisionError(
+                f"{n_classes} classes leave no distribution of the other classes.", "Use the rule margin or value for so few."
+            )
         return _Accumulate(self, prior_offsets(self.fitted_prevalence, self.prevalence, n_classes))
 
     def __str__(self) -> str:
@@ -170,6 +180,18 @@ def _stops(settings: Accumulate, sums: list[float], probabilities: list[float], 
     if settings.rule == "margin":
         second, first = sorted(sums)[-2:]
         return first - second > threshold
-    if settings.rule == "bayes":
+    if settings.rule in ("bayes", "value"):
         return max(sums) - sum(sums) / len(sums) > threshold
+    if settings.rule == "distribution":
+        return p_largest(sums) > threshold
     return max(probabilities) > threshold
+
+
+def p_largest(sums: Sequence[float]) -> float:
+    """Return the probability that as many draws as there are sums, from a Gaussian through all but the largest, are smaller."""
+    *others, largest = sorted(sums)
+    mean = sum(others) / len(others)
+    spread = math.sqrt(sum((each - mean) ** 2 for each in others) / len(others))
+    if spread == 0:
+        return float(largest > mean)
+    return (math.erfc((mean - largest) / (spread * math.sqrt(2))) / 2) ** len(sums)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,28 +100,27 @@ def conformal_radius(residuals: Array, coverage: float) -> float:
     return float(np.sort(np.abs(residuals))[rank - 1])
 
 
-def margin_thresholds(sums: Array, labels: Labels, accuracy: float, grid: Array) -> tuple[float | None, ...]:
-    """Return the smallest margin of `grid` from which on decisions reach an accuracy, after each number of windows.
+def accuracy_thresholds(values: Array, right: NDArray[np.bool_], accuracy: float, grid: Array) -> tuple[float | None, ...]:
+    """Return the smallest value of `grid` from which on decisions reach an accuracy, after each number of windows.
 
-    As `pyntbci.stopping.MarginStopping` (Thielen et al. 2015, doi 10.1371/journal.pone.0133797), but for a number of windows
-    at which no margin reaches the accuracy: nothing is decided then.
+    As `pyntbci.stopping.MarginStopping` (Thielen et al. 2015, doi 10.1371/journal.pone.0133797) of margins, and `ValueStopping`
+    of the evidence of the best class, but for a number of windows at which no value reaches the accuracy: nothing is decided
+    then.
 
     Parameters
     ----------
-    sums : ndarray, shape (n_trials, n_windows, n_classes)
-        Evidence after 1, 2, ... windows.
-    labels : ndarray of int, shape (n_trials,)
-        True classes.
+    values : ndarray, shape (n_trials, n_windows)
+        What is compared, after 1, 2, ... windows.
+    right : ndarray of bool, shape (n_trials, n_windows)
+        Whether the best class is the true one.
     accuracy : float
-        Share of right decisions among those with a larger margin.
-    grid : ndarray, shape (n_margins,)
-        Margins in rising order.
+        Share of right decisions among those with a larger value.
+    grid : ndarray, shape (n_values,)
+        Values in rising order.
     """
-    ordered = np.sort(sums, axis=2)
-    margins, right = ordered[:, :, -1] - ordered[:, :, -2], sums.argmax(axis=2) == labels[:, None]
     found: list[float | None] = []
-    for margin, good in zip(margins.T, right.T, strict=True):
-        above = margin[:, None] >= grid
+    for value, good in zip(values.T, right.T, strict=True):
+        above = value[:, None] >= grid
         n = above.sum(axis=0)
         reached = np.flatnonzero((n > 0) & ((above & good[:, None]).sum(axis=0) / np.maximum(n, 1) >= accuracy))
         found.append(float(grid[reached[0]]) if len(reached) else None)
@@ -170,3 +170,42 @@ def bayes_thresholds(
         p_false.append(1 - (1 - false) ** n_classes)
         p_miss.append(1 - (1 - miss) ** n_classes)
     return tuple(thresholds), tuple(p_false), tuple(p_miss)
+
+
+def bayes_thresholds_for(
+    method: Literal["bds1", "bds2"], sums: Array, labels: Labels, cost_ratio: float, *, target_pf: float, target_pd: float
+) -> tuple[float | None, ...]:
+    """Return thresholds of Bayesian stopping that keep to probabilities of a false decision and of a right one.
+
+    As the methods "bds1" and "bds2" of `pyntbci.stopping.BayesStopping` (Ahmadi, Desain & Thielen 2024, doi
+    10.3389/fnhum.2024.1437965). "bds1" takes the thresholds of `bayes_thresholds` after those numbers of windows alone at which
+    both probabilities are kept. "bds2" takes the first of these thresholds for all numbers of windows; the last one where no
+    number of windows keeps both.
+
+    Parameters
+    ----------
+    method : {"bds1", "bds2"}
+        The method.
+    sums, labels, cost_ratio
+        See `bayes_thresholds`.
+    target_pf : float
+        Largest probability of a false decision. Where no number of windows reaches it, the smallest that is reached.
+    target_pd : float
+        Smallest probability of a decision for the true class. Where no number of windows reaches it, the largest that is reached.
+
+    Returns
+    -------
+    tuple of (float or None)
+        A threshold after 1, 2, ... windows; None where nothing is decided.
+    """
+    thresholds, p_false, p_miss = bayes_thresholds(sums, labels, cost_ratio)
+    most_false, most_missed = max(target_pf, min(p_false)), max(1 - target_pd, min(p_miss))
+    if method == "bds1":
+        return tuple(
+            eta if false < most_false and miss < most_missed else None
+            for eta, false, miss in zip(thresholds, p_false, p_miss, strict=True)
+        )
+    kept = (
+        eta for eta, false, miss in zip(thresholds, p_false, p_miss, strict=True) if false <= most_false and miss <= most_missed
+    )
+    return (next(kept, thresholds[-1]),) * len(thresholds)

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.errors import DecisionError
-from sjepa_deploy.runtime.decisions.accumulate import NEW_TRIAL, SMALLEST_PROBABILITY, Accumulate, Rule
-from sjepa_deploy.runtime.decisions.calibrate import as_logits, bayes_thresholds, fit_temperature
+from sjepa_deploy.runtime.decisions.accumulate import NEW_TRIAL, SMALLEST_PROBABILITY, Accumulate, Rule, p_largest
+from sjepa_deploy.runtime.decisions.calibrate import as_logits, bayes_thresholds, bayes_thresholds_for, fit_temperature
 from sjepa_deploy.runtime.decisions.data import NO_EVENT, CalibrationData
 from sjepa_deploy.runtime.decisions.description import LayerDescription
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
@@ -24,6 +24,9 @@ from sjepa_deploy.runtime.decisions.step import Step, check_number
 from sjepa_deploy.runtime.decisions.threshold import Threshold
 
 Asked = Literal["accept-rate", "max-false-per-minute", "target-accuracy", "coverage"]
+Stop = Literal["fixed", "margin", "probability", "value", "distribution", "bayes", "bds1", "bds2"]
+"""Rules of `Accumulate`, and two more ways to fit the thresholds of the rule "bayes" (`bayes_thresholds_for`)."""
+
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
@@ -57,8 +60,11 @@ class FitRequest:
         How far the probability of a decided class may fall below the threshold.
     dwell, refractory : float
         Seconds, see `sjepa_deploy.runtime.decisions.pauses`.
-    stop : {"fixed", "margin", "probability", "bayes"} or None
+    stop : {"fixed", "margin", "probability", "value", "distribution", "bayes", "bds1", "bds2"} or None
         Rule by which the evidence of the windows of an event is added up. None decides each window by itself.
+    target_pf, target_pd : float
+        Of "bds1" and "bds2": probabilities of a false decision and of one for the true class, see `bayes_thresholds_for`. They
+        choose the thresholds, so that what is asked for is only checked.
     most : int or None
         Most windows of an event. None takes the median over the events.
     signal : Signal
@@ -78,7 +84,9 @@ class FitRequest:
     hysteresis: float = 0.0
     dwell: float = 0.0
     refractory: float = 0.0
-    stop: Rule | None = None
+    stop: Stop | None = None
+    target_pf: float = 0.05
+    target_pd: float = 0.8
     most: int | None = None
     signal: Signal = field(default_factory=Signal)
 
@@ -88,6 +96,8 @@ class FitRequest:
         rate = self.asked == "max-false-per-minute"
         check_number(f"--{self.asked}", self.wanted, 0.0, math.inf if rate else 1.0, open_low=not rate)
         check_number("The hysteresis", self.hysteresis, 0.0, 1.0)
+        check_number("The probability of a false decision", self.target_pf, 0.0, 1.0)
+        check_number("The probability of a decision for the true class", self.target_pd, 0.0, 1.0)
         if self.stop is not None and (self.smoothing or self.mean_of or self.hysteresis or self.dwell):
             raise DecisionError("Added evidence is not smoothed, and needs no dwell time.", "Leave one of them out.")
         if self.smoothing is not None and self.mean_of is not None:
@@ -167,21 +177,32 @@ def _fit_stopping(
     posterior = (scaled / scaled.sum(axis=2, keepdims=True)).max(axis=2)
     ordered = np.sort(sums, axis=2)
     margins = ordered[:, :, -1] - ordered[:, :, -2]
-    grids = {
+    alone = np.ones(1)  # the targets of the rule choose the thresholds, for equal costs
+    grids: dict[Stop, Callable[[], Floats]] = {
         "fixed": lambda: _grid(posterior[:, -1]),
         "probability": lambda: _grid(posterior.ravel()),
         "margin": lambda: _grid(margins.ravel()),
+        "value": lambda: _grid((ordered[:, :, -1] - sums.mean(axis=2)).ravel()),
+        "distribution": lambda: _grid(np.array([p_largest(row) for row in sums.reshape(-1, sums.shape[2]).tolist()])),
         "bayes": lambda: np.geomspace(*COST_RATIOS, N_CURVE),
+        "bds1": lambda: alone,
+        "bds2": lambda: alone,
     }
 
     def thresholds(strictness: float) -> tuple[float | None, ...]:
         if rule == "bayes":
             return bayes_thresholds(sums, labels, strictness)[0]
+        if rule in ("bds1", "bds2"):
+            targets = {"target_pf": request.target_pf, "target_pd": request.target_pd}
+            return bayes_thresholds_for(rule, sums, labels, strictness, **targets)
         return (strictness,) * most if rule != "fixed" else (None,) * (most - 1) + (strictness,)
+
+    same: dict[Stop, Rule] = {rule: rule for rule in get_args(Rule)}
+    compared = same | {"fixed": "probability", "bds1": "bayes", "bds2": "bayes"}
 
     def back(strictness: float) -> tuple[Step, ...]:
         evidence = Accumulate(
-            rule="probability" if rule == "fixed" else rule,
+            rule=compared[rule],
             most=most,
             thresholds=thresholds(strictness),
             temperatures=temperatures,

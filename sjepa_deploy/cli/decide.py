@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from rich import box
@@ -19,8 +19,7 @@ from sjepa_deploy.cli.progress import progress
 from sjepa_deploy.cli.task import EventChoice
 from sjepa_deploy.errors import DecisionError, OutputError, listed
 from sjepa_deploy.files import write_atomically
-from sjepa_deploy.runtime.decisions.accumulate import Rule
-from sjepa_deploy.runtime.decisions.chain import Asked, FitRequest
+from sjepa_deploy.runtime.decisions.chain import Asked, FitRequest, Stop
 from sjepa_deploy.runtime.decisions.data import CalibrationData, joined
 from sjepa_deploy.runtime.decisions.description import LayerFacts, classes_of
 from sjepa_deploy.runtime.decisions.fit import Fit, fit
@@ -112,7 +111,7 @@ class Chain:
     ----------
     prevalence : dict of str to str
         Share of each class where the layer decides.
-    smoothing, mean_of, hysteresis, dwell, refractory, stop, most
+    smoothing, mean_of, hysteresis, dwell, refractory, stop, target_pf, target_pd, most
         See `FitRequest`.
     no_signal : tuple of str
         Flags of windows that are no signal.
@@ -126,7 +125,9 @@ class Chain:
     hysteresis: float
     dwell: float
     refractory: float
-    stop: Rule | None
+    stop: Stop | None
+    target_pf: float
+    target_pd: float
     most: int | None
     no_signal: tuple[str, ...]
     max_gap: float | None
@@ -145,6 +146,8 @@ class Chain:
             dwell=self.dwell,
             refractory=self.refractory,
             stop=self.stop,
+            target_pf=self.target_pf,
+            target_pd=self.target_pd,
             most=self.most,
             signal=Signal(refuse=tuple(flag for flag in self.no_signal if flag != "none"), max_gap=max_gap),
         )
@@ -217,8 +220,12 @@ def _shares(prevalence: dict[str, str], class_names: tuple[str, ...]) -> tuple[f
     click.option("--refractory", type=float, default=0.0, help="Seconds after a decision without another one."),
     click.option(
         "--stop",
-        type=click.Choice(["fixed", "margin", "probability", "bayes"]),
+        type=click.Choice(get_args(Stop)),
         help="Add up the evidence of an event's windows until this rule stops.",
+    ),
+    options.rare(click.option("--target-pf", type=float, default=0.05, help="Of bds1, bds2: probability of a false decision.")),
+    options.rare(
+        click.option("--target-pd", type=float, default=0.8, help="Of bds1, bds2: probability of a decision for the true class.")
     ),
     options.rare(click.option("--most", type=click.IntRange(min=1), help="Most windows that --stop adds up.")),
     options.rare(
