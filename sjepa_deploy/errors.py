@@ -147,6 +147,10 @@ class DecisionError(SjepaError, ValueError):
     """Reports a decision layer that is missing, damaged, of another bundle, or cannot be fitted."""
 
 
+class FeedbackError(SjepaError):
+    """Reports a feedback socket that cannot be served with the given options."""
+
+
 class DashboardError(SjepaError):
     """Reports a dashboard that cannot be served with the given options."""
 

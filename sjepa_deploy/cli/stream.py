@@ -15,7 +15,9 @@ from rich.markup import escape
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, options, print_json
+from sjepa_deploy.cli import feedback as feedback_options
 from sjepa_deploy.cli import task as event_options
+from sjepa_deploy.cli.feedback import FeedbackChoice
 from sjepa_deploy.cli.help_page import is_quiet
 from sjepa_deploy.cli.live import live_view, summary_table
 from sjepa_deploy.cli.progress import progress
@@ -268,6 +270,7 @@ NO_LAYER = "none"
     ),
     title=options.OUTPUT,
 )
+@feedback_options.choice
 @options.fills(
     "session",
     Session,
@@ -299,6 +302,7 @@ def stream(
     choice: options.BackendChoice,
     decisions: str | None,
     outputs: Outputs,
+    socket: FeedbackChoice,
     session: Session,
     json_output: bool,
 ) -> None:
@@ -311,6 +315,7 @@ def stream(
     if sum(what is not None for what in (task.source, task.check, task.replay)) != 1:
         raise click.UsageError("Give one of --source, --check and --replay.")
     outputs.check()
+    socket.check()
     screen = console(json_output or outputs.out == options.STDOUT)
     opened = Bundle.open(bundle)
     if task.replay is not None and task.events.events:
@@ -368,6 +373,7 @@ def stream(
             host, port = DASHBOARD.parse(outputs.dashboard_address or "")
             served = closing.enter_context(Dashboard(monitor, host=host, port=port, token=os.environ.get(TOKEN_VARIABLE)))
             screen.print(f"dashboard: {served.url}", soft_wrap=True)
+        feedback = closing.enter_context(socket.served(decoder, screen))
         if outputs.outlet is not None:
             from sjepa_deploy.runtime.live.lsl_outlet import send_decisions
 
@@ -396,6 +402,7 @@ def stream(
         elapsed = time.monotonic() - started
     not_written = {} if recorder is None else {f"{what} in the record": n for what, n in recorder.n_lost.items()}
     not_written |= {} if lines is None else {"lines": lines.n_lost}
+    not_written |= {} if feedback is None else {"messages of the feedback socket": feedback.counts["left out"]}
     _report(screen, decoder, monitor, elapsed, not_written, error, json_output)
     if error is not None:
         raise error
