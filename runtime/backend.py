@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from sjepa_deploy.bundle import Bundle, replaced
 from sjepa_deploy.errors import BackendError, InputError, MissingDependencyError, SjepaError
+from sjepa_deploy.last_layer import LastLayer
 from sjepa_deploy.spec import RunPrecision
 
 FloatArray = NDArray[np.float32]
@@ -195,6 +196,23 @@ class Backend(ABC):
         """Release what the backend holds."""
 
 
+class AdaptableBackend(Backend):
+    """Gives what enters the last layer of a model, and runs another last layer in place of the model's.
+
+    Attributes
+    ----------
+    last_layer : LastLayer or None
+        What makes the outputs of the features. None: the last layer of the model, with the bits of its graph.
+    """
+
+    last_layer: LastLayer | None = None
+
+    @property
+    @abstractmethod
+    def features(self) -> FloatArray:
+        """What entered the last layer in the last call, shape (batch, n_features)."""
+
+
 class RollingBackend(Backend):
     """Keeps the newest window of a stream, so that a call passes only the new samples.
 
@@ -361,6 +379,8 @@ class BackendEntry:
         `sjepa_deploy.runtime.backends.fastest` compares them.
     persistent : bool
         Whether it knows `BackendOptions.persistent`.
+    adaptable : str
+        "module:Class" of its `AdaptableBackend`; empty without one.
     """
 
     target: str
@@ -369,6 +389,7 @@ class BackendEntry:
     probe: str = ""
     depends_on: tuple[str, ...] = ()
     persistent: bool = False
+    adaptable: str = ""
 
     def why_not(self) -> SjepaError | None:
         """Return what keeps the backend from running on this machine, or None if nothing does."""
@@ -393,6 +414,7 @@ _ON_GPU = ("gpu", "driver")
 BACKENDS: dict[str, BackendEntry] = {
     "ort-cpu": BackendEntry(
         target="sjepa_deploy.runtime.backends.ort:OrtCpuBackend",
+        adaptable="sjepa_deploy.runtime.backends.adaptable:AdaptableOrtBackend",
         package="onnxruntime",
         extra="",
         depends_on=(*_ON_CPU, "onnxruntime"),
@@ -504,6 +526,21 @@ def open_backend(
     if not bundle.current:
         backend.close()
         raise replaced(bundle.path)
+    return backend
+
+
+def open_adaptable(bundle: Bundle, name: str, precision: RunPrecision, options: BackendOptions | None = None) -> AdaptableBackend:
+    """Load the backend `name` with a last layer that can be replaced.
+
+    Raises
+    ------
+    BackendError
+        If the backend cannot replace it, or the model has no last layer.
+    """
+    if name not in BACKENDS or not BACKENDS[name].adaptable:
+        able = " or ".join(known for known, entry in BACKENDS.items() if entry.adaptable)
+        raise BackendError(f"The backend {name} cannot replace the last layer of a model.", f"Use the backend {able}.")
+    backend: AdaptableBackend = _find(BACKENDS[name].adaptable)(bundle, precision, options or BackendOptions())
     return backend
 
 

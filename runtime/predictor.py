@@ -15,12 +15,14 @@ from sjepa_deploy.errors import BackendError, InputError, SjepaError, listed
 from sjepa_deploy.parity import rms_range
 from sjepa_deploy.runtime.backend import (
     DEFAULT_BACKEND,
+    AdaptableBackend,
     Backend,
     BackendOptions,
     ClosedBackend,
     FloatArray,
     RollingBackend,
     on_gpu,
+    open_adaptable,
     open_backend,
 )
 from sjepa_deploy.spec import ModelSpec, RunPrecision
@@ -212,6 +214,20 @@ class Predictor:
             else:
                 self(batch, out=out[start : start + size])
         return out
+
+    def adaptable(self, options: BackendOptions | None = None) -> AdaptableBackend:
+        """Let the last layer be replaced, and return the backend that does so. Until then outputs are those of the model.
+
+        Raises
+        ------
+        BackendError
+            If the backend cannot replace it.
+        """
+        if not isinstance(self.backend, AdaptableBackend):
+            opened = open_adaptable(self.bundle, self.backend.name, self.backend.precision, options)
+            self.backend.close()
+            self.backend, self.rolling = opened, None
+        return self.backend
 
     def close(self) -> None:
         """Release the backend. Calls after it are errors that say so; a second `close` does nothing."""

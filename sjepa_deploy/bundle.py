@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sjepa_deploy.errors import BundleError, ExportError, listed
 from sjepa_deploy.files import canonical_json, exchange, file_hash, folder_beside, json_file, load_json, seal, write_atomically
 from sjepa_deploy.onnx_file import has_external_data, metadata_of
 from sjepa_deploy.parity import ParityResult, Reference
+from sjepa_deploy.safetensors_file import read_safetensors
 from sjepa_deploy.serialize import DecodeError, decode, encode
 from sjepa_deploy.spec import ModelSpec, Precision, RunPrecision, graph_precision, upgraded
 
@@ -23,7 +27,8 @@ SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 REFERENCE_FILE = "reference.npz"
 CHECKPOINT_FOLDER = "checkpoint"
-CHECKPOINT_FILES = (f"{CHECKPOINT_FOLDER}/config.json", f"{CHECKPOINT_FOLDER}/model.safetensors")
+WEIGHTS_FILE = f"{CHECKPOINT_FOLDER}/model.safetensors"
+CHECKPOINT_FILES = (f"{CHECKPOINT_FOLDER}/config.json", WEIGHTS_FILE)
 ENGINE_FOLDER = "engines"
 DECISION_FOLDER = "decisions"
 TASK_FOLDER = "task"
@@ -218,6 +223,10 @@ class Bundle:
     def checkpoint(self) -> Path:
         """Folder of the PyTorch checkpoint."""
         return self.path / CHECKPOINT_FOLDER
+
+    def weights(self) -> dict[str, NDArray[np.float64]]:
+        """Return the weights of the checkpoint by name, read with NumPy alone."""
+        return read_safetensors(self.path / WEIGHTS_FILE)
 
     @property
     def precisions(self) -> tuple[Precision, ...]:

@@ -13,8 +13,14 @@ METADATA, GRAPH, FUNCTION = 14, 7, 25
 KEY, VALUE = 1, 2
 """Fields of StringStringEntryProto."""
 
-NODE, INITIALIZER, SPARSE_INITIALIZER = 1, 5, 15
+NODE, INITIALIZER, OUTPUT, SPARSE_INITIALIZER = 1, 5, 12, 15
 """Fields of GraphProto."""
+
+NODE_INPUT, NODE_OUTPUT = 1, 2
+"""Fields of NodeProto that name tensors."""
+
+VALUE_NAME = 1
+"""Field of ValueInfoProto."""
 
 FUNCTION_NODE = 7
 """Field of FunctionProto."""
@@ -72,6 +78,42 @@ def metadata_of(onnx: bytes) -> dict[str, str]:
     """
     entries = (dict(fields(entry)) for entry in messages(memoryview(onnx), METADATA))
     return {_text(entry.get(KEY)): _text(entry.get(VALUE)) for entry in entries}
+
+
+def input_of(onnx: bytes, output: str) -> str:
+    """Return the first input of the node of a model's graph that gives the tensor `output`.
+
+    Raises
+    ------
+    ValueError
+        If no node does, or the bytes are no protocol buffer.
+    """
+    for graph in messages(memoryview(onnx), GRAPH):
+        for node in messages(graph, NODE):
+            if output in map(_text, messages(node, NODE_OUTPUT)):
+                return _text(next(messages(node, NODE_INPUT)))
+    raise ValueError(f"no node gives {output}")
+
+
+def with_output(onnx: bytes, name: str) -> bytes:
+    """Return a model whose graph gives the tensor `name` too.
+
+    A reader of protocol buffers merges a message that comes twice: the graph's further output stands behind the model.
+    """
+    value = _field(VALUE_NAME, name.encode())
+    return onnx + _field(GRAPH, _field(OUTPUT, value))
+
+
+def _field(number: int, content: bytes) -> bytes:
+    return _number(number << 3 | 2) + _number(len(content)) + content
+
+
+def _number(value: int) -> bytes:
+    coded = bytearray()
+    while value > 127:
+        coded.append(value & 127 | 128)
+        value >>= 7
+    return bytes((*coded, value))
 
 
 def has_external_data(onnx: bytes) -> bool:

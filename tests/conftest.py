@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import people
 import pytest
 import torch
 from bundles import export_small, small_spec
@@ -100,6 +101,12 @@ def make_bundle(once):
         return export(small_spec(variant, **fields), **chosen)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def people_bundle(once):
+    """Return the bundle of a model that learned from planted people (`people.recording`)."""
+    return Bundle.open(once("people", lambda folder: people.export(folder / "bundle")) / "bundle")
 
 
 @pytest.fixture(scope="session")

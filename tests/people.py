@@ -3,9 +3,11 @@
 import mne
 import numpy as np
 import torch
-from bundles import MONTAGE
+from bundles import MONTAGE, RANDOM
 
+from sjepa_deploy.eeg.prepared import prepare
 from sjepa_deploy.eeg.steps import BandPass, Channels, Reference, Resample
+from sjepa_deploy.export.to_bundle import to_bundle
 from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.spec import EncoderSpec, EventWindow, ModelSpec, SignalSpec
 
@@ -53,7 +55,7 @@ def labels(prepared) -> np.ndarray:
     return np.array([CLASSES.index(name) for name in prepared.events.description])
 
 
-def learned(spec: ModelSpec, eeg: np.ndarray, targets: np.ndarray, epochs: int = 30) -> torch.nn.Module:
+def learned(spec: ModelSpec, eeg: np.ndarray, targets: np.ndarray, epochs: int = 20) -> torch.nn.Module:
     """Return a model that learned from scratch."""
     torch.manual_seed(0)
     model = build_model(spec, seed=0).train()
@@ -65,3 +67,10 @@ def learned(spec: ModelSpec, eeg: np.ndarray, targets: np.ndarray, epochs: int =
             torch.nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
             optimiser.step()
     return model.eval()
+
+
+def export(path) -> None:
+    """Export a model that learned from 120 events of one person."""
+    spec = spec_of()
+    prepared = prepare(recording(0, 120), spec.signal)
+    to_bundle(learned(spec, prepared.eeg, labels(prepared)), path, weights=RANDOM, precisions=("fp32",), max_batch=8)

@@ -18,8 +18,8 @@ from sjepa_deploy.runtime.fused import backend as fused
 from sjepa_deploy.runtime.fused import batch
 from sjepa_deploy.runtime.fused.batch_program import MOST_OUTPUTS, _operands, make_batch_program, refuse_batches
 from sjepa_deploy.runtime.fused.choice import records_of, size_for
-from sjepa_deploy.runtime.fused.weights import read_safetensors
 from sjepa_deploy.runtime.gpu import cuda, nvrtc
+from sjepa_deploy.safetensors_file import read_safetensors
 from sjepa_deploy.spec import EncoderSpec
 
 NAMELESS = {"ch_names": None, "positions": None}

@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from bundles import RANDOM
-from people import CLASSES, SHIFT, labels, learned, recording, spec_of
+from people import CLASSES, SHIFT, labels, recording, spec_of
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from sjepa_deploy.bundle import Bundle
@@ -14,7 +13,6 @@ from sjepa_deploy.cli import _command, run_command
 from sjepa_deploy.eeg.prepared import prepare
 from sjepa_deploy.eeg.steps import Alignment, BandPass, Channels, Resample, RunningAlignment
 from sjepa_deploy.errors import DataError, SpecError
-from sjepa_deploy.export.to_bundle import to_bundle
 from sjepa_deploy.learning.calibrate import (
     CalibrationConfig,
     aligned,
@@ -25,20 +23,19 @@ from sjepa_deploy.learning.calibrate import (
     with_last_layer,
 )
 from sjepa_deploy.learning.metrics import balanced_accuracy
+from sjepa_deploy.models.checkpoint import load_model, read_checkpoint
 from sjepa_deploy.models.networks import build_model, last_linear
 from sjepa_deploy.runtime.predictor import load
 
 
 @pytest.fixture(scope="module")
-def model():
-    spec = spec_of()
-    prepared = prepare(recording(0, 120), spec.signal)
-    return learned(spec, prepared.eeg, labels(prepared))
+def bundle(people_bundle):
+    return people_bundle
 
 
 @pytest.fixture(scope="module")
-def bundle(model, tmp_path_factory):
-    return to_bundle(model, tmp_path_factory.mktemp("people") / "bundle", weights=RANDOM, precisions=("fp32",), max_batch=8)
+def model(bundle):
+    return load_model(read_checkpoint(bundle.checkpoint), bundle.spec)
 
 
 def run(*arguments):

@@ -13,7 +13,7 @@ from sjepa_deploy.models.checkpoint import read_checkpoint
 from sjepa_deploy.runtime.backends import fastest
 from sjepa_deploy.runtime.backends.engines import EngineStore
 from sjepa_deploy.runtime.bench.files import load_report
-from sjepa_deploy.runtime.fused.weights import read_safetensors
+from sjepa_deploy.safetensors_file import read_safetensors
 from sjepa_deploy.serving.contract import Contract
 
 

@@ -25,12 +25,13 @@ from sjepa_deploy.runtime.backends.reference import run_reference
 from sjepa_deploy.runtime.fused import backend as fused
 from sjepa_deploy.runtime.fused import program as fused_program
 from sjepa_deploy.runtime.fused.program import Layout, best_layout, make_program
-from sjepa_deploy.runtime.fused.weights import _tiles, pack, read_safetensors
+from sjepa_deploy.runtime.fused.weights import _tiles, pack
 from sjepa_deploy.runtime.gpu import backend as gpu_backend
 from sjepa_deploy.runtime.gpu import cuda, nvrtc
 from sjepa_deploy.runtime.live import calls
 from sjepa_deploy.runtime.live.check import causal_preprocessing
 from sjepa_deploy.runtime.predictor import Predictor
+from sjepa_deploy.safetensors_file import read_safetensors
 from sjepa_deploy.spec import EncoderSpec
 
 SMALL = EncoderSpec(conv_layers=((8, 32, 8), (12, 2, 2), (16, 3, 3), (32, 2, 2)), spat_dim=6, time_dim=10, n_layers=2, n_heads=4)

@@ -25,7 +25,6 @@ from sjepa_deploy.runtime.fused.choice import Choices, KernelRecord, Kernels, ke
 from sjepa_deploy.runtime.fused.lane import Lane, Launcher, refuse_persistent
 from sjepa_deploy.runtime.fused.module import Module
 from sjepa_deploy.runtime.fused.program import Layout, best_layout, make_program, refuse_spec
-from sjepa_deploy.runtime.fused.weights import WEIGHTS_FILE, read_safetensors
 from sjepa_deploy.runtime.gpu import nvrtc
 from sjepa_deploy.runtime.gpu.backend import GpuBackend, SharedBuffers
 from sjepa_deploy.runtime.gpu.cuda import Device, DeviceBuffer, Stream, check
@@ -124,7 +123,7 @@ class FusedBackend(GpuBackend[Lane | BatchLane], RollingBackend):
         self.persistent = options.persistent
         self._spec, self._options, self._folder = bundle.spec, options, bundle.path
         self._max_batch = bundle.graph(precision).max_batch
-        self._weights = read_safetensors(bundle.checkpoint / WEIGHTS_FILE)
+        self._weights = bundle.weights()
         self._launcher: Launcher | None = None
         with contextlib.ExitStack() as opened:
             device = self._device = opened.enter_context(closing(Device(options.device)))

@@ -20,8 +20,17 @@ import numpy as np
 
 import sjepa_deploy
 from sjepa_deploy.eeg import xdf_chunks
-from sjepa_deploy.eeg.xdf import CHUNKS_NAME, COMMANDS_NAME, DECISIONS_NAME, INCIDENTS_NAME, MARKERS_NAME, UNDECIDED_NAME
+from sjepa_deploy.eeg.xdf import (
+    CHUNKS_NAME,
+    COMMANDS_NAME,
+    DECISIONS_NAME,
+    HEADS_NAME,
+    INCIDENTS_NAME,
+    MARKERS_NAME,
+    UNDECIDED_NAME,
+)
 from sjepa_deploy.errors import StreamError
+from sjepa_deploy.runtime.live.adapt import Adapter, HeadChange
 from sjepa_deploy.runtime.live.commands import Executed, Reply
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.decoder import Decoder
@@ -52,8 +61,14 @@ MOST_PENDING_S = 60.0
 LEAST_ROOM_S = 600.0
 """Seconds of recording for which a disk has room when that is told."""
 
-_MARKERS, _COMMANDS, _UNDECIDED, _FIRST_MARKS = 5, 7, 8, 16  # numbers of streams; each stream of markers has one from 16 on
-_TEXTS = {INCIDENTS: INCIDENTS_NAME, _MARKERS: MARKERS_NAME, _COMMANDS: COMMANDS_NAME, _UNDECIDED: UNDECIDED_NAME}
+_MARKERS, _COMMANDS, _UNDECIDED, _HEADS, _FIRST_MARKS = 5, 7, 8, 9, 16  # numbers of streams; streams of markers from 16 on
+_TEXTS = {
+    INCIDENTS: INCIDENTS_NAME,
+    _MARKERS: MARKERS_NAME,
+    _COMMANDS: COMMANDS_NAME,
+    _UNDECIDED: UNDECIDED_NAME,
+    _HEADS: HEADS_NAME,
+}
 
 
 class Recorder:
@@ -106,7 +121,7 @@ class Recorder:
         self._most_pending = round(MOST_PENDING_S * run.stream.sfreq)
         self._chunks: deque[Chunk] = deque()
         self._decisions: deque[tuple[Decision, int, float]] = deque()
-        self._told: deque[Incident | RecordedEvent | RecordedUndecided | Executed] = deque()
+        self._told: deque[Incident | RecordedEvent | RecordedUndecided | Executed | HeadChange] = deque()
         self._n_events = 0
         self._numbers: dict[int, tuple[int, Event]] = {}  # of the events that wait for their decision, by their identity
         self._n_taken = self._n_written = self.n_bytes = 0
@@ -141,6 +156,11 @@ class Recorder:
         """Record an incident."""
         if self._takes("events"):
             self._told.append(incident)
+
+    def head(self, change: HeadChange) -> None:
+        """Record a change of the last layer."""
+        if self._takes("events"):
+            self._told.append(change)
 
     def event(self, event: RecordedEvent) -> None:
         """Record an event."""
@@ -259,12 +279,14 @@ class Recorder:
         ]
         return xdf_chunks.samples(DECISIONS, np.array([d.time for d, _, _ in decisions]), np.array(rows))
 
-    def _texts(self, what: Incident | RecordedEvent | RecordedUndecided | Executed) -> list[bytes]:
+    def _texts(self, what: Incident | RecordedEvent | RecordedUndecided | Executed | HeadChange) -> list[bytes]:
         told = json.dumps(encode(what))
         if isinstance(what, Incident):
             return [xdf_chunks.text(INCIDENTS, what.time, told)]
         if isinstance(what, Executed):
             return [xdf_chunks.text(_COMMANDS, what.time, told)]
+        if isinstance(what, HeadChange):
+            return [xdf_chunks.text(_HEADS, what.time, told)]
         if isinstance(what, RecordedUndecided):
             return [xdf_chunks.text(_UNDECIDED, what.arrived, told)]
         event, parts = what.event, [xdf_chunks.text(_MARKERS, what.event.arrived, told)]
@@ -315,8 +337,8 @@ class Recorder:
             self._on_failure(f"Recording ended: {why}.")
 
 
-def describe_run(decoder: Decoder, labels: RunLabels | None = None) -> RunDescription:
-    """Return the description of the run of `decoder`."""
+def describe_run(decoder: Decoder, labels: RunLabels | None = None, adapter: Adapter | None = None) -> RunDescription:
+    """Return the description of the run of `decoder`, which `adapter` adapts."""
     bundle, backend = decoder.predict.bundle, decoder.predict.backend
     layer = None if decoder.layer is None else decoder.layer.description
     return RunDescription(
@@ -334,10 +356,11 @@ def describe_run(decoder: Decoder, labels: RunLabels | None = None) -> RunDescri
         run_id=decoder.run_id,
         labels=labels,
         event_fields=EVENT_FIELDS,
+        adapt=None if adapter is None else adapter.config,
     )
 
 
-def record(decoder: Decoder, path: Path, labels: RunLabels | None = None) -> Recorder:
+def record(decoder: Decoder, path: Path, labels: RunLabels | None = None, *, adapter: Adapter | None = None) -> Recorder:
     """Record the run of `decoder` in `path` from now on. Close the recorder after the run.
 
     Parameters
@@ -348,10 +371,12 @@ def record(decoder: Decoder, path: Path, labels: RunLabels | None = None) -> Rec
         File to make; it must not exist.
     labels : RunLabels or None
         Whose run it is, in a session.
+    adapter : Adapter or None
+        What adapts the decoder. Its changes of the last layer are recorded.
     """
     recorder = Recorder(
         path,
-        describe_run(decoder, labels),
+        describe_run(decoder, labels, adapter),
         math.prod(decoder.spec.output_shape),
         lambda why: decoder.note("record", why),
         patient=not decoder.source.live,
@@ -362,6 +387,8 @@ def record(decoder: Decoder, path: Path, labels: RunLabels | None = None) -> Rec
     decoder.on_event(lambda event: recorder.event(recorded_event(decoder, event)))
     decoder.on_undecided(recorder.undecided)
     decoder.on_command(recorder.command)
+    if adapter is not None:
+        adapter.on_change(recorder.head)
     return recorder
 
 

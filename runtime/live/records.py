@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.eeg.info import StreamInfo
-from sjepa_deploy.eeg.xdf import COMMANDS_NAME, MARKERS_NAME, UNDECIDED_NAME, load_xdf
+from sjepa_deploy.eeg.xdf import COMMANDS_NAME, HEADS_NAME, MARKERS_NAME, UNDECIDED_NAME, load_xdf
 from sjepa_deploy.errors import RecordingError
 from sjepa_deploy.files import load_json
+from sjepa_deploy.runtime.live.adapt import AdaptConfig, HeadChange
 from sjepa_deploy.runtime.live.commands import Executed
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.places import Reason
@@ -88,6 +89,8 @@ class RunDescription:
         Whose run it is. None outside of a session.
     event_fields : tuple of str
         `EVENT_FIELDS`; none in records of 0.1.
+    adapt : AdaptConfig or None
+        How the last layer was adapted. None where it was not.
     """
 
     stream: StreamInfo
@@ -104,6 +107,7 @@ class RunDescription:
     run_id: str = ""
     labels: RunLabels | None = None
     event_fields: tuple[str, ...] = ()
+    adapt: AdaptConfig | None = None
 
     @property
     def state_fields(self) -> tuple[str, ...]:
@@ -187,6 +191,8 @@ class Record:
         Events that got no decision, where events were decided.
     commands : list of Executed
         Commands that the decoder answered.
+    heads : list of HeadChange
+        Changes of the last layer, where it was adapted.
     """
 
     path: Path
@@ -198,6 +204,7 @@ class Record:
     events: list[RecordedEvent]
     undecided: list[RecordedUndecided]
     commands: list[Executed]
+    heads: list[HeadChange]
 
     @property
     def decisions(self) -> dict[int, NDArray[np.float32]]:
@@ -267,6 +274,7 @@ def read_record(path: Path) -> Record:
         events=[decode(RecordedEvent, each) for each in stored(MARKERS_NAME)],
         undecided=[decode(RecordedUndecided, each) for each in stored(UNDECIDED_NAME)],
         commands=[decode(Executed, each) for each in stored(COMMANDS_NAME)],
+        heads=[decode(HeadChange, each) for each in stored(HEADS_NAME)],
     )
 
 

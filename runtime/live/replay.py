@@ -12,6 +12,7 @@ from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
 from sjepa_deploy.runtime.decisions.stored import layers_of
+from sjepa_deploy.runtime.live.adapt import follow
 from sjepa_deploy.runtime.live.commands import BadChannels, Pause, Start
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.decoder import Decoder
@@ -93,6 +94,8 @@ def replay(predict: Predictor, record: Record) -> Replay:
     markers = () if run.schedule is None else (RecordedMarkers(record.events),)
     decoder = Decoder(predict, RecordSource(record), config, schedule=run.schedule, markers=markers)
     _obey(decoder, record)
+    if run.adapt is not None:
+        follow(decoder, record.heads)
     again = {decision.index: decision for decision in decoder}
     return Replay(
         record=str(record.path),

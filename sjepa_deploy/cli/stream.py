@@ -27,6 +27,7 @@ from sjepa_deploy.errors import OutputError, ParityError, SjepaError
 from sjepa_deploy.evaluation.task import read_tasks
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
 from sjepa_deploy.runtime.decisions.stored import layers_of
+from sjepa_deploy.runtime.live.adapt import AdaptConfig, Adapter, adapt
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.lines import write_lines
@@ -161,7 +162,12 @@ def _config(bads: tuple[str, ...] | None, interpolate: float | None, **values: A
     return StreamConfig(bads=bads or (), interpolate=bool(interpolate), interpolate_share=interpolate or 0.0, **values)
 
 
+def _adapt(adapt: bool, adapt_budget: int, adapt_cooldown: float) -> AdaptConfig | None:
+    return AdaptConfig(budget=adapt_budget, cooldown=adapt_cooldown) if adapt else None
+
+
 DEFAULTS = StreamConfig()
+LEARNS = AdaptConfig()
 NO_LAYER = "none"
 
 
@@ -253,6 +259,13 @@ NO_LAYER = "none"
 )
 @options.section("Decoding", options.decisions("the only one; none: outputs alone"))
 @options.fills(
+    "adaptation",
+    _adapt,
+    click.option("--adapt", is_flag=True, help="Adapt the last layer to the classes of --events and to labels of the run."),
+    click.option("--adapt-budget", type=int, default=LEARNS.budget, help="Largest number of labels that are learned from."),
+    click.option("--adapt-cooldown", type=float, default=LEARNS.cooldown, help="Seconds from one update to the next, at least."),
+)
+@options.fills(
     "outputs",
     Outputs,
     options.out_file,
@@ -301,6 +314,7 @@ def stream(
     config: StreamConfig,
     choice: options.BackendChoice,
     decisions: str | None,
+    adaptation: AdaptConfig | None,
     outputs: Outputs,
     socket: FeedbackChoice,
     session: Session,
@@ -366,6 +380,7 @@ def stream(
                 speed=session.speed,
             )
         )
+        adapter = None if adaptation is None else adapt(decoder, adaptation, classes=task.events.class_of)
         closing.enter_context(stopped_by_signals(decoder))
         monitor = watch(decoder)
         recorder = lines = error = None
@@ -384,7 +399,7 @@ def stream(
             closing.callback(lines.close)
         if outputs.record is not None:
             options.make_way(outputs.record, force=outputs.force)
-            recorder = record(decoder, outputs.record)
+            recorder = record(decoder, outputs.record, adapter=adapter)
             closing.callback(recorder.close)
         if session.duration is not None:
             decoder.stop_after(session.duration)
@@ -403,7 +418,11 @@ def stream(
     not_written = {} if recorder is None else {f"{what} in the record": n for what, n in recorder.n_lost.items()}
     not_written |= {} if lines is None else {"lines": lines.n_lost}
     not_written |= {} if feedback is None else {"messages of the feedback socket": feedback.counts["left out"]}
-    _report(screen, decoder, monitor, elapsed, not_written, error, json_output)
+    if adapter is not None:
+        for change in adapter.changes:
+            screen.print(f"{change.why} after the decision {change.after}: {escape(change.text)}", soft_wrap=True)
+        screen.print(f"{adapter.n_labels} labels were learned from, {adapter.n_refused} were not.")
+    _report(screen, decoder, adapter, monitor, elapsed, not_written, error, json_output)
     if error is not None:
         raise error
     if any(not_written.values()):
@@ -538,6 +557,7 @@ def _announce(screen: Console, decoder: Decoder) -> None:
 def _report(
     screen: Console,
     decoder: Decoder,
+    adapter: Adapter | None,
     monitor: Monitor,
     elapsed: float,
     not_written: dict[str, int],
@@ -560,9 +580,16 @@ def _report(
                 "elapsed_s": elapsed,
                 "advice": decoder.advice,
                 "not_written": not_written,
+                "adaptation": None if adapter is None else _summary_of(adapter),
                 "error": None if error is None else str(error),
             }
         )
+
+
+def _summary_of(adapter: Adapter) -> dict[str, Any]:
+    """Return what an adaptation did, without the weights of the last layers."""
+    changes = [{name: getattr(change, name) for name in ("why", "after", "n_labels", "digest")} for change in adapter.changes]
+    return {"labels": adapter.n_labels, "refused": adapter.n_refused, "alarm": adapter.alarmed, "changes": changes}
 
 
 main = entry("stream")

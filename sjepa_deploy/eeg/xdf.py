@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from sjepa_deploy.spec import Unit
 
 CHUNKS_NAME, DECISIONS_NAME, INCIDENTS_NAME, MARKERS_NAME = "sjepa chunks", "sjepa decisions", "sjepa events", "sjepa markers"
-UNDECIDED_NAME, COMMANDS_NAME = "sjepa undecided", "sjepa commands"
+UNDECIDED_NAME, COMMANDS_NAME, HEADS_NAME = "sjepa undecided", "sjepa commands", "sjepa last layers"
 """Streams of our own records. Of each chunk there are the number of samples, when it was received, whether the stream was
 interrupted before it, and the correction in its stamps."""
 
-_NO_EVENTS = (INCIDENTS_NAME, MARKERS_NAME, UNDECIDED_NAME, COMMANDS_NAME)
+_NO_EVENTS = (INCIDENTS_NAME, MARKERS_NAME, UNDECIDED_NAME, COMMANDS_NAME, HEADS_NAME)
 
 LARGEST_RATE_ERROR = 0.01
 """Beyond this ratio a recorded stream is not at its nominal rate."""
