@@ -27,17 +27,19 @@ if TYPE_CHECKING:
 
 @options.command
 @options.bundle
-@click.option(
-    "--data",
-    "sources",
-    type=options.path,
-    multiple=True,
-    required=True,
-    help="Recording of the person with events (XDF, EDF, ...), or .npz of windows with labels; may be repeated.",
+@options.section(
+    "Trials",
+    click.option(
+        "--data",
+        "sources",
+        type=options.path,
+        multiple=True,
+        required=True,
+        help="Recording of the person with events (XDF, EDF, ...), or .npz of windows with labels; may be repeated.",
+    ),
+    click.option("--trials", type=click.IntRange(min=1), help="Number of trials to use, the first ones.  [default: all]"),
 )
-@options.fills("events", EventChoice, task.which, task.labels, task.tmin)
-@click.option("--trials", type=click.IntRange(min=1), help="Number of trials to use, the first ones.  [default: all]")
-@click.option("--align", is_flag=True, help="Align the person: fit the alignment of the signal to these trials.")
+@options.fills("events", EventChoice, task.which, task.labels, task.tmin, title="Trials")
 @options.fills(
     "config",
     dict,
@@ -50,9 +52,14 @@ if TYPE_CHECKING:
     click.option("--epochs", type=int, default=20, help="Epochs of --method fine-tune."),
     click.option("--lr", type=float, default=3e-4, help="Learning rate of --method fine-tune."),
     options.seed,
+    title="Calibration",
 )
-@click.option("--allow-worse", is_flag=True, help="Write the bundle even if it is no better than before.")
-@options.check_unit
+@options.section(
+    "Calibration",
+    click.option("--align", is_flag=True, help="Align the person: fit the alignment of the signal to these trials."),
+    click.option("--allow-worse", is_flag=True, help="Write the bundle even if it is no better than before."),
+)
+@options.section(options.SIGNAL, options.check_unit)
 @options.signal_facts
 @options.out_folder(None)
 @options.force

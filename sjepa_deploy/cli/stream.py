@@ -257,13 +257,18 @@ NO_LAYER = "none"
 @options.backend_choice(
     click.option("--persistent", is_flag=True, help="Keep a kernel on the GPU that answers without a launch: --backend cuda.")
 )
-@options.section("Decoding", options.decisions("the only one; none: outputs alone"))
+@options.section("Decoding", options.rare(options.decisions("the only one; none: outputs alone")))
 @options.fills(
     "adaptation",
     _adapt,
     click.option("--adapt", is_flag=True, help="Adapt the last layer to the classes of --events and to labels of the run."),
-    click.option("--adapt-budget", type=int, default=LEARNS.budget, help="Largest number of labels that are learned from."),
-    click.option("--adapt-cooldown", type=float, default=LEARNS.cooldown, help="Seconds from one update to the next, at least."),
+    options.rare(
+        click.option("--adapt-budget", type=int, default=LEARNS.budget, help="Largest number of labels that are learned from."),
+        click.option(
+            "--adapt-cooldown", type=float, default=LEARNS.cooldown, help="Seconds from one update to the next, at least."
+        ),
+    ),
+    title="Decoding",
 )
 @options.fills(
     "outputs",
