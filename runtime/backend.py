@@ -135,6 +135,11 @@ class Backend(ABC):
         """Return whether `run_unfinished` is offered."""
         return False
 
+    @property
+    def batch_invariant(self) -> bool:
+        """Return whether the bits of a window's outputs are known to depend neither on its batch nor on its place there."""
+        return False
+
     @abstractmethod
     def run(self, eeg: FloatArray) -> FloatArray:
         """Run the model on windows after all steps of the signal.

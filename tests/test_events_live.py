@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from streams import ScriptedSource, chunks_of, info_of, run_stream
+from streams import ScriptedSource, Wrapped, chunks_of, info_of, run_stream
 
 import sjepa_deploy
 from sjepa_deploy.eeg import prepare
@@ -30,6 +30,7 @@ from sjepa_deploy.runtime.live.replay import replay
 from sjepa_deploy.runtime.live.schedule import Events, Hop
 from sjepa_deploy.runtime.live.sources import Chunk, ReplaySource
 from sjepa_deploy.runtime.live.windows import WindowStream
+from sjepa_deploy.runtime.predictor import Predictor
 from sjepa_deploy.runtime.watch.dashboard import describe
 from sjepa_deploy.runtime.watch.watching import watch
 from sjepa_deploy.spec import EventWindow, SignalSpec
@@ -281,6 +282,69 @@ def test_a_decision_belongs_to_its_event_and_is_that_of_the_window(predict):
         assert decision.prediction.tobytes() == every[first].tobytes()
         assert decision.time == pytest.approx((first + n_times - 1) / 100.0)
     assert decisions[1].event.marker_delay == pytest.approx(1.5)
+
+
+class Batches(Wrapped):
+    """A backend that promises the same bits in every batch, and counts the windows of each call."""
+
+    batch_invariant = True
+
+    def __init__(self, backend):
+        super().__init__(backend)
+        self.calls = []
+        self.before = lambda eeg: self.calls.append(len(eeg))
+
+
+@pytest.mark.parametrize(("late", "calls", "n_decided"), [("queue", [4, 4, 3], 12), ("skip", [2], 2)])
+def test_windows_that_are_due_together_share_a_batch(predict, late, calls, n_decided):
+    """A burst of late markers, and events within one chunk: the same decisions and reasons as one by one, in the same order."""
+    burst = [(2.0 + 0.1 * k, f"{k}", 3.0 - 0.1 * k) for k in range(9)]  # all at 5 s; the bundle's batches go up to 4
+    close = [(8.03 + 0.01 * k, f"{k}") for k in range(3)]
+    together = Batches(predict.backend)
+    found = []
+    for backend in (together, predict.backend):
+        own = Predictor(predict.bundle, backend, check_unit=False)
+        decisions, left, _ = decode_events(own, microvolts(predict, 1500), burst + close, late=late, deadline=0.065)
+        found.append(([(d.event, d.prediction.tobytes(), d.time, d.index) for d in decisions], left))
+    assert found[0] == found[1]
+    assert [n for n in together.calls if n > 1] == calls
+    assert len(found[0][0]) == n_decided
+
+
+def test_events_whose_batch_fails_are_told(predict):
+    backend = Batches(predict.backend)
+
+    def fail(eeg):
+        if len(eeg) > 1:
+            raise RuntimeError("the GPU is gone")
+
+    backend.before = fail
+    source = ReplaySource(info_of(predict.spec), microvolts(predict, 1500), speed=float("inf"), chunk=10)
+    markers = PlannedMarkers([(1.0, "a", 3.0), (1.1, "b", 2.9)], source.clock)
+    own = Predictor(predict.bundle, backend, check_unit=False)
+    decoder = Decoder(own, source, StreamConfig(late="queue"), schedule=Events(start=0.0), markers=[markers])
+    left = []
+    decoder.on_undecided(left.append)
+    with pytest.raises(RuntimeError):
+        decoder.run()
+    assert [(one.event.description, one.reason) for one in left] == [("a", "failed"), ("b", "failed")]
+    assert_events_accounted(decoder.counters, 0)
+
+
+def test_a_server_that_does_the_steps_gets_the_window_of_a_late_marker(predict):
+    """Not the newest window: the marker came 2 s after the end of its own."""
+
+    class Serves(Wrapped):
+        finishes = True
+
+        def run_unfinished(self, eeg):
+            return self.run(eeg)
+
+    plan = [(2.0, "x", 4.0)]
+    own = Predictor(predict.bundle, Serves(predict.backend), check_unit=False)
+    ours, _, _ = decode_events(predict, microvolts(predict, 1500), plan)
+    (theirs,), _, _ = decode_events(own, microvolts(predict, 1500), plan)
+    assert theirs.prediction.tobytes() == ours[0].prediction.tobytes()
 
 
 def test_a_hop_is_a_schedule_too(predict):

@@ -184,6 +184,11 @@ class FusedBackend(GpuBackend[Lane | BatchLane], RollingBackend):
             max_batch=self._max_batch,
         )
 
+    @property
+    def batch_invariant(self) -> bool:
+        """Return whether one kind of kernels serves all batches: the outputs of both kinds differ within the tolerance."""
+        return self._kernels != "auto"
+
     def roll(self, eeg: FloatArray) -> FloatArray:
         """Run the model on the window that ends with new samples of a stream, shape (n_chans, n), 1 <= n <= n_times.
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sjepa_deploy.eeg.chain import finish_windows
 from sjepa_deploy.errors import RefusedError, StreamError, UnansweredError
+from sjepa_deploy.runtime.backend import FloatArray
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
 from sjepa_deploy.runtime.keep_warm import KeepWarm
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decision import Decision, flags_of
+from sjepa_deploy.runtime.live.places import Reason
 from sjepa_deploy.runtime.live.schedule import Events
 from sjepa_deploy.runtime.live.trials import EventSteps
 from sjepa_deploy.runtime.live.waiting import Waiting
@@ -25,6 +26,9 @@ from sjepa_deploy.runtime.predictor import Predictor
 
 N_WARM_UP = 20
 """Calls of the backend before the stream is read, so that no decision pays for buffers and caches."""
+
+MOST_TOGETHER = 64
+"""Most windows of events that share a batch: those of a burst of markers that came late."""
 
 ALL_LATE_S = 5.0
 """Seconds of windows, none of which was in time, after which a stream that never had a decision is refused."""
@@ -56,6 +60,11 @@ class BackendCalls:
         Layer that gives every decision a state.
     events : Events or None
         Events to which the windows belong: then they are whole ones on every backend. None where a window is decided every hop.
+
+    Attributes
+    ----------
+    most_together : int
+        Windows of events that are due together and share a batch. 1 unless the backend gives the same bits in every batch.
 
     Raises
     ------
@@ -91,6 +100,8 @@ class BackendCalls:
         if config.roll and why_whole is not None:
             raise why_whole
         self._rolls = config.roll is not False and why_whole is None
+        together = events is not None and predict.backend.batch_invariant and not predict.backend.finishes
+        self.most_together = min(predict.max_batch, MOST_TOGETHER) if together else 1
         self._rolled: tuple[int, int] | None = None  # the last window decoded, and the predictor's count of calls then
         self._warm_up()
         self.keep_warm: KeepWarm | None = None
@@ -99,8 +110,8 @@ class BackendCalls:
             self.keep_warm = KeepWarm(lambda: predict.backend.run(window), config.keep_warm)
         self._called = time.perf_counter()
 
-    def decide(self, window: Window, received: float) -> Decision | None:
-        """Return the decision of the newest window of the stream; None if the window gets no decision.
+    def decide(self, window: Window, received: float) -> Decision | Reason:
+        """Return the decision of the newest window of the stream, or the reason why the window gets none.
 
         Parameters
         ----------
@@ -110,32 +121,71 @@ class BackendCalls:
             When its newest sample arrived, in seconds of the source's clock. The decision on an event whose marker came later is
             due from the arrival of the marker on.
         """
-        counters, clock = self._counters, self._clock
-        due = window.stamp + self._deadline
-        if window.event is not None:
-            due, received = max(due, window.event.arrived + self._deadline), max(received, window.event.arrived)
-        started = clock()
+        due, received = self._due(window, received)
+        started = self._clock()
         if started > due and self._late != "queue":
             return self._answer_late(window, due, received, started)
+        outputs = self._run(lambda: self._call(window))
+        return "failed" if outputs is None else self._answer(window, outputs[0], due, received, started, self._clock())
+
+    def decide_together(self, windows: Sequence[Window], eeg: FloatArray, received: float) -> list[Decision | Reason]:
+        """Return the decisions of windows of events that are due together, from one call of the backend; see `decide`.
+
+        Parameters
+        ----------
+        windows : sequence of Window
+            The windows, at most `most_together`.
+        eeg : ndarray, shape (len(windows), n_chans, n_times)
+            Their samples.
+        received : float
+            When the newest sample of all arrived.
+        """
+        answers: list[Decision | Reason] = ["failed"] * len(windows)
+        started, kept = self._clock(), []
+        for i, window in enumerate(windows):
+            due, arrived = self._due(window, received)
+            if started > due and self._late != "queue":
+                answers[i] = self._answer_late(window, due, arrived, started)
+            else:
+                kept.append((i, due, arrived))
+        rows = [i for i, _, _ in kept]
+        outputs = self._run(lambda: self._predict(finish_windows(self._signal, eeg[rows])), len(rows)) if rows else None
+        if outputs is not None:
+            decided = self._clock()
+            for (i, due, arrived), prediction in zip(kept, outputs, strict=True):
+                answers[i] = self._answer(windows[i], prediction, due, arrived, started, decided)
+        return answers
+
+    def _due(self, window: Window, received: float) -> tuple[float, float]:
+        """Return when a decision is due, and when its last cause arrived: the newest sample, or the marker."""
+        due = window.stamp + self._deadline
+        if window.event is None:
+            return due, received
+        return max(due, window.event.arrived + self._deadline), max(received, window.event.arrived)
+
+    def _run(self, call: Callable[[], FloatArray], n: int = 1) -> FloatArray | None:
+        """Return the outputs of `n` windows; None if a server does not answer, which may answer the next ones."""
         try:
-            prediction = self._call(window)[0]
-        except (RefusedError, UnansweredError) as e:  # of a server, which may answer the next window
-            counters.failed += 1
-            self._count_miss(missed=True)
+            return call()
+        except BaseException as e:
+            self._counters.failed += n
+            for _ in range(n):
+                self._count_miss(missed=True)
+            if not isinstance(e, RefusedError | UnansweredError):
+                raise
             self._report("unanswered", str(e))
             return None
-        except BaseException:
-            counters.failed += 1
-            self._count_miss(missed=True)
-            raise
-        decided = clock()
+
+    def _answer(
+        self, window: Window, prediction: FloatArray, due: float, received: float, started: float, decided: float
+    ) -> Decision:
         late = decided > due
         if late:
             self._blame(window, received)
         self.waiting.done(decided, decided - started)
         if self.keep_warm is not None:
             self._called = time.perf_counter()
-        counters.decisions += 1
+        self._counters.decisions += 1
         state = None
         self._count_miss(missed=late)
         if self._layer is not None:
@@ -151,7 +201,7 @@ class BackendCalls:
                 state = self._steps.step(prediction, window.stamp, flags, window.trial)
             else:
                 state = self._layer.step(prediction, window.stamp, flags)
-        decision = self._last = Decision(
+        self._last = Decision(
             window.index,
             prediction,
             window.stamp,
@@ -168,7 +218,7 @@ class BackendCalls:
             window.event,
             window.trial,
         )
-        return decision
+        return self._last
 
     def fill_pause(self) -> None:
         """Make the dummy call of `keep_warm` if the last call is long ago and the next window far enough."""
@@ -189,7 +239,7 @@ class BackendCalls:
             for _ in range(N_WARM_UP):
                 self._predict.roll(samples)
 
-    def _answer_late(self, window: Window, due: float, received: float, now: float) -> Decision | None:
+    def _answer_late(self, window: Window, due: float, received: float, now: float) -> Decision | Reason:
         self._count_miss(missed=True)
         self._blame(window, received)
         self.waiting.done(now)
@@ -201,7 +251,7 @@ class BackendCalls:
                     f"their stamps when they can be decoded, and a decision is due after {self._deadline:.3g} s.",
                     self.waiting.advice or "Use a longer --deadline or --late queue, or mend the source's stamps.",
                 )
-            return None
+            return "late"
         self._counters.held += 1
         again = dataclasses.replace(
             self._last,
@@ -222,9 +272,9 @@ class BackendCalls:
         if window.event is None and self.waiting.late(window.stamp, received):
             self._report("deadline", str(self.waiting.advice))
 
-    def _call(self, window: Window) -> NDArray[np.float32]:
+    def _call(self, window: Window) -> FloatArray:
         if self._predict.backend.finishes:  # a predictor judges windows after all steps, the stream what comes in
-            return self._predict.backend.run_unfinished(np.ascontiguousarray(self._windows.eeg()))
+            return self._predict.backend.run_unfinished(np.ascontiguousarray(self._windows.eeg(window.behind)))
         if not self._rolls:
             return self._predict(finish_windows(self._signal, self._windows.eeg(window.behind)))
         # Between windows that were due one after the other there is no gap, as after one the next window is not whole.

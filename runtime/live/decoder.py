@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import DecisionError, StreamError
-from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, BackendOptions
+from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, BackendOptions, FloatArray
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
 from sjepa_deploy.runtime.decisions.stored import check_bundle
 from sjepa_deploy.runtime.live.calls import BackendCalls
@@ -355,21 +357,49 @@ class Decoder:
                 self._report("events", lacking)
 
     def _decide(self, windows: Iterable[Window], received: float) -> Iterator[Decision]:
+        together: list[tuple[Window, FloatArray]] = []
         for window in windows:
             if self.paused:
                 self.counters.skipped_paused += 1
                 if window.event is not None:
                     self._tell_undecided(Undecided(window.event, "paused"))
-                continue
-            n_late = self.counters.skipped_late
-            decision = self._calls.decide(window, received)
-            if decision is not None:
-                for tell in self._on_decision:
-                    tell(decision)
-                yield decision
-            elif window.event is not None:
-                reason: Reason = "late" if self.counters.skipped_late > n_late else "failed"
-                self._tell_undecided(Undecided(window.event, reason))
+            elif self._calls.most_together == 1:
+                try:
+                    answer = self._calls.decide(window, received)
+                except BaseException:
+                    self._tell_failed([window])
+                    raise
+                yield from self._give(window, answer)
+            else:
+                together.append((window, self.windows.eeg(window.behind)[0].copy()))
+                if len(together) == self._calls.most_together:
+                    yield from self._decide_together(together, received)
+                    together.clear()
+        if together:
+            yield from self._decide_together(together, received)
+
+    def _decide_together(self, together: list[tuple[Window, FloatArray]], received: float) -> Iterator[Decision]:
+        windows = [window for window, _ in together]
+        try:
+            answers = self._calls.decide_together(windows, np.stack([eeg for _, eeg in together]), received)
+        except BaseException:
+            self._tell_failed(windows)
+            raise
+        for window, answer in zip(windows, answers, strict=True):
+            yield from self._give(window, answer)
+
+    def _tell_failed(self, windows: Sequence[Window]) -> None:
+        for window in windows:
+            if window.event is not None:
+                self._tell_undecided(Undecided(window.event, "failed"))
+
+    def _give(self, window: Window, answer: Decision | Reason) -> Iterator[Decision]:
+        if isinstance(answer, Decision):
+            for tell in self._on_decision:
+                tell(answer)
+            yield answer
+        elif window.event is not None:
+            self._tell_undecided(Undecided(window.event, answer))
 
     def _tell_undecided(self, left: Undecided) -> None:
         for tell in self._on_undecided:
