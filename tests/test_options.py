@@ -25,11 +25,11 @@ MEANINGS = {
     "--out": (SIGNAL - {"calibrate"}, {"export", "bench", "calibrate"} | RECIPES),  # a file, or a folder
     "--config": (set(COMMANDS) - RECIPES, RECIPES),  # options, or a recipe
     # one, several, Lightning's
-    "--precision": ({"run", "stream", "serve", "decide"}, {"verify", "bench", "export", "build"}, RECIPES),
-    "--backend": ({"run", "stream", "serve", "decide"}, {"verify", "bench"}),  # one, several
+    "--precision": ({"run", "stream", "serve", "decide", "session"}, {"verify", "bench", "export", "build"}, RECIPES),
+    "--backend": ({"run", "stream", "serve", "decide", "session"}, {"verify", "bench"}),  # one, several
     "--events": (SIGNAL, {"export"}),  # to decode, of the model
     "--phase": ({"export"}, RECIPES),  # that a model learned from, to learn from
-    "--task": ({"export"}, {"finetune"}),  # of any model, to learn
+    "--task": ({"export"}, {"finetune"}, {"stream"}),  # of any model, to learn, of a run
     "--data": (RECIPES, {"calibrate"}),  # of many people, of one
     "--lr": (RECIPES, {"calibrate"}),  # from the beginning, of a model that has learned
     "--seed": ({"export", "bench", "calibrate"}, RECIPES),  # a recipe has its own
@@ -105,7 +105,7 @@ def test_every_command_takes_config_version_help_and_json(name, capsys):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_that_writes_can_replace(name):
     opts = {spelling for option in options_of(name) for spelling in option.opts}
-    assert ("--out" in opts) == ("--force" in opts)
+    assert ("--out" in opts or name == "session") == ("--force" in opts)
     assert ("--append" in opts) == (name == "stream")
 
 

@@ -32,7 +32,7 @@ from sjepa_deploy.spec import ModelSpec
 
 COMMANDS = (
     *("pretrain", "finetune", "calibrate", "export", "build", "verify"),
-    *("run", "stream", "decide", "bench", "serve", "doctor"),
+    *("run", "stream", "session", "decide", "bench", "serve", "doctor"),
 )
 """Each is a module of this package with a click command of the same name."""
 

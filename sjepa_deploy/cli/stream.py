@@ -21,6 +21,7 @@ from sjepa_deploy.cli.feedback import FeedbackChoice
 from sjepa_deploy.cli.help_page import is_quiet
 from sjepa_deploy.cli.live import live_view, summary_table
 from sjepa_deploy.cli.progress import progress
+from sjepa_deploy.cli.session import Kept, kept
 from sjepa_deploy.cli.task import EventChoice
 from sjepa_deploy.eeg.events import ALL
 from sjepa_deploy.errors import OutputError, ParityError, SjepaError
@@ -121,11 +122,6 @@ class Outputs:
     force: bool
     dashboard: bool
     dashboard_address: str | None
-
-    @property
-    def records(self) -> bool:
-        """Return whether the run is recorded."""
-        return self.record is not None
 
     def check(self) -> None:
         """Check, before the decoder starts, that every file may be written."""
@@ -270,11 +266,12 @@ NO_LAYER = "none"
     ),
     title="Decoding",
 )
+@kept
 @options.fills(
     "outputs",
     Outputs,
     options.out_file,
-    options.append,
+    options.rare(options.append),
     click.option("--outlet", help="Name of an LSL stream to send decisions to."),
     click.option("--record", type=options.path, help="XDF file to record the run in, for --replay."),
     options.force,
@@ -322,6 +319,7 @@ def stream(
     adaptation: AdaptConfig | None,
     outputs: Outputs,
     socket: FeedbackChoice,
+    kept: Kept,
     session: Session,
     json_output: bool,
 ) -> None:
@@ -341,7 +339,7 @@ def stream(
         raise click.UsageError("--events is of --source and --check. A record tells what was decided.")
     if task.events.trial_starts and (task.source is None or not task.events.events):
         raise click.UsageError("--trial-starts begin the trials of --events of a --source. Name the events, or all.")
-    if task.markers and (task.source is None or not (task.events.events or outputs.records)):
+    if task.markers and (task.source is None or not (task.events.events or outputs.record or kept.folder)):
         raise click.UsageError("--markers say where the events of --source come from. Name them with --events, or record them.")
     if task.check is not None:
         with choice.load(opened, check_unit=False) as predict:
@@ -365,7 +363,9 @@ def stream(
         _replay(screen, opened, task.replay, choice, json_output)
         return
     assert task.source is not None
-    layer = _layer(opened, decisions)
+    if kept.folder is not None and outputs.record is not None:
+        raise click.UsageError("--session records the run: leave out --record.")
+    labels, layer = kept.labels(), _layer(opened, decisions)
     if session.priority is not None:
         set_real_time(session.priority)
     with contextlib.ExitStack() as closing:
@@ -405,6 +405,9 @@ def stream(
         if outputs.record is not None:
             options.make_way(outputs.record, force=outputs.force)
             recorder = record(decoder, outputs.record, adapter=adapter)
+        elif labels is not None:
+            recorder = kept.record(screen, decoder, labels, adapter=adapter)
+        if recorder is not None:
             closing.callback(recorder.close)
         if session.duration is not None:
             decoder.stop_after(session.duration)

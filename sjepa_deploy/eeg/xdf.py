@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import struct
@@ -18,7 +19,7 @@ from sjepa_deploy.eeg.units import unit_named, volts_in
 from sjepa_deploy.errors import MissingDependencyError, RecordingError, StreamError, listed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import mne
     from numpy.typing import NDArray
@@ -83,6 +84,17 @@ def _whole_chunks(data: bytes) -> io.BytesIO:
 
 def read_xdf(path: Path, unit: Unit | None, ch_names: Sequence[str] | None, notes: list[str]) -> mne.io.BaseRaw:
     """Read the one EEG stream of a recording of the Lab Streaming Layer."""
+    return read_placed(path, unit, ch_names, notes)[0]
+
+
+def read_placed(
+    path: Path, unit: Unit | None, ch_names: Sequence[str] | None, notes: list[str]
+) -> tuple[mne.io.BaseRaw, Callable[[NDArray[np.float64]], NDArray[np.float64]]]:
+    """Read a recording as `read_xdf` does, and return it with a function that places points in time.
+
+    The function takes stamps on the clock of the file, and returns the seconds of samples after the first one, as annotations
+    have them. Points in a pause lie at its start; points outside of the recording may be negative or beyond its end.
+    """
     streams = load_xdf(path, synchronize=True)
     stream = _eeg_stream(streams, path.name)
     info = stream["info"]
@@ -147,10 +159,11 @@ def read_xdf(path: Path, unit: Unit | None, ch_names: Sequence[str] | None, note
     raw = raw_from_array(samples[[picks[k] for k in kept]] * scale, rate, [labels[k] for k in kept], path.name)
     _mark_losses(raw, stretches, notes)
     times, texts = _markers(streams)
-    places = _places(times, stamps[stretches.rows], stretches, rate)
-    inside = (places >= 0) & (places <= raw.n_times - 1)
-    raw.annotations.append(places[inside] / rate, np.zeros(int(inside.sum())), texts[inside])
-    return raw
+    place = functools.partial(_places, stamps=stamps[stretches.rows], stretches=stretches, rate=rate)
+    seconds = place(times)
+    inside = (seconds >= 0) & (seconds <= (raw.n_times - 1) / rate)
+    raw.annotations.append(seconds[inside], np.zeros(int(inside.sum())), texts[inside])
+    return raw, place
 
 
 def _markers(streams: list[dict[str, Any]]) -> tuple[NDArray[np.float64], NDArray[np.str_]]:
@@ -165,7 +178,7 @@ def _markers(streams: list[dict[str, Any]]) -> tuple[NDArray[np.float64], NDArra
 
 
 def _places(times: NDArray[np.float64], stamps: NDArray[np.float64], stretches: Stretches, rate: float) -> NDArray[np.float64]:
-    """Return where among the samples points in time lie; those in a pause lie at its start.
+    """Return where points in time lie, in seconds of samples; those in a pause lie at its start.
 
     In each stretch a line goes through the stamps, as their jitter is no uncertainty of a marker.
     """
@@ -178,7 +191,7 @@ def _places(times: NDArray[np.float64], stamps: NDArray[np.float64], stretches: 
     which = np.maximum(np.searchsorted(starts, times, side="right") - 1, 0)
     first, end = np.array(edges[:-1])[which], np.array(edges[1:])[which]
     places: NDArray[np.float64] = np.minimum(first + (times - np.array(starts)[which]) / np.array(slopes)[which], end)
-    return places
+    return places / rate
 
 
 def _line(stamps: NDArray[np.float64]) -> tuple[float, float]:
