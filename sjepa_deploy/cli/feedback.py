@@ -84,5 +84,5 @@ choice = options.fills(
             "--dareplane", is_flag=True, help="Take Dareplane's primary commands too, on the port after that, from this machine."
         )
     ),
-    title="Feedback",
+    title=options.OUTPUT,
 )

@@ -205,8 +205,10 @@ NO_LAYER = "none"
     click.option(
         "--hop", type=float, default=DEFAULTS.hop, help="Seconds from one decision to the next; 0 decides at every sample."
     ),
-    click.option(
-        "--deadline", type=float, help="Seconds after the newest sample by which a decision is due.  [default: the hop]"
+    options.rare(
+        click.option(
+            "--deadline", type=float, help="Seconds after the newest sample by which a decision is due.  [default: the hop]"
+        )
     ),
     click.option("--late", type=click.Choice(["skip", "queue", "hold"]), default=DEFAULTS.late, help="Policy for late windows."),
     options.rare(
@@ -325,9 +327,8 @@ def stream(
 ) -> None:
     """Decode a live stream with BUNDLE into one decision every hop or each event, and count every window that is left out.
 
-    The stream goes through the causal twin of the preprocessing that the bundle asks for. Ctrl-C, SIGTERM and SIGHUP end the run
-    with everything written. The exit status is 1 if --check or --replay find a difference. It is 2, after the summary, if an
-    error or --give-up ended the run, or if not everything could be written.
+    The stream goes through the causal twin of the preprocessing. Ctrl-C, SIGTERM and SIGHUP end the run with everything written.
+    The exit status is 1 if --check or --replay find a difference, and 2 if an error ended the run or something was not written.
     """
     if sum(what is not None for what in (task.source, task.check, task.replay)) != 1:
         raise click.UsageError("Give one of --source, --check and --replay.")
