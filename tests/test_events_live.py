@@ -383,6 +383,41 @@ def test_names_that_never_come_are_told_after_a_minute(predict):
     assert 60 <= told.time < 61
 
 
+def test_events_that_come_faster_than_they_are_decided_are_told(predict):
+    """A decision takes 20 ms, and events come every 10 ms."""
+    backend = Wrapped(predict.backend)
+    samples = microvolts(predict, 1500)
+    source = ScriptedSource(info_of(predict.spec), chunks_of(samples, np.arange(1500) / 100.0, 1))
+    markers = PlannedMarkers([(2.0 + 0.01 * k, f"{k}") for k in range(300)], source.clock)
+    own = Predictor(predict.bundle, backend, check_unit=False)
+    decoder = Decoder(own, source, StreamConfig(deadline=0.1), schedule=Events(start=0.0), markers=[markers])
+
+    def work(eeg):
+        source.now += 0.02
+
+    backend.before = work
+    incidents = []
+    decoder.on_incident(incidents.append)
+    decisions = list(decoder)
+    (told,) = [incident for incident in incidents if "faster backend" in incident.text]
+    assert "every 10 ms" in told.text
+    assert "takes 20 ms" in told.text
+    assert decoder.counters.skipped_late > 100
+    assert_events_accounted(decoder.counters, len(decisions))
+
+
+def test_markers_that_were_left_out_are_counted_and_told(predict):
+    source = ReplaySource(info_of(predict.spec), microvolts(predict, 500), speed=float("inf"), chunk=10)
+    markers = PlannedMarkers([(1.0, "x")], source.clock)
+    markers.n_lost = 7
+    decoder = Decoder(predict, source, schedule=Events(start=0.0), markers=[markers])
+    incidents = []
+    decoder.on_incident(incidents.append)
+    decoder.run()
+    assert decoder.counters.markers_lost == 7
+    assert [incident.kind for incident in incidents].count("events") == 1
+
+
 def test_every_event_has_a_line(predict, tmp_path):
     source = ReplaySource(info_of(predict.spec), microvolts(predict, 2000), speed=float("inf"), chunk=10)
     markers = PlannedMarkers([(-1.0, "a"), (2.0, "b", 0.5), (float("nan"), "c"), (19.0, "d")], source.clock)

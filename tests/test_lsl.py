@@ -22,6 +22,7 @@ import sjepa_deploy
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.recording import fit_recording
 from sjepa_deploy.errors import StreamError
+from sjepa_deploy.runtime.live import lsl_markers
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.decoder import Decoder
@@ -470,6 +471,17 @@ def test_markers_that_are_lost_and_come_back(name):
                 wait_for(lambda: [incident.kind for incident in markers.incidents] == ["lost", "reconnected"])
                 markers.read()
                 wait_for(markers.read)
+        finally:
+            markers.close()
+
+
+def test_markers_that_nobody_reads_wait_up_to_a_number_and_the_others_are_counted(name, monkeypatch):
+    monkeypatch.setattr(lsl_markers, "MOST_WAITING", 2)
+    with Markers(f"{name}-t", "string", 0.0):
+        markers = LslMarkers(f"{name}-t")
+        try:
+            wait_for(lambda: markers.n_lost >= 2)
+            assert len(markers.read()) == 2
         finally:
             markers.close()
 

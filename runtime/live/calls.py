@@ -17,6 +17,7 @@ from sjepa_deploy.runtime.keep_warm import KeepWarm
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decision import Decision, flags_of
+from sjepa_deploy.runtime.live.pace import Pace
 from sjepa_deploy.runtime.live.places import Reason
 from sjepa_deploy.runtime.live.schedule import Events
 from sjepa_deploy.runtime.live.trials import EventSteps
@@ -94,7 +95,7 @@ class BackendCalls:
         self._hop, self._n_times = config.hop_samples(predict.spec.signal), predict.spec.n_times
         self._signal = predict.spec.signal
         self._sfreq, self._deadline = predict.spec.sfreq, config.deadline_s(predict.spec.signal)
-        self.waiting = waiting
+        self.waiting, self._pace = waiting, Pace()
         self._last: Decision | None = None
         why_whole = _why_whole_windows(predict, config, at_events=events is not None)
         if config.roll and why_whole is not None:
@@ -126,7 +127,12 @@ class BackendCalls:
         if started > due and self._late != "queue":
             return self._answer_late(window, due, received, started)
         outputs = self._run(lambda: self._call(window))
-        return "failed" if outputs is None else self._answer(window, outputs[0], due, received, started, self._clock())
+        if outputs is None:
+            return "failed"
+        decided = self._clock()
+        if window.event is not None:
+            self._pace.decided(decided - started)
+        return self._answer(window, outputs[0], due, received, started, decided)
 
     def decide_together(self, windows: Sequence[Window], eeg: FloatArray, received: float) -> list[Decision | Reason]:
         """Return the decisions of windows of events that are due together, from one call of the backend; see `decide`.
@@ -152,6 +158,7 @@ class BackendCalls:
         outputs = self._run(lambda: self._predict(finish_windows(self._signal, eeg[rows])), len(rows)) if rows else None
         if outputs is not None:
             decided = self._clock()
+            self._pace.decided((decided - started) / len(rows))
             for (i, due, arrived), prediction in zip(kept, outputs, strict=True):
                 answers[i] = self._answer(windows[i], prediction, due, arrived, started, decided)
         return answers
@@ -180,8 +187,7 @@ class BackendCalls:
         self, window: Window, prediction: FloatArray, due: float, received: float, started: float, decided: float
     ) -> Decision:
         late = decided > due
-        if late:
-            self._blame(window, received)
+        self._judge_pace(window, received, late=late)
         self.waiting.done(decided, decided - started)
         if self.keep_warm is not None:
             self._called = time.perf_counter()
@@ -241,7 +247,7 @@ class BackendCalls:
 
     def _answer_late(self, window: Window, due: float, received: float, now: float) -> Decision | Reason:
         self._count_miss(missed=True)
-        self._blame(window, received)
+        self._judge_pace(window, received, late=True)
         self.waiting.done(now)
         if self._late == "skip" or self._last is None:
             self._counters.skipped_late += 1
@@ -267,9 +273,12 @@ class BackendCalls:
             return again
         return dataclasses.replace(again, state=self._layer.step(again.prediction, again.time, again.flags))
 
-    def _blame(self, window: Window, received: float) -> None:
-        """Name the source once as the cause, where a window that is late had been too old on arrival already."""
-        if window.event is None and self.waiting.late(window.stamp, received):
+    def _judge_pace(self, window: Window, received: float, *, late: bool) -> None:
+        """Name once what makes windows late: a source on arrival from which they are too old already, or events too fast."""
+        if window.event is not None:
+            if (why := self._pace.due(window.event, late=late)) is not None:
+                self._report("deadline", why)
+        elif late and self.waiting.late(window.stamp, received):
             self._report("deadline", str(self.waiting.advice))
 
     def _call(self, window: Window) -> FloatArray:

@@ -352,7 +352,10 @@ class Decoder:
                 if self.events is not None:
                     yield from self._decide(self.windows.mark(events), -math.inf)
         if self._markers:
-            self.counters.markers_lost = sum(markers.n_lost for markers in self._markers)
+            n_lost = sum(markers.n_lost for markers in self._markers)
+            if n_lost > self.counters.markers_lost:
+                self._report("events", "Markers come faster than they are read: some were left out.")
+            self.counters.markers_lost = n_lost
             if (lacking := self._names.lacking(self.source.clock())) is not None:
                 self._report("events", lacking)
 
