@@ -28,8 +28,10 @@ from machine import describe_machine, write_result
 from sjepa_deploy.eeg.montage import read_montage
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decision import Decision
-from sjepa_deploy.runtime.watch.dashboard import Dashboard, describe, describe_state
-from sjepa_deploy.runtime.watch.monitor import Monitor, StreamFacts, resident_memory
+from sjepa_deploy.runtime.watch.dashboard import Dashboard
+from sjepa_deploy.runtime.watch.described import describe, describe_state
+from sjepa_deploy.runtime.watch.monitor import Monitor, resident_memory
+from sjepa_deploy.runtime.watch.snapshot import StreamFacts
 
 HOP = 0.01
 CLIENT = """

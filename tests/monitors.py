@@ -10,9 +10,12 @@ from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.decoder import Decoder
+from sjepa_deploy.runtime.live.markers import Event
+from sjepa_deploy.runtime.live.places import Undecided
 from sjepa_deploy.runtime.live.sources import Incident, ReplaySource
 from sjepa_deploy.runtime.predictor import load
-from sjepa_deploy.runtime.watch.monitor import Monitor, StreamFacts
+from sjepa_deploy.runtime.watch.monitor import Monitor
+from sjepa_deploy.runtime.watch.snapshot import StreamFacts
 from sjepa_deploy.runtime.watch.watching import watch
 
 
@@ -59,6 +62,15 @@ class Written:
         self.monitor.decided(made)
         return made
 
+    def event(self, onset, description, state=None):
+        """Write an event at the time `onset`, with its decision or, without a state, the reason "gap"."""
+        event = Event(onset, description, onset + 0.02)
+        self.monitor.marked(event, wanted=True)
+        if state is None:
+            self.monitor.left(Undecided(event, "gap"))
+        else:
+            self.decide(self.counters.windows, time=onset + 2.0, state=state, event=event)
+
     def count(self, **more):
         """Add to the counters, and let the monitor see them."""
         for name, n in more.items():
@@ -95,14 +107,14 @@ class LiveDecoder(threading.Thread):
             info_of(spec), lambda start, stop: loop[np.arange(start, stop) % n_loop], chunk=round(hop * spec.sfreq)
         )
         self._predict = load(bundle, check_unit=False)
-        self._decoder = Decoder(self._predict, source, StreamConfig(hop=hop, bad_channels="repair", late="queue"))
-        self.monitor = watch(self._decoder)
+        self.decoder = Decoder(self._predict, source, StreamConfig(hop=hop, bad_channels="repair", late="queue"))
+        self.monitor = watch(self.decoder)
         self.latencies: list[float] = []
         """Seconds from the arrival of each window's newest sample to its decision."""
-        self._decoder.on_decision(lambda made: self.latencies.append(made.latency))
+        self.decoder.on_decision(lambda made: self.latencies.append(made.latency))
 
     def run(self):
-        self._decoder.run()
+        self.decoder.run()
         self.monitor.set_state("stopped")
 
     def __enter__(self):
@@ -110,7 +122,7 @@ class LiveDecoder(threading.Thread):
         return self
 
     def __exit__(self, *exception):
-        self._decoder.stop()
+        self.decoder.stop()
         self.join()
-        self._decoder.close()
+        self.decoder.close()
         self._predict.close()

@@ -10,22 +10,23 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from dashboards import TOKEN, assert_clean, get, idle_dashboard, open_page, texts, wait_until, wait_until_served
 from monitors import LiveDecoder, Written, facts
 from prometheus_client.parser import text_string_to_metric_families
 
 from sjepa_deploy.eeg.quality import ChannelState
 from sjepa_deploy.errors import DashboardError, MissingDependencyError
+from sjepa_deploy.runtime.live.commands import BadChannels, Commands, Load, Mark, Pause, Reply, Start, Stop
 from sjepa_deploy.runtime.side_process import is_loopback
 from sjepa_deploy.runtime.watch import dashboard as dashboard_module
 from sjepa_deploy.runtime.watch.dashboard import DASHBOARD, Dashboard
 from sjepa_deploy.runtime.watch.dashboard_server import Feed
-
-TOKEN = "not-a-secret-0123456789"
 
 
 @pytest.fixture(scope="module")
@@ -41,59 +42,14 @@ def dashboard(decoder):
         yield serving
 
 
-def get(dashboard, path="/", *, headers=None):
-    """Return status, headers and text of an answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", dashboard.port, timeout=30)
-    try:
-        connection.request("GET", path, headers=headers or {})
-        answer = connection.getresponse()
-        return answer.status, dict(answer.getheaders()), answer.read().decode()
-    finally:
-        connection.close()
-
-
-def wait_until_served(dashboard, headers=None):
-    wait_until(lambda: "sjepa_windows_total" in get(dashboard, "/metrics", headers=headers)[2])
-
-
-def wait_until(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.05)
-
-
-@contextlib.contextmanager
-def idle_dashboard(monitor=None, **options):
-    with Dashboard(monitor or Written().monitor, port=0, **options) as serving:
-        headers = {"authorization": f"Bearer {options['token']}"} if options.get("token") else None
-        wait_until_served(serving, headers)
-        yield serving
-
-
 # The page
-
-
-def open_page(browser, dashboard, **how):
-    browser.open(dashboard.url, **how)
-    browser.wait("rows.length > 0 && document.querySelector('#map circle') !== null")
-
-
-def texts(browser, selector):
-    return browser.run(f"return [...document.querySelectorAll('{selector}')].map(cell => cell.textContent)")
-
-
-def assert_clean(browser, dashboard):
-    """Assert that the page asked nobody but its own server, and had nothing to complain about."""
-    browser.look()
-    assert browser.errors == []
-    assert set(browser.requests) == {dashboard.url, f"{dashboard.url}events"}
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light")])
 def test_page_is_live_and_fits(browser, dashboard, decoder, tmp_path, width, scheme):
     open_page(browser, dashboard, width=width, scheme=scheme)
     shown = int(browser.text("#decisions").replace(",", ""))
+    browser.wait("document.querySelector('#values polyline') !== null")
     first = texts(browser, "#outputs td.n")
     drawn = browser.run("return document.querySelector('#values polyline').getAttribute('points')")
     browser.wait(f"state.decisions > {shown + 5}")
@@ -351,12 +307,104 @@ def test_every_answer_says_what_a_browser_may_do_with_it(dashboard):
         assert "access-control-allow-origin" not in headers
 
 
-def test_nothing_can_be_changed(dashboard):
-    for method in ("POST", "PUT", "DELETE"):
-        connection = http.client.HTTPConnection("127.0.0.1", dashboard.port, timeout=30)
-        connection.request(method, "/")
-        assert connection.getresponse().status == 405
+def post(dashboard, body, *, path="/command", method="POST", **headers):
+    """Return status and text of the answer to a command. `headers` are without dashes."""
+    connection = http.client.HTTPConnection("127.0.0.1", dashboard.port, timeout=30)
+    try:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        known = {"content-type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(method, path, content, known)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
         connection.close()
+
+
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_nothing_can_be_changed(token):
+    """Without control no method changes anything, also with the token."""
+    headers = {} if token is None else {"authorization": f"Bearer {token}"}
+    with idle_dashboard(token=token) as dashboard:
+        for method in ("POST", "PUT", "PATCH", "DELETE"):
+            for path in ("/", "/events", "/metrics", "/healthz", "/command", "/commands"):
+                status, _ = post(dashboard, {"command": "pause"}, path=path, method=method, **headers)
+                assert status == (404 if path.startswith("/command") else 405), (method, path)
+
+
+def test_control_always_needs_a_token():
+    """A page of any site that is open in a browser here reaches loopback."""
+    with pytest.raises(DashboardError, match="SJEPA_DASHBOARD_TOKEN"):
+        Dashboard(Written().monitor, port=0, commands=Commands(lambda: 0.0))
+
+
+@pytest.fixture
+def controlled():
+    """Give a dashboard with control over a decoder that executes whatever comes, and what it executed."""
+    commands, executed, stop = Commands(lambda: 0.0), [], threading.Event()
+    commands.on_executed(lambda one: executed.append(one.command))
+    for kind in (Mark, Pause, Start, Stop, BadChannels, Load):
+        commands.handle(kind, lambda command, asked: Reply(accepted=True, text=f"done: {type(command).__name__}"))
+
+    def obey():
+        while not stop.wait(0.01):
+            commands.execute_next(0)
+
+    thread = threading.Thread(target=obey)
+    thread.start()
+    with idle_dashboard(token=TOKEN, commands=commands) as dashboard:
+        yield dashboard, executed, commands
+    stop.set()
+    thread.join()
+
+
+def test_commands_come_from_the_page_or_with_the_token_in_a_header(controlled):
+    dashboard, executed, _ = controlled
+    bearer = {"authorization": f"Bearer {TOKEN}"}
+    cookie = {"cookie": get(dashboard, f"/?token={TOKEN}")[1]["set-cookie"].split(";")[0]}
+    own = f"http://127.0.0.1:{dashboard.port}"
+    mark = {"command": "mark", "text": "begin"}
+    for refused in ({}, {"origin": own}, {"authorization": f"Bearer {TOKEN}x"}):
+        assert post(dashboard, mark, **refused)[0] == 401
+    for origin in ("http://evil.example", f"http://127.0.0.1:{dashboard.port + 1}", "null", f"{own}.evil.example", ""):
+        for known in (cookie, bearer):
+            assert post(dashboard, mark, **known, origin=origin)[0] == 403
+    assert post(dashboard, mark, **cookie)[0] == 403, "a browser says where a command comes from"
+    assert post(dashboard, mark, **cookie, origin=own, host="evil.example")[0] == 421
+    assert executed == []
+    assert post(dashboard, mark, **cookie, origin=own) == (200, '{"accepted":true,"text":"done: Mark"}')
+    assert post(dashboard, {"command": "bad channels", "names": ["Cz"]}, **bearer)[0] == 200
+    assert executed == [Mark(text="begin"), BadChannels(names=("Cz",))]
+    for method in ("GET", "PUT", "DELETE"):
+        assert post(dashboard, mark, method=method, **bearer)[0] == 405
+
+
+def test_what_is_no_command_of_the_page_is_refused_and_leaves_it_working(controlled):
+    dashboard, executed, commands = controlled
+    bearer = {"authorization": f"Bearer {TOKEN}"}
+    for body, status in (
+        (b"", 400),
+        (b"{", 400),
+        (b"[" * 8000, 400),
+        (b"NaN", 400),
+        (b"\xff\xfe", 400),
+        (b" " * 10_000, 413),
+        ("stop", 409),
+        ({"command": "stop"}, 409),
+        ({"command": "load", "bundle": "/etc/passwd"}, 409),
+        ({"command": "mark"}, 409),
+        ({"command": "mark", "text": ""}, 409),
+        ({"command": "mark", "text": "a" * 1001}, 409),
+        ({"command": "mark", "text": "a", "more": 1}, 409),
+        ({"command": ["pause"]}, 409),
+        ({"command": "bad channels", "names": "Cz"}, 409),
+    ):
+        assert post(dashboard, body, **bearer)[0] == status, body
+    assert post(dashboard, {"command": "pause"}, **bearer | {"content-type": "text/plain"})[0] == 415
+    longest = {"command": "mark", "text": "\N{GRINNING FACE}" * 1000}
+    assert post(dashboard, json.dumps(longest, ensure_ascii=False).encode(), **bearer)[0] == 200
+    assert [type(command) for command in executed] == [Mark]
+    commands.close(0)
+    assert post(dashboard, {"command": "pause"}, **bearer) == (409, '{"accepted":false,"text":"The run has ended."}')
 
 
 # Nobody who watches holds the decoder up
@@ -429,9 +477,9 @@ def test_a_slow_client_gets_the_newest_state():
 
         assert (await next_event())[0] == "facts"
         await send(0)
-        assert await next_event() == ("state", {"n": 0, "recent": {"index": [0]}})
+        assert await next_event() == ("state", {"n": 0, "recent": {"index": [0]}, "traces": {}})
         await send(*range(1, 1000))
-        assert await next_event() == ("state", {"n": 999, "recent": {"index": [*range(744, 1000)]}})
+        assert await next_event() == ("state", {"n": 999, "recent": {"index": [*range(744, 1000)]}, "traces": {}})
         waiting = asyncio.create_task(next_event())
         await send(1000)
         assert (await waiting)[1]["n"] == 1000
@@ -470,7 +518,7 @@ def test_a_page_that_was_displaced_says_so_and_stays_away(browser):
             opened.enter_context(stream_of(dashboard)).recv(15)
         browser.wait("displaced")
         assert "Too many pages" in browser.text("#alert")
-        assert browser.run("return document.getElementById('state').dataset.state") == "unheard"
+        assert browser.run("return document.getElementById('state').dataset.tone") == "bad"
         assert_clean(browser, dashboard)
 
 

@@ -18,7 +18,7 @@ from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.predictor import Predictor, load
-from sjepa_deploy.runtime.watch.monitor import TIME_EDGES
+from sjepa_deploy.runtime.watch.snapshot import TIME_EDGES
 from sjepa_deploy.runtime.watch.watching import watch
 
 

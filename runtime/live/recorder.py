@@ -140,6 +140,11 @@ class Recorder:
         self._thread = threading.Thread(target=self._keep_writing, name="recorder", daemon=True)
         self._thread.start()
 
+    @property
+    def failed(self) -> bool:
+        """Return whether the disk took no more, so that nothing is recorded any longer."""
+        return self._failed
+
     def chunk(self, chunk: Chunk) -> None:
         """Record samples."""
         if self._takes("samples", len(chunk.stamps)):

@@ -9,28 +9,24 @@ number of clients and how slowly they read do not touch the decoder's interprete
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import logging
-import math
+import queue
 import subprocess
 import tempfile
 import threading
+import time
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
-import numpy as np
-
-from sjepa_deploy.eeg.montage import scalp_map
-from sjepa_deploy.eeg.quality import ChannelState
-from sjepa_deploy.errors import DashboardError, MissingDependencyError
-from sjepa_deploy.runtime.live.counters import Counters
+from sjepa_deploy.errors import DashboardError, MissingDependencyError, SjepaError
+from sjepa_deploy.runtime.live.commands import BadChannels, Command, Commands, Mark, Pause, Reply, Start
+from sjepa_deploy.runtime.live.recorder import Recorder
 from sjepa_deploy.runtime.side_process import Served, end_server, start_server
-from sjepa_deploy.runtime.watch.monitor import SKIPS, TIME_EDGES, Measure, Monitor, Snapshot, StreamFacts, Times
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
+from sjepa_deploy.runtime.watch.described import describe, describe_recording, describe_state, describe_traces
+from sjepa_deploy.runtime.watch.monitor import Monitor
+from sjepa_deploy.serialize import decode
 
 TOKEN_VARIABLE = "SJEPA_DASHBOARD_TOKEN"
 """Environment variable of the token, which other users of the machine would read in the arguments of a command."""
@@ -41,12 +37,11 @@ INTERVAL = 0.25
 RESTART_AFTER = 5.0
 """Seconds until a server that died is started again."""
 
-_COUNTED = {"samples": "samples received"} | {
-    field.name: field.name.replace("_", " ")
-    for field in dataclasses.fields(Counters)
-    if field.name not in ("samples", "windows", "decisions", "misses", "miss_run", "longest_misses", *SKIPS)
-}
-"""Counters that the page and Prometheus show as they are: the field, and its name in words."""
+CONTROLS = (Mark, Pause, Start, BadChannels)
+"""Commands that the page may give."""
+
+LONGEST_COMMAND = 65536
+"""Bytes of a command."""
 
 SERVER = "sjepa_deploy.runtime.watch.dashboard_server"
 
@@ -73,7 +68,14 @@ class Dashboard:
     port : int
         Port to listen on; 0 takes a free one.
     token : str or None
-        Token that a reader must know. Needed unless `host` is a loopback address.
+        Token that a reader must know. Needed unless `host` is a loopback address, and always with `commands`.
+    commands : Commands or None
+        Commands of the decoder, for the buttons of the page: mark, pause, start, bad channels. None: the page changes nothing.
+
+    Attributes
+    ----------
+    recorder : Recorder or None
+        Recorder whose file, size and disk the page shows.
 
     Raises
     ------
@@ -89,12 +91,26 @@ class Dashboard:
     """
 
     def __init__(
-        self, monitor: Monitor, *, host: str = "127.0.0.1", port: int = DASHBOARD.port, token: str | None = None
+        self,
+        monitor: Monitor,
+        *,
+        host: str = "127.0.0.1",
+        port: int = DASHBOARD.port,
+        token: str | None = None,
+        commands: Commands | None = None,
     ) -> None:
         for package in ("starlette", "uvicorn", "prometheus_client"):
             if importlib.util.find_spec(package) is None:
                 raise MissingDependencyError(package, "dashboard")
         DASHBOARD.check_token(host, token)
+        if token is None and commands is not None:
+            raise DashboardError(
+                "Every page that is open in a browser of this machine could give the decoder commands.",
+                f"Set a token (environment variable {TOKEN_VARIABLE}), or leave --control out.",
+            )
+        self.recorder: Recorder | None = None
+        self._commands = commands
+        self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._monitor = monitor
         self._host = host
         self._token = token
@@ -129,6 +145,7 @@ class Dashboard:
     def close(self) -> None:
         """Send the last state, end the server and free the port."""
         self._stop.set()
+        self._answers.put(None)
         if self._feeder.ident is not None:
             self._feeder.join(timeout=5)
             if self._feeder.is_alive() and self._server is not None:  # the server does not read: end it, and the write with it
@@ -139,9 +156,11 @@ class Dashboard:
     def _feed(self) -> None:
         while not self._stop.is_set():
             with tempfile.TemporaryFile() as complaints:
-                self._server = start_server(SERVER, [self._listener], complaints)
+                self._server = start_server(SERVER, [self._listener], complaints, answers=self._commands is not None)
                 pipe = self._server.stdin
                 assert pipe is not None
+                if self._server.stdout is not None:
+                    threading.Thread(target=self._obey, args=(self._server.stdout,), name="commands", daemon=True).start()
                 with contextlib.suppress(BrokenPipeError):  # it died: said below
                     try:
                         self._write_states(pipe)
@@ -156,78 +175,56 @@ class Dashboard:
                     self._stop.wait(RESTART_AFTER)
 
     def _write_states(self, pipe: IO[bytes]) -> None:
-        _write_line(pipe, {"token": self._token, "port": self.port, "facts": describe(self._monitor.facts)})
+        control = self._commands is not None
+        facts = describe(self._monitor.facts) | {"control": control}
+        _write_line(pipe, {"token": self._token, "port": self.port, "control": control, "facts": facts})
         after = -1
         while True:
             last = self._stop.is_set()
             snapshot = self._monitor.snapshot()
-            _write_line(pipe, describe_state(snapshot, after))
+            state = describe_state(snapshot, after) | {"wall": time.time()}
+            if self.recorder is not None:
+                state["recording"] = describe_recording(self.recorder)
+            _write_line(pipe, state | {"traces": describe_traces(self._monitor.traces)})
             after = snapshot.n_noted
             if last:
                 return
-            self._stop.wait(INTERVAL)
+            self._write_answers(pipe, INTERVAL)
 
+    def _write_answers(self, pipe: IO[bytes], seconds: float) -> None:
+        """Write the answers to commands for some time, or until the dashboard closes."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            try:
+                answer = self._answers.get(timeout=left)
+            except queue.Empty:
+                return
+            if answer is None:
+                return
+            _write_line(pipe, answer)
 
-def describe(facts: StreamFacts) -> dict[str, Any]:
-    """Return the facts that the page needs once, as JSON types."""
-    places = None if facts.positions is None else _plain(scalp_map(facts.positions), 4)
-    described = dataclasses.asdict(facts) | {"places": places, "edges": TIME_EDGES}
-    del described["positions"]
-    return described | {"channel_states": [state.name.lower() for state in ChannelState]}
+    def _obey(self, pipe: IO[bytes]) -> None:
+        """Give the decoder the commands that the server writes, a line each, until the server ends."""
+        with pipe:
+            while line := pipe.readline(LONGEST_COMMAND):
+                asked = json.loads(line)
+                self._submit(asked["number"], asked["command"])
 
+    def _submit(self, number: int, described: Any) -> None:
+        assert self._commands is not None
 
-def describe_state(snapshot: Snapshot, after: int = 0) -> dict[str, Any]:
-    """Return a snapshot as JSON types, with the decisions after the first `after` ones. Times are in seconds before now."""
-    counters, decisions, quality, now = snapshot.counters, snapshot.decisions, snapshot.quality, snapshot.now
-    new = slice(max(0, len(decisions) - (snapshot.n_noted - max(after, 0))), None)
-    return {
-        "state": snapshot.state,
-        "uptime": now - snapshot.started,
-        "silence": _number(now - snapshot.newest_sample),
-        "windows": counters.decisions + snapshot.n_skipped,  # not the one that is being decoded
-        "decisions": counters.decisions,
-        "misses": counters.misses,
-        "miss_run": counters.miss_run,
-        "longest_miss_run": counters.longest_misses,
-        "skips": snapshot.skips,
-        "counters": {words: getattr(counters, name) for name, words in _COUNTED.items()},
-        "age": _spread(snapshot, "age", snapshot.age),
-        "latency": _spread(snapshot, "latency", snapshot.latency),
-        "channels": {
-            "state": quality.state.tolist(),
-            "repaired": quality.repaired.astype(int).tolist(),
-            "rms": _plain(quality.rms, 3),
-        },
-        "events": [[round(now - incident.time, 1), f"{incident.kind}: {incident.text}"] for incident in snapshot.incidents],
-        "memory": snapshot.memory,
-        "new": {
-            "index": decisions.index[new].tolist(),
-            "time": _plain(decisions.time[new], 4),
-            "latency": _plain(decisions.latency[new], 6),
-            "age": _plain(decisions.age[new], 6),
-            "prediction": _plain(decisions.prediction[new], 5),
-            "flags": decisions.flags[new],
-        },
-    }
+        def answer(reply: Reply) -> None:
+            self._answers.put({"answer": number, "accepted": reply.accepted, "text": reply.text})
 
-
-def _spread(snapshot: Snapshot, of: Measure, times: Times) -> dict[str, Any]:
-    percentiles = {f"p{q}": _number(snapshot.percentile(of, q)) for q in (50, 99)}
-    return percentiles | {"max": _number(times.largest), "sum": times.total, "counts": times.counts.tolist()}
-
-
-def _number(value: float) -> float | None:
-    """Return `value`, or None for what JSON cannot say."""
-    return value if math.isfinite(value) else None
-
-
-def _plain(values: ArrayLike, digits: int) -> list[Any]:
-    """Return rounded values as lists, with None for NaN and infinities."""
-    array = np.asarray(values, np.float64)
-    rounded: list[Any] = np.round(array, digits).tolist()
-    if np.isfinite(array).all():
-        return rounded
-    return [_plain(row, digits) if isinstance(row, list) else _number(row) for row in rounded]
+        try:
+            command: Command = decode(Command, described)
+        except (SjepaError, ValueError) as e:
+            answer(Reply(accepted=False, text=str(e)))
+            return
+        if isinstance(command, CONTROLS):
+            self._commands.submit(command).add_done_callback(lambda done: answer(done.result()))
+        else:
+            answer(Reply(accepted=False, text="The page does not give this command."))
 
 
 def _write_line(pipe: IO[bytes], message: dict[str, Any]) -> None:

@@ -1,39 +1,29 @@
 """Serves the states of a decoder over HTTP. `runtime.watch.dashboard` starts this process and writes the states to its pipe.
 
 ``/`` is the page, ``/events`` its states as server-sent events, ``/metrics`` the states for Prometheus, and ``/healthz`` tells a
-watchdog whether decisions come. A client can change nothing. The server ends when the pipe does.
+watchdog whether decisions come. ``/command``, which is there on request alone, takes commands to the decoder; without it a client
+can change nothing. The server ends when the pipe does.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import hmac
 import ipaddress
-import itertools
 import json
 import re
 import socket
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from http.cookies import CookieError, SimpleCookie
-from importlib import resources
 from typing import Any
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    InfoMetricFamily,
-    Metric,
-    StateSetMetricFamily,
-)
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.requests import Request
@@ -42,13 +32,18 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from sjepa_deploy.runtime.watch.monitor import STREAM_STATES
+from sjepa_deploy.runtime.watch.control import Control
+from sjepa_deploy.runtime.watch.metrics import Metrics
+from sjepa_deploy.runtime.watch.page import page_text, security_policy
 
 N_RECENT = 2048
 """Decisions that a new client gets to draw."""
 
 N_REPEATED = 256
 """Decisions that every state repeats, so that a client may miss some states."""
+
+TRACE_BINS, REPEATED_BINS = 750, 75
+"""Bins of the traces that a new client gets to draw, and that every state repeats."""
 
 MAX_STREAMS = 16
 """Pages at a time. One more page takes the place of the page that has been open the longest."""
@@ -79,8 +74,8 @@ class Feed:
     ----------
     facts, state : dict
         What `describe` and `describe_state` return.
-    decisions : dict of str to deque
-        The newest decisions by column.
+    decisions, traces : dict of str to deque
+        The newest decisions, and the newest bins of the traces, by column.
     ended : bool
         Whether there will be no more states.
     """
@@ -89,28 +84,34 @@ class Feed:
         self.facts = facts
         self.state: dict[str, Any] = {}
         self.decisions: dict[str, deque[Any]] = {}
+        self.traces: dict[str, deque[Any]] = {}
         self.ended = False
         self._pages: list[object] = []
         self._taken_at = 0.0
         self._event = b""
         self._changed = asyncio.Event()
 
-    async def read(self, pipe: asyncio.StreamReader) -> None:
-        """Take states from the pipe until it ends."""
+    async def read(self, pipe: asyncio.StreamReader, control: Control | None = None) -> None:
+        """Take states, and answers to commands, from the pipe until it ends."""
         while line := await pipe.readline():
             state = json.loads(line)
-            for name, values in state.pop("new").items():
-                self.decisions.setdefault(name, deque(maxlen=N_RECENT)).extend(values)
+            if "answer" in state:
+                if control is not None:
+                    control.answer(state)
+                continue
+            _extend(self.decisions, state.pop("new"), N_RECENT)
+            _extend(self.traces, state.pop("traces", {}), TRACE_BINS)
             self.state = state
             self._taken_at = time.monotonic()
-            self._event = server_sent_event("state", state | {"recent": self.recent(N_REPEATED)})
+            repeated = {"recent": self.recent(N_REPEATED), "traces": _newest(self.traces, REPEATED_BINS)}
+            self._event = server_sent_event("state", state | repeated)
             self._wake()
         self.ended = True
         self._wake()
 
     def recent(self, n: int) -> dict[str, list[Any]]:
         """Return the newest `n` decisions by column."""
-        return {name: list(values)[-n:] for name, values in self.decisions.items()}
+        return _newest(self.decisions, n)
 
     @property
     def silence(self) -> float:
@@ -137,7 +138,8 @@ class Feed:
             del self._pages[0]
             self._wake()
         try:
-            yield server_sent_event("facts", self.facts | {"recent": self.recent(N_RECENT)})
+            begin = {"recent": self.recent(N_RECENT), "traces": _newest(self.traces, TRACE_BINS)}
+            yield server_sent_event("facts", self.facts | begin)
             seen = b""
             while page in self._pages and not (self.ended and seen is self._event):
                 if seen is self._event:
@@ -149,6 +151,15 @@ class Feed:
         finally:
             if page in self._pages:
                 self._pages.remove(page)
+
+
+def _extend(kept: dict[str, deque[Any]], new: dict[str, list[Any]], most: int) -> None:
+    for name, values in new.items():
+        kept.setdefault(name, deque(maxlen=most)).extend(values)
+
+
+def _newest(kept: dict[str, deque[Any]], n: int) -> dict[str, list[Any]]:
+    return {name: list(values)[-n:] for name, values in kept.items()}
 
 
 def server_sent_event(name: str, data: object) -> bytes:
@@ -296,96 +307,6 @@ def _same(given: str, wanted: str) -> bool:
     return hmac.compare_digest(given.encode(), wanted.encode())
 
 
-def security_policy(page: str) -> str:
-    """Return the Content-Security-Policy of `page`: its own style and script by their hashes, its own server, nothing else."""
-
-    def hashes(tag: str) -> str:
-        blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()}'" for block in blocks)
-
-    return (
-        f"default-src 'none'; style-src {hashes('style')}; script-src {hashes('script')}; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-
-
-class Metrics:
-    """Turns the newest state into Prometheus metrics when they are collected."""
-
-    def __init__(self, feed: Feed) -> None:
-        self._feed = feed
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield the metrics; none before the first state."""
-        facts, state = self._feed.facts, self._feed.state
-        if not state:
-            return
-        info = {name: facts[name] for name in ("bundle", "bundle_hash", "backend", "source")}
-        yield InfoMetricFamily("sjepa_stream", "What is decoded, and with what", info)
-        states: dict[str, bool] = {name: name == state["state"] for name in STREAM_STATES}
-        yield StateSetMetricFamily("sjepa_stream_state", "What the stream is doing", states)
-        yield CounterMetricFamily("sjepa_windows", "Windows that a decision was due for", state["windows"])
-        yield CounterMetricFamily("sjepa_decisions", "Decisions", state["decisions"])
-        yield CounterMetricFamily(
-            "sjepa_deadline_misses", "Windows without a decision of their own by their deadline", state["misses"]
-        )
-        skips = CounterMetricFamily("sjepa_windows_skipped", "Windows without a decision", labels=["reason"])
-        for reason, n in state["skips"].items():
-            skips.add_metric([reason], n)
-        yield skips
-        for name, n in state["counters"].items():
-            yield CounterMetricFamily(f"sjepa_{re.sub(r'[^a-z0-9]+', '_', name.lower())}", name.capitalize(), n)
-        yield from self._times(facts, state)
-        yield from self._channels(facts, state)
-        yield GaugeMetricFamily("sjepa_uptime_seconds", "Time since the start", state["uptime"])
-        yield GaugeMetricFamily("sjepa_resident_memory_bytes", "Memory of the decoder's process", state["memory"])
-        yield GaugeMetricFamily("sjepa_dashboard_pages", "Pages that are open", self._feed.streams)
-        yield GaugeMetricFamily("sjepa_state_age_seconds", "Time since the decoder's process was last heard", self._feed.silence)
-
-    @staticmethod
-    def _times(facts: dict[str, Any], state: dict[str, Any]) -> Iterator[Metric]:
-        for name, what in (
-            ("latency", "From the arrival of a window's newest sample to the decision"),
-            ("decision_age", "From the stamp of a window's newest sample to the decision"),
-        ):
-            times = state[name.removeprefix("decision_")]
-            upper = itertools.accumulate(times["counts"])
-            buckets = list(zip([*map(str, facts["edges"]), "+Inf"], upper, strict=True))
-            yield HistogramMetricFamily(f"sjepa_{name}_seconds", what, buckets, times["sum"])
-        yield GaugeMetricFamily("sjepa_latency_max_seconds", "Longest latency since the start", _or_nan(state["latency"]["max"]))
-        age = GaugeMetricFamily("sjepa_age_seconds", "Age of the newest decisions", labels=["quantile"])
-        for quantile, name in (("0.5", "p50"), ("0.99", "p99")):
-            age.add_metric([quantile], _or_nan(state["age"][name]))
-        yield age
-        yield GaugeMetricFamily("sjepa_age_max_seconds", "Largest age since the start", _or_nan(state["age"]["max"]))
-        yield GaugeMetricFamily("sjepa_deadline_seconds", "Age at which a decision misses its deadline", facts["deadline"])
-        yield GaugeMetricFamily("sjepa_hop_seconds", "From one window to the next", facts["hop"])
-        run = "Longest run of missed deadlines since the start"
-        yield GaugeMetricFamily("sjepa_longest_miss_run", run, state["longest_miss_run"])
-        yield GaugeMetricFamily("sjepa_silence_seconds", "Time since a sample was received", _or_nan(state["silence"]))
-
-    def _channels(self, facts: dict[str, Any], state: dict[str, Any]) -> Iterator[Metric]:
-        channels, names = state["channels"], facts["ch_names"]
-        counts = GaugeMetricFamily("sjepa_channels", "Channels by what is wrong with them", labels=["quality"])
-        for code, name in enumerate(facts["channel_states"]):
-            counts.add_metric([name], channels["state"].count(code))
-        yield counts
-        yield GaugeMetricFamily("sjepa_channels_repaired", "Channels that are interpolated", sum(channels["repaired"]))
-        rms = GaugeMetricFamily("sjepa_channel_rms", f"Root mean square in {facts['unit']}", labels=["channel"])
-        for name, value in zip(names, channels["rms"], strict=True):
-            rms.add_metric([name], _or_nan(value))
-        yield rms
-        newest = GaugeMetricFamily("sjepa_prediction", "The newest decision", labels=["output"])
-        for rows in self._feed.recent(1).get("prediction", []):
-            for name, value in zip(facts["output_names"], rows, strict=True):
-                newest.add_metric([name], _or_nan(value))
-        yield newest
-
-
-def _or_nan(value: float | None) -> float:
-    return float("nan") if value is None else value
-
-
 class EventStream(StreamingResponse):
     """Streams events, and ends their generator with the connection: the garbage collector does it some minutes later."""
 
@@ -399,9 +320,9 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def make_app(feed: Feed, *, token: str | None, port: int) -> ASGIApp:
-    """Return the application that serves `feed`."""
-    html = resources.files("sjepa_deploy.runtime.watch").joinpath("dashboard.html").read_text(encoding="utf-8")
+def make_app(feed: Feed, *, token: str | None, port: int, control: Control | None = None) -> ASGIApp:
+    """Return the application that serves `feed`, and takes commands where there is a `control`."""
+    html = page_text()
     registry = CollectorRegistry()
     registry.register(Metrics(feed))
 
@@ -416,12 +337,20 @@ def make_app(feed: Feed, *, token: str | None, port: int) -> ASGIApp:
 
     async def healthz(request: Request) -> Response:
         state = feed.state.get("state", "waiting")
-        healthy = state in ("filling", "decoding") and feed.silence < STALE_AFTER
+        healthy = state in ("filling", "decoding", "paused") and feed.silence < STALE_AFTER
         return JSONResponse({"healthy": healthy, "state": state, "state_age": round(feed.silence, 3)}, 200 if healthy else 503)
 
     routes = {"/": page, "/events": events, "/metrics": metrics, "/healthz": healthz}
-    app = Starlette(routes=[Route(path, endpoint) for path, endpoint in routes.items()])
+    found = [Route(path, endpoint) for path, endpoint in routes.items()]
+    if control is not None:
+        found.append(Route("/command", control.answer_request, methods=["POST"]))
+    app = Starlette(routes=found)
     return Guard(app, token=token, port=port, policy=security_policy(html))
+
+
+def _write_line(line: bytes) -> None:
+    sys.stdout.buffer.write(line)
+    sys.stdout.buffer.flush()
 
 
 async def serve(listener: socket.socket) -> None:
@@ -430,8 +359,9 @@ async def serve(listener: socket.socket) -> None:
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(pipe), sys.stdin)
     start = json.loads(await pipe.readline())
     feed = Feed(start["facts"])
+    control = Control(_write_line) if start["control"] else None
     config = uvicorn.Config(
-        make_app(feed, token=start["token"], port=start["port"]),
+        make_app(feed, token=start["token"], port=start["port"], control=control),
         http=Connection,
         ws="none",
         lifespan="off",
@@ -444,7 +374,7 @@ async def serve(listener: socket.socket) -> None:
     server = uvicorn.Server(config)
 
     async def read() -> None:
-        await feed.read(pipe)
+        await feed.read(pipe, control)
         server.should_exit = True
 
     reading = asyncio.create_task(read())

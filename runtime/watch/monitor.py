@@ -9,223 +9,34 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from sjepa_deploy.runtime.decisions.state import STATES, State
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decision import Decision
+from sjepa_deploy.runtime.live.markers import Event
+from sjepa_deploy.runtime.live.places import Undecided
 from sjepa_deploy.runtime.live.sources import Incident
-from sjepa_deploy.spec import Position, Unit
+from sjepa_deploy.runtime.watch.snapshot import (
+    MOST_OUTPUTS,
+    TIME_EDGES,
+    ChannelQuality,
+    Decisions,
+    Snapshot,
+    StreamFacts,
+    StreamState,
+    Times,
+    Trial,
+)
+from sjepa_deploy.runtime.watch.traces import Traces
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike
 
-StreamState = Literal["waiting", "filling", "decoding", "no decisions", "silent", "reconnecting", "stopped"]
-STREAM_STATES: tuple[StreamState, ...] = get_args(StreamState)
-"""States of a decoder, in the order of `StreamState`.
-
-No source yet; the window is not whole yet; decisions come; samples come and decisions are overdue; no samples come; the source is
-lost; the end.
-"""
-
-_RENARD = (1.0, 1.25, 1.6, 2.0, 2.5, 3.15, 4.0, 5.0, 6.3, 8.0)  # ISO 3's R10: equal steps on a log axis, in round numbers
-TIME_EDGES: tuple[float, ...] = (*(round(step * 10.0**decade, 9) for decade in range(-5, 1) for step in _RENARD), 10.0)
-"""Upper edges of the bins of ages and latencies in seconds, 10 us to 10 s, ten a decade. One more bin holds later values."""
-
-SAMPLES_FOR_P99 = 100
-"""A 99th percentile of fewer values than this would be their largest, and is not given."""
-
-SKIPS = {
-    "skipped_late": "late",
-    "skipped_gap": "gap",
-    "skipped_paused": "paused",
-    "held": "held",
-    "failed": "backend failed",
-}
-"""Reasons why a window has no decision of its own: the counter, and the reason in words."""
-
-Measure = Literal["age", "latency"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamFacts:
-    """Holds the facts that do not change while a stream is decoded.
-
-    Attributes
-    ----------
-    bundle, bundle_hash : str
-        Name of the bundle, and the digest of its manifest.
-    backend, source : str
-        What runs the model, and where the samples come from.
-    ch_names : tuple of str
-        Channels of the model in its order.
-    positions : tuple of (float, float, float) or None
-        Where they are, in metres in the head frame (MNE's). None where the bundle does not say.
-    sfreq : float
-        Sampling rate of the model in Hz.
-    unit : {"nV", "uV", "mV", "V"}
-        Unit of `ChannelQuality.rms`.
-    hop, deadline : float
-        Seconds from one window to the next, and the age at which a decision misses its deadline.
-    overdue : float or None
-        Seconds without a decision, while samples come, after which the state is "no decisions".
-    output_names : tuple of str
-        One name for each value of a decision; empty for a base model, whose features are not shown.
-    random_weights : bool
-        Whether the weights are random, so that decisions mean nothing.
-    """
-
-    bundle: str
-    bundle_hash: str
-    backend: str
-    source: str
-    ch_names: tuple[str, ...]
-    positions: tuple[Position, ...] | None
-    sfreq: float
-    unit: Unit
-    hop: float
-    deadline: float
-    overdue: float | None
-    output_names: tuple[str, ...]
-    random_weights: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Decisions:
-    """Holds the newest decisions by column, oldest first.
-
-    Times are seconds of the decoder's clock; see `Decision` for their meaning.
-
-    Attributes
-    ----------
-    index : array of int64, shape (n,)
-        Number of the window, counted from the start of the stream.
-    time, received, decided : array of float64, shape (n,)
-        Stamp of the newest sample in the window, when this sample arrived, when the prediction was there.
-    prediction : array of float64, shape (n, n_outputs)
-        Output of the model.
-    flags : tuple of tuple of str, length n
-        `Decision.flags`.
-    """
-
-    index: NDArray[np.int64]
-    time: NDArray[np.float64]
-    received: NDArray[np.float64]
-    decided: NDArray[np.float64]
-    prediction: NDArray[np.float64]
-    flags: tuple[tuple[str, ...], ...]
-
-    @property
-    def latency(self) -> NDArray[np.float64]:
-        """Return the seconds from the arrival of each window's newest sample to the decision."""
-        return self.decided - self.received
-
-    @property
-    def age(self) -> NDArray[np.float64]:
-        """Return the seconds from the stamp of each window's newest sample to the decision. The deadline counts in them."""
-        return self.decided - self.time
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Times:
-    """Says how long all decisions since the start took.
-
-    Attributes
-    ----------
-    counts : array of int64, shape (len(TIME_EDGES) + 1,)
-        Decisions in the bins of `TIME_EDGES`.
-    total, largest : float
-        Sum and maximum in seconds; the maximum is NaN before any decision.
-    """
-
-    counts: NDArray[np.int64]
-    total: float
-    largest: float
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ChannelQuality:
-    """Holds the quality of each channel.
-
-    Attributes
-    ----------
-    state : array of uint8, shape (n_chans,)
-        A `ChannelState` for each channel.
-    rms : array of float64, shape (n_chans,)
-        Root mean square in the model's unit; NaN where unknown.
-    repaired : array of bool, shape (n_chans,)
-        Whether the model gets an interpolation in place of the channel.
-    """
-
-    state: NDArray[np.uint8]
-    rms: NDArray[np.float64]
-    repaired: NDArray[np.bool_]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Snapshot:
-    """Holds everything that a monitor knows at one moment.
-
-    Attributes
-    ----------
-    facts : StreamFacts
-        Facts that do not change.
-    state : str
-        A `StreamState`.
-    now, started, newest_sample : float
-        Seconds of the decoder's clock: the moment of the snapshot, the start, the arrival of the newest sample (NaN before any).
-    counters : Counters
-        A copy of the decoder's own.
-    n_noted : int
-        Decisions since the monitor began, of which `decisions` holds the newest.
-    decisions : Decisions
-        The newest ones.
-    age, latency : Times
-        Ages and latencies of the decisions since the monitor began.
-    quality : ChannelQuality
-        Quality of the channels.
-    incidents : tuple of Incident
-        Newest incidents, oldest first.
-    memory : int
-        Resident memory of the process in bytes; 0 where the system does not say.
-    """
-
-    facts: StreamFacts
-    state: StreamState
-    now: float
-    started: float
-    newest_sample: float
-    counters: Counters
-    n_noted: int
-    decisions: Decisions
-    age: Times
-    latency: Times
-    quality: ChannelQuality
-    incidents: tuple[Incident, ...]
-    memory: int
-
-    @property
-    def skips(self) -> dict[str, int]:
-        """Return the number of windows without a decision of their own, by reason."""
-        return {reason: getattr(self.counters, name) for name, reason in SKIPS.items()}
-
-    @property
-    def n_skipped(self) -> int:
-        """Return the number of windows without a decision of their own."""
-        return sum(self.skips.values())
-
-    def percentile(self, of: Measure, q: float) -> float:
-        """Return a percentile in seconds over the newest decisions, raw; NaN where there are too few for it."""
-        values: NDArray[np.float64] = getattr(self.decisions, of)
-        if not len(values) or (q >= 99 and len(values) < SAMPLES_FOR_P99):
-            return float("nan")
-        return float(np.percentile(values, q))
+T = TypeVar("T")
 
 
 class _Durations:
@@ -260,10 +71,12 @@ class Monitor:
         The decoder's own. Every write copies them.
     n_recent : int
         Decisions to keep.
-    n_incidents : int
-        Incidents to keep.
+    n_incidents, n_trials, n_events : int
+        Incidents, trials and events to keep.
     clock : callable
         The decoder's clock, in seconds. LSL's on Linux is `time.monotonic`.
+    traces : Traces or None
+        Keeps samples for drawing. None keeps none.
     """
 
     def __init__(
@@ -273,10 +86,14 @@ class Monitor:
         *,
         n_recent: int = 4096,
         n_incidents: int = 64,
+        n_trials: int = 64,
+        n_events: int = 256,
         clock: Callable[[], float] = time.monotonic,
+        traces: Traces | None = None,
     ) -> None:
         n_chans = len(facts.ch_names)
         self.facts = facts
+        self.traces = traces or Traces(())
         self._clock = clock
         self._version = 0
         self._state: StreamState = "waiting"
@@ -285,7 +102,9 @@ class Monitor:
         self._expected_since = self._started
         self._live_counters, self._counters = counters, copy.copy(counters)
         self._n_noted = 0
-        self._rows = np.zeros((n_recent, 4 + len(facts.output_names)))  # index, time, received, decided, prediction
+        self._n_outputs, self._n_classes = len(facts.output_names), len(facts.class_names)
+        # index, time, received, decided, state, prediction, probabilities
+        self._rows = np.zeros((n_recent, 5 + self._n_outputs + self._n_classes))
         self._flags: list[tuple[str, ...]] = [()] * n_recent
         self._ages, self._latencies = _Durations(), _Durations()
         self._quality_state = np.zeros(n_chans, np.uint8)
@@ -293,33 +112,100 @@ class Monitor:
         self._repaired = np.zeros(n_chans, np.bool_)
         self._incidents: list[Incident] = []
         self._n_incidents = n_incidents
+        self._trials: list[Trial] = []
+        self._events: list[Event] = []
+        self._kept_trials, self._kept_events = n_trials, n_events
+        self._n_trials = 0
+        self._states = [0] * len(STATES)
+        self._newest: Decision | None = None
+        self._bads: tuple[str, ...] = ()
+        self._newest_decided: Decision | None = None
+        self._newest_event = float("nan")
 
     def decided(self, decision: Decision) -> None:
         """Take a decision; of the prediction, one value an output name of the facts."""
         prediction = decision.prediction.ravel() if self.facts.output_names else ()
-        slot = self._n_noted % len(self._flags)
-        row = self._rows[slot]
+        state = decision.state
         self._version += 1
         try:
-            row[0] = decision.index
-            row[1] = decision.time
-            row[2] = decision.received
-            row[3] = decision.decided
-            row[4:] = prediction
-            self._flags[slot] = decision.flags
-            self._ages.add(decision.age)
-            self._latencies.add(decision.latency)
-            self._n_noted += 1
-            self._state, self._expected_since = "decoding", self._clock()
+            if not decision.held:
+                self._keep(decision, prediction, state)
+            changed = state is not None and state.name in ("decided", "rejected") and not self._goes_on(state)
+            if decision.event is not None or changed:
+                self._add_trial(_trial_of(decision, self._n_trials + 1))
+            if state is not None:
+                self._states[STATES.index(state.name)] += 1
+                if state.name == "decided":
+                    self._newest_decided = decision
+            self._newest = decision
             self._counters = copy.copy(self._live_counters)
         finally:
             self._version += 1
 
-    def received(self, newest: float) -> None:
-        """Take the time at which the newest sample arrived, in seconds of the clock, after its chunk was decoded."""
+    def _keep(self, decision: Decision, prediction: ArrayLike, state: State | None) -> None:
+        slot = self._n_noted % len(self._flags)
+        row, stop = self._rows[slot], 5 + self._n_outputs
+        row[0] = decision.index
+        row[1] = decision.time
+        row[2] = decision.received
+        row[3] = decision.decided
+        row[5:stop] = prediction
+        row[4] = -1 if state is None else STATES.index(state.name)
+        row[stop:] = state.probabilities if state is not None and state.probabilities else np.nan
+        self._flags[slot] = decision.flags
+        self._ages.add(decision.age)
+        self._latencies.add(decision.latency)
+        self._n_noted += 1
+        self._state, self._expected_since = "decoding", self._clock()
+
+    def _goes_on(self, state: State) -> bool:
+        """Return whether the newest window had the same state and class."""
+        last = None if self._newest is None else self._newest.state
+        return last is not None and (last.name, last.class_name) == (state.name, state.class_name)
+
+    def _add_trial(self, trial: Trial) -> None:
+        self._n_trials += 1
+        _push(self._trials, trial, self._kept_trials)
+
+    def left(self, undecided: Undecided) -> None:
+        """Take an event that gets no decision."""
+        event = undecided.event
         self._version += 1
         try:
-            if self._state in ("waiting", "silent", "reconnecting"):
+            self._add_trial(
+                Trial(
+                    number=self._n_trials + 1,
+                    time=event.onset,
+                    event=event.description,
+                    outcome="no decision",
+                    reason=undecided.reason,
+                    marker_delay=event.marker_delay,
+                )
+            )
+            self._counters = copy.copy(self._live_counters)
+        finally:
+            self._version += 1
+
+    def marked(self, event: Event, *, wanted: bool) -> None:
+        """Take an event whose marker came; `wanted` says whether events of its description are decided."""
+        self._version += 1
+        try:
+            _push(self._events, event, self._kept_events)
+            if wanted:
+                self._newest_event = self._clock()
+        finally:
+            self._version += 1
+
+    def received(self, newest: float, *, paused: bool = False) -> None:
+        """Take the time at which the newest sample arrived, in seconds of the clock, after its chunk was decoded.
+
+        `paused` says whether a command keeps the decoder from deciding.
+        """
+        self._version += 1
+        try:
+            if paused:
+                self._state = "paused"
+            elif self._state in ("waiting", "silent", "reconnecting", "paused"):
                 self._state, self._expected_since = "filling", self._clock()
             self._newest_sample = newest
             self._counters = copy.copy(self._live_counters)
@@ -339,6 +225,10 @@ class Monitor:
     def set_state(self, state: StreamState) -> None:
         """Take the state of the stream where neither samples nor decisions tell it: "silent", "reconnecting", "stopped"."""
         self._state = state
+
+    def named(self, bads: tuple[str, ...]) -> None:
+        """Take the channels of the stream that a command named as bad."""
+        self._bads = bads
 
     def happened(self, incident: Incident) -> None:
         """Take an incident. Of those before, the oldest of the kind that is there most often makes way for it."""
@@ -387,15 +277,48 @@ class Monitor:
                 time=rows[:, 1],
                 received=rows[:, 2],
                 decided=rows[:, 3],
-                prediction=rows[:, 4:],
+                prediction=rows[:, 5 : 5 + self._n_outputs],
                 flags=flags,
+                state=rows[:, 4].astype(np.int64),
+                probabilities=rows[:, 5 + self._n_outputs :],
             ),
             age=self._ages.copy(),
             latency=self._latencies.copy(),
             quality=ChannelQuality(state=self._quality_state.copy(), rms=self._rms.copy(), repaired=self._repaired.copy()),
             incidents=tuple(self._incidents),
             memory=memory,
+            newest=self._newest,
+            trials=tuple(self._trials),
+            events=tuple(self._events),
+            states=tuple(self._states),
+            bads=self._bads,
+            newest_event=self._newest_event,
+            newest_decided=self._newest_decided,
         )
+
+
+def _push(kept: list[T], new: T, most: int) -> None:
+    if len(kept) == most:
+        del kept[0]
+    kept.append(new)
+
+
+def _trial_of(decision: Decision, number: int) -> Trial:
+    state, event = decision.state, decision.event
+    outputs = () if state is not None else tuple(decision.prediction.ravel()[:MOST_OUTPUTS].tolist())
+    return Trial(
+        number=number,
+        time=decision.time if event is None else event.onset,
+        event=None if event is None else event.description,
+        outcome="output" if state is None else state.name,
+        reason="" if state is None else state.reason,
+        class_name=None if state is None else state.class_name,
+        probability=None if state is None else state.probability,
+        value=None if state is None else state.value,
+        outputs=outputs,
+        latency=decision.latency,
+        marker_delay=None if event is None else event.marker_delay,
+    )
 
 
 def resident_memory() -> int:

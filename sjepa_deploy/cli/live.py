@@ -18,7 +18,9 @@ from rich.text import Text
 from sjepa_deploy.eeg.quality import ChannelState
 from sjepa_deploy.errors import listed
 from sjepa_deploy.runtime.live.counters import Counters
-from sjepa_deploy.runtime.watch.monitor import SKIPS, Measure, Monitor, Snapshot, Times
+from sjepa_deploy.runtime.watch.monitor import Monitor
+from sjepa_deploy.runtime.watch.snapshot import SKIPS, Measure, Snapshot, Times
+from sjepa_deploy.runtime.watch.standing import Tone, standing_of
 
 REFRESH_PER_SECOND = 2
 LINE_EVERY = 10.0
@@ -27,7 +29,7 @@ LINE_EVERY = 10.0
 NAMED_CHANNELS = 40
 """Up to this many channels are shown by name with their root mean square; more as one sign each."""
 
-_STYLES = {"decoding": "bold green", "filling": "bold yellow", "waiting": "bold yellow", "stopped": "bold"}
+_STYLES: dict[Tone, str] = {"good": "bold green", "wait": "bold yellow", "bad": "bold red", "over": "bold"}
 _SIGNS = {
     ChannelState.OK: ("•", "green"),
     ChannelState.FLAT: ("F", "bold blue"),
@@ -80,7 +82,7 @@ def _lines(monitor: Monitor, screen: Console, every: float) -> Iterator[None]:
 def line_of(snapshot: Snapshot) -> str:
     """Return a snapshot in one line."""
     parts = [
-        f"{seconds(snapshot.now - snapshot.started)}: {snapshot.state}",
+        f"{seconds(snapshot.now - snapshot.started)}: {standing_of(snapshot).title.lower()}",
         f"{snapshot.counters.decisions} decisions",
         f"{snapshot.n_skipped} skipped",
         f"{snapshot.counters.misses} misses",
@@ -116,7 +118,8 @@ def _header(snapshot: Snapshot) -> Text:
     facts = snapshot.facts
     text = Text(no_wrap=True, overflow="ellipsis")
     text.append(facts.bundle, "bold")
-    text.append(f"  {snapshot.state}", _STYLES.get(snapshot.state, "bold red"))
+    standing = standing_of(snapshot)
+    text.append(f"  {standing.title.lower()}", _STYLES[standing.tone])
     if facts.random_weights:
         text.append("  RANDOM WEIGHTS", "bold yellow")
     up = seconds(snapshot.now - snapshot.started)

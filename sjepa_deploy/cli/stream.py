@@ -113,6 +113,10 @@ class Outputs:
         Whether a page for browsers is served.
     dashboard_address : str or None
         HOST:PORT of the page.
+    traces : tuple of str or None
+        Channels whose samples the page draws.
+    control : bool
+        Whether the page gives commands.
     """
 
     out: Path | None
@@ -122,9 +126,18 @@ class Outputs:
     force: bool
     dashboard: bool
     dashboard_address: str | None
+    traces: tuple[str, ...] | None
+    control: bool
+
+    @property
+    def served(self) -> bool:
+        """Return whether a page is served."""
+        return self.dashboard or self.dashboard_address is not None
 
     def check(self) -> None:
         """Check, before the decoder starts, that every file may be written."""
+        if (self.control or self.traces) and not self.served:
+            raise click.UsageError("--control and --traces are of the page: add --dashboard.")
         if self.append and self.force:
             raise click.UsageError("--append keeps the file and --force replaces it: give one of them.")
         options.check_file(self.out, force=self.force, append=self.append)
@@ -285,6 +298,14 @@ NO_LAYER = "none"
             help=f"Address of the page; other machines need the token in {TOKEN_VARIABLE}.  [default: 127.0.0.1:8765]",
         )
     ),
+    click.option(
+        "--traces", type=options.Names(), metavar="A,B,...", help="Channels whose samples the page draws.  [default: 8 of them]"
+    ),
+    click.option(
+        "--control",
+        is_flag=True,
+        help=f"Let the page mark, pause and name bad channels; always needs the token in {TOKEN_VARIABLE}.",
+    ),
     title=options.OUTPUT,
 )
 @feedback_options.choice
@@ -388,11 +409,19 @@ def stream(
         )
         adapter = None if adaptation is None else adapt(decoder, adaptation, classes=task.events.class_of)
         closing.enter_context(stopped_by_signals(decoder))
-        monitor = watch(decoder)
-        recorder = lines = error = None
-        if outputs.dashboard or outputs.dashboard_address is not None:  # files come last: a start that fails leaves none
+        monitor = watch(decoder, outputs.traces if outputs.served else ())
+        recorder = lines = error = served = None
+        if outputs.served:  # files come last: a start that fails leaves none
             host, port = DASHBOARD.parse(outputs.dashboard_address or "")
-            served = closing.enter_context(Dashboard(monitor, host=host, port=port, token=os.environ.get(TOKEN_VARIABLE)))
+            served = closing.enter_context(
+                Dashboard(
+                    monitor,
+                    host=host,
+                    port=port,
+                    token=os.environ.get(TOKEN_VARIABLE),
+                    commands=decoder.commands if outputs.control else None,
+                )
+            )
             screen.print(f"dashboard: {served.url}", soft_wrap=True)
         feedback = closing.enter_context(socket.served(decoder, screen))
         if outputs.outlet is not None:
@@ -410,6 +439,8 @@ def stream(
             recorder = kept.record(screen, decoder, labels, adapter=adapter)
         if recorder is not None:
             closing.callback(recorder.close)
+            if served is not None:
+                served.recorder = recorder
         if session.duration is not None:
             decoder.stop_after(session.duration)
         _announce(screen, decoder)
