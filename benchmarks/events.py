@@ -8,7 +8,8 @@ which a C compiler makes). The stamps have jitter, samples are lost, markers com
 `virtual` does the same on a virtual clock, without LSL. Both are recorded, and judged by the record: MNE says at which sample
 each event is, the causal steps run on the whole record, and the window at that sample must have the bits of the window that was
 decided. `latency` counts from the window's newest sample to the decision, with markers at irregular intervals that come at once;
-the backend is left cold between events, or kept warm. `--quick` runs a short version of all parts.
+the backend is left cold between events, or kept warm. `--quick` runs a short version of all parts. A result that is there keeps
+the parts that `--parts` leaves out, so that `latency` may run later, on a quiet machine (18 minutes).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import json
+import os
 import shutil
 import tempfile
 import time
@@ -303,8 +306,8 @@ def table(result: dict[str, Any]) -> str:
         "Events over LSL (two processes with clocks of their own) and on a virtual clock, judged by their records:",
         "",
         "| part | events | decisions | counted | accounted | same bits as at MNE's sample | others | event at its own sample "
-        "| samples lost | markers late by s (least, median, most) | others' cores | stolen |",
-        "| --- " * 12 + "|",
+        "| samples lost | markers late by s (least, median, most) | load before | others' cores | stolen | commit |",
+        "| --- " * 14 + "|",
     ]
     for name in ("live", "virtual"):
         if (part := result.get(name)) is None:
@@ -317,7 +320,8 @@ def table(result: dict[str, Any]) -> str:
             f"| {name} | {part['events']:,} | {part['decisions']:,} | {counted or 'none'} | {part['accounted']} "
             f"| {part['same_bits']:,} | {others} | {part['samples_off'].get('0', 0):,} of {n_off:,} "
             f"| {part['samples_lost']:,} of {part['samples'] + part['samples_lost']:,} | {delays} "
-            f"| {cores(part.get('others_cores'))} | {cores(part.get('stolen_cores'))} |"
+            f"| {part['load_before']:.1f} | {cores(part.get('others_cores'))} | {cores(part.get('stolen_cores'))} "
+            f"| {part['commit'][:7]} |"
         )
     if result.get("latency"):
         lines += [
@@ -325,8 +329,9 @@ def table(result: dict[str, Any]) -> str:
             "Newest sample of the window to the decision in ms, for events at irregular intervals; cores that others kept busy,",
             "and that the hypervisor took, on average. Both senders run on the same cores.",
             "",
-            "| model | backend | decisions | p50 | p90 | p99 | max | over 5 ms | inference p50, p99 | others' cores | stolen |",
-            "| --- " * 11 + "|",
+            "| model | backend | decisions | p50 | p90 | p99 | max | over 5 ms | inference p50, p99 | load before "
+            "| others' cores | stolen | commit |",
+            "| --- " * 13 + "|",
         ]
     for run in result.get("latency", []):
         age, inference = ({k: f"{v:.2f}" for k, v in run[key].items()} for key in ("age_ms", "inference_ms"))
@@ -334,7 +339,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append(
             f"| {run['variant']} | {warm} | {run['decisions']} | {age.get('p50', '-')} | {age.get('p90', '-')} | "
             f"{age.get('p99', '-')} | {age.get('max', '-')} | {run['over_5_ms']} | {inference.get('p50', '-')}, "
-            f"{inference.get('p99', '-')} | {cores(run['others_cores'])} | {cores(run['stolen_cores'])} |"
+            f"{inference.get('p99', '-')} | {run['load_before']:.1f} | {cores(run['others_cores'])} "
+            f"| {cores(run['stolen_cores'])} | {run['commit'][:7]} |"
         )
     return "\n".join(lines)
 
@@ -347,7 +353,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundles", type=Path, required=True, help="folder with the bundles prelocal and postlocal")
     parser.add_argument("--parts", default="live,virtual,latency")
-    parser.add_argument("--minutes", type=float, default=5.0, help="of each of the four latency runs")
+    parser.add_argument("--minutes", type=float, default=4.5, help="of each of the four latency runs")
     parser.add_argument("--quick", action="store_true", help="200 events, 2,000 on the virtual clock, half a minute of latency")
     parser.add_argument("--out", type=Path, help="name of the result, without suffix")
     args = parser.parse_args()
@@ -359,18 +365,25 @@ def main() -> None:
     pylsl.set_config_content(config)
     out = args.out or RESULTS / f"events_2-core-cpu_{time.strftime('%Y-%m-%d')}"
     parts = args.parts.split(",")
-    result: dict[str, Any] = {"machine": describe_machine()}
+    machine = describe_machine()
+    result: dict[str, Any] = json.loads(out.with_suffix(".json").read_text()) if out.with_suffix(".json").exists() else {}
+    result["machine"] = machine
+    ran = {"commit": machine["commit"]}
+
+    def load() -> dict[str, Any]:
+        return ran | {"load_before": os.getloadavg()[0]}
+
     with sjepa_deploy.load(args.bundles / "prelocal", check_unit=False) as predict:
         if "live" in parts:
             plan = Plan(n_events=200 if args.quick else 5000, per_second=20.0, sfreq=500.0)
-            result["live"] = live(predict, plan, config)
+            result["live"] = load() | live(predict, plan, config)
             write_result(out, result, table(result))
         if "virtual" in parts:
             plan = Plan(n_events=2000 if args.quick else 100_000, per_second=100.0, sfreq=250.0, seed=1)
-            result["virtual"] = virtual(predict, plan)
+            result["virtual"] = load() | virtual(predict, plan)
             write_result(out, result, table(result))
     minutes = 0.5 if args.quick else args.minutes
-    if "latency" in parts:
+    if "latency" in parts:  # a percentile of 99 needs 500 decisions
         result["latency"] = []
         for variant in ("prelocal", "postlocal"):
             for keep_warm in (None, 0.005):
@@ -383,7 +396,7 @@ def main() -> None:
                     tmin=0.0,
                     stamped_when_sent=True,
                 )
-                result["latency"].append(latency(args.bundles / variant, plan, config, keep_warm))
+                result["latency"].append(load() | latency(args.bundles / variant, plan, config, keep_warm))
                 write_result(out, result, table(result))
 
 
