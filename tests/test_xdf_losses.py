@@ -9,6 +9,7 @@ from bundles import small_spec
 from lossy import KINDS, lossy, spec_for
 from xdf_writer import Stream, write_xdf
 
+from sjepa_deploy.eeg.events import events_of
 from sjepa_deploy.eeg.pauses import segments_of, told
 from sjepa_deploy.eeg.recording import fit_recording, read_recording
 from sjepa_deploy.errors import RecordingError
@@ -93,6 +94,9 @@ def test_markers_lie_at_their_samples_after_losses_too(tmp_path, jitter):
     found = {mark["description"]: mark["onset"] * 250 for mark in raw.annotations if mark["description"].startswith("m")}
     wanted = np.searchsorted(index, at)
     np.testing.assert_allclose([found[f"m{i}"] for i in at], wanted, rtol=0, atol=0.6 if jitter else 0.01)
+    events, (_, before, after) = events_of(raw), segments_of(raw)
+    in_pause = events.onset[events.description.index("m30500")]
+    assert before.onset + (before.stop - before.start - 1) / 250 < in_pause < after.onset - 0.5 / 250  # no window begins there
 
 
 @pytest.mark.parametrize("rate", [125.0, 240.0, 300.0])

@@ -33,6 +33,9 @@ interrupted before it, and the correction in its stamps."""
 
 _NO_EVENTS = (INCIDENTS_NAME, MARKERS_NAME, UNDECIDED_NAME, COMMANDS_NAME, HEADS_NAME)
 
+IN_PAUSE = 1e-3
+"""Samples by which a point in a pause lies before the first sample after the pause, which it does not belong to."""
+
 LARGEST_RATE_ERROR = 0.01
 """Beyond this ratio a recorded stream is not at its nominal rate."""
 
@@ -189,7 +192,7 @@ def _places(times: NDArray[np.float64], stamps: NDArray[np.float64], stretches: 
         starts.append(middle - slope * (b - a - 1) / 2)
         slopes.append(slope)
     which = np.maximum(np.searchsorted(starts, times, side="right") - 1, 0)
-    first, end = np.array(edges[:-1])[which], np.array(edges[1:])[which]
+    first, end = np.array(edges[:-1])[which], np.array(edges[1:])[which] - IN_PAUSE
     places: NDArray[np.float64] = np.minimum(first + (times - np.array(starts)[which]) / np.array(slopes)[which], end)
     return places / rate
 
