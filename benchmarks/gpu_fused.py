@@ -413,14 +413,14 @@ def step(result: dict[str, Any], name: str, work: Callable[[], Any]) -> None:
         result[name] = {"failed": f"{type(e).__name__}: {e}", "traceback": traceback.format_exc()}
 
 
-def run_case(case: str, seconds: float, calls: int) -> None:
+def run_case(case: str, seconds: float, calls: int, n_chans: int) -> None:
     """Do one case and print it as JSON."""
     variant, precision, what = case.split(":")
     try:
         if what == "grid":
             answer = grid(variant)
         else:
-            bundle, model, reference = make_case(variant)
+            bundle, model, reference = make_case(variant, (n_chans, *GRID[0][1:]))
             if what == "modes":
                 answer = modes(bundle, model, reference, precision, seconds)
             elif what == "where":
@@ -448,16 +448,16 @@ def tool(name: str) -> str:
     return found
 
 
-def run_tool(case: str) -> dict[str, Any]:
+def run_tool(case: str, n_chans: int) -> dict[str, Any]:
     """Run a few calls of a case under compute-sanitizer or ncu."""
     variant, precision, what = case.split(":")
-    inner = [sys.executable, __file__, "-", "--case", f"{variant}:{precision}:quick"]
+    inner = [sys.executable, __file__, "-", "--case", f"{variant}:{precision}:quick", "--channels", str(n_chans)]
     if what == "ncu":
         command = [tool("ncu"), "--clock-control", "none", "--kernel-name", variant, "--launch-skip", "1", "--launch-count", "2",
                    "--metrics", ",".join(METRICS), "--csv", *inner]  # fmt: skip
     else:
         command = [tool("compute-sanitizer"), "--tool", what, "--report-api-errors", "no", "--error-exitcode", "9", *inner]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * SECONDS, check=False)
     lines = done.stdout.splitlines()
     keep = [line for line in lines if line.startswith("=====") or '","' in line]
     answer = {"exit": done.returncode, "output": keep[-60:], "stderr": done.stderr[-1500:]}
@@ -472,10 +472,13 @@ def main() -> None:
     parser.add_argument("--deadline", type=float, default=200, help="seconds after which no case starts")
     parser.add_argument("--seconds", type=float, default=2, help="of repeated calls in each mode, and at most of a long run")
     parser.add_argument("--calls", type=int, default=10_000_000, help="of a long run")
+    parser.add_argument(
+        "--channels", type=int, default=GRID[0][0], help="of the model; racecheck takes minutes for Contextual's 129"
+    )
     parser.add_argument("--case", help="one case in this process")
     arguments = parser.parse_args()
     if arguments.case:
-        run_case(arguments.case, arguments.seconds, arguments.calls)
+        run_case(arguments.case, arguments.seconds, arguments.calls, arguments.channels)
         return
     pairs = [f"{v}:{p}" for v, ps in PRECISIONS.items() for p in ps]
     cases = [f"{pair}:{what}" for what in ("modes", "where") for pair in pairs]
@@ -496,11 +499,11 @@ def main() -> None:
             continue
         started = time.perf_counter()
         limit = arguments.seconds + 30 if case.endswith(":long") else SECONDS
-        command = [sys.executable, __file__, str(arguments.out), "--case", case]
+        command = [sys.executable, __file__, str(arguments.out), "--case", case, "--channels", str(arguments.channels)]
         command += ["--seconds", str(arguments.seconds), "--calls", str(arguments.calls)]
         try:
             if case.rpartition(":")[2] in TOOLS:
-                answer = run_tool(case)
+                answer = run_tool(case, arguments.channels)
             else:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
                 answer = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {"failed": done.stderr[-2000:]}

@@ -90,8 +90,10 @@ MAIN = f"{LIVE} throughput"
 PERSISTENT = "--rate=100 --option=persistent=true --suffix=-persistent"  # keeps the GPU, so that each model has its own process
 IN_PLACE = "--in-place --suffix=-in-place"
 WIDE_BATCHES = f"--variant={WIDE} --batch=64 --batch=1024"
-CURVE = " ".join([f"--batch={1 << i}" for i in range(11)] + [f"--variant={v}-1024" for v in VARIANTS])
+CURVE = " ".join([f"--batch={1 << i}" for i in range(11)] + [IN_PLACE])
+LOCAL = "--variant=prelocal-1024 --variant=postlocal-1024"
 FOR_EACH_BATCH = "--opt-batch=1 --opt-batch=32 --opt-batch=1024"  # of TensorRT: kernels chosen for small, middle and large ones
+EAGER = "torch-eager-cuda torch-eager-cuda-no-fast-path"
 NO_GRAPH = "--option=cuda_graph=false --suffix=-no-graph"  # TensorRT 8.6 takes some engines into none
 PARTS = (
     Part("cuda", 100, "cuda", ALL, MAIN, "0.5 paced=5", "--rate=100"),
@@ -103,8 +105,11 @@ PARTS = (
     Part("persistent-fp16", 18, "cuda", "fp16", LIVE, "0.5 paced=2.5", f"--variant=contextual {PERSISTENT}"),
     Part("eager", 30, "torch-eager-cuda ort-cpu", "fp32 fp16", "back-to-back"),
     Part("compile", 100, COMPILED, "fp32", "back-to-back"),
-    Part("wide-curve", 150, f"cuda {GRAPHS}", "fp32 tf32 fp16", "throughput", "0.3", f"{CURVE} {IN_PLACE}"),
-    Part("wide-curve-tensorrt", 120, "tensorrt", "fp32 fp16", "throughput", "0.3", f"{CURVE} {FOR_EACH_BATCH} {IN_PLACE}"),
+    Part("curve", 130, f"cuda {GRAPHS}", ALL, "throughput", "0.3", f"--variant={WIDE} {CURVE}"),
+    Part("curve-tensorrt", 90, "tensorrt", "fp32 fp16", "throughput", "0.3", f"--variant={WIDE} {CURVE} {FOR_EACH_BATCH}"),
+    Part("curve-local", 60, f"cuda {GRAPHS} {EAGER}", "fp32", "throughput", "0.3", f"{LOCAL} {CURVE}"),
+    Part("curve-local-tensorrt", 40, "tensorrt", "fp32", "throughput", "0.3", f"{LOCAL} {CURVE} {FOR_EACH_BATCH}"),
+    Part("curve-eager", 60, EAGER, "fp32 fp16", "throughput", "0.3", f"--variant={WIDE} {CURVE}"),
     Part("wide", 120, f"cuda {GRAPHS}", "fp32 fp16", "throughput", "1", WIDE_BATCHES),
     Part("wide-tensorrt", 60, "tensorrt", "fp32 fp16", "throughput", "1", f"{WIDE_BATCHES} --opt-batch=1024"),
     Part("wide-no-graph", 60, "tensorrt", "fp16", "throughput", "1", f"{WIDE_BATCHES} --opt-batch=1024 {NO_GRAPH}"),

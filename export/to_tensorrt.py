@@ -98,7 +98,7 @@ def build_engine(
             f"The graph takes {graph.static_batch or f'1 to {graph.max_batch}'} windows, not {settings.max_batch}.",
             "Lower --max-batch, or export with a larger one.",
         )
-    api = TensorRT(flavour)
+    api = TensorRT(flavour, host_code=settings.version_compatible)
     if time_limit is not None and not api.has_progress:
         raise EngineError(
             f"TensorRT {api.version} cannot stop a build.", "Leave --time-limit out, or lower --optimization-level."

@@ -375,6 +375,8 @@ class BackendEntry:
         "module:Class", imported when the backend is asked for.
     package : str
         Package that must be importable.
+    or_package : str
+        Package that will do in its place.
     extra : str
         Extra of sjepa-deploy that installs it.
     probe : str
@@ -391,14 +393,20 @@ class BackendEntry:
     target: str
     package: str
     extra: str
+    or_package: str = ""
     probe: str = ""
     depends_on: tuple[str, ...] = ()
     persistent: bool = False
     adaptable: str = ""
 
+    @property
+    def installed(self) -> str | None:
+        """Package of the backend that is installed here."""
+        return next((name for name in (self.package, self.or_package) if name and importlib.util.find_spec(name)), None)
+
     def why_not(self) -> SjepaError | None:
         """Return what keeps the backend from running on this machine, or None if nothing does."""
-        if importlib.util.find_spec(self.package) is None:
+        if self.installed is None:
             return MissingDependencyError(self.package, self.extra)
         if self.probe:
             try:
@@ -447,9 +455,10 @@ BACKENDS: dict[str, BackendEntry] = {
     "tensorrt": BackendEntry(
         target="sjepa_deploy.runtime.backends.trt:TensorRTBackend",
         package="tensorrt",
+        or_package="tensorrt_lean",
         extra="gpu",
         probe="sjepa_deploy.runtime.backends.trt:probe",
-        depends_on=(*_ON_GPU, "tensorrt"),
+        depends_on=(*_ON_GPU, "tensorrt", "tensorrt-lean"),
     ),
     "tensorrt-rtx": BackendEntry(
         target="sjepa_deploy.runtime.backends.trt:TensorRTRTXBackend",

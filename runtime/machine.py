@@ -17,8 +17,8 @@ from sjepa_deploy.runtime.gpu.cuda import Device, driver_version
 
 PACKAGES = (
     *("sjepa-deploy", "numpy", "onnxruntime", "onnxruntime-gpu", "torch", "onnx", "onnxscript", "safetensors", "mne", "pyxdf"),
-    *("lightning", "tensorrt", "tensorrt-rtx", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "pylsl", "scipy"),
-    *("starlette", "uvicorn", "prometheus-client", "tritonclient", "nvidia-pytriton", "braindecode"),
+    *("lightning", "tensorrt", "tensorrt-lean", "tensorrt-rtx", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "pylsl"),
+    *("scipy", "starlette", "uvicorn", "prometheus-client", "tritonclient", "nvidia-pytriton", "braindecode"),
 )
 
 STAT = Path("/proc/stat")

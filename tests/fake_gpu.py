@@ -413,8 +413,10 @@ class Faults:
         self.steps = 3
 
 
-def fake_tensorrt(version: str, driver: FakeDriver, faults: Faults, *, rtx: bool = False) -> types.SimpleNamespace:
-    """Return the module `tensorrt` of `version`, or `tensorrt_rtx`."""
+def fake_tensorrt(
+    version: str, driver: FakeDriver, faults: Faults, *, rtx: bool = False, lean: bool = False
+) -> types.SimpleNamespace:
+    """Return the module `tensorrt` of `version`, or `tensorrt_rtx`, or `tensorrt_lean`."""
     major = int(version.split(".")[0])
     strong = major >= 10 or rtx
 
@@ -550,7 +552,9 @@ def fake_tensorrt(version: str, driver: FakeDriver, faults: Faults, *, rtx: bool
                         return None
                 config.progress_monitor.phase_finish("tactics")
             profile = getattr(config, "profile", None) and config.profile.shapes
-            header = json.dumps({"version": version, "profile": profile, "target": getattr(config, "target", None)})
+            set_flags = [flag.name for flag in config._set]
+            target = getattr(config, "target", None)
+            header = json.dumps({"version": version, "profile": profile, "target": target, "flags": set_flags})
             return f"{header}\n".encode() + network.onnx
 
     class EngineInspector:
@@ -569,12 +573,20 @@ def fake_tensorrt(version: str, driver: FakeDriver, faults: Faults, *, rtx: bool
     class ICudaEngine:
         num_io_tensors = 2
 
-        def __init__(self, plan: bytes) -> None:
+        def __init__(self, plan: bytes, host_code: bool) -> None:
             header, self._onnx = plan.split(b"\n", 1)
             about = json.loads(header)
             self._profile = about["profile"]
             if about["target"] not in (None, "SM{}{}".format(*driver.capability)):
                 raise ValueError(f"the plan is for {about['target']}")
+            compatible = "VERSION_COMPATIBLE" in about["flags"]
+            built = int(about["version"].split(".")[0])
+            if about["version"] != version and not (compatible and (built, major) in ((8, 8), (8, 10), (10, 10), (10, 11))):
+                raise ValueError(f"version tag does not match {version}: {about['version']}")
+            if compatible and not host_code:
+                raise ValueError("engine_host_code_allowed is false")
+            assert compatible or not lean, "unexpected call to a stub"
+            self._calls = 8 if not rtx and built < 10 else 10  # what both versions have
             self._proto = onnx.load_from_string(self._onnx)
             self._session = ort.InferenceSession(self._onnx, providers=["CPUExecutionProvider"])
 
@@ -597,12 +609,18 @@ def fake_tensorrt(version: str, driver: FakeDriver, faults: Faults, *, rtx: bool
             return self._profile
 
         def create_engine_inspector(self) -> EngineInspector:
+            assert not lean, "it shows no layers"
             return EngineInspector(self)
 
         if strong:
-            device_memory_size_v2 = 4096
+
+            @property
+            def device_memory_size_v2(self) -> int:
+                return 4096 if self._calls > 8 else 0
 
             def create_execution_context(self, how: Any) -> Any:
+                if self._calls == 8:
+                    return None
                 strategy = how.strategy if rtx else how
                 assert strategy == module.ExecutionContextAllocationStrategy.USER_MANAGED
                 return IExecutionContext(self)
@@ -611,7 +629,8 @@ def fake_tensorrt(version: str, driver: FakeDriver, faults: Faults, *, rtx: bool
 
                 def create_runtime_config(self) -> Any:
                     return IRuntimeConfig()
-        else:
+
+        if major < 11 and not rtx:
             device_memory_size = 4096
 
             def create_execution_context_without_device_memory(self) -> Any:
@@ -631,8 +650,10 @@ def fake_tensorrt(version: str, driver: FakeDriver, faults: Faults, *, rtx: bool
 
             def set_device_memory(self, address: int, size: int) -> None:
                 assert size >= 4096
+                assert self._engine._calls > 8
                 self._memory = address
-        else:
+
+        if major < 11 and not rtx:
 
             @property
             def device_memory(self) -> int:
@@ -658,7 +679,7 @@ def fake_tensorrt(version: str, driver: FakeDriver, faults: Faults, *, rtx: bool
         def execute_async_v3(self, stream: int) -> bool:
             assert driver.has_context(), "the calling thread has no current context"
             assert self._memory, "no memory for activations"
-            assert strong or self._has_profile, "8.6 gives the profile to the first context alone"
+            assert self._engine._calls > 8 or self._has_profile, "8.6 gives the profile to the first context alone"
             largest = faults.refuse_capture_above
             captures = driver.queues[int(stream)] is not None
             if faults.refuse_enqueue or (captures and largest is not None and self._shape[0] > largest):
@@ -676,12 +697,14 @@ def fake_tensorrt(version: str, driver: FakeDriver, faults: Faults, *, rtx: bool
             return True
 
     class Runtime:
+        engine_host_code_allowed = False
+
         def __init__(self, log: Any) -> None:
             self._log = log
 
         def deserialize_cuda_engine(self, plan: bytes) -> ICudaEngine | None:
             try:
-                return ICudaEngine(plan)
+                return ICudaEngine(plan, self.engine_host_code_allowed)
             except Exception as e:  # noqa: BLE001 - likewise
                 self._log.log(severity.ERROR, f"magic tag does not match: {e}")
                 return None
@@ -710,4 +733,7 @@ def fake_tensorrt(version: str, driver: FakeDriver, faults: Faults, *, rtx: bool
         module.ComputeCapability = names("ComputeCapability", "NONE", "CURRENT", "SM86", "SM89", "SM120")
         module.DynamicShapesKernelSpecializationStrategy = names("DynamicShapesKernelSpecializationStrategy", "LAZY", "EAGER")
         module.IRuntimeConfig = IRuntimeConfig
+    if lean:
+        for name in ("Builder", "OnnxParser", "INetworkDefinition", "IBuilderConfig", "NetworkDefinitionCreationFlag"):
+            delattr(module, name)
     return module

@@ -561,7 +561,7 @@ def test_a_builder_that_tensorrt_does_not_make_is_an_error(rig, bundle, monkeypa
         log.log(1, "CUDA initialization failure with error: 2")
         raise TypeError("pybind11::init(): factory function returned nullptr")
 
-    monkeypatch.setattr(tensorrt_api._load("tensorrt"), "Builder", no_builder)
+    monkeypatch.setattr(tensorrt_api._load("tensorrt", False), "Builder", no_builder)
     with pytest.raises(EngineError, match="makes no builder: CUDA initialization failure with error: 2. Free device memory"):
         build_engine(bundle, "fp32")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,8 @@ class BuildSettings:
     workspace_mib : int or None
         Scratch memory that kernels may use, in MiB. None for all memory of the GPU.
     refittable, version_compatible : bool
-        Whether weights can be replaced, and whether later versions of TensorRT may load the engine.
+        Whether weights can be replaced, and whether later versions of TensorRT may load the engine (`promised`). Such an engine
+        holds the lean runtime of its own version, with which later versions run the engine.
     held_types : {"all", "float32", "none"}
         Layers of an fp16 graph that are asked to compute in the graph's type: all, the float32 layers, or none. Only TensorRT 8.6
         needs this option, as its builder chooses types.
@@ -184,6 +186,25 @@ class EngineRecord:
         return self.identity.machine.gpu == ANY
 
 
+LAST_MAJOR = {8: 10, 10: 11}
+"""Last major version of TensorRT that runs version-compatible engines of a major version (NVIDIA, "Version
+Compatibility" of 10.16 and 11.1). Where none is named, it is the same major version."""
+
+
+def numbers_of(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version of TensorRT, which compare as versions do."""
+    return tuple(map(int, re.findall(r"\d+", version)))
+
+
+def promised(built: str, here: str) -> bool:
+    """Return whether TensorRT `here` runs version-compatible engines that TensorRT `built` built, by NVIDIA's promise.
+
+    Engines of 8.6 and later run on the same and on later versions, up to `LAST_MAJOR`.
+    """
+    theirs, ours = numbers_of(built), numbers_of(here)
+    return (8, 6) <= theirs <= ours and ours[0] <= LAST_MAJOR.get(theirs[0], theirs[0])
+
+
 def differences(theirs: EngineIdentity, ours: EngineIdentity) -> tuple[str, ...]:
     """Return one clause for every field in which two identities differ. `ANY` differs from nothing."""
     found = []
@@ -239,7 +260,9 @@ class EngineStore:
     def fitting(self, precision: RunPrecision, machine: Machine) -> tuple[EngineRecord, ...]:
         """Return the engines for `precision` that were built from this bundle's graph on a machine equal to `machine`.
 
-        The newest comes first. If there are none, return those that were built for other machines and fit `machine`.
+        The newest comes first. If there are none, return those that may run here, which parity must judge on `machine` first:
+        engines that were built for other machines, or version-compatible engines of one version of TensorRT that `machine` is
+        promised to run, whatever the driver.
 
         Raises
         ------
@@ -253,16 +276,20 @@ class EngineStore:
             raise EngineError(f"The bundle {self.bundle.path} has no {precision} engine for {machine.flavour}.", mend)
         nearest: tuple[str, ...] | None = None
         found: list[EngineRecord] = []
-        for record in sorted(records, key=lambda r: r.for_others):
+        for record in sorted(records, key=lambda r: r.identity.machine != machine):
             there = record.identity
-            wanted = self.identity(precision, machine, there.settings, there.flags)
+            here = machine
+            if there.settings.version_compatible and promised(there.machine.version, machine.version):
+                here = dataclasses.replace(machine, version=there.machine.version, driver=there.machine.driver)
+            wanted = self.identity(precision, here, there.settings, there.flags)
             differs = differences(there, wanted)
             if differs:
                 nearest = differs if nearest is None or len(differs) < len(nearest) else nearest
                 continue
             found.append(record)
         if found:
-            right = [r for r in found if r.computes_in == precision and r.for_others == found[0].for_others]
+            builder = found[0].identity.machine
+            right = [r for r in found if r.computes_in == precision and r.identity.machine == builder]
             if found[0] not in right:
                 raise EngineError(
                     f"The engine that was asked for in {precision} computes in {found[0].computes_in} ({found[0].evidence}).",

@@ -109,7 +109,7 @@ def machine_of(backends: Iterable[str], device: int) -> dict[str, str | None]:
     for backend in backends:
         # TensorRT's version may be known of the imported module alone. What does not import is told by opening it.
         with contextlib.suppress(ImportError, OSError, RuntimeError):
-            importlib.import_module(BACKENDS[backend].package)
+            importlib.import_module(BACKENDS[backend].installed or BACKENDS[backend].package)
     found: dict[str, str | None] = {"processor": processor(), "cores": str(n_cores())}
     if "gpu" in names:
         graphics = gpu(device)

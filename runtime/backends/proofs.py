@@ -1,4 +1,6 @@
-"""Proves engines that were built for other machines: parity judges such an engine at its first load on a machine.
+"""Proves engines that were built elsewhere: parity judges such an engine at its first load on a machine.
+
+Such an engine was built for other machines, or by an earlier version of TensorRT as version compatible.
 
 A proof lies beside the engines as ``engines/proofs/KEY-MACHINE.json``. KEY is that of the engine, MACHINE a hash of TensorRT, GPU
 and driver. A proof names the hash of the plan, so that an engine which is built again must be proven again. The files that the
@@ -16,7 +18,7 @@ from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.errors import EngineError
 from sjepa_deploy.files import bytes_hash, canonical_json, json_file, load_json, now, seal, write_atomically
 from sjepa_deploy.parity import ParityResult
-from sjepa_deploy.runtime.backends.engine_judge import EngineJudge, EngineParityError
+from sjepa_deploy.runtime.backends.engine_judge import EngineJudge, EngineParityError, EngineTypes
 from sjepa_deploy.runtime.backends.engines import EngineRecord, EngineStore, LayerSummary, Machine
 from sjepa_deploy.serialize import decode, encode
 from sjepa_deploy.spec import RunPrecision
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EngineProof:
-    """Says that an engine which was built for other machines gives the PyTorch model's outputs on one machine.
+    """Says that an engine which was built elsewhere gives the PyTorch model's outputs on one machine.
 
     Attributes
     ----------
@@ -41,9 +43,9 @@ class EngineProof:
     evidence : str
         Reason to believe `computes_in`.
     layers : LayerSummary
-        From the engine inspector.
+        From the engine inspector, here or where the engine was built.
     parity : ParityResult
-        Parity of the engine.
+        Parity of the engine on `machine`.
     created : str
         Time of the judgement, ISO 8601, UTC.
     digest : str
@@ -74,7 +76,7 @@ class EngineState:
     record : EngineRecord
         The engine.
     proofs : tuple of EngineProof
-        Valid proofs of an engine that was built for other machines.
+        Valid proofs of the engine on machines that did not build it.
     """
 
     record: EngineRecord
@@ -112,7 +114,7 @@ def prove(store: EngineStore, record: EngineRecord, plan: bytes, machine: Machin
     store : EngineStore
         Engines of the bundle.
     record : EngineRecord
-        An engine that was built for other machines.
+        An engine that was not built on `machine`.
     plan : bytes
         Plan of the engine, whose hash was verified.
     machine : Machine
@@ -138,7 +140,7 @@ def prove(store: EngineStore, record: EngineRecord, plan: bytes, machine: Machin
     )
     logger.info("The %s engine %s was built elsewhere; parity judges it on this machine.", identity.precision, identity.key)
     try:
-        types = judge.types(plan)
+        types = _types(record) or judge.types(plan)
         parity = judge.parity(plan)
     except EngineError as e:
         raise EngineError(f"The {identity.precision} engine could not be proven at its first load here: {e.problem}", mend) from e
@@ -166,6 +168,16 @@ def prove(store: EngineStore, record: EngineRecord, plan: bytes, machine: Machin
     except OSError as e:
         logger.warning("The proof of the engine cannot be kept (%s); each load judges the engine again: %s", e.strerror, file)
     return proof
+
+
+def _types(record: EngineRecord) -> EngineTypes | None:
+    """Return the types of an engine that was judged where it was built: the plan is the same, and a lean runtime shows no layers.
+
+    The lean runtime of 10.16 ended the process when it was asked for the layers of an engine of 8.6.
+    """
+    if record.layers is None:
+        return None
+    return EngineTypes(layers=record.layers, computes_in=record.computes_in, evidence=record.evidence)
 
 
 def _folder(store: EngineStore) -> Path:

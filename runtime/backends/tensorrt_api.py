@@ -14,25 +14,29 @@ context without        own function,           strategy,                strategy
 its memory             device_memory           set_device_memory        set_device_memory     set_device_memory
 profile of a context   shared by a preview,    the first                the first             the first
                        set for each
+lean runtime           tensorrt_lean           tensorrt_lean            tensorrt_lean         no
 =====================  ======================  =======================  ====================  ======================
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from sjepa_deploy.errors import BackendError, EngineError, MissingDependencyError, install_line
-from sjepa_deploy.runtime.backends.engines import BuildSettings
+from sjepa_deploy.runtime.backends.engines import BuildSettings, numbers_of
 from sjepa_deploy.spec import RunPrecision
 
 logger = logging.getLogger(__name__)
 
 MODULES = {"tensorrt": ("tensorrt", "gpu"), "tensorrt-rtx": ("tensorrt_rtx", "rtx")}
 """Python module and extra of each flavour."""
+
+LEAN_MODULE = "tensorrt_lean"
+"""Python module of the lean runtime, which runs version-compatible engines of TensorRT and builds none."""
 
 Step = Callable[[str, float], bool]
 """Takes the phase of a build and the finished share of the phase. Returns whether the build goes on."""
@@ -70,6 +74,13 @@ class TensorRT:
     ----------
     flavour : {"tensorrt", "tensorrt-rtx"}
         Kind of TensorRT.
+    runs_only : bool
+        Whether nothing is built, so that the lean runtime will do where TensorRT is not installed.
+    engines_of : str or None
+        Version of TensorRT that built the engines, None for this version. A later version runs an engine with the calls that both
+        versions have: 10.16 ended the process when it was asked for the `device_memory_size_v2` of an engine of 8.6.
+    host_code : bool
+        Whether engines may bring a runtime of their own, as version-compatible engines do.
     module : module or None
         Python module to use in place of the installed module.
 
@@ -81,11 +92,21 @@ class TensorRT:
         If TensorRT does not load. The message gives the reason.
     """
 
-    def __init__(self, flavour: str, module: Any = None) -> None:
+    def __init__(
+        self,
+        flavour: str,
+        *,
+        runs_only: bool = False,
+        engines_of: str | None = None,
+        host_code: bool = False,
+        module: Any = None,
+    ) -> None:
         self.flavour = flavour
-        self.module = trt = module or _load(flavour)
+        self.module = trt = module or _load(flavour, runs_only)
         self.version = str(trt.__version__)
-        self.strongly_typed = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+        self.strongly_typed = hasattr(getattr(trt, "NetworkDefinitionCreationFlag", None), "STRONGLY_TYPED")
+        self._host_code = host_code
+        self._calls_of_8 = flavour == "tensorrt" and numbers_of(engines_of or self.version) < (10,)
         self.has_progress = hasattr(trt, "IProgressMonitor")
         self.keeps_timings = flavour == "tensorrt"
         self._log = _log_of(trt)
@@ -172,6 +193,8 @@ class TensorRT:
         del parser
         if plan is None:
             mend = "Allow more with --workspace." if settings.workspace_mib is not None else "Lower --max-batch."
+            if "nvinfer_lean" in self.last_error:
+                mend = f"Install TensorRT's lean runtime {self.version}, which a version-compatible engine holds."
             where = "" if target is None else f" for compute capability {target}"
             mend = mend if target is None else f"Leave {target} out of --for, or try another --precision."
             raise EngineError(f"TensorRT {self.version} could not build the {precision} engine{where}: {self.last_error}.", mend)
@@ -241,6 +264,7 @@ class TensorRT:
         self._log.errors.clear()
         if self._runtime is None:
             self._runtime = self.module.Runtime(self._log)  # it must outlive its engines
+            self._runtime.engine_host_code_allowed = self._host_code
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             short = any("memory" in error.lower() for error in self._log.errors)
@@ -270,8 +294,7 @@ class TensorRT:
 
     def memory_size(self, engine: Any) -> int:
         """Return the bytes of device memory that a context needs for its activations."""
-        size = getattr(engine, "device_memory_size_v2", None)
-        return int(engine.device_memory_size if size is None else size)
+        return int(engine.device_memory_size if self._calls_of_8 else engine.device_memory_size_v2)
 
     def create_context(self, engine: Any, address: int, size: int, stream: int) -> Any:
         """Return an execution context for `stream` that uses our device memory for its activations.
@@ -283,7 +306,7 @@ class TensorRT:
         """
         trt = self.module
         self._log.errors.clear()
-        if not hasattr(trt, "ExecutionContextAllocationStrategy"):
+        if self._calls_of_8:
             context = engine.create_execution_context_without_device_memory()
         elif hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
             config = engine.create_runtime_config()
@@ -295,11 +318,11 @@ class TensorRT:
             context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
             raise EngineError(f"TensorRT {self.version} makes no execution context: {self.last_error}.", "Free device memory.")
-        if hasattr(context, "set_device_memory"):
-            context.set_device_memory(address, size)
-        else:
+        if self._calls_of_8:
             context.device_memory = address
-        if not self.strongly_typed and not context.set_optimization_profile_async(0, stream):  # 8.6 does so in the first alone
+        else:
+            context.set_device_memory(address, size)
+        if self._calls_of_8 and not context.set_optimization_profile_async(0, stream):  # 8.6 does so in the first alone
             raise EngineError(
                 f"TensorRT {self.version} refuses the profile: {self.last_error}.", "Build it again with sjepa-build --rebuild."
             )
@@ -316,8 +339,10 @@ class TensorRT:
         return str(self._log.errors[-1]) if self._log.errors else "no reason given"
 
 
-def _load(flavour: str) -> Any:
+def _load(flavour: str, runs_only: bool) -> Any:
     name, extra = MODULES[flavour]
+    if runs_only and flavour == "tensorrt" and not importlib.util.find_spec(name) and importlib.util.find_spec(LEAN_MODULE):
+        name = LEAN_MODULE
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as e:

@@ -33,14 +33,15 @@ class TensorRTBackend(EngineRunner):
     """Runs the engines of a bundle that fit this machine.
 
     Each batch size runs on the engine whose profile suits it, see `sjepa_deploy.runtime.backends.engine_runner.suited`. Parity
-    judges an engine that was built for other machines at its first load, and the proof is kept beside the engine.
+    judges an engine that another machine or another version of TensorRT built at its first load here, and the proof is kept
+    beside the engine. TensorRT's lean runtime will do for version-compatible engines.
 
     Raises
     ------
     EngineError
         If the bundle has no engine that fits this graph, TensorRT, GPU and driver, or its plan was changed.
     EngineParityError
-        If an engine that was built for other machines differs from the PyTorch model on this one.
+        If an engine that was built elsewhere differs from the PyTorch model on this machine.
     BackendError
         If TensorRT or the GPU are not usable.
     """
@@ -51,15 +52,18 @@ class TensorRTBackend(EngineRunner):
     def __init__(self, bundle: Bundle, precision: RunPrecision, options: BackendOptions) -> None:
         self.precision = precision
         bundle.graph(precision)
-        api = TensorRT(self.name)
+        api = TensorRT(self.name, runs_only=True)
         with contextlib.ExitStack() as opened:
             device = opened.enter_context(closing(Device(options.device)))
             store = EngineStore(bundle=bundle)
             machine = machine_of(api, device.gpu)
             records = _needed(store.fitting(precision, machine), bundle.graph(precision).max_batch)
+            built = records[0].identity.machine
+            host_code = any(record.identity.settings.version_compatible for record in records)
+            api = TensorRT(self.name, runs_only=True, engines_of=built.version, host_code=host_code)
             plans = [store.plan(record) for record in records]
             for record, plan in zip(records, plans, strict=True):
-                if record.for_others:
+                if built != machine:
                     prove(store, record, plan, machine, EngineJudge(bundle, precision, record.identity.settings, api, device))
             super().__init__(api, device, plans, bundle.spec, options)
             opened.pop_all()
@@ -90,7 +94,7 @@ class TensorRTRTXBackend(TensorRTBackend):
 
 def probe() -> None:
     """Raise an error if TensorRT cannot run here."""
-    TensorRT("tensorrt")
+    TensorRT("tensorrt", runs_only=True)
     Device().close()
 
 
