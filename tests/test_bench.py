@@ -231,6 +231,26 @@ def test_the_search_for_streams_ends_at_the_capacity(make_bundle):
         assert search.n_refused <= max(search.n_held + 1, 1.05 * search.n_held)
 
 
+@pytest.mark.parametrize(("call_s", "least", "most"), [(0.0, 200, 200), (0.01, 7, 10), (0.05, 5, 5)])
+def test_splitting_calls_takes_no_longer_than_a_block(make_bundle, call_s, least, most):
+    """200 calls of 1,024 windows on a GPU took longer than all that was measured of them."""
+    asked = []
+
+    class Sleeps(contenders.NothingBackend):
+        def run(self, eeg):
+            time.sleep(call_s)
+            return super().run(eeg)
+
+        def split(self, eeg, n):
+            asked.append(n)
+
+    bundle = make_bundle("prelocal")
+    bench = Bench(clock=Clock(), nvml=None, began=0.0, seconds=0.1, seed=0)
+    contender = contenders.Contender("b", bundle, Sleeps(bundle.spec), seed=0)
+    scenarios.ClosedLoop(bench, contender, 1, "throughput", 1).run()
+    assert least <= asked[0] <= most
+
+
 def test_a_disturbed_probe_is_no_refusal(make_bundle):
     contender = contenders.harness(make_bundle("prelocal"), "b", seed=0)
     common = Bench(clock=Clock(), nvml=None, began=0.0, seconds=0.1, seed=0)

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
 from bundles import copy_bundle, listing
-from google.protobuf import text_format
+from google.protobuf import json_format, text_format
 from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.grpc import model_config_pb2
@@ -20,8 +22,10 @@ from sjepa_deploy.errors import EngineError, ExportError, ServingError
 from sjepa_deploy.export.to_triton import PLATFORMS, to_triton
 from sjepa_deploy.files import bytes_hash, now
 from sjepa_deploy.runtime.backends.engines import BuildSettings, EngineRecord, EngineStore, LayerSummary, Machine
+from sjepa_deploy.runtime.backends.ort import OrtCpuBackend
 from sjepa_deploy.serving.batching import LARGEST_WAIT, plan_batching
 from sjepa_deploy.serving.contract import CONTRACT_KEY, Contract, step_names
+from sjepa_deploy.serving.model import TritonPythonModel
 
 PATIENT = {"deadline": 10.0, "instances": 2}
 
@@ -240,3 +244,26 @@ def test_contracts_that_were_changed_or_are_missing_are_refused(make_bundle):
     ):
         with pytest.raises(ServingError, match=says):
             Contract.loads(text, "m")
+
+
+def test_a_model_prepares_every_batch_size_before_it_takes_requests(make_bundle, tmp_path, monkeypatch):
+    """On a GPU a size is prepared at its first call: requests waited for up to 0.1 s under load."""
+    served = to_triton(make_bundle("prelocal"), tmp_path / "r", name="m", **PATIENT)
+    prepared = []
+    monkeypatch.setattr(OrtCpuBackend, "warmup", lambda backend, batches, n_runs: prepared.append((batches, n_runs)))
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", types.ModuleType("triton_python_backend_utils"))
+    config = json_format.MessageToJson(parsed(tmp_path / "r" / "m"), preserving_proto_field_name=True)
+    model = TritonPythonModel()
+    folder = str(tmp_path / "r" / "m")
+    model.initialize(
+        {
+            "model_config": config,
+            "model_name": "m",
+            "model_repository": folder,
+            "model_version": served.version,
+            "model_instance_device_id": "0",
+        }
+    )
+    model.finalize()
+    assert served.batching.max_batch > 1
+    assert prepared == [(tuple(range(1, served.batching.max_batch + 1)), 1)]

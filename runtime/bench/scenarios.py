@@ -37,7 +37,7 @@ KEEP_WARM_S = 0.01
 """Period of the keep-warm policy in paced runs, where a tenth of the gap is not shorter."""
 
 N_SPLIT = 200
-"""Calls that are split into their parts."""
+"""Calls that are split into their parts, if they take no longer than a block."""
 
 PROBE_WINDOWS = 500
 """Windows of a probe with many streams, where a block or two suffice for so many: what a p99 needs."""
@@ -75,7 +75,8 @@ class ClosedLoop(Measurement):
             self.split = self._measure_split()
 
     def _measure_split(self) -> Split | None:
-        return self.contender.backend.split(self.inputs[0], N_SPLIT)
+        most = int(self.bench.seconds / np.median(self.blocks[0]))
+        return self.contender.backend.split(self.inputs[0], max(5, min(N_SPLIT, most)))
 
     def cells(self) -> list[tuple[Cell, Samples]]:
         """Return one cell."""

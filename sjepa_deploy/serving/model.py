@@ -52,14 +52,16 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Open the bundle beside ``model.py``; what is wrong with it keeps the version from loading."""
         self._triton = importlib.import_module("triton_python_backend_utils")
-        parameters = json.loads(args["model_config"])["parameters"]
-        self._contract = Contract.loads(parameters[CONTRACT_KEY]["string_value"], args["model_name"])
+        config = json.loads(args["model_config"])
+        self._contract = Contract.loads(config["parameters"][CONTRACT_KEY]["string_value"], args["model_name"])
         self._bundle = Bundle.open(Path(args["model_repository"]) / args["model_version"] / BUNDLE_FOLDER)
         spec = self._bundle.spec
         self._signal = spec.signal
         self._id, self._digest = contract_id(spec, self._contract.unit), self._bundle.manifest.digest
         self._input, self._output = spec.input_name, spec.output_name
         self._open(BackendOptions(n_threads=self._contract.n_threads, device=max(0, int(args["model_instance_device_id"]))))
+        # A backend on a GPU prepares each batch size at its first call. No request shall wait for that.
+        self._predict.backend.warmup(tuple(range(1, config["max_batch_size"] + 1)), n_runs=1)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Decode the windows of all `requests` in one run."""
