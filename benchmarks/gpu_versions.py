@@ -3,9 +3,9 @@
     python benchmarks/gpu_versions.py BUNDLES OUT.json        # in a Python with TensorRT 8.6: builds engines and keeps outputs
     python benchmarks/gpu_versions.py BUNDLES OUT.json        # in a Python with a later TensorRT, or its lean runtime: compares
 
-BUNDLES holds one bundle a folder (`pack_bundles.py`). The first call builds an engine of each model with --version-compatible, and one
-for its own version alone. The later call opens the same bundles; parity judges each engine at its first load there. Both tell the
-latency at batch 1, window in place.
+BUNDLES holds one bundle a folder (`pack_bundles.py`). The first call builds for each model a version-compatible engine, and one
+for its own version alone. The later call opens the same bundles; parity judges each engine at its first load there. Both tell
+the latency at batch 1, window in place.
 """
 
 from __future__ import annotations
@@ -59,11 +59,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     api = TensorRT("tensorrt", runs_only=True)
-    result: dict[str, Any] = {
-        "command": "python benchmarks/gpu_versions.py BUNDLES OUT.json",
-        "commit": commit(Path(__file__).parents[1]),
-    }
-    result = json.loads(arguments.out.read_text()) if arguments.out.is_file() else result
+    command = "python benchmarks/gpu_versions.py BUNDLES OUT.json"
+    result: dict[str, Any] = {"command": command, "commit": commit(Path(__file__).parents[1])}
+    if arguments.out.is_file():
+        result = json.loads(arguments.out.read_text())
     for variant, precision in MODELS:
         bundle, kept = Bundle.open(arguments.bundles / variant), arguments.out.with_name(f"{variant}-{precision}.npz")
         entry: dict[str, Any] = {}

@@ -78,8 +78,8 @@ def engine_line(state: EngineState) -> str:
     identity, machine = state.record.identity, state.record.identity.machine
     what = f"engine {identity.key[:12]}, {identity.precision}, {machine.flavour} {machine.version}"
     if not state.record.for_others:
-        places = [f"{proof.machine.flavour} {proof.machine.version}, driver {proof.machine.driver}" for proof in state.proofs]
-        return f"{what}: " + "; proven with ".join([f"built and judged on {machine.gpu}, driver {machine.driver}", *places])
+        proven = [f"{proof.machine.flavour} {proof.machine.version}, driver {proof.machine.driver}" for proof in state.proofs]
+        return f"{what}: " + "; proven with ".join([f"built and judged on {machine.gpu}, driver {machine.driver}", *proven])
     what = f"{what}, for compute capability {machine.compute_capability}"
     if state.unproven:
         return f"{what}: unproven, parity judges it at its first load on such a machine"
