@@ -193,7 +193,7 @@ NO_LAYER = "none"
     click.option("--check", type=options.path, help="Instead: compare the live path on this recording with PyTorch."),
     click.option("--replay", type=options.path, help="Instead: decode a record again and compare its decisions."),
     event_options.which,
-    event_options.tmin,
+    options.rare(event_options.tmin),
     options.rare(event_options.labels),
     click.option(
         "--markers",
