@@ -173,7 +173,12 @@ def _outputs(engines: tuple[str, ...], **values: Any) -> Outputs:
     click.option(
         "--variant", type=click.Choice([*VARIANTS, "all"]), help="Model to export. Without it the checkpoint names the model."
     ),
-    click.option("-k", "--checkpoint", type=options.path, help="Folder or file of the weights. Without it they are random."),
+    click.option(
+        "-k",
+        "--checkpoint",
+        type=options.path,
+        help="Folder or file of the weights, or org/name[@revision] of the Hub; else random.",
+    ),
     options.rare(click.option("--prefix", help="What stands before the model's keys in a checkpoint that holds several models.")),
     options.rare(options.allow_left_out),
     options.untold,

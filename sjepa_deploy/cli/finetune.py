@@ -72,7 +72,10 @@ def _model(
     "model",
     _model,
     click.option("--variant", type=click.Choice(["prelocal", "postlocal", "contextual"]), help="Model to train."),
-    click.option("--pretrained", help="Checkpoint of the base model. Without one, training starts from scratch."),
+    click.option(
+        "--pretrained",
+        help="Base model: checkpoint, or org/name[@revision] of the Hub. Else from scratch.",
+    ),
     click.option("--freeze-encoder", is_flag=True, help="Train the spatial filters and the last layer only."),
     options.rare(click.option("--transfer-encoder", is_flag=True, help="Take the feature encoder into PreLocal too.")),
     options.rare(click.option("--accept-sfreq", is_flag=True, help="Take a base model of another sampling rate.")),

@@ -29,6 +29,7 @@ from sjepa_deploy.models.braindecode_config import (
     told_by_braindecode,
 )
 from sjepa_deploy.models.encoder_sizes import EMBEDDING, Told
+from sjepa_deploy.models.hub import find_checkpoint
 from sjepa_deploy.models.networks import SignalJEPAModule, build_model
 from sjepa_deploy.models.weight_files import check_left_out, find_model, read_file
 from sjepa_deploy.serialize import DecodeError, decode, encode
@@ -92,7 +93,8 @@ def read_checkpoint(
     Parameters
     ----------
     path : Path or str
-        A folder with ``config.json`` and ``model.safetensors`` (ours, braindecode's or Hugging Face's; ``pytorch_model.bin``
+        ``org/name`` or ``org/name@revision`` of the Hugging Face Hub, see `find_checkpoint`;
+        a folder with ``config.json`` and ``model.safetensors`` (ours, braindecode's or Hugging Face's; ``pytorch_model.bin``
         is read too, and so is ``signal.json``), a state dict (``.safetensors``, ``.pth``, ``.pt``, ``.bin``, also inside of a
         mapping) or a Lightning ``.ckpt``, whose hyper-parameters are read.
     prefix : str or None
@@ -108,7 +110,8 @@ def read_checkpoint(
         If the file is missing, damaged, would run code, or holds no SignalJEPA model; if weights beside the model would be left
         out that are not allowed to; or if a configuration contradicts the weights.
     """
-    path = Path(path)
+    place = find_checkpoint(path)
+    path = place.path
     config: dict[str, Any] = {}
     file = path
     if path.is_dir():
@@ -161,7 +164,7 @@ def read_checkpoint(
         variant=variant,
         known=known,
         n_tokens=n_tokens,
-        file_name=path.name if path.is_dir() else file.name,
+        file_name=place.name,
         file_format=("folder, " if path.is_dir() else "") + content.file_format,
         sha256=sha256,
         told=told,
