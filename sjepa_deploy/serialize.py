@@ -116,6 +116,8 @@ def _decode(hint: Any, data: Any, place: str) -> Any:
         if not isinstance(data, dict):
             raise DecodeError(f"{here} must be an object, not {type(data).__name__}")
         return {k: _decode(args[1], v, f"{place}[{k!r}]") for k, v in data.items()}
+    if hint is Any:  # plain JSON types
+        return data
     if hint is int and isinstance(data, float) and data.is_integer():
         return int(data)  # JSON knows one kind of number: 1.0 is an integer there
     if hint is float and isinstance(data, int) and not isinstance(data, bool):

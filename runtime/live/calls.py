@@ -89,27 +89,30 @@ class BackendCalls:
     ) -> None:
         if events is not None and config.late == "hold":
             raise StreamError("The decision on one event is none on the next one.", "Use --late skip or --late queue.")
-        self._predict, self._windows, self._late = predict, windows, config.late
-        self._clock, self._counters, self._report, self._layer = clock, counters, report, layer
-        self._steps = None if layer is None or events is None else EventSteps(layer, events)
+        self._windows, self._late, self._config, self._events = windows, config.late, config, events
+        self._clock, self._counters, self._report = clock, counters, report
         self._hop, self._n_times = config.hop_samples(predict.spec.signal), predict.spec.n_times
         self._signal = predict.spec.signal
         self._sfreq, self._deadline = predict.spec.sfreq, config.deadline_s(predict.spec.signal)
         self.waiting, self._pace = waiting, Pace()
         self._last: Decision | None = None
-        why_whole = _why_whole_windows(predict, config, at_events=events is not None)
-        if config.roll and why_whole is not None:
-            raise why_whole
-        self._rolls = config.roll is not False and why_whole is None
-        together = events is not None and predict.backend.batch_invariant and not predict.backend.finishes
+        warm_up(predict, config, windows.eeg().copy(), at_events=events is not None)
+        self.swap(predict, layer)
+        self._called = time.perf_counter()
+
+    def swap(self, predict: Predictor, layer: DecisionLayer | None) -> None:
+        """Call another predictor and step another layer from the next window on. The predictor was warmed up (`warm_up`)."""
+        config, at_events = self._config, self._events is not None
+        self._rolls = gives_new_samples(predict, config, at_events=at_events)
+        together = at_events and predict.backend.batch_invariant and not predict.backend.finishes
         self.most_together = min(predict.max_batch, MOST_TOGETHER) if together else 1
+        self._predict, self._layer = predict, layer
+        self._steps = None if layer is None or self._events is None else EventSteps(layer, self._events)
         self._rolled: tuple[int, int] | None = None  # the last window decoded, and the predictor's count of calls then
-        self._warm_up()
         self.keep_warm: KeepWarm | None = None
         if config.keep_warm is not None:
-            window = windows.eeg().copy()
+            window = self._windows.eeg().copy()
             self.keep_warm = KeepWarm(lambda: predict.backend.run(window), config.keep_warm)
-        self._called = time.perf_counter()
 
     def decide(self, window: Window, received: float) -> Decision | Reason:
         """Return the decision of the newest window of the stream, or the reason why the window gets none.
@@ -236,15 +239,6 @@ class BackendCalls:
             if keep_warm.beat(now + wait if wait > 0 else math.inf):  # a silent source is not waited for
                 self._called = time.perf_counter()
 
-    def _warm_up(self) -> None:
-        window = self._windows.eeg().copy()
-        new = [window[0, :, :n].copy() for n in (self._n_times, self._hop)] if self._rolls else []
-        for _ in range(N_WARM_UP):
-            self._predict(window)
-        for samples in new:
-            for _ in range(N_WARM_UP):
-                self._predict.roll(samples)
-
     def _answer_late(self, window: Window, due: float, received: float, now: float) -> Decision | Reason:
         self._count_miss(missed=True)
         self._judge_pace(window, received, late=True)
@@ -302,6 +296,42 @@ class BackendCalls:
         counters.longest_misses = max(counters.longest_misses, counters.miss_run)
         if counters.miss_run == 1:
             self._report("deadline", f"A decision is later than {self._deadline:.3g} s.")
+
+
+def warm_up(predict: Predictor, config: StreamConfig, eeg: FloatArray, *, at_events: bool) -> None:
+    """Call a predictor `N_WARM_UP` times in each way in which it will be called.
+
+    Parameters
+    ----------
+    predict : Predictor
+        The predictor.
+    config : StreamConfig
+        The configuration of the decoder.
+    eeg : ndarray of float32, shape (1, n_chans, n_times)
+        A window.
+    at_events : bool
+        Whether windows belong to events.
+
+    Raises
+    ------
+    StreamError
+        See `BackendCalls`.
+    """
+    for _ in range(N_WARM_UP):
+        predict(eeg)
+    if gives_new_samples(predict, config, at_events=at_events):
+        for n in (predict.spec.n_times, config.hop_samples(predict.spec.signal)):
+            samples = eeg[0, :, :n].copy()
+            for _ in range(N_WARM_UP):
+                predict.roll(samples)
+
+
+def gives_new_samples(predict: Predictor, config: StreamConfig, *, at_events: bool) -> bool:
+    """Return whether the backend is given new samples alone, see `StreamConfig.roll`."""
+    why_whole = _why_whole_windows(predict, config, at_events=at_events)
+    if config.roll and why_whole is not None:
+        raise why_whole
+    return config.roll is not False and why_whole is None
 
 
 def _why_whole_windows(predict: Predictor, config: StreamConfig, *, at_events: bool) -> StreamError | None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.event_names import EventNames
+from sjepa_deploy.runtime.live.exchange import check_exchange
 from sjepa_deploy.runtime.live.markers import Event, MarkerSource
 from sjepa_deploy.runtime.live.open_markers import open_markers
 from sjepa_deploy.runtime.live.open_source import SourceOptions, open_source
@@ -108,14 +110,7 @@ class Decoder:
         events = schedule if isinstance(schedule, Events) else None
         if events is not None and not markers:
             raise StreamError("Events come from markers, and there are none.", "Name their source (--markers).")
-        if decisions is not None:
-            check_bundle(decisions.description, predict.bundle)
-            if events is None and any(step.trial_windows for step in decisions.description.steps):
-                raise DecisionError(
-                    f"The decision layer {decisions.description.name} waits for trials, and windows every hop have none.",
-                    "Decide at events (--events, `schedule=Events(...)`), or fit it on windows of a stream (sjepa-decide --hop).",
-                )
-            decisions.restart()
+        _check_layer(decisions, predict, at_events=events is not None)
         self.config, self.layer, self.events = config, decisions, events
         self.predict, self.source, self.spec = predict, source, predict.spec
         self.hop = self.config.hop_samples(self.spec.signal)
@@ -158,6 +153,8 @@ class Decoder:
         self._monotonic = monotonic
         self._heard = monotonic()
         self._silent = False
+        self._behind = 0
+        self._eeg: FloatArray | None = None
         self._stop_at = math.inf
         take = self.commands.handle
         take(Status, lambda command, asked: self._status())
@@ -244,6 +241,11 @@ class Decoder:
         """Return why the source makes decisions late, and which deadline suits it; None without such a cause."""
         return self._waiting.advice
 
+    @property
+    def eeg(self) -> FloatArray:
+        """Return the window of the decision that is told now, shape (1, n_chans, n_times). The next one overwrites it."""
+        return self.windows.eeg(self._behind) if self._eeg is None else self._eeg
+
     def on_decision(self, callback: Callable[[Decision], object]) -> None:
         """Call `callback` with every decision, before the iterator gives it."""
         self._on_decision.append(callback)
@@ -325,6 +327,32 @@ class Decoder:
         """Report an incident that another thread saw: the callbacks get it in the decoder's thread, with the next samples."""
         self.source.incidents.append(Incident(kind=kind, time=self.source.clock(), text=text))
 
+    def swap(self, predict: Predictor, decisions: DecisionLayer | None = None) -> None:
+        """Decide with another model from the next window on. To be called between two chunks, in the decoder's thread.
+
+        Parameters
+        ----------
+        predict : Predictor
+            The model, warmed up (`calls.warm_up`). The decoder closes it, as it closes now the one that `open` or `swap` gave it.
+        decisions : DecisionLayer or None
+            Layer of the new model. It starts anew.
+
+        Raises
+        ------
+        StreamError
+            If signal, classes or kind of output differ, or the backend cannot be called as the configuration asks.
+        DecisionError
+            If the layer is of another bundle, or waits for trials that nothing begins.
+        """
+        check_exchange(self.spec, predict.spec, self.layer, decisions)
+        _check_layer(decisions, predict, at_events=self.events is not None)
+        self._calls.swap(predict, decisions)
+        last, self._opened = self._opened, predict
+        self.predict, self.spec, self.layer = predict, predict.spec, decisions
+        if last is not None:  # which takes milliseconds
+            threading.Thread(target=last.close, name="close", daemon=True).start()
+        self._report("bundle", f"{predict.bundle.path.name} ({predict.bundle.manifest.digest[:12]}) decides from here on.")
+
     def feed(self, chunk: Chunk) -> Iterator[Decision]:
         """Decode what `chunk` completes. The iterator does this for every chunk of the source."""
         self._waiting.chunk(len(chunk.stamps))
@@ -367,6 +395,7 @@ class Decoder:
                 if window.event is not None:
                     self._tell_undecided(Undecided(window.event, "paused"))
             elif self._calls.most_together == 1:
+                self._behind, self._eeg = window.behind, None
                 try:
                     answer = self._calls.decide(window, received)
                 except BaseException:
@@ -383,12 +412,14 @@ class Decoder:
 
     def _decide_together(self, together: list[tuple[Window, FloatArray]], received: float) -> Iterator[Decision]:
         windows = [window for window, _ in together]
+        eeg = np.stack([eeg for _, eeg in together])
         try:
-            answers = self._calls.decide_together(windows, np.stack([eeg for _, eeg in together]), received)
+            answers = self._calls.decide_together(windows, eeg, received)
         except BaseException:
             self._tell_failed(windows)
             raise
-        for window, answer in zip(windows, answers, strict=True):
+        for i, (window, answer) in enumerate(zip(windows, answers, strict=True)):
+            self._eeg = eeg[i : i + 1]
             yield from self._give(window, answer)
 
     def _tell_failed(self, windows: Sequence[Window]) -> None:
@@ -481,3 +512,15 @@ class Decoder:
         for incident in self._repeats.due(self.source.clock(), self.counters.samples, ending=ending):
             for tell in self._on_incident:
                 tell(incident)
+
+
+def _check_layer(decisions: DecisionLayer | None, predict: Predictor, *, at_events: bool) -> None:
+    if decisions is None:
+        return
+    check_bundle(decisions.description, predict.bundle)
+    if not at_events and any(step.trial_windows for step in decisions.description.steps):
+        raise DecisionError(
+            f"The decision layer {decisions.description.name} waits for trials, and windows every hop have none.",
+            "Decide at events (--events, `schedule=Events(...)`), or fit it on windows of a stream (sjepa-decide --hop).",
+        )
+    decisions.restart()

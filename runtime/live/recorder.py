@@ -31,7 +31,7 @@ from sjepa_deploy.eeg.xdf import (
 )
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.live.adapt import Adapter, HeadChange
-from sjepa_deploy.runtime.live.commands import Executed, Reply
+from sjepa_deploy.runtime.live.commands import Executed, Load, Reply
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.markers import Event
@@ -182,9 +182,10 @@ class Recorder:
             self._told.append(RecordedUndecided(event=number, reason=left.reason, arrived=left.event.arrived))
 
     def command(self, executed: Executed) -> None:
-        """Record a command and whether it was accepted, without the data of the answer."""
+        """Record a command and whether it was accepted; of the data of the answer only which bundle decides now."""
         if self._takes("events"):
-            reply = Reply(accepted=executed.reply.accepted, text=executed.reply.text)
+            data = executed.reply.data if isinstance(executed.command, Load) else {}
+            reply = Reply(accepted=executed.reply.accepted, text=executed.reply.text, data=data)
             self._told.append(
                 Executed(command=executed.command, reply=reply, asked=executed.asked, time=executed.time, sample=executed.sample)
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
 from sjepa_deploy.runtime.decisions.stored import layers_of
 from sjepa_deploy.runtime.live.adapt import follow
-from sjepa_deploy.runtime.live.commands import BadChannels, Pause, Start
+from sjepa_deploy.runtime.live.commands import BadChannels, Load, Pause, Start
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.recorded_events import RecordedMarkers
@@ -21,7 +22,7 @@ from sjepa_deploy.runtime.live.records import Record, RecordSource
 from sjepa_deploy.runtime.live.sources import Chunk
 from sjepa_deploy.runtime.live.states import numbers_of
 from sjepa_deploy.runtime.live.trials import EventSteps
-from sjepa_deploy.runtime.predictor import Predictor
+from sjepa_deploy.runtime.predictor import Predictor, load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +94,12 @@ def replay(predict: Predictor, record: Record) -> Replay:
     config = dataclasses.replace(run.config, late="queue", roll=False)
     markers = () if run.schedule is None else (RecordedMarkers(record.events),)
     decoder = Decoder(predict, RecordSource(record), config, schedule=run.schedule, markers=markers)
-    _obey(decoder, record)
+    layers = [] if layer is None else [(0, layer)]
+    _obey(decoder, record, layers)
     if run.adapt is not None:
         follow(decoder, record.heads)
-    again = {decision.index: decision for decision in decoder}
+    with decoder:
+        again = {decision.index: decision for decision in decoder}
     return Replay(
         record=str(record.path),
         backend=predict.backend.name,
@@ -108,21 +111,42 @@ def replay(predict: Predictor, record: Record) -> Replay:
         n_cut_off=record.n_cut_off,
         decisions=run.decisions,
         n_states=len(record.states),
-        states_differ=() if layer is None else _states_that_differ(layer, record, again),
+        states_differ=_states_that_differ(layers, record, again),
     )
 
 
-def _obey(decoder: Decoder, record: Record) -> None:
-    """Let `decoder` execute the commands of a record that alter decisions, after the samples after which they were executed."""
-    alter = (BadChannels, Pause, Start)
+def _obey(decoder: Decoder, record: Record, layers: list[tuple[int, DecisionLayer]]) -> None:
+    """Let `decoder` execute the commands of a record that alter decisions, after the samples after which they were executed.
+
+    The decision layers of bundles that were swapped in are added to `layers`, with the number of their first window.
+    """
+    alter = (BadChannels, Load, Pause, Start)
     waiting = deque(one for one in record.commands if one.reply.accepted and isinstance(one.command, alter))
 
     def execute(chunk: Chunk) -> None:
         while waiting and waiting[0].sample <= decoder.counters.samples:
-            decoder.commands.submit(waiting.popleft().command)
+            one = waiting.popleft()
+            if isinstance(one.command, Load):
+                decoder.swap(_opened_again(decoder, record, one.reply.data, layers))
+                continue
+            decoder.commands.submit(one.command)
             decoder.commands.execute_next(decoder.counters.samples)
 
     decoder.on_chunk(execute)
+
+
+def _opened_again(decoder: Decoder, record: Record, data: dict[str, Any], layers: list[tuple[int, DecisionLayer]]) -> Predictor:
+    """Open a bundle that was swapped in."""
+    bundle = Bundle.open(data["bundle"])
+    if bundle.manifest.digest != data["digest"]:
+        raise StreamError(
+            f"In {record.path} another bundle decided from window {data['window']} on, which is at {bundle.path} no more.",
+            "Put this bundle back.",
+        )
+    if data["decisions"] is not None:
+        layers.append((int(data["window"]), DecisionLayer.load(bundle, data["decisions"])))
+    backend = decoder.predict.backend
+    return load(bundle, backend=backend.name, precision=data["precision"], check_unit=False)
 
 
 def _layer_of(record: Record, bundle: Bundle) -> DecisionLayer:
@@ -138,12 +162,15 @@ def _layer_of(record: Record, bundle: Bundle) -> DecisionLayer:
     )
 
 
-def _states_that_differ(layer: DecisionLayer, record: Record, again: dict[int, Decision]) -> tuple[int, ...]:
+def _states_that_differ(layers: list[tuple[int, DecisionLayer]], record: Record, again: dict[int, Decision]) -> tuple[int, ...]:
     """Return the windows whose states are not those of the record. A held window repeats the last prediction, as it did then."""
     differ: list[int] = []
     last: Decision | None = None
-    steps = None if record.run.schedule is None else EventSteps(layer, record.run.schedule)
+    schedule, waiting = record.run.schedule, deque(layers)
     for was in record.states:
+        while waiting and waiting[0][0] <= was.index:
+            layer = waiting.popleft()[1]
+            steps = None if schedule is None else EventSteps(layer, schedule)
         last = last if "held" in was.flags else again.get(was.index)
         outputs, trial = (None, None) if last is None else (last.prediction, last.trial)
         state = layer.step(outputs, was.time, was.flags) if steps is None else steps.step(outputs, was.time, was.flags, trial)

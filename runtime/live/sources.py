@@ -54,7 +54,8 @@ class Incident:
     ----------
     kind : str
         From the source: "flushed", "lost", "reconnected". From the decoder: "gap", "interruption", "clock", "clock reset",
-        "bridged", "rate", "channel", "silent", "deadline", "unanswered", "mark". From what writes: "record", "out".
+        "bridged", "rate", "channel", "silent", "deadline", "unanswered", "mark", "bundle". From what stands beside:
+        "record", "out", "feedback", "shadow".
     time : float
         Seconds of the source's clock.
     text : str

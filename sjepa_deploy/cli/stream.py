@@ -37,6 +37,8 @@ from sjepa_deploy.runtime.live.recorder import record
 from sjepa_deploy.runtime.live.records import read_record
 from sjepa_deploy.runtime.live.replay import replay
 from sjepa_deploy.runtime.live.schedule import HISTORY_S, Events
+from sjepa_deploy.runtime.live.shadow import Shadow, ShadowReport
+from sjepa_deploy.runtime.live.swap import Opening
 from sjepa_deploy.runtime.predictor import Predictor
 from sjepa_deploy.runtime.watch.dashboard import DASHBOARD, TOKEN_VARIABLE, Dashboard
 from sjepa_deploy.runtime.watch.monitor import Monitor
@@ -117,6 +119,8 @@ class Outputs:
         Channels whose samples the page draws.
     control : bool
         Whether the page gives commands.
+    shadow : Path or None
+        Second bundle that is compared and not sent.
     """
 
     out: Path | None
@@ -128,6 +132,7 @@ class Outputs:
     dashboard_address: str | None
     traces: tuple[str, ...] | None
     control: bool
+    shadow: Path | None
 
     @property
     def served(self) -> bool:
@@ -306,6 +311,9 @@ NO_LAYER = "none"
         is_flag=True,
         help=f"Let the page mark, pause and name bad channels; always needs the token in {TOKEN_VARIABLE}.",
     ),
+    options.rare(
+        click.option("--shadow", type=options.path, help="Second bundle to compare on the same windows; nothing of it is sent.")
+    ),
     title=options.OUTPUT,
 )
 @feedback_options.choice
@@ -423,7 +431,9 @@ def stream(
                 )
             )
             screen.print(f"dashboard: {served.url}", soft_wrap=True)
-        feedback = closing.enter_context(socket.served(decoder, screen))
+        opening = Opening(backend=choice.backend, precision=choice.precision, options=choice.options)
+        feedback = closing.enter_context(socket.served(decoder, screen, opening))
+        shadow = None if outputs.shadow is None else closing.enter_context(Shadow(decoder, outputs.shadow, opening))
         if outputs.outlet is not None:
             from sjepa_deploy.runtime.live.lsl_outlet import send_decisions
 
@@ -462,7 +472,8 @@ def stream(
         for change in adapter.changes:
             screen.print(f"{change.why} after the decision {change.after}: {escape(change.text)}", soft_wrap=True)
         screen.print(f"{adapter.n_labels} labels were learned from, {adapter.n_refused} were not.")
-    _report(screen, decoder, adapter, monitor, elapsed, not_written, error, json_output)
+    report = None if shadow is None else shadow.report
+    _report(screen, decoder, adapter, monitor, elapsed, not_written, error, json_output, report)
     if error is not None:
         raise error
     if any(not_written.values()):
@@ -594,6 +605,17 @@ def _announce(screen: Console, decoder: Decoder) -> None:
         screen.print(f"interpolated: {escape(', '.join(decoder.windows.missing))}", soft_wrap=True)
 
 
+def _told_of_shadow(report: ShadowReport) -> str:
+    """Return one line on how the second bundle compared."""
+    pairs = ", ".join(f"{pair} {n}" for pair, n in list(report.pairs.items())[:5])
+    left_out = f"; no time for {report.n_left_out} windows" if report.n_left_out else ""
+    return (
+        f"shadow {report.bundle} ({report.digest[:12]}): disagrees about {report.n_disagree} of {report.n_compared} windows"
+        f"{f' ({pairs})' if pairs else ''}, outputs differ by {report.largest_difference:.3g} at most{left_out}"
+        f"{f'; stopped: {report.error}' if report.error else ''}"
+    )
+
+
 def _report(
     screen: Console,
     decoder: Decoder,
@@ -603,11 +625,14 @@ def _report(
     not_written: dict[str, int],
     error: SjepaError | None,
     json_output: bool,
+    shadow: ShadowReport | None,
 ) -> None:
     shot = monitor.snapshot()
     screen.print(summary_table(decoder.counters, shot))
     if decoder.advice is not None:
         screen.print(f"Late decisions: {decoder.advice}", soft_wrap=True)
+    if shadow is not None:
+        screen.print(escape(_told_of_shadow(shadow)), soft_wrap=True)
     if json_output:
         ages = {f"p{q:g}": shot.percentile("age", q) for q in (50.0, 99.0)} | {"max": shot.age.largest}
         print_json(
@@ -622,6 +647,7 @@ def _report(
                 "not_written": not_written,
                 "adaptation": None if adapter is None else _summary_of(adapter),
                 "error": None if error is None else str(error),
+                "shadow": shadow,
             }
         )
 
