@@ -13,7 +13,7 @@ comma := ,
 # What the demonstration runs: [train] without TensorBoard, [stream], and [eeg] for a recording only.
 DEMO_EXTRAS := export,stream$(if $(RECORDING),$(comma)eeg)
 
-.PHONY: demo test recordings browser test-gpu gpu-pack lint types package runtime310 test-3.10 clean
+.PHONY: demo test recordings browser test-gpu gpu-pack lint types docs package runtime310 test-3.10 clean
 
 $(VENV)/torch-installed: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info)' || \
@@ -104,6 +104,11 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
+# The site, built without a network. Warnings are errors; links inside are checked, and those to other places are listed.
+docs: $(VENV)/installed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs docs/_built
+	@echo "The site is docs/_built/index.html. External links: docs/_built/external_links.txt"
+
 package: $(VENV)/installed
 	rm -rf dist
 	$(BIN)/python -m build --quiet
@@ -118,4 +123,4 @@ runtime310: package
 	cd build/runtime310 && venv/bin/sjepa-verify bundle && venv/bin/sjepa-doctor
 
 clean:
-	rm -rf $(VENV) .venv-3.* build dist demo
+	rm -rf $(VENV) .venv-3.* build dist demo docs/_built docs/_made

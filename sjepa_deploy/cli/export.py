@@ -15,6 +15,8 @@ from rich.markup import escape
 from sjepa_deploy.bundle import MAX_BATCH, check_writable
 from sjepa_deploy.cli import console, entry, options, parity_table, print_json, spec_lines, task
 from sjepa_deploy.cli.contract import Contract, of_the_model
+from sjepa_deploy.cli.hand_out import Publication, hand_out
+from sjepa_deploy.cli.hand_out import publication as publication_options
 from sjepa_deploy.cli.progress import progress
 from sjepa_deploy.cli.task import EventChoice
 from sjepa_deploy.eeg.names import parse_rename
@@ -230,8 +232,18 @@ def _outputs(engines: tuple[str, ...], **values: Any) -> Outputs:
     ),
     title=options.OUTPUT,
 )
+@publication_options
 @options.json_output
-def export(*, weights: Weights, contract: Contract, graphs: Graphs, judged: Judged, outputs: Outputs, json_output: bool) -> None:
+def export(
+    *,
+    weights: Weights,
+    contract: Contract,
+    graphs: Graphs,
+    judged: Judged,
+    outputs: Outputs,
+    publication: Publication,
+    json_output: bool,
+) -> None:
     """Export a SignalJEPA model into a bundle, and prove that it equals the PyTorch model.
 
     The bundle is a folder that any machine decodes with. Every graph is compared with the model in float64; if one differs by
@@ -243,12 +255,14 @@ def export(*, weights: Weights, contract: Contract, graphs: Graphs, judged: Judg
     for package in ("torch", "onnx", "onnxscript", "safetensors"):
         if importlib.util.find_spec(package) is None:
             raise MissingDependencyError(package, "export")
+    publication.check(force=outputs.force, one_model=weights.variant != "all")
     screen = console(json_output)
     if weights.variant != "all":
         bundle = _export_one(screen, weights, contract, graphs, judged, outputs)
         result = _judge(screen, bundle, contract, graphs, judged)
+        pushed = hand_out(screen, bundle, weights.checkpoint, publication)
         if json_output:
-            print_json(_summary(bundle) | ({} if result is None else {"task": result}))
+            print_json(_summary(bundle) | ({} if result is None else {"task": result}) | pushed)
         if result is not None:
             task.require_passed(result)
         return
@@ -336,6 +350,8 @@ def _export_one(
     _build_engines(screen, bundle, outputs.engines)
     if outputs.triton is not None:
         _add_to_triton(screen, bundle, outputs.triton, outputs.triton_platform)
+    n, path = len(bundle.manifest.parity), escape(str(bundle.path))
+    screen.print(f"[bold green]exported:[/] {n} graph{'s' * (n > 1)} equal to PyTorch. Next: sjepa-verify {path}", soft_wrap=True)
     return bundle
 
 
@@ -503,8 +519,6 @@ def _report(screen: Console, bundle: Bundle, random: bool) -> None:
             f"changes.",
             soft_wrap=True,
         )
-    n = len(manifest.parity)
-    screen.print(f"[bold green]exported:[/] {n} graph{'s' * (n > 1)} equal to PyTorch. Next: sjepa-verify {path}", soft_wrap=True)
 
 
 def _summary(bundle: Bundle) -> dict[str, Any]:
