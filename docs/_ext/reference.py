@@ -338,6 +338,10 @@ def _metrics() -> str:
 
 def lead_out(app: Sphinx, docname: str, source: list[str]) -> None:
     """Lead links to files of the repository, which are no pages, to where the repository is."""
+    if docname == "index":  # a page that is named nowhere stands at the end of its part
+        named = set(re.findall(r"^(\w+)$", source[0], re.MULTILINE))
+        rest = sorted(file.stem for file in DOCS.glob("*.md") if file.stem not in {*named, "index"})
+        source[0] = source[0].replace("the rest\n", "".join(f"{name}\n" for name in rest))
     source[0] = re.sub(r"\]\(gallery/(\w+)\.py\)", r"](_made/gallery/\1.rst)", source[0])
     source[0] = source[0].replace("](gallery)", "](_made/gallery/index.rst)")
     source[0] = re.sub(r"\]\(\.\./(?!docs/)([^)]+)\)", rf"]({REPOSITORY}\1)", source[0])

@@ -224,8 +224,10 @@ NO_LAYER = "none"
         "--hop", type=float, default=DEFAULTS.hop, help="Seconds from one decision to the next; 0 decides at every sample."
     ),
     options.rare(
-        click.option(
-            "--deadline", type=float, help="Seconds after the newest sample by which a decision is due.  [default: the hop]"
+        options.rare(
+            click.option(
+                "--deadline", type=float, help="Seconds after the newest sample by which a decision is due.  [default: the hop]"
+            )
         )
     ),
     click.option("--late", type=click.Choice(["skip", "queue", "hold"]), default=DEFAULTS.late, help="Policy for late windows."),
@@ -320,8 +322,10 @@ NO_LAYER = "none"
 @options.fills(
     "session",
     Session,
-    click.option(
-        "--speed", type=float, default=1.0, help="Speed of a file or of the synthetic stream; inf: as fast as possible."
+    options.rare(
+        click.option(
+            "--speed", type=float, default=1.0, help="Speed of a file or of the synthetic stream; inf: as fast as possible."
+        )
     ),
     options.rare(
         click.option(
