@@ -194,6 +194,34 @@ def test_an_event_over_lost_samples_has_no_window():
     assert counters.skipped_gap == 2
 
 
+def test_events_across_a_clock_that_was_set_have_no_window():
+    """From second 5 on the stamps are 1,000 s less: samples count from their arrival, and windows from the first of these."""
+    signal, volts, true = signal_of(), volts_of(1000), np.arange(1000) / 100.0
+    info = StreamInfo(name="amp", ch_names=NAMES, sfreq=100.0, unit="V")
+    stamps = np.where(true < 5.0, true, true - 1000.0)
+    chunks = [Chunk(volts.T[i : i + 10], stamps[i : i + 10], float(true[i + 9])) for i in range(0, 1000, 10)]
+    events = [Event(t, "x", t) for t in (2.0, 4.5, 6.0, 4.0)]
+    arrivals = [(20, events[0]), (45, events[1]), (60, events[2]), (62, events[3])]  # the last one after the clock was set
+    windows, left, counters = stream_windows(signal, info, chunks, arrivals, start=0.0)
+    assert counters.clock_resets == 1
+    assert left == [(events[1], "gap")]
+    assert [window.event for window, _ in windows] == [events[0], events[3], events[2]]
+    for (_, eeg), (first, start) in zip(windows, ((0, 200), (0, 400), (500, 100)), strict=True):
+        fitted = fit_recording(raw_of(volts[:, first : first + 500], 100.0), signal, phase="causal", check_unit=False).data
+        np.testing.assert_array_equal(eeg, fitted[:, start : start + 80])
+
+
+def test_decisions_at_events_name_the_channels_that_were_bad_in_their_windows():
+    """Fz is flat from second 4 to 6."""
+    volts = volts_of(1500)
+    volts[0, 400:600] = volts[0, 400]
+    chunks = chunks_of(volts.T, np.arange(1500) / 100.0, 10)
+    info = StreamInfo(name="amp", ch_names=NAMES, sfreq=100.0, unit="V")
+    events = [Event(t, "x", 0.0) for t in (2.0, 4.6, 9.0)]
+    windows, _, _ = stream_windows(signal_of(), info, chunks, [(0, event) for event in events], start=0.0)
+    assert [window.bad_channels for window, _ in windows] == [(), ("Fz",), ()]
+
+
 def heard(address, values, size, stamps=None, began=-np.inf):
     """Return (sample, name) of the events that a trigger channel has."""
     info = StreamInfo(name="amp", ch_names=("Fz", "STI"), sfreq=100.0, unit="V")

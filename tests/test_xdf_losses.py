@@ -10,9 +10,12 @@ from lossy import KINDS, lossy, spec_for
 from xdf_writer import Stream, write_xdf
 
 from sjepa_deploy.eeg.events import events_of
+from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.pauses import segments_of, told
 from sjepa_deploy.eeg.recording import fit_recording, read_recording
 from sjepa_deploy.errors import RecordingError
+from sjepa_deploy.runtime.live.markers import ChannelMarkers
+from sjepa_deploy.runtime.live.sources import Chunk
 
 NAMES = small_spec().ch_names
 
@@ -97,6 +100,19 @@ def test_markers_lie_at_their_samples_after_losses_too(tmp_path, jitter):
     events, (_, before, after) = events_of(raw), segments_of(raw)
     in_pause = events.onset[events.description.index("m30500")]
     assert before.onset + (before.stop - before.start - 1) / 250 < in_pause < after.onset - 0.5 / 250  # no window begins there
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_events_of_numbers_have_the_names_that_they_have_live(tmp_path, kind):
+    """A code of 24 bits, as BioSemi's, keeps all its digits; a whole number is the same in every type."""
+    codes = np.array([7, 1_234_567, 1_234_568], kind)
+    marks = Stream(name="task", kind="Markers", samples=codes[:, None], stamps=1001.0 + np.arange(3))
+    index = np.arange(2000)
+    raw = read_recording(written(tmp_path / "a.xdf", index, 1000 + index / 250, 250.0, marks))
+    info = StreamInfo(name="amp", ch_names=("STI",), sfreq=250.0, unit="V")
+    live = ChannelMarkers(info, "STI")
+    live.hear(Chunk(np.r_[0, codes][:, None], np.arange(4) / 250, 0.0), 0.0, -np.inf)
+    assert events_of(raw).description == tuple(event.description for event in live.read()) == ("7", "1234567", "1234568")
 
 
 @pytest.mark.parametrize("rate", [125.0, 240.0, 300.0])

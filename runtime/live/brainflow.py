@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sjepa_deploy.eeg.events import event_name
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.eeg.names import parse_rename, renamed
 from sjepa_deploy.errors import MissingDependencyError, StreamError, listed
@@ -231,7 +232,9 @@ class InsertedMarkers:
     def hear(self, chunk: Chunk, offset: float, began: float) -> None:
         """Look for markers: every value but 0 is one."""
         for row in np.flatnonzero(chunk.samples[:, -1]).tolist():
-            self._found.append(Event(float(chunk.stamps[row]) + offset, f"{chunk.samples[row, -1]:g}", chunk.received, MARKER))
+            self._found.append(
+                Event(float(chunk.stamps[row]) + offset, event_name(chunk.samples[row, -1]), chunk.received, MARKER)
+            )
 
     def read(self) -> list[Event]:
         """Return the events that were found since the last call."""

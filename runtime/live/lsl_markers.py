@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from typing import Any
 
+from sjepa_deploy.eeg.events import event_name
 from sjepa_deploy.errors import StreamError
 from sjepa_deploy.runtime.live.lsl import CORRECT_EVERY_S, find_stream, require_pylsl
 from sjepa_deploy.runtime.live.markers import Event
@@ -114,8 +115,7 @@ class LslMarkers:
         sample, stamp = self._inlet.pull_sample(LOOK_S)
         now = self._pylsl.local_clock()
         if sample is not None:
-            value = sample[0]
-            description = value if isinstance(value, str) else f"{value:g}"
+            description = event_name(sample[0])
             try:
                 self._queue.put_nowait(Event(stamp + self._correction, description, now, self._found.name()))
             except queue.Full:

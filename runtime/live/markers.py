@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from sjepa_deploy.eeg.events import event_name
 from sjepa_deploy.eeg.info import StreamInfo
 from sjepa_deploy.errors import StreamError, listed
 from sjepa_deploy.runtime.live.sources import Chunk, Incident
@@ -200,7 +201,7 @@ class ChannelMarkers:
             self._n += 1
             if self._n >= self._least and value != self._value:
                 if self._value is not None and value > self._value:
-                    self._found.append(Event(self._since, f"{value:g}", chunk.received))
+                    self._found.append(Event(self._since, event_name(value), chunk.received))
                 self._value = value
 
     def read(self) -> list[Event]:

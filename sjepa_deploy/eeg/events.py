@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -127,6 +127,13 @@ def read_events(path: Path) -> Events:
         description=tuple("event" if name is None else rows[i][name] for i in order),
         columns={column: tuple(rows[i][column] for i in order) for column in header if column not in ("onset", name)},
     )
+
+
+def event_name(value: Any) -> str:
+    """Return what an event is called that a marker tells by a text or a number: "7" for 7.0, every digit of a whole number."""
+    if isinstance(value, str):
+        return value
+    return str(int(value)) if float(value).is_integer() else f"{value:g}"
 
 
 def nearest_sample(seconds: ArrayLike, sfreq: float) -> NDArray[np.intp]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sjepa_deploy.eeg.continuity import Stretches, stretches_of
+from sjepa_deploy.eeg.events import event_name
 from sjepa_deploy.eeg.montage import require_mne
 from sjepa_deploy.eeg.pauses import PAUSE, Told
 from sjepa_deploy.eeg.readers import raw_from_array
@@ -176,7 +177,7 @@ def _markers(streams: list[dict[str, Any]]) -> tuple[NDArray[np.float64], NDArra
         info = stream["info"]
         if float(info["nominal_srate"][0]) == 0 and int(info["channel_count"][0]) == 1 and info["name"][0] not in _NO_EVENTS:
             times += [float(stamp) for stamp in stream["time_stamps"]]
-            texts += [str(sample[0]) for sample in stream["time_series"]]
+            texts += [event_name(sample[0]) for sample in stream["time_series"]]
     return np.array(times, dtype=np.float64), np.array(texts, dtype=str)
 
 
