@@ -124,30 +124,7 @@ class Judge:
 
     def counts(self, outcome: Outcome) -> Counts:
         """Count events with a decision, right ones, and decisions that are wrong or belong to no event."""
-        data, weights, blocks, decided, chosen = self.data, self.weights, self.blocks, outcome.decided, outcome.chosen
-        n_blocks = int(blocks.max()) + 1
-
-        def summed(rows: NDArray[np.intp], of: Floats = weights) -> Floats:
-            return np.bincount(blocks[rows], of[rows], n_blocks).astype(np.float64)
-
-        def first_of(rows: NDArray[np.intp]) -> NDArray[np.intp]:
-            return rows[np.unique(data.events[rows], return_index=True)[1]]
-
-        known = data.labels >= 0
-        accepted = first_of(np.flatnonzero(known & decided))
-        stays = decided[1:] & decided[:-1] & (chosen[1:] == chosen[:-1]) & (np.diff(data.recordings) == 0)
-        onset = decided.copy()
-        if data.hop is not None:
-            onset[1:] &= ~stays
-        wrong = (data.labels == NO_EVENT) | (known & (chosen != data.labels))
-        minutes = np.full(len(data), data.minutes / len(data))
-        return Counts(
-            events=summed(first_of(np.flatnonzero(known))),
-            accepted=summed(accepted),
-            right=summed(accepted[chosen[accepted] == data.labels[accepted]]),
-            false=summed(np.flatnonzero(onset & wrong)),
-            minutes=summed(np.arange(len(data)), minutes),
-        )
+        return counted(self.data, outcome, self.blocks, self.weights)
 
     def choose(self, model: Model, values: Floats) -> float:
         """Return the threshold that comes nearest to the accept rate, or the laxest that keeps the promise.
@@ -189,6 +166,46 @@ class Judge:
                 break
             low, high = (low, middle) if keeps(middle) else (middle, high)
         return low if asked == "accept-rate" and abs(rate(low) - wanted) < abs(rate(high) - wanted) else high
+
+
+def counted(data: CalibrationData, outcome: Outcome, blocks: NDArray[np.intp], weights: Floats) -> Counts:
+    """Count events with a decision, right ones, and decisions that are wrong or belong to no event.
+
+    Parameters
+    ----------
+    data : CalibrationData
+        The truth.
+    outcome : Outcome
+        What is decided.
+    blocks : ndarray of int, shape (n_windows,)
+        Block of each window.
+    weights : ndarray, shape (n_windows,)
+        What each window counts.
+    """
+    decided, chosen = outcome.decided, outcome.chosen
+    n_blocks = int(blocks.max()) + 1
+
+    def summed(rows: NDArray[np.intp], of: Floats = weights) -> Floats:
+        return np.bincount(blocks[rows], of[rows], n_blocks).astype(np.float64)
+
+    def first_of(rows: NDArray[np.intp]) -> NDArray[np.intp]:
+        return rows[np.unique(data.events[rows], return_index=True)[1]]
+
+    known = data.labels >= 0
+    accepted = first_of(np.flatnonzero(known & decided))
+    stays = decided[1:] & decided[:-1] & (chosen[1:] == chosen[:-1]) & (np.diff(data.recordings) == 0)
+    onset = decided.copy()
+    if data.hop is not None:
+        onset[1:] &= ~stays
+    wrong = (data.labels == NO_EVENT) | (known & (chosen != data.labels))
+    minutes = np.full(len(data), data.minutes / len(data))
+    return Counts(
+        events=summed(first_of(np.flatnonzero(known))),
+        accepted=summed(accepted),
+        right=summed(accepted[chosen[accepted] == data.labels[accepted]]),
+        false=summed(np.flatnonzero(onset & wrong)),
+        minutes=summed(np.arange(len(data)), minutes),
+    )
 
 
 def blocks_of(data: CalibrationData) -> NDArray[np.intp]:

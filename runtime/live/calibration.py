@@ -65,7 +65,7 @@ def stream_windows(
     if not decisions:
         raise DecisionError(f"{path.name} has no whole window.", "Give a longer recording.")
     length = spec.n_times / spec.sfreq
-    begin = _stream_time(raw, events.onset) + start
+    begin = stream_time(raw, events.onset) + start
     end = begin + np.maximum(events.duration, length)
     newest = np.array([decision.time for decision in decisions])
     share = (np.minimum(newest[:, None], end) - np.maximum(newest[:, None] - length, begin)) / length
@@ -86,7 +86,7 @@ def stream_windows(
     )
 
 
-def _stream_time(raw: Any, onsets: NDArray[np.float64]) -> NDArray[np.float64]:
+def stream_time(raw: Any, onsets: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return when events come in the stream of a recording, whose stretches follow each other without their pauses."""
     segments = segments_of(raw)
     sfreq = raw.info["sfreq"]

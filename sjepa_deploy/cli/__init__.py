@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 
 import click
+from click.core import ParameterSource
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -31,7 +32,7 @@ from sjepa_deploy.serialize import encode
 from sjepa_deploy.spec import ModelSpec
 
 COMMANDS = (
-    *("pretrain", "finetune", "calibrate", "export", "build", "verify"),
+    *("pretrain", "finetune", "evaluate", "calibrate", "export", "build", "verify"),
     *("run", "stream", "session", "decide", "bench", "serve", "doctor"),
 )
 """Each is a module of this package with a click command of the same name."""
@@ -144,6 +145,24 @@ def console(json_output: bool) -> Console:
 def print_json(value: object) -> None:
     """Print `value` on stdout as JSON."""
     click.echo(json.dumps(encode(value), indent=1))
+
+
+def command_line(name: str) -> str:
+    """Return the command `name` with the options that were given, on the command line or in a file."""
+    given = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
+    context = click.get_current_context()
+    words = [name]
+    for parameter in context.command.params:
+        assert parameter.name is not None
+        if context.get_parameter_source(parameter.name) not in given or not parameter.expose_value:
+            continue
+        value = context.params[parameter.name]
+        if isinstance(parameter, click.Option) and isinstance(value, tuple) and not parameter.multiple:
+            value = ",".join(map(str, value))
+        for each in value if isinstance(value, tuple) else (value,):
+            spelling = [] if isinstance(parameter, click.Argument) else [max(parameter.opts, key=len)]
+            words += [] if each is False else spelling if each is True else [*spelling, str(each)]
+    return shlex.join(words)
 
 
 def parity_table(results: tuple[ParityResult, ...], title: str) -> Table:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import shlex
 from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
 
 from sjepa_deploy.bundle import Bundle
-from sjepa_deploy.cli import console, entry, options, print_json
+from sjepa_deploy.cli import command_line, console, entry, options, print_json
 from sjepa_deploy.cli.bench_print import print_comparison, print_kept, print_recommendations, print_report
 from sjepa_deploy.cli.progress import progress
 from sjepa_deploy.errors import BenchmarkError, MissingDependencyError, RegressionError, listed
@@ -299,7 +297,7 @@ def bench(bundles: tuple[Path, ...], *, plan: Plan, outputs: Outputs, aim: Aim, 
         report, samples = run_bench(
             opened,
             config,
-            command=_command_line(),
+            command=command_line("sjepa-bench"),
             progress=lambda text, done, total: steps.at(text, done, total),
         )
     path = folder / f"{outputs.name}.json"
@@ -354,22 +352,6 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise BenchmarkError(f"{folder} cannot be made ({e.strerror}).", "Choose another --out.") from e
-
-
-def _command_line() -> str:
-    """Return the command with the options that were given, on the command line or in a file."""
-    given = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
-    context = click.get_current_context()
-    words = ["sjepa-bench"]
-    for parameter in context.command.params:
-        assert parameter.name is not None
-        if context.get_parameter_source(parameter.name) not in given or not parameter.expose_value:
-            continue
-        value = context.params[parameter.name]
-        for each in value if isinstance(value, tuple) else (value,):
-            name = [] if isinstance(parameter, click.Argument) else [max(parameter.opts, key=len)]
-            words += [] if each is False else name if each is True else [*name, str(each)]
-    return shlex.join(words)
 
 
 def _compare(paths: tuple[Path, Path], fail_above: float | None, outputs: Outputs, screen: Console, json_output: bool) -> None:

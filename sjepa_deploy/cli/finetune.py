@@ -29,7 +29,7 @@ def _target(classes: tuple[str, ...], column: str | None, task: str | None, **va
     }
 
 
-def _with_target(config: Any, target: dict[str, Any], n_times: int | None) -> Any:
+def with_target(config: Any, target: dict[str, Any], n_times: int | None) -> Any:
     """Return a `FinetuneConfig` with the flags of the target. ``--tmax`` settles the number of samples."""
     from sjepa_deploy.learning.data import Target
 
@@ -67,8 +67,7 @@ def _model(
     }
 
 
-@options.recipe_command
-@options.fills(
+model_options = options.fills(
     "model",
     _model,
     click.option("--variant", type=click.Choice(["prelocal", "postlocal", "contextual"]), help="Model to train."),
@@ -92,7 +91,9 @@ def _model(
     options.rare(click.option("--warmup-epochs", type=int, help="Epochs in which only the new layers learn.")),
     title="Model",
 )
-@options.fills(
+"""Adds the options of the model and its transfer; the command gets changes of the configuration as ``model``."""
+
+target_options = options.fills(
     "target",
     _target,
     options.several(
@@ -115,6 +116,12 @@ def _model(
     click.option("--column", help="Column of a TSV, of participants.tsv or of Epochs' metadata that holds the target."),
     title="Target",
 )
+"""Adds the options of what is learned; the command gets changes of the target as ``target``."""
+
+
+@options.recipe_command
+@model_options
+@target_options
 @training_options
 def finetune(
     config_file: Path | None,
@@ -136,7 +143,7 @@ def finetune(
     config = read_config(FinetuneConfig, config_file)
     if config_file is None:
         config = replace(config, class_weights="balanced")
-    config = _with_target(overridden(config, model | changes), target, changes["data.n_times"])
+    config = with_target(overridden(config, model | changes), target, changes["data.n_times"])
     screen = console(json_output)
     result = run(config, out, resume=resume, replace=force, **telling(screen))
     if not is_first_process():

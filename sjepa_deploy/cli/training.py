@@ -32,7 +32,7 @@ ENGINE_FLAGS = (
 )
 
 
-def _changes(
+def changes_of(
     *,
     sources: tuple[str, ...],
     interpolate: float | None,
@@ -43,7 +43,8 @@ def _changes(
     **flags: Any,
 ) -> dict[str, Any]:
     """Return the flags as changes of a configuration. A flag that is not given is None and changes nothing."""
-    changes = {f"data.{name}": flags[name] for name in DATA_FLAGS} | {f"engine.{name}": flags[name] for name in ENGINE_FLAGS}
+    changes = {f"data.{name}": flags.get(name) for name in DATA_FLAGS}
+    changes |= {f"engine.{name}": flags.get(name) for name in ENGINE_FLAGS}
     given: dict[str, Any] = {
         "source": sources or None,
         "rename": rename or None,
@@ -55,7 +56,7 @@ def _changes(
     return changes | {"engine.compile": compile_step or None} | {f"data.{name}": value for name, value in given.items()}
 
 
-training_options = options.added(
+recipe_options = (
     options.section(
         GENERAL,
         click.option(
@@ -70,69 +71,73 @@ training_options = options.added(
     options.out_folder(None),
     options.force,
     options.section(options.OUTPUT, click.option("--resume", is_flag=True, help="Go on with the run in --out.")),
-    options.fills(
-        "changes",
-        _changes,
-        options.section(
-            "Data",
-            click.option("--data", "sources", multiple=True, help="Recording, *-epo.fif, .npz or BIDS folder; may be repeated."),
-            options.rare(options.several("--subjects", help="Subjects of BIDS folders to take.")),
-            options.rare(options.several("--sessions", help="Sessions of BIDS folders to take.")),
-            options.rare(options.several("--tasks", help="Tasks of BIDS folders to take.")),
-            options.rare(options.several("--runs", help="Runs of BIDS folders to take.")),
-            options.montage,
-            options.interpolate,
-            options.rename,
-            options.unit,
-            options.check_unit,
-            options.model_sfreq,
-            options.n_times,
-            click.option(
-                "--phase",
-                type=click.Choice(["causal", "zero-phase"]),
-                help="Form of the filters. Live decoding is causal: learn from causal windows to decode live.",
-            ),
-            click.option(
-                "--split",
-                type=click.Choice(["auto", "subject", "session", "block"]),
-                help="What the training, validation and test parts do not share.",
-            ),
-            options.rare(
-                click.option("--n-folds", type=int, help="Number of folds that subjects, sessions or blocks are dealt to.")
-            ),
-            options.rare(click.option("--fold", type=int, help="Number of the fold to test on.")),
-            options.rare(click.option("--split-seed", type=int, help="Seed by which subjects or sessions are dealt to folds.")),
-            options.rare(
-                click.option(
-                    "--memory", type=float, help="Largest size in GiB of windows in memory; more are kept in a mapped file."
-                )
-            ),
-        ),
-        options.rare(click.option("--seed", type=int, help="Seed of everything random but the folds.")),
-        click.option("--max-epochs", type=int, help="Largest number of epochs."),
-        options.rare(click.option("--patience", type=int, help="Epochs without improvement after which training ends.")),
-        click.option("--batch-size", type=int, help="Windows of a step on each device."),
-        click.option("--lr", type=float, help="Learning rate."),
-        options.rare(
-            click.option(
-                "--precision",
-                type=click.Choice(["32-true", "bf16-mixed", "16-mixed"]),
-                help="Arithmetic of the training, as Lightning calls it.",
-            )
-        ),
-        click.option("--accelerator", type=click.Choice(["auto", "cpu", "gpu"]), help="Kind of device to train on."),
-        options.rare(
-            click.option("--devices", type=int, help="Number of devices of a host; start that many processes with torchrun.")
-        ),
-        options.rare(click.option("--num-nodes", type=int, help="Number of hosts.")),
-        options.rare(click.option("--num-workers", type=int, help="Processes that fetch windows.")),
-        options.rare(
-            click.option("--compile", "compile_step", is_flag=True, help="Compile the training step with torch.compile.")
-        ),
-        title="Training",
-    ),
-    options.json_output,
 )
+"""Options of every command that trains: the recipe, and what becomes of the folder of --out."""
+
+data_options = (
+    click.option("--data", "sources", multiple=True, help="Recording, *-epo.fif, .npz or BIDS folder; may be repeated."),
+    options.rare(options.several("--subjects", help="Subjects of BIDS folders to take.")),
+    options.rare(options.several("--sessions", help="Sessions of BIDS folders to take.")),
+    options.rare(options.several("--tasks", help="Tasks of BIDS folders to take.")),
+    options.rare(options.several("--runs", help="Runs of BIDS folders to take.")),
+    options.montage,
+    options.interpolate,
+    options.rename,
+    options.unit,
+    options.check_unit,
+    options.model_sfreq,
+    options.n_times,
+    click.option(
+        "--phase",
+        type=click.Choice(["causal", "zero-phase"]),
+        help="Form of the filters. Live decoding is causal: learn from causal windows to decode live.",
+    ),
+    options.rare(click.option("--n-folds", type=int, help="Number of folds that subjects, sessions or blocks are dealt to.")),
+    options.rare(click.option("--split-seed", type=int, help="Seed by which subjects or sessions are dealt to folds.")),
+    options.rare(
+        click.option("--memory", type=float, help="Largest size in GiB of windows in memory; more are kept in a mapped file.")
+    ),
+)
+split_options = (
+    click.option(
+        "--split",
+        type=click.Choice(["auto", "subject", "session", "recording", "block"]),
+        help="What the training, validation and test parts do not share.",
+    ),
+    options.rare(click.option("--fold", type=int, help="Number of the fold to test on.")),
+)
+engine_options = (
+    options.rare(click.option("--seed", type=int, help="Seed of everything random but the folds.")),
+    click.option("--max-epochs", type=int, help="Largest number of epochs."),
+    options.rare(click.option("--patience", type=int, help="Epochs without improvement after which training ends.")),
+    click.option("--batch-size", type=int, help="Windows of a step on each device."),
+    click.option("--lr", type=float, help="Learning rate."),
+    click.option("--accelerator", type=click.Choice(["auto", "cpu", "gpu"]), help="Kind of device to train on."),
+    options.rare(click.option("--num-workers", type=int, help="Processes that fetch windows.")),
+    options.rare(click.option("--compile", "compile_step", is_flag=True, help="Compile the training step with torch.compile.")),
+)
+devices_options = (
+    options.rare(
+        click.option(
+            "--precision",
+            type=click.Choice(["32-true", "bf16-mixed", "16-mixed"]),
+            help="Arithmetic of the training, as Lightning calls it.",
+        )
+    ),
+    options.rare(
+        click.option("--devices", type=int, help="Number of devices of a host; start that many processes with torchrun.")
+    ),
+    options.rare(click.option("--num-nodes", type=int, help="Number of hosts.")),
+)
+
+
+def changes_from(*, data: tuple[options.Option, ...] = (), engine: tuple[options.Option, ...] = ()) -> options.Option:
+    """Return the options that override a recipe, and more of the data and of the loop. The command gets them as ``changes``."""
+    data_section = options.section("Data", *data_options, *data)
+    return options.fills("changes", changes_of, data_section, *engine_options, *engine, title="Training")
+
+
+training_options = options.added(*recipe_options, changes_from(data=split_options, engine=devices_options), options.json_output)
 """Adds the options of every training command. An option that is not given leaves the configuration as it is."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +22,7 @@ from sjepa_deploy.spec import EventWindow, Preprocessing, SignalSpec, Unit
 
 SYNTHETIC = "synthetic"
 Task = Literal["regression", "classification"]
+SplitBy = Literal["subject", "session", "recording", "block"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,13 +154,14 @@ class DataConfig:
         other signals than it learned from.
     target : Target or None
         The labels.
-    split : {"auto", "subject", "session", "block"}
+    split : {"auto", "subject", "session", "recording", "block"}
         What stays together. "block" cuts each recording into contiguous stretches. "auto" takes the first of subject and
         session that there are at least 3 of, else "block".
     n_folds, fold : int
         The groups or blocks are dealt to `n_folds` folds. `fold` is the test set, the next one validates, the rest trains.
     split_seed : int
-        Seed by which subjects or sessions are dealt. Runs that share it share the folds, whatever their `Engine.seed` is.
+        Seed by which subjects, sessions or recordings are dealt. Runs that share it share the folds, whatever their
+        `Engine.seed` is.
     gap : float or None
         Seconds around validation and test windows of the same recording from which nothing is trained on; one window by default.
     memory : float or None
@@ -188,7 +190,7 @@ class DataConfig:
     steps: tuple[Step, ...] | None = None
     phase: Phase = "causal"
     target: Target | None = None
-    split: Literal["auto", "subject", "session", "block"] = "auto"
+    split: Literal["auto", "subject", "session", "recording", "block"] = "auto"
     n_folds: int = 5
     fold: int = 0
     split_seed: int = 0
@@ -285,6 +287,17 @@ class Windows:
     def __len__(self) -> int:
         return len(self.eeg)
 
+    def places(self, rows: NDArray[np.intp]) -> Windows:
+        """Return some of the windows without their samples: all that a split reads."""
+        shape = (len(rows), *self.eeg.shape[1:])
+        kept = {name: getattr(self, name)[rows] for name in ("subject", "session", "recording", "onset")}
+        return replace(
+            self,
+            eeg=np.broadcast_to(np.float32(0), shape),
+            targets=None if self.targets is None else self.targets[rows],
+            **kept,
+        )
+
     def label(self, i: int) -> str:
         """Return the label of window `i` as text."""
         assert self.targets is not None
@@ -303,7 +316,7 @@ class Split:
     train: NDArray[np.intp]
     val: NDArray[np.intp]
     test: NDArray[np.intp]
-    by: Literal["subject", "session", "block"]
+    by: SplitBy
 
 
 def encode_targets(
@@ -341,15 +354,15 @@ def encode_targets(
 
 
 def split_windows(windows: Windows, config: DataConfig) -> Split:
-    """Divide windows into three parts that share no subject, no session, or no stretch of a recording.
+    """Divide windows into three parts that share no subject, no session, no recording, or no stretch of a recording.
 
     Raises
     ------
     DataError
         If there are too few groups, or a part would be empty.
     """
-    groups = {"subject": windows.subject, "session": np.char.add(np.char.add(windows.subject, "/"), windows.session)}
-    by: Literal["subject", "session", "block"]
+    groups = groups_of(windows)
+    by: SplitBy
     if config.split == "auto":
         by = "subject" if len(set(groups["subject"])) >= 3 else "session" if len(set(groups["session"])) >= 3 else "block"
     else:
@@ -375,7 +388,7 @@ def split_windows(windows: Windows, config: DataConfig) -> Split:
     test, val = fold == test_fold, fold == (test_fold + 1) % n_folds
     train = ~(test | val)
     if by == "block":
-        length = windows.eeg.shape[2] / windows.sfreq
+        length = windows.signal.seconds
         distance = length + (length if config.gap is None else config.gap)  # from start to start
         val &= ~_close_to(windows, test, distance)
         train &= ~_close_to(windows, test | val, distance)
@@ -383,6 +396,12 @@ def split_windows(windows: Windows, config: DataConfig) -> Split:
     if empty := [name for name, part in parts.items() if not part.any()]:
         raise DataError(f"No window is left for {empty[0]}.", "Give longer recordings, or use fewer folds or a smaller gap.")
     return Split(train=np.flatnonzero(train), val=np.flatnonzero(val), test=np.flatnonzero(test), by=by)
+
+
+def groups_of(windows: Windows) -> dict[str, NDArray[np.str_]]:
+    """Return the name of the subject, session and recording of each window. Sessions of two subjects are two sessions."""
+    sessions = np.char.add(np.char.add(windows.subject, "/"), windows.session)
+    return {"subject": windows.subject, "session": sessions, "recording": windows.recording}
 
 
 def _fold_of_blocks(windows: Windows, n_folds: int) -> NDArray[np.intp]:

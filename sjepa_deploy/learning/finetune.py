@@ -280,6 +280,7 @@ def finetune(
     *,
     resume: bool = False,
     replace: bool = False,
+    data: tuple[Windows, Split] | None = None,
     progress: bool = False,
     tell: Callable[[DataReport], None] = lambda report: None,
     tell_epoch: Callable[[Epoch], None] = lambda epoch: None,
@@ -296,6 +297,8 @@ def finetune(
         Go on with the run in `out`.
     replace : bool
         Remove the run and the model in `out` when training starts.
+    data : (Windows, Split) or None
+        Windows of ``config.data`` and their parts. None: they are loaded, and split as ``config.data`` says.
     progress : bool
         Show a progress bar.
     tell : callable
@@ -317,10 +320,12 @@ def finetune(
     if resume:
         config = as_begun(config, out / "training")
     check_run(out / "training", config, resume=resume, replace=replace)
-    windows = load_windows(config.data)
-    split = split_windows(windows, config.data)
+    if data is None:
+        loaded = load_windows(config.data)
+        data = loaded, split_windows(loaded, config.data)
+    windows, split = data
     check_enough(split, config.engine)
-    _check_targets(windows, split)
+    check_targets(windows, split)
     assert windows.targets is not None
     base = None if config.pretrained is None else read_checkpoint(config.pretrained, allow_left_out=config.allow_left_out)
     before = None if base is None else stored_origin(base.training)
@@ -414,18 +419,35 @@ def _build(config: FinetuneConfig, windows: Windows, base: Checkpoint | None) ->
     return model, replace(report, notes=base.notes + report.notes + assumed + untold)
 
 
-def _check_targets(windows: Windows, split: Split) -> None:
-    """Refuse a part that lacks a class, or in which all numbers are equal."""
+def check_targets(windows: Windows, split: Split, fold: str | None = None) -> None:
+    """Refuse a part that lacks a class, or in which all numbers are equal.
+
+    Parameters
+    ----------
+    windows : Windows
+        All windows.
+    split : Split
+        Their parts.
+    fold : str or None
+        Name of the fold, for the message.
+
+    Raises
+    ------
+    DataError
+        If there is such a part.
+    """
     assert windows.targets is not None
+    where = "" if fold is None else f" of {fold}"
     for name in ("train", "val", "test"):
         values = set(windows.targets[getattr(split, name)].tolist())
         if windows.class_names is not None and len(values) < len(windows.class_names):
             missing = [n for i, n in enumerate(windows.class_names) if i not in values]
             raise DataError(
-                f"The {name} part (split by {split.by}) has no window of {listed(missing)}.",
+                f"The {name} part{where} (split by {split.by}) has no window of {listed(missing)}.",
                 "Split in another way, use another fold, or give more windows of each class.",
             )
         if windows.class_names is None and len(values) < 2:
             raise DataError(
-                f"All labels of the {name} part (split by {split.by}) are the same.", "Split in another way, or use another fold."
+                f"All labels of the {name} part{where} (split by {split.by}) are the same.",
+                "Split in another way, or use another fold.",
             )

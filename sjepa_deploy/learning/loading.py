@@ -23,6 +23,7 @@ from sjepa_deploy.eeg.recording import fit_recording, read_recording
 from sjepa_deploy.eeg.steps.reference import average_reference
 from sjepa_deploy.eeg.synthetic import planted_eeg
 from sjepa_deploy.eeg.units import check_unit, conversion, volts_in
+from sjepa_deploy.eeg.windows import FittedRecording
 from sjepa_deploy.errors import DataError, MissingDependencyError, NoWindowsError, RecordingError, TooShortError, listed
 from sjepa_deploy.learning.data import SYNTHETIC, DataConfig, Target, Windows, encode_targets
 from sjepa_deploy.learning.origin import check_twins, samples_hash
@@ -43,9 +44,23 @@ IN_WINDOWS = ("targets", "subject", "session", "onset")
 Reader = Callable[[Windows | None], Windows]
 """Reads one recording or file, with the channels of the first one where there is one before it."""
 
+Cut = Callable[["mne.io.BaseRaw", FittedRecording, NDArray[np.intp]], NDArray[np.float32]]
+"""Returns the windows that begin at samples of a recording, which is given as it was read, too."""
 
-def load_windows(config: DataConfig) -> Windows:
+
+def _cut(raw: mne.io.BaseRaw, fitted: FittedRecording, starts: NDArray[np.intp]) -> NDArray[np.float32]:
+    return fitted.cut(starts)
+
+
+def load_windows(config: DataConfig, *, cut: Cut = _cut) -> Windows:
     """Return the windows that `config` describes, labelled where it has a target.
+
+    Parameters
+    ----------
+    config : DataConfig
+        The data.
+    cut : callable
+        Cuts the windows out of recordings. Windows that were cut before are taken as they are.
 
     Raises
     ------
@@ -58,7 +73,7 @@ def load_windows(config: DataConfig) -> Windows:
     skipped: list[NoWindowsError | TooShortError] = []
     store = WindowStore(None if config.memory is None else config.memory * 2**30)
     for source, name in zip(config.source, source_names(config.source), strict=True):
-        for read in _readers(source, name, config):
+        for read in _readers(source, name, config, cut):
             try:
                 part = read(parts[0] if parts else None)
             except (NoWindowsError, TooShortError) as e:
@@ -137,7 +152,7 @@ def source_names(sources: Sequence[str]) -> list[str]:
     return names
 
 
-def _readers(source: str, name: str, config: DataConfig) -> Iterator[Reader]:
+def _readers(source: str, name: str, config: DataConfig, cut: Cut) -> Iterator[Reader]:
     path = Path(source)
     if config.bids_entities and path.exists() and not path.is_dir():
         raise DataError(
@@ -148,13 +163,13 @@ def _readers(source: str, name: str, config: DataConfig) -> Iterator[Reader]:
     elif not path.exists():
         raise DataError(f"There is no data at {source}.", f"Check the path, or use {SYNTHETIC}.")
     elif path.is_dir():
-        yield from _readers_of_bids(path, config, f"{name}/" if len(config.source) > 1 else "")
+        yield from _readers_of_bids(path, config, f"{name}/" if len(config.source) > 1 else "", cut)
     elif path.suffix == ".npz":
         yield functools.partial(_load_npz, path, name, config)
     elif path.name.endswith(EPOCHS):
         yield functools.partial(_load_epochs, path, name, config)
     else:
-        yield functools.partial(_load_recording, path, name, config)
+        yield functools.partial(_load_recording, path, name, config, cut)
 
 
 def _load_synthetic(config: DataConfig, first: Windows | None) -> Windows:
@@ -204,18 +219,19 @@ def _made(
     )
 
 
-def _load_recording(path: Path, name: str, config: DataConfig, first: Windows | None) -> Windows:
+def _load_recording(path: Path, name: str, config: DataConfig, cut: Cut, first: Windows | None) -> Windows:
     table = None
     if config.target is not None and config.target.kind == "column":
         table = path.with_name(config.target.tsv.format(stem=path.stem))
     raw = read_recording(path, unit=config.unit, ch_names=config.ch_names, rename=config.renamed)
-    return _load_raw(raw, name, config, first, subject=name, table=table)
+    return _load_raw(raw, name, config, cut, first, subject=name, table=table)
 
 
 def _load_raw(
     raw: mne.io.BaseRaw,
     name: str,
     config: DataConfig,
+    cut: Cut,
     first: Windows | None,
     *,
     subject: str,
@@ -255,7 +271,7 @@ def _load_raw(
             "Check the events' names, the table and the annotations.",
         )
     return _made(
-        fitted.cut(starts[kept]),
+        cut(raw, fitted, starts[kept]),
         None if values is None else np.array([values[i] for i in kept]),
         np.full(len(kept), subject),
         signal,
@@ -331,7 +347,7 @@ def _fitting_signal(info: mne.Info, config: DataConfig, first: Windows | None, *
     return _signal(config, ch_names, positions, config.event_window if of_events else None)
 
 
-def _readers_of_bids(root: Path, config: DataConfig, prefix: str) -> Iterator[Reader]:
+def _readers_of_bids(root: Path, config: DataConfig, prefix: str, cut: Cut) -> Iterator[Reader]:
     """Give the readers of a BIDS folder. `prefix` tells its subjects and recordings from those of other sources."""
     require_mne()
     try:
@@ -361,13 +377,14 @@ def _readers_of_bids(root: Path, config: DataConfig, prefix: str) -> Iterator[Re
             by_subject = {row["participant_id"].removeprefix("sub-"): row[target.column] for row in rows}
     for path in paths:
         label = by_subject.get(path.subject, "") if by_subject else None
-        yield functools.partial(_load_bids, path, prefix, config, label)
+        yield functools.partial(_load_bids, path, prefix, config, cut, label)
 
 
 def _load_bids(
     path: Any,  # mne_bids.BIDSPath
     prefix: str,
     config: DataConfig,
+    cut: Cut,
     label: str | None,
     first: Windows | None,
 ) -> Windows:
@@ -384,7 +401,7 @@ def _load_bids(
     events = Path(path.copy().update(suffix="events", extension=".tsv").fpath)
     session = path.session or "1"
     name, subject = prefix + path.basename, prefix + path.subject
-    return _load_raw(raw, name, config, first, subject=subject, session=session, table=events, label=label)
+    return _load_raw(raw, name, config, cut, first, subject=subject, session=session, table=events, label=label)
 
 
 def _of_edf(raw: mne.io.BaseRaw, described: mne.io.BaseRaw, name: str) -> mne.io.BaseRaw:
@@ -408,7 +425,8 @@ def _of_edf(raw: mne.io.BaseRaw, described: mne.io.BaseRaw, name: str) -> mne.io
         channel["loc"] = loc[channel["ch_name"]].copy()
     marks = described.annotations
     places = sample_time(marks.onset - described.first_time, segments, raw.info["sfreq"])
-    raw.set_annotations(mne.Annotations(places, marks.duration, marks.description) + pauses, verbose="error")
+    events = mne.Annotations(places, marks.duration, marks.description, orig_time=pauses.orig_time)
+    raw.set_annotations(events + pauses, verbose="error")
     raw.info["temp"] = Told(notes=told(described).notes + told(raw).notes, paused=told(raw).paused)
     return raw
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sjepa_deploy.learning.data import Split, Windows
+from sjepa_deploy.learning.data import Split, SplitBy, Windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +34,7 @@ class DataReport:
 
     Attributes
     ----------
-    split : {"subject", "session", "block"}
+    split : {"subject", "session", "recording", "block"}
         What the parts do not share.
     parts : dict of str to PartReport
         "train", "val" and "test".
@@ -49,7 +48,7 @@ class DataReport:
         Sentences that say which recordings gave no window, and why.
     """
 
-    split: Literal["subject", "session", "block"]
+    split: SplitBy
     parts: dict[str, PartReport]
     n_gap: int
     n_unused: int
