@@ -4,8 +4,10 @@ import csv
 import dataclasses
 import json
 import warnings
+from importlib import resources
 from pathlib import Path
 
+import jsonschema
 import mne
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from sjepa_deploy.cli import _command, run_command
 from sjepa_deploy.errors import DataError
 from sjepa_deploy.evaluation.continuous import on_stream
 from sjepa_deploy.evaluation.folds import PROTOCOLS, folds_of
-from sjepa_deploy.evaluation.results import read_results
+from sjepa_deploy.evaluation.results import EvaluationReport, read_results
 from sjepa_deploy.learning.data import DataConfig, Target, groups_of
 from sjepa_deploy.learning.finetune import FinetuneConfig
 from sjepa_deploy.learning.loading import load_windows
@@ -27,7 +29,7 @@ from sjepa_deploy.runtime.decisions.description import LayerDescription
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
 from sjepa_deploy.runtime.decisions.probabilities import Probabilities
 from sjepa_deploy.runtime.decisions.threshold import Threshold
-from sjepa_deploy.serialize import encode
+from sjepa_deploy.serialize import encode, json_schema
 
 NAMES = ["F3", "F4", "C3", "C4", "P3", "P4", "O1", "O2"]
 RATE = 100.0
@@ -132,6 +134,12 @@ def test_a_fold_that_is_done_is_not_trained_again(evaluated, call):
     status, _, err = call(*arguments, "--resume", "--lr", "0.01")
     assert status == 2
     assert "another configuration" in err
+
+
+def test_results_are_as_the_schema_says(evaluated):
+    schema = json.loads(resources.files("sjepa_deploy").joinpath("assets", "evaluation.schema.json").read_text())
+    assert schema == json_schema(EvaluationReport), "write it again, see tests/test_serialize.py"
+    jsonschema.Draft202012Validator(schema).validate(json.loads((evaluated[0] / "results.json").read_text()))
 
 
 def test_the_page_needs_nothing_beside_it(evaluated):
@@ -305,7 +313,7 @@ def test_a_bundle_on_recordings(evaluated, recordings, call, tmp_path, capsys):
     report = read_results(tmp_path / "three")
     (stream,) = report.continuous
     assert stream.n_events == 48
-    assert 0.3 < stream.figures["latency_median"].value <= stream.figures["latency_p90"].value < 2.0
+    assert 0.3 < stream.figures["latency_median"].value <= stream.figures["latency_p90"].value < 4.0
     assert set(stream.figures) == {
         "accept_rate", "accuracy", "false_per_minute", "latency_median", "latency_p90", "time_to_decision", "undecided",
         "bits_per_minute",

@@ -16,8 +16,8 @@ from sjepa_deploy.cli.options import Names
 from sjepa_deploy.eeg.synthetic import eeg_windows
 from sjepa_deploy.serialize import encode
 
-MODEL, SIGNAL = {"export", "pretrain", "finetune"}, {"run", "stream", "decide", "calibrate"}
-RECIPES = {"pretrain", "finetune"}
+MODEL, SIGNAL = {"export", "pretrain", "finetune", "evaluate"}, {"run", "stream", "decide", "calibrate"}
+RECIPES, TUNING = {"pretrain", "finetune", "evaluate"}, {"finetune", "evaluate"}
 MEANINGS = {
     "--sfreq": (MODEL, SIGNAL),  # of the model, or of a recording that does not say
     "--unit": ({"export"}, SIGNAL | RECIPES),  # of the model, or of a recording
@@ -25,24 +25,29 @@ MEANINGS = {
     "--out": (SIGNAL - {"calibrate"}, {"export", "bench", "calibrate"} | RECIPES),  # a file, or a folder
     "--config": (set(COMMANDS) - RECIPES, RECIPES),  # options, or a recipe
     # one, several, Lightning's
-    "--precision": ({"run", "stream", "serve", "decide", "session"}, {"verify", "bench", "export", "build"}, RECIPES),
-    "--backend": ({"run", "stream", "serve", "decide", "session"}, {"verify", "bench"}),  # one, several
-    "--events": (SIGNAL, {"export"}),  # to decode, of the model
+    "--precision": (
+        {"run", "stream", "serve", "decide", "session"},
+        {"verify", "bench", "export", "build", "evaluate"},
+        {"pretrain", "finetune"},
+    ),
+    "--backend": ({"run", "stream", "serve", "decide", "session"}, {"verify", "bench", "evaluate"}),  # one, several
+    "--events": (SIGNAL | {"evaluate"}, {"export"}),  # to decode, of the model
     "--phase": ({"export"}, RECIPES),  # that a model learned from, to learn from
-    "--task": ({"export"}, {"finetune"}, {"stream"}),  # of any model, to learn, of a run
+    "--task": ({"export"}, TUNING, {"stream"}),  # of any model, to learn, of a run
     "--data": (RECIPES, {"calibrate"}),  # of many people, of one
     "--lr": (RECIPES, {"calibrate"}),  # from the beginning, of a model that has learned
     "--seed": ({"export", "bench", "calibrate"}, RECIPES),  # a recipe has its own
-    "--variant": ({"export"}, {"finetune"}),  # a base model is not fine-tuned
+    "--variant": ({"export"}, TUNING),  # a base model is not fine-tuned
     "--max-batch": ({"export"}, {"build"}),  # of a graph, of an engine
     "--class-names": ({"export"}, {"decide"}),  # one for each output; two for one output too
-    "--classes": ({"stream", "decide", "export", "calibrate"}, {"finetune"}),  # pairs of class and event, names of classes alone
-    "--column": ({"stream", "decide", "export", "calibrate"}, {"finetune"}),  # of a table, or of whatever holds a target
-    "--hop": ({"run"}, {"stream"}, {"decide"}),  # a recording is cut into windows side by side, a stream is decided on often
+    "--classes": ({"stream", "decide", "export", "calibrate"}, TUNING),  # pairs of class and event, names of classes alone
+    "--column": ({"stream", "decide", "export", "calibrate"}, TUNING),  # of a table, or of whatever holds a target
+    # a recording is cut into windows side by side, a stream is decided on often; none by default
+    "--hop": ({"run"}, {"stream"}, {"decide"}, {"evaluate"}),
     "--deadline": ({"stream"}, {"bench"}, {"serve"}),  # the hop, the next window, seconds to an answer
     "--time-limit": ({"bench"}, {"build"}),  # ends with what it has, is given up
     "--duration": ({"bench"}, {"stream"}),  # of each cell, of the stream
-    "--name": ({"bench"}, {"serve"}),  # of files, of a model
+    "--name": ({"bench"}, {"serve"}, {"evaluate"}),  # of files, of a model, in tables
 }
 """Commands in which an option means the same, for the options that mean several things."""
 

@@ -92,7 +92,7 @@ def test_a_training_is_refused_in_a_line(command, folder, name):
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("doctor", "pretrain", "finetune")])
 def test_what_is_missing_is_named_in_a_line(command, folder, name):
     before = {"export": ("--checkpoint",), "session": ("show",)}.get(name, ())
-    after = {"run": ("r.npy",), "stream": ("--source", "synthetic")}.get(name, ())
+    after = {"run": ("r.npy",), "evaluate": ("r.edf", "--out", "out"), "stream": ("--source", "synthetic")}.get(name, ())
     status, _, error = command(name, *before, folder / "no", *after)
     assert (status, error.count("\n")) == (2, 1), error
     assert "b\\udcfcndel/no" in error

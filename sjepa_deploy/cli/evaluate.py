@@ -17,6 +17,7 @@ from rich.table import Table
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import command_line, console, entry, options, print_json
 from sjepa_deploy.cli.finetune import model_options, target_options, with_target
+from sjepa_deploy.cli.progress import progress
 from sjepa_deploy.cli.task import EventChoice, which
 from sjepa_deploy.cli.training import changes_from, recipe_options, require_training
 from sjepa_deploy.eeg.names import parse_rename
@@ -88,23 +89,28 @@ class OfBundle:
     click.option("--folds", type=Folds(), metavar="all|N,...", help="Folds to train and test.  [default: all]"),
     click.option("--seeds", "n_seeds", type=click.IntRange(min=1), default=1, help="Trainings of each fold, each with its seed."),
     options.several("--baseline", "baselines", choices=BASELINES, help="Decoders to fit on the same windows and folds."),
+    title="Evaluation",
 )
 @options.fills(
     "of_bundle",
     OfBundle,
     which,
-    click.option("--hop", type=float, help="Of a bundle: seconds between windows of a stream that is decoded as well."),
+    click.option("--hop", type=float, help="Seconds between windows of a stream that is decoded as well."),
     options.decisions("the only one"),
     options.backends,
-    options.precisions,
+    options.rare(options.precisions),
+    title="Of a bundle",
 )
-@options.several("--against", help="Folder of an evaluation to compare with, or scratch: the recipe without its base model.")
-@click.option("--live/--no-live", default=True, help="Whether recordings are decoded through the live path too.")
-@click.option("--name", help="Name of the model in tables.  [default: the variant, or the bundle's folder]")
+@options.section(
+    "Evaluation",
+    options.several("--against", help="Folder of an evaluation to compare with, or scratch: the recipe without its base model."),
+    click.option("--live/--no-live", default=True, help="Whether recordings are decoded through the live path too."),
+    options.rare(click.option("--name", help="Name of the model in tables.  [default: the variant, or the bundle's folder]")),
+)
 @model_options
 @target_options
 @options.added(*recipe_options)
-@changes_from()
+@changes_from(brief=True)
 @options.json_output
 def evaluate(
     bundle: Path | None,
@@ -132,16 +138,15 @@ def evaluate(
     screen = console(json_output)
     command = command_line("sjepa-evaluate")
     if bundle is None:
-        report = _recipe(screen, config_file, out, changes, model, target, trained, against, live, name, command, force, resume)
+        report = _recipe(config_file, out, changes, model, target, trained, against, live, name, command, force, resume)
     else:
-        report = _bundle(screen, bundle, recordings, out, changes, target, of_bundle, against, live, name, command, force)
+        report = _bundle(bundle, recordings, out, changes, target, of_bundle, against, live, name, command, force)
     _print(screen, report, out)
     if json_output:
         print_json({"out": str(out), "report": report})
 
 
 def _recipe(
-    screen: Console,
     config_file: Path | None,
     out: Path,
     changes: dict[str, Any],
@@ -159,6 +164,7 @@ def _recipe(
     from sjepa_deploy.evaluation.evaluate import Plan
     from sjepa_deploy.evaluation.evaluate import evaluate as run
     from sjepa_deploy.evaluation.folder import open_folder
+    from sjepa_deploy.evaluation.train import Step
     from sjepa_deploy.learning.finetune import FinetuneConfig
     from sjepa_deploy.learning.loop import read_config
 
@@ -168,11 +174,18 @@ def _recipe(
     config = with_target(overridden(config, model | changes), target, changes["data.n_times"])
     plan = Plan(against=against, live=live, name=name, **vars(trained))
     open_folder(out, resume=resume, force=force)
-    return run(config, plan, out, command=command, tell=lambda what: screen.print(str(what), soft_wrap=True))
+    with progress("reading the data") as steps:
+
+        def tell(what: str | Step) -> None:
+            if isinstance(what, str):
+                steps.at(what)
+            else:
+                steps.at(str(what), done=what.number - 1, total=what.total)
+
+        return run(config, plan, out, command=command, tell=tell)
 
 
 def _bundle(
-    screen: Console,
     path: Path,
     recordings: tuple[Path, ...],
     out: Path,
@@ -225,6 +238,7 @@ def _bundle(
             return LabelledRecording(path=file, name=called, raw=raw, events=choice.label(raw, opened.spec, classes_of(first)))
 
         names = source_names([str(file) for file in recordings])
+        steps = stack.enter_context(progress("decoding", total=len(recordings)))
         return evaluate_bundle(
             first,
             (read(file, called) for file, called in zip(recordings, names, strict=True)),
@@ -234,7 +248,7 @@ def _bundle(
             backends={f"{other.backend.name} {other.backend.precision}": other for other in rest},
             against=against,
             command=command,
-            tell=lambda what: screen.print(escape(what), soft_wrap=True),
+            tell=steps.begin,
         )
 
 
@@ -256,9 +270,9 @@ def _print(screen: Console, report: EvaluationReport, out: Path) -> None:
             screen.print(f"every {stream.hop:g} s: {key.replace('_', ' ')} {with_interval(figure)}")
     for each in report.agreements:
         screen.print(f"{each.name} decides otherwise than {each.reference} about {each.differ:.2%} of {each.n_windows} windows")
+    screen.print(f"written: {escape(str(out))}", soft_wrap=True)
     for sentence in (*report.notes, *report.verdict):
         screen.print(escape(sentence), soft_wrap=True)
-    screen.print(f"written: {escape(str(out))}", soft_wrap=True)
 
 
 def _figures(report: EvaluationReport) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sjepa_deploy.cli import options
-from sjepa_deploy.cli.help_page import GENERAL, is_quiet
+from sjepa_deploy.cli.help_page import GENERAL, Option, is_quiet
 from sjepa_deploy.errors import MissingDependencyError
 from sjepa_deploy.spec import ModelSpec, Unit
 
@@ -74,7 +74,7 @@ recipe_options = (
 )
 """Options of every command that trains: the recipe, and what becomes of the folder of --out."""
 
-data_options = (
+data_options: tuple[Option, ...] = (
     click.option("--data", "sources", multiple=True, help="Recording, *-epo.fif, .npz or BIDS folder; may be repeated."),
     options.rare(options.several("--subjects", help="Subjects of BIDS folders to take.")),
     options.rare(options.several("--sessions", help="Sessions of BIDS folders to take.")),
@@ -98,7 +98,7 @@ data_options = (
         click.option("--memory", type=float, help="Largest size in GiB of windows in memory; more are kept in a mapped file.")
     ),
 )
-split_options = (
+split_options: tuple[Option, ...] = (
     click.option(
         "--split",
         type=click.Choice(["auto", "subject", "session", "recording", "block"]),
@@ -106,7 +106,7 @@ split_options = (
     ),
     options.rare(click.option("--fold", type=int, help="Number of the fold to test on.")),
 )
-engine_options = (
+engine_options: tuple[Option, ...] = (
     options.rare(click.option("--seed", type=int, help="Seed of everything random but the folds.")),
     click.option("--max-epochs", type=int, help="Largest number of epochs."),
     options.rare(click.option("--patience", type=int, help="Epochs without improvement after which training ends.")),
@@ -116,7 +116,7 @@ engine_options = (
     options.rare(click.option("--num-workers", type=int, help="Processes that fetch windows.")),
     options.rare(click.option("--compile", "compile_step", is_flag=True, help="Compile the training step with torch.compile.")),
 )
-devices_options = (
+devices_options: tuple[Option, ...] = (
     options.rare(
         click.option(
             "--precision",
@@ -131,10 +131,16 @@ devices_options = (
 )
 
 
-def changes_from(*, data: tuple[options.Option, ...] = (), engine: tuple[options.Option, ...] = ()) -> options.Option:
-    """Return the options that override a recipe, and more of the data and of the loop. The command gets them as ``changes``."""
-    data_section = options.section("Data", *data_options, *data)
-    return options.fills("changes", changes_of, data_section, *engine_options, *engine, title="Training")
+def changes_from(*, data: tuple[Option, ...] = (), engine: tuple[Option, ...] = (), brief: bool = False) -> Option:
+    """Return the options that override a recipe, and more of the data and of the loop. The command gets them as ``changes``.
+
+    With `brief` the help page names them alone, but for --data.
+    """
+    source, *others = (*data_options, *data)
+    loop: tuple[Option, ...] = (*engine_options, *engine)
+    if brief:
+        others, loop = [options.rare(*others)], (options.rare(*loop),)
+    return options.fills("changes", changes_of, options.section("Data", source, *others), *loop, title="Training")
 
 
 training_options = options.added(*recipe_options, changes_from(data=split_options, engine=devices_options), options.json_output)

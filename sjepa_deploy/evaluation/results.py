@@ -283,8 +283,11 @@ def read_results(folder: Path) -> EvaluationReport:
     """
     file = folder / RESULTS_FILE
     try:
-        return decode(EvaluationReport, load_json(file.read_bytes()))
-    except (OSError, ValueError, DecodeError) as e:
+        stored = load_json(file.read_bytes())
+        if stored["schema_version"] > SCHEMA_VERSION:
+            raise ValueError(f"schema version {stored['schema_version']}, and this release reads up to {SCHEMA_VERSION}")
+        return decode(EvaluationReport, stored)
+    except (OSError, ValueError, KeyError, TypeError, DecodeError) as e:
         raise DataError(f"{file} is missing or damaged ({e}).", "Name a folder that sjepa-evaluate wrote.") from e
 
 
