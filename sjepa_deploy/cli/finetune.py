@@ -75,6 +75,7 @@ model_options = options.fills(
         "--pretrained",
         help="Base model: checkpoint, or org/name[@revision] of the Hub. Else from scratch.",
     ),
+    click.option("--from", "start", help="Fine-tuned model to start from, in place of a base model: a person's calibration."),
     click.option("--freeze-encoder", is_flag=True, help="Train the spatial filters and the last layer only."),
     options.rare(click.option("--transfer-encoder", is_flag=True, help="Take the feature encoder into PreLocal too.")),
     options.rare(click.option("--accept-sfreq", is_flag=True, help="Take a base model of another sampling rate.")),
@@ -140,6 +141,11 @@ def finetune(
     from sjepa_deploy.learning.finetune import finetune as run
     from sjepa_deploy.learning.loop import is_first_process, read_config
 
+    if model["start"] is not None:
+        said = {"variant": model["variant"], "spatial-filters": model["n_spat_filters"], "tmin": target["tmin"]}
+        said |= {name.replace("_", "-"): changes[f"data.{name}"] for name in ("sfreq", "n_times", "phase")}
+        if given := [f"--{name}" for name, value in said.items() if value is not None]:
+            raise click.UsageError(f"{given[0]} is the model's that --from names. Leave it out.")
     config = read_config(FinetuneConfig, config_file)
     if config_file is None:
         config = replace(config, class_weights="balanced")

@@ -294,7 +294,7 @@ NO_LAYER = "none"
     Outputs,
     options.out_file,
     options.rare(options.append),
-    click.option("--outlet", help="Name of an LSL stream to send decisions to."),
+    options.rare(click.option("--outlet", help="Name of an LSL stream to send decisions to.")),
     click.option("--record", type=options.path, help="XDF file to record the run in, for --replay."),
     options.force,
     click.option("--dashboard", is_flag=True, help="Serve a page for browsers, and /metrics for Prometheus."),

@@ -1,4 +1,4 @@
-"""Fine-tunes a variant: it learns to decode, from a pretrained base model or from scratch.
+"""Fine-tunes a variant: it learns to decode, from a pretrained base model, a fine-tuned model or from scratch.
 
 Frozen training changes only the spatial filters and the last layer. Full training changes these alone for ten epochs of warm-up,
 then all parts. The defaults (Adam 1e-3, batches of 32, at most 500 epochs, patience 50) are the settings of the paper's author.
@@ -36,6 +36,7 @@ from sjepa_deploy.learning.origin import ORIGIN_KEY, SPLIT_FILE, Origin, check_u
 from sjepa_deploy.learning.progress import Epoch
 from sjepa_deploy.learning.report import DataReport, report_on
 from sjepa_deploy.learning.run_folder import as_begun, check_run, saving_to
+from sjepa_deploy.learning.start import settings_of, start_from
 from sjepa_deploy.models.checkpoint import (
     SPEC_KEY,
     TRAINING_KEY,
@@ -46,7 +47,7 @@ from sjepa_deploy.models.checkpoint import (
 )
 from sjepa_deploy.models.networks import SignalJEPAModule, SignalJEPAWithTransformer, build_model
 from sjepa_deploy.models.transfer import NEW_PARTS, TransferReport, base_encoder, transfer
-from sjepa_deploy.serialize import encode
+from sjepa_deploy.serialize import encode, overridden
 from sjepa_deploy.spec import EncoderSpec, ModelSpec, Variant
 
 
@@ -60,6 +61,9 @@ class FinetuneConfig:
         What to train.
     pretrained : str or None
         Checkpoint of the base model; None trains from scratch.
+    start : str or None
+        Checkpoint of a fine-tuned model whose weights are the start, in place of a base model. Variant, filters, channels, rate,
+        length, steps, phase and place after events are this model's.
     freeze_encoder : bool
         Train the spatial filters and the last layer only.
     encoder_to_prelocal : bool
@@ -86,6 +90,7 @@ class FinetuneConfig:
 
     variant: Variant = "contextual"
     pretrained: str | None = None
+    start: str | None = None
     freeze_encoder: bool = False
     encoder_to_prelocal: bool = False
     accept_sfreq: bool = False
@@ -101,6 +106,8 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if self.variant not in NEW_PARTS:
             raise TrainingError(f"{self.variant!r} cannot be fine-tuned.", f"Use one of {', '.join(NEW_PARTS)}.")
+        if self.pretrained is not None and self.start is not None:
+            raise TrainingError("Both a base model and a fine-tuned model are named.", "Start from one of them.")
         if self.data.target is None:
             raise DataError("The configuration names no target to learn.", "Describe it under data.target.")
         if self.warmup_epochs < 0:
@@ -189,6 +196,8 @@ class FinetuneModule(lightning.LightningModule):
         self.register_buffer("target_mean", torch.tensor(float(mean)))
         self.register_buffer("target_std", torch.tensor(float(std)))
         weights = class_weights(config, targets, model.spec.n_outputs)
+        if self.regression and config.start is not None:  # its last layer gives the target in its unit
+            model.load_state_dict(in_target_unit(model.state_dict(), -self.target_mean / self.target_std, 1 / self.target_std))
         self.class_weights = None if weights is None or self.regression else torch.from_numpy(weights).float()
         self.validated: list[tuple[Tensor, Tensor]] = []
         new = NEW_PARTS[model.spec.variant]
@@ -319,6 +328,9 @@ def finetune(
     out = Path(out)
     if resume:
         config = as_begun(config, out / "training")
+    start = None if config.start is None else read_checkpoint(config.start, allow_left_out=config.allow_left_out)
+    if start is not None:
+        config = overridden(config, settings_of(start, config.data))
     check_run(out / "training", config, resume=resume, replace=replace)
     if data is None:
         loaded = load_windows(config.data)
@@ -328,10 +340,11 @@ def finetune(
     check_targets(windows, split)
     assert windows.targets is not None
     base = None if config.pretrained is None else read_checkpoint(config.pretrained, allow_left_out=config.allow_left_out)
-    before = None if base is None else stored_origin(base.training)
+    known_before = base or start
+    before = None if known_before is None else stored_origin(known_before.training)
     if before is not None and not config.allow_overlap:
         check_unseen(before, windows, split)
-    model, transferred = _build(config, windows, base)
+    model, transferred = _build(config, windows, base) if start is None else (start_from(start, windows), None)
     origin = origin_of(windows, split, before)
     known = windows.targets[split.train]
     weights = None if windows.class_names is None else class_weights(config, known, len(windows.class_names))
