@@ -103,11 +103,11 @@ class BackendCalls:
     def swap(self, predict: Predictor, layer: DecisionLayer | None) -> None:
         """Call another predictor and step another layer from the next window on. The predictor was warmed up (`warm_up`)."""
         config, at_events = self._config, self._events is not None
+        self._steps = None if layer is None or self._events is None else EventSteps(layer, self._events)  # may be refused
         self._rolls = gives_new_samples(predict, config, at_events=at_events)
         together = at_events and predict.backend.batch_invariant and not predict.backend.finishes
         self.most_together = min(predict.max_batch, MOST_TOGETHER) if together else 1
         self._predict, self._layer = predict, layer
-        self._steps = None if layer is None or self._events is None else EventSteps(layer, self._events)
         self._rolled: tuple[int, int] | None = None  # the last window decoded, and the predictor's count of calls then
         self.keep_warm: KeepWarm | None = None
         if config.keep_warm is not None:
