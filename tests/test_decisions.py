@@ -21,7 +21,7 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import log_loss
 
 from sjepa_deploy.errors import DecisionError
-from sjepa_deploy.runtime.decisions.accumulate import NEW_TRIAL, Accumulate
+from sjepa_deploy.runtime.decisions.accumulate import NEW_TRIAL, NO_TRIAL, Accumulate
 from sjepa_deploy.runtime.decisions.calibrate import (
     accuracy_thresholds,
     bayes_thresholds,
@@ -452,10 +452,14 @@ def chains():
         st.tuples(probability, st.floats(0, 1), st.sampled_from(["undecided", "rejected"])).map(
             lambda each: Threshold(enter=each[0], leave=each[0] * each[1], below=each[2])
         ),
-        st.tuples(st.integers(1, 5), probability, st.sampled_from(["decide", "reject"]), st.booleans()).map(
-            lambda each: Accumulate(
-                rule="probability", most=each[0], thresholds=(each[1],) * each[0], at_most=each[2], waits=each[3]
-            )
+        st.tuples(
+            st.integers(1, 5),
+            probability,
+            st.sampled_from(["decide", "reject"]),
+            st.booleans(),
+            st.sampled_from(["probability", "margin", "value", "distribution"]),
+        ).map(
+            lambda each: Accumulate(rule=each[4], most=each[0], thresholds=(each[1],) * each[0], at_most=each[2], waits=each[3])
         ),
     )
     return st.tuples(
@@ -481,7 +485,7 @@ def streams(draw):
 
 
 def draw_flags(rng):
-    return tuple(flag for flag in ("held", "late", "bad channels", NEW_TRIAL) if rng.random() < 0.08)
+    return tuple(flag for flag in ("held", "late", "bad channels", NEW_TRIAL, NO_TRIAL) if rng.random() < 0.08)
 
 
 @settings(max_examples=200, deadline=None)
@@ -503,6 +507,13 @@ def test_every_stream_has_one_state_a_window_and_none_in_the_refractory_time(des
             assert state.class_name in (None, CLASSES[int(np.argmax(state.probabilities))]) or isinstance(
                 description.steps[-1], (Threshold, Dwell)
             )
+    trial = "decided before"  # the first windows are of a trial too
+    for state, flag in zip(states, flags, strict=True):
+        trial = "open" if NEW_TRIAL in flag and NO_TRIAL not in flag else trial
+        if state.name == "decided" and any(step.trial_windows for step in description.steps):
+            assert NO_TRIAL not in flag
+            assert trial != "over"  # one decision a trial
+            trial = "over"
     waits = [step.seconds for step in description.steps if isinstance(step, Refractory)]
     decided = [time for time, state in zip(times, states, strict=True) if state.name == "decided"]
     for before, after in itertools.pairwise(decided if waits else []):
