@@ -28,6 +28,7 @@ from sjepa_deploy.runtime.decisions.state import STATES
 from sjepa_deploy.runtime.decisions.stored import write_layer
 from sjepa_deploy.runtime.decisions.threshold import Threshold
 from sjepa_deploy.runtime.live.calibration import stream_windows
+from sjepa_deploy.runtime.live.commands import Pause, Start
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.markers import PlannedMarkers
@@ -348,34 +349,61 @@ def test_the_command_asks_which_of_several_layers(bundle, tmp_path, capsys):
 def test_an_outlet_sends_state_class_and_probability(predict, bundle, own_lsl):
     import pylsl
 
-    from sjepa_deploy.runtime.live.lsl_outlet import STATE_CHANNELS, send_decisions
+    from sjepa_deploy.runtime.live.lsl_outlet import FLAG_CHANNELS, KINDS, STATE_CHANNELS, send_decisions
+
+    class Silent(ScriptedSource):
+        """Where there is no chunk, half a second passes."""
+
+        def read(self, timeout):
+            chunk = super().read(timeout)
+            self.now += 0.5 * (chunk is None)
+            return chunk
 
     samples, stamps = eventful()
-    source = ScriptedSource(info_of(predict.spec), chunks_of(samples, stamps, 10))
-    decoder = Decoder(predict, source, StreamConfig(late="queue"), decisions=DecisionLayer.load(bundle))
+    chunks = chunks_of(samples, stamps, 10)
+    source = Silent(info_of(predict.spec), [*chunks, *[None] * 9, chunks[0]])
+    decoder = Decoder(
+        predict, source, StreamConfig(late="queue"), decisions=DecisionLayer.load(bundle), monotonic=lambda: source.now
+    )
     send_decisions(decoder, "sjepa-test-states")
+    pauses = [(8.0, Pause()), (10.5, Start())]
+
+    def pause(chunk):
+        while pauses and chunk.received >= pauses[0][0]:
+            decoder.commands.submit(pauses.pop(0)[1])
+
+    decoder.on_chunk(pause)
     (found,) = pylsl.resolve_byprop("name", "sjepa-test-states", 1, 10.0)
     inlet = pylsl.StreamInlet(found)
     info = inlet.info()
-    labels, channel = [], info.desc().child("channels").child("channel")
-    while channel.child_value("label"):
-        labels.append(channel.child_value("label"))
-        channel = channel.next_sibling("channel")
-    assert labels == [*CLASSES, *STATE_CHANNELS]
-    assert json.loads(info.desc().child_value("codes")) == {"states": list(STATES), "classes": list(CLASSES)}
+    labels = info.get_channel_labels()
+    assert labels == [*CLASSES, *STATE_CHANNELS, "kind", "index", *FLAG_CHANNELS]
+    codes = {"states": list(STATES), "classes": list(CLASSES), "kinds": list(KINDS)}
+    assert json.loads(info.desc().child_value("codes")) == codes
+    assert json.loads(info.desc().child_value("sjepa_deploy"))["run"]["run_id"] == decoder.run_id
     inlet.open_stream(10.0)
     decisions = list(decoder)
-    for decision in decisions:
-        values, stamp = inlet.pull_sample(10.0)
+    sent = []
+    while (pulled := inlet.pull_sample(2.0 if len(sent) < len(decisions) else 0.5))[0] is not None:
+        sent.append((dict(zip(labels, pulled[0], strict=True)), pulled[1]))
+    made = [(values, stamp) for values, stamp in sent if KINDS[int(values["kind"])] == "decision"]
+    for decision, (values, stamp) in zip(decisions, made, strict=True):
         assert stamp == pytest.approx(decision.time, abs=1e-9)
-        assert values[:3] == pytest.approx(decision.prediction.tolist())
-        assert STATES[int(values[3])] == decision.state.name
-        assert (CLASSES[int(values[4])] if values[4] >= 0 else None) == decision.state.class_name
-        assert (
-            math.isnan(values[5])
-            if decision.state.probability is None
-            else values[5] == pytest.approx(decision.state.probability)
-        )
+        assert values["index"] == decision.index
+        assert [values[name] for name in CLASSES] == decision.prediction.tolist()
+        assert STATES[int(values["state"])] == decision.state.name
+        assert (CLASSES[int(values["class"])] if values["class"] >= 0 else None) == decision.state.class_name
+        number = math.nan if decision.state.probability is None else decision.state.probability
+        assert values["probability"] == pytest.approx(number, nan_ok=True)
+        flags = {name for name in FLAG_CHANNELS if values[name]}
+        assert flags == set(decision.flags)
+        assert values["bad channels"] == len(decision.bad_channels)
+    beats = [(values, stamp) for values, stamp in sent if KINDS[int(values["kind"])] == "heartbeat"]
+    assert all(math.isnan(values[name]) for values, _ in beats for name in (*CLASSES, "probability"))
+    said = {(STATES[int(values["state"])], bool(values["paused"])) for values, _ in beats}
+    assert said == {("undecided", False), ("undecided", True), ("no signal", False)}
+    apart = sorted(np.diff(sorted(stamp for _, stamp in sent)))
+    assert apart[-2] <= 1.6  # a heartbeat every second; the clock itself jumps once, over the lost samples
 
 
 # ---------------------------------------------------------------- windows of a recording, for a fit

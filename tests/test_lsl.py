@@ -370,13 +370,14 @@ def test_outlet_sends_decisions_with_their_stamps_and_refuses_a_taken_name(predi
     inlet.open_stream(5.0)
     info = inlet.info(5.0)
     assert info.type() == "Decision"
-    assert info.channel_count() == 3
+    labels = ["prediction_0", "prediction_1", "prediction_2", "state", "class", "probability", "kind", "index", "late", "held"]
+    assert info.get_channel_labels() == [*labels, "bridged", "doubtful", "settling", "bad channels", "paused"]
     assert json.loads(info.desc().child_value("sjepa_deploy")) == {"hop": 0.1}
     stamp = pylsl.local_clock() - 0.25
     prediction = np.array([1.5, -2.0, 0.25], np.float32)
     outlet.send(Decision(0, prediction, stamp, stamp + 0.1, stamp, stamp, 0.0, False, False, ()))
     sample, received = inlet.pull_sample(5.0)
-    assert sample == prediction.tolist()
+    np.testing.assert_array_equal(sample, [*prediction.tolist(), -1, -1, np.nan, 1, 0, *[0] * 7])
     assert received == pytest.approx(stamp, abs=1e-9)
 
 

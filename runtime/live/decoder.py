@@ -119,6 +119,7 @@ class Decoder:
         self._on_decision: list[Callable[[Decision], object]] = []
         self._on_chunk: list[Callable[[Chunk], object]] = []
         self._on_incident: list[Callable[[Incident], object]] = []
+        self._on_turn: list[Callable[[], object]] = []
         self._on_event: list[Callable[[Event], object]] = []
         self._on_undecided: list[Callable[[Undecided], object]] = []
         self.commands = Commands(source.clock)
@@ -242,6 +243,11 @@ class Decoder:
         return self._waiting.advice
 
     @property
+    def silent(self) -> bool:
+        """Return whether no samples have come for longer than `StreamConfig.silence`."""
+        return self._silent
+
+    @property
     def eeg(self) -> FloatArray:
         """Return the window of the decision that is told now, shape (1, n_chans, n_times). The next one overwrites it."""
         return self.windows.eeg(self._behind) if self._eeg is None else self._eeg
@@ -257,6 +263,10 @@ class Decoder:
     def on_incident(self, callback: Callable[[Incident], object]) -> None:
         """Call `callback` with what happens to the stream: equal incidents once a minute, with their number (`Repeats`)."""
         self._on_incident.append(callback)
+
+    def on_turn(self, callback: Callable[[], object]) -> None:
+        """Call `callback` after every chunk, and where no samples come about every `POLL_S`: in silence and in pauses too."""
+        self._on_turn.append(callback)
 
     def on_event(self, callback: Callable[[Event], object]) -> None:
         """Call `callback` with every event whose marker came, wanted or not, before its decision."""
@@ -290,6 +300,8 @@ class Decoder:
                     self._watch()
                     self._stopping |= self.source.clock() >= self._stop_at
                 self.commands.execute_next(self.counters.samples)
+                for turn in self._on_turn:
+                    turn()
                 self._tell_repeated()
                 if calls.keep_warm is not None:
                     calls.fill_pause()
