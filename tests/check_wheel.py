@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -53,6 +54,11 @@ def main(folder: Path) -> None:
     files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     wanted = wanted_files()
     assert files == wanted, f"missing {sorted(wanted - files)}, unexpected {sorted(files - wanted)}"
+    described = next(name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = zipfile.ZipFile(wheel).read(described).decode()
+    assert "\n# sjepa-deploy\n" in metadata, "the wheel has no README"
+    links = re.findall(r"\]\(([^)]+)\)", metadata)
+    assert not (inside := [link for link in links if not link.startswith("https://")]), f"links that lead nowhere: {inside}"
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for name in ("LICENSE", "README.md", "pyproject.toml", "export/rewrite.py", "runtime/backend.py"):

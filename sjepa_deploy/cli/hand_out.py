@@ -19,6 +19,7 @@ from sjepa_deploy.cli import options
 from sjepa_deploy.cli.progress import progress
 from sjepa_deploy.errors import MissingDependencyError
 from sjepa_deploy.evaluation.task import read_tasks
+from sjepa_deploy.models.hub import find_checkpoint
 from sjepa_deploy.runtime.machine import processor
 from sjepa_deploy.runtime.predictor import load
 
@@ -75,7 +76,7 @@ def hand_out(screen: Console, bundle: Bundle, checkpoint: Path | None, publicati
         latency = _measured(bundle)
     card = model_card(
         bundle,
-        training=None if checkpoint is None else read_training(checkpoint),
+        training=None if checkpoint is None else read_training(find_checkpoint(checkpoint).path),
         tasks=_scores(bundle),
         latency=[latency],
         license_name=publication.license_name,

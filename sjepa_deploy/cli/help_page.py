@@ -144,11 +144,11 @@ def shortened(text: str, width: int) -> str:
     """Return as many of the clauses of a text as fit into `width` columns, and its defaults if they fit beside the first."""
     text, defaults, rest = text.partition("  [default")
     defaults += rest
-    clauses = re.split(r"(?<=[.;:]) ", text)
+    clauses = re.split(r"(?<=[.;]) ", text)
     for n in range(len(clauses), 0, -1):
         kept = " ".join(clauses[:n])
         if n < len(clauses):
-            kept = kept.rstrip(".;:") + "."
+            kept = kept.rstrip(".;") + "."
         for line in (kept + defaults, kept):
             if len(line) <= width:
                 return line

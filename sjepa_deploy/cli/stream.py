@@ -305,13 +305,20 @@ NO_LAYER = "none"
             help=f"Address of the page; other machines need the token in {TOKEN_VARIABLE}.  [default: 127.0.0.1:8765]",
         )
     ),
-    click.option(
-        "--traces", type=options.Names(), metavar="A,B,...", help="Channels whose samples the page draws.  [default: 8 of them]"
+    options.rare(
+        click.option(
+            "--traces",
+            type=options.Names(),
+            metavar="A,B,...",
+            help="Channels whose samples the page draws.  [default: 8 of them]",
+        )
     ),
-    click.option(
-        "--control",
-        is_flag=True,
-        help=f"Let the page mark, pause and name bad channels; always needs the token in {TOKEN_VARIABLE}.",
+    options.rare(
+        click.option(
+            "--control",
+            is_flag=True,
+            help=f"Let the page mark, pause and name bad channels; always needs the token in {TOKEN_VARIABLE}.",
+        )
     ),
     options.rare(
         click.option("--shadow", type=options.path, help="Second bundle to compare on the same windows; nothing of it is sent.")
