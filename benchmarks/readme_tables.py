@@ -11,7 +11,7 @@ from typing import Any
 
 README = Path(__file__).parents[1] / "README.md"
 RESULTS = Path(__file__).with_name("results")
-ONE_WINDOW, BATCHES = "latency_H100_2026-11-25", "gpu_batches_H100_2026-11-28"
+REPORT, COPIES = "latency_H100_2026-11-28", "gpu_batches_H100_2026-11-28"
 BEGIN, END = "<!-- figures: written by benchmarks/readme_tables.py -->\n", "<!-- end of figures -->\n"
 
 NAMES = {"prelocal": "PreLocal", "postlocal": "PostLocal", "contextual": "Contextual"}
@@ -23,6 +23,8 @@ BACKENDS = {
 }
 MODELS = (("prelocal", "fp32"), ("postlocal", "fp32"), ("contextual", "fp32"), ("contextual", "fp16"))
 SIZES = (1, 4, 16, 64, 256, 1024)
+CURVES = {"ours": ("cuda-in-place",), "TensorRT 8.6": ("tensorrt-",), "PyTorch": ("torch-",)}
+"""Who has a row for each model: beginnings of the names of the backends, of which the fastest at each size counts."""
 
 
 def read(name: str) -> Any:
@@ -49,34 +51,40 @@ def one_window(report: Any) -> str:
     return table(["one window, us", *(f"{NAMES[variant]} {precision}" for variant, precision in MODELS)], *rows)
 
 
-def over_the_batch(cases: Any) -> str:
-    """Return the table of the latency over the batch size: ours and PyTorch's fastest setting, in us, and windows a second."""
+def over_the_batch(report: Any, copied: float) -> str:
+    """Return the table of the latency over the batch size, in us: each one at its fastest setting at each size."""
+    medians: dict[tuple[str, str, int], dict[str, float]] = {}
+    for cell in report["cells"]:
+        key = cell["key"]
+        if key["scenario"] == "throughput" and cell["parity"] and (value := cell["latency"]["percentiles"][0]["value"]):
+            model = (key["bundle"].removesuffix("-1024"), key["precision"], key["batch"])
+            medians.setdefault(model, {})[key["backend"]] = value["value"]
     rows = []
     for variant, precision in MODELS:
-        ours = cases[f"{variant}:{precision}:curve"]["auto"]
-        settings = {name: found for name, found in cases[f"{variant}:{precision}:torch"].items() if name.startswith(precision)}
-        theirs = {size: min((found[str(size)] for found in settings.values() if str(size) in found),
-                            key=lambda figures: figures["median"], default=None) for size in SIZES}  # fmt: skip
-        name = f"{NAMES[variant]} {precision}"
-        for who, at in ((f"{name}, ours", {size: ours[str(size)] for size in SIZES}), (f"{name}, PyTorch", theirs)):
-            medians = ["" if at[size] is None else f"{at[size]['median']:,.0f}" for size in SIZES]
-            rows.append([who, *medians, f"{at[SIZES[-1]]['windows/s']:,.0f}"])
-    return table(["windows of a call", *(f"{size:,}" for size in SIZES), "a second"], *rows)
+        for who, names in CURVES.items():
+            found = [medians[variant, precision, size] for size in SIZES]
+            fastest = [min(us for name, us in each.items() if name.startswith(names)) for each in found]
+            rate = SIZES[-1] / fastest[-1] * 1e6
+            name = f"{NAMES[variant]} {precision}, {who}"
+            rows.append([name, *(f"{us:,.0f}" for us in fastest), f"{rate:,.0f}", f"{rate / copied:.0%}"])
+    return table(["windows of a call", *(f"{size:,}" for size in SIZES), "a second", "of the copies"], *rows)
 
 
 def figures() -> str:
     """Return the tables with the sentences that name their results."""
-    batches = read(BATCHES)
-    copied = batches["cases"]["all:all:copies"]["1024"]["windows/s"]
+    report = read(REPORT)
+    copied = read(COPIES)["cases"]["all:all:copies"]["1024"]["windows/s"]
+    (torch,) = report["environment"]["versions"]["torch"]
     return (
         "On an H100, a call with one window that is in pinned memory already, prediction back on the host, median\n"
-        f"([report](benchmarks/results/{ONE_WINDOW}.md)):\n\n"
-        f"{one_window(read(ONE_WINDOW))}\n"
-        "Median latency of a call in us over the batch size, windows in pinned memory and predictions back. PyTorch\n"
-        f"{batches['torch']} is at its fastest setting: a CUDA graph, the fast path of its transformer on or off. Last column:\n"
-        f"windows a second at 1,024; copying the windows alone allows {copied:,.0f}\n"
-        f"([report](benchmarks/results/{BATCHES}.md), [curves](benchmarks/results/{BATCHES}.html)):\n\n"
-        f"{over_the_batch(batches['cases'])}"
+        f"([report](benchmarks/results/{REPORT}.md)):\n\n"
+        f"{one_window(report)}\n"
+        "Median latency of a call in us over the batch size, windows in pinned memory and predictions back, each one at its\n"
+        "fastest setting: TensorRT with kernels for 1, 32 or 1,024 windows, as CUDA graphs where it takes them; PyTorch\n"
+        f"{torch} as a CUDA graph, compiled or eager, the fast path of its transformer on or off. The last columns: windows a\n"
+        f"second at 1,024, and their share of the {copied:,.0f} that copying the windows alone allows\n"
+        f"([report](benchmarks/results/{REPORT}.md), [copies](benchmarks/results/{COPIES}.md)):\n\n"
+        f"{over_the_batch(report, copied)}"
     )
 
 

@@ -247,7 +247,7 @@ def test_contracts_that_were_changed_or_are_missing_are_refused(make_bundle):
 
 
 def test_a_model_prepares_every_batch_size_before_it_takes_requests(make_bundle, tmp_path, monkeypatch):
-    """On a GPU a size is prepared at its first call: requests waited for up to 0.1 s under load."""
+    """On a GPU a size is prepared at its first call, for which no request shall wait."""
     served = to_triton(make_bundle("prelocal"), tmp_path / "r", name="m", **PATIENT)
     prepared = []
     monkeypatch.setattr(OrtCpuBackend, "warmup", lambda backend, batches, n_runs: prepared.append((batches, n_runs)))

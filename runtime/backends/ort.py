@@ -111,7 +111,8 @@ class OrtCpuBackend(Backend):
             n_threads = 0 if spec.needs_positions else 1
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = n_threads
-        # Threads that spin between calls took a fifth of a core at 10 windows a second, and save 0.1 ms of 0.7 ms.
+        # Threads that spin between calls save 1.6 ms of 7.1 at 10 windows a second on 16 idle cores, and take 7.8 of the cores;
+        # on busy cores they are slower (benchmarks/results/spinning_*).
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         settings.log_severity_level = 3  # fp16 on a CPU casts node by node; that is known and no news to a user
         self._spec = spec
