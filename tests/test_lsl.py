@@ -432,7 +432,7 @@ def test_events_of_two_marker_streams_get_the_windows_at_their_samples(predict, 
             decisions, _ = run_until(decoder, lambda decisions, _: len(decisions) > 15, timeout=40.0)
     counters = decoder.counters
     assert counters.events == len(decisions) + len(left)
-    assert {d.event.description for d in decisions} == {"go", "7"}
+    assert {(d.event.stream, d.event.description) for d in decisions} == {(f"{name}-t", "go"), (f"{name}-n", "7")}
     delays = {name: [d.event.marker_delay for d in decisions if d.event.description == name] for name in ("go", "7")}
     assert np.median(delays["go"]) < 0.5 < 1.5 < np.median(delays["7"]) < 2.0
     stamps = np.concatenate([chunk.stamps for chunk in chunks])

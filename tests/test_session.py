@@ -216,6 +216,20 @@ def test_mne_bids_reads_what_was_exported(recorded, recording, tmp_path, capsys)
     assert {row["acq_time"] for row in table(root / "sub-P1" / "ses-a" / "sub-P1_ses-a_scans.tsv")} != {"n/a"}
 
 
+@pytest.mark.parametrize("n_bytes", [700, 5000])
+def test_a_run_that_was_killed_is_replayed_and_exported(recorded, bundle, tmp_path, n_bytes, capsys):
+    """What is in the file up to its last whole chunk."""
+    file = tmp_path / "study" / recorded.files[2].relative_to(recorded.folder)
+    file.parent.mkdir(parents=True)
+    file.write_bytes(recorded.files[2].read_bytes()[:-n_bytes])
+    assert session("replay", tmp_path / "study", bundle.path, "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["n_decisions"] <= 37
+    assert session("export", tmp_path / "study", tmp_path / "bids") == 0
+    (path,) = mne_bids.find_matching_paths(tmp_path / "bids", extensions=".vhdr")
+    n_samples = sum(len(chunk.stamps) for chunk in read_record(file).chunks)
+    assert mne_bids.read_raw_bids(path, verbose="error").n_times == n_samples
+
+
 def test_losses_bad_channels_and_other_units_in_a_bids_folder(predict, tmp_path):
     """A loss is a cut, channels are bad that were flat or that the user named, and a trigger channel is no EEG."""
     samples, keep = eeg(3000).astype(np.float32), np.r_[0:1500, 1520:3000]
