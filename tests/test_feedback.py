@@ -24,15 +24,16 @@ from sjepa_deploy.runtime.feedback.requests import looks_like_http, read_object,
 from sjepa_deploy.runtime.live.commands import COMMANDS, BadChannels, Mark, Pause, Status
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
+from sjepa_deploy.runtime.live.swap import take_loads
 
 TOKEN = "not-a-secret-0123456789"
 
 
 @contextlib.contextmanager
-def running(bundle, *, config=None, speed=1.0, **options):
+def running(bundle, *, config=None, speed=1.0, decisions=None, **options):
     """Decode synthetic EEG in a thread with a socket beside, until the context ends."""
     config = config or StreamConfig(hop=0.1, late="queue")
-    with Decoder.open(bundle, "synthetic", config, speed=speed) as decoder:
+    with Decoder.open(bundle, "synthetic", config, speed=speed, decisions=decisions) as decoder:
         told = {"decisions": [], "commands": [], "incidents": []}
         decoder.on_decision(told["decisions"].append)
         decoder.on_command(told["commands"].append)
@@ -367,6 +368,30 @@ def test_dareplane_commands_the_decoder(bundle):
         until(lambda: len(told["commands"]) == 4)
         module.stop_connection()
     assert feedback.counts["malformed"] == 1
+
+
+# ---------------------------------------------------------------- another bundle
+
+
+def test_bundles_are_loaded_by_names_alone_and_one_of_another_contract_is_refused(make_bundle):
+    first, second = make_bundle("prelocal"), make_bundle("prelocal", model_seed=4)
+    with running(first) as (decoder, feedback, told):
+        take_loads(decoder, {"second": second.path, "other": make_bundle("prelocal", sfreq=128.0).path})
+        client = Client(feedback.ports["lines"])
+        for name, why in (("other", "sfreq: 100.0 and 128.0"), (str(second.path), "No bundle was named")):
+            reply = client.ask(command="load", bundle=name, id=name)
+            assert (reply["accepted"], reply["id"]) == (False, name)
+            assert why in reply["text"]
+        assert decoder.predict.bundle.path == first.path
+        reply = client.ask(command="load", bundle="second")
+        assert (reply["accepted"], reply["data"]["digest"]) == (True, second.manifest.digest)
+        late = Client(feedback.ports["lines"])
+        assert late.read("run")["digest"] == second.manifest.digest
+        until(lambda: told["decisions"] and told["decisions"][-1].index > reply["data"]["window"] + 2)
+        client.close()
+        late.close()
+    indices = [decision.index for decision in told["decisions"]]
+    assert indices == list(range(len(indices)))
 
 
 # ---------------------------------------------------------------- nobody holds the decoder up
