@@ -22,7 +22,7 @@ from sjepa_deploy.runtime.bench.cells import CellKey, Estimate, Percentile
 from sjepa_deploy.runtime.bench.compare import Change, Comparison
 from sjepa_deploy.runtime.bench.decision_age import decision_ages, with_decision_ages
 from sjepa_deploy.runtime.bench.files import load_report, write_report
-from sjepa_deploy.runtime.bench.report import comparison_to_markdown, to_markdown, warnings, write_comparison, write_html
+from sjepa_deploy.runtime.bench.report import comparison_to_markdown, summary, to_markdown, warnings, write_comparison, write_html
 from sjepa_deploy.runtime.bench.results import Disturbance, Ending, LeftOut, Noise
 from sjepa_deploy.spec import ModelSpec
 
@@ -415,16 +415,78 @@ def test_the_page_asks_for_nothing_complains_of_nothing_and_fits(browser, page, 
     browser.look()
     assert browser.errors == []
     assert browser.requests == [page.as_uri()]
+    folded = "[...document.querySelectorAll('section > details')]"
+    assert browser.run(f"return {folded}.length") > 6
+    assert not browser.run(f"return {folded}.some(details => details.open)")
+    if width == 1280:
+        summary = "document.getElementById('summary').getBoundingClientRect()"
+        assert browser.run(f"return {summary}.bottom <= innerHeight"), "it is on the first screen"
+    browser.run("document.getElementById('unfold').click()")
+    assert browser.run(f"return {folded}.every(details => details.open)")
     assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
-    sizes = browser.run("return [...document.querySelectorAll('figure svg')].map(s => [s.clientWidth, s.clientHeight])")
+    shown = "[...document.querySelectorAll('figure')].map(f => [...f.querySelectorAll('svg')].filter(s => s.clientWidth))"
+    assert browser.run(f"return {shown}.every(drawn => drawn.length === 1)"), "each plot is shown once"
+    sizes = browser.run(f"return {shown}.map(([svg]) => [svg.clientWidth, svg.clientHeight])")
     assert len(sizes) > 12
+    if width == 1280:  # two in a row, or one as wide as the section
+        inside = browser.run("return document.querySelector('.plots').clientWidth")
+        assert {round(w / inside, 1) for w, _ in sizes} == {0.5, 1.0}
     assert all(w > 250 and h > 60 for w, h in sizes)
     smallest = browser.run(
         "const scale = (svg) => svg.clientWidth / svg.viewBox.baseVal.width;"
         "const size = (text) => parseFloat(getComputedStyle(text).fontSize) * scale(text.ownerSVGElement);"
-        "return Math.min(...[...document.querySelectorAll('figure svg text')].map(size))"
+        f"return Math.min(...{shown}.flatMap(([svg]) => [...svg.querySelectorAll('text')]).map(size))"
     )
     assert smallest > 6
+
+
+def test_a_phone_shows_the_names_and_the_medians_first_and_both_ends_of_a_table(browser, page):
+    browser.open(page.as_uri(), width=390, height=800)
+    browser.run("document.getElementById('unfold').click()")
+    tables = browser.run(
+        "return [...document.querySelectorAll('.scroll')].map(s => { const row = s.querySelector('tbody tr');"
+        "const box = (e) => { const b = e.getBoundingClientRect(); return [b.left, b.right] };"
+        "return [[...s.querySelectorAll('thead th')].map(h => h.textContent.trim()), box(s), [...row.cells].map(box),"
+        " s.clientHeight, s.scrollWidth > s.clientWidth] })"
+    )
+    with_medians = [found for found in tables if "p50" in found[0]]
+    assert len(with_medians) > 6
+    for names, (left, right), cells, height, _ in with_medians:
+        if names[1] == "decoded/s":  # what is sorted by it
+            continue
+        assert names[1] == "p50"
+        assert left <= cells[0][0] < cells[1][1] <= right
+        assert height < 800, "its scroll bar is in sight with it"
+    assert any(scrolls for *_, scrolls in tables)
+    wide = "[...document.querySelectorAll('.scroll')].find(s => s.scrollWidth > s.clientWidth)"
+    browser.run(f"window.s = {wide}; s.scrollLeft = 1e4")
+    stays = "s.querySelector('tbody th').getBoundingClientRect().left - s.getBoundingClientRect().left"
+    assert browser.run(f"return {stays}") < 3, "names stay"
+
+
+def test_a_link_opens_the_section_that_it_leads_to(browser, page):
+    browser.open(f"{page.as_uri()}#paced")
+    browser.wait("document.querySelector('#paced details').open")
+    assert not browser.run("return document.querySelector('#parity details').open")
+    browser.run("document.querySelector('nav a[href=\"#parity\"]').click()")
+    browser.wait("document.querySelector('#parity details').open")
+
+
+def test_the_summary_is_of_the_quickest_that_are_right_beside_the_quickest_pytorch(made):
+    report, _ = made
+    table = summary(report).tables[0]
+    assert table.caption == "Microseconds, paced 10/s"
+    for bundle, medians in MEDIANS.items():
+        rows = [row for row in table.rows if row.entries[0].small == bundle]
+        right = [backend for backend in medians if (bundle, backend) != WRONG]
+        assert [row.entries[0].text for row in rows] == [f"{b} fp32" for b in sorted(right, key=medians.get)][: len(rows)]
+        by_name = {row.entries[0].text.split()[0]: row for row in rows}
+        torch = min((b for b in right if b != "ort-cpu"), key=medians.get)
+        expected = by_name[torch].entries[1].sort / by_name["ort-cpu"].entries[1].sort
+        assert by_name["ort-cpu"].entries[3].sort == pytest.approx(expected)
+    lone = dataclasses.replace(report, cells=tuple(c for c in report.cells if c.key.scenario == "back-to-back"))
+    assert summary(lone).tables[0].caption == "Microseconds, back to back"
+    assert summary(dataclasses.replace(report, cells=())).tables[0].rows == ()
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,13 +11,14 @@ from sjepa_deploy.errors import BenchmarkError
 from sjepa_deploy.files import write_atomically
 from sjepa_deploy.pages.figures import Plot
 from sjepa_deploy.pages.page import Card, Draw, Section, render_page
-from sjepa_deploy.pages.tables import Table, all_markdown, markdown_code, markdown_text
+from sjepa_deploy.pages.tables import NOTHING, Column, Entry, Row, Table, all_markdown, markdown_code, markdown_text, plain
 from sjepa_deploy.runtime.bench import report_plots as plots
 from sjepa_deploy.runtime.bench import report_tables
-from sjepa_deploy.runtime.bench.cells import HARNESS, Cell, Samples, Scenario
+from sjepa_deploy.runtime.bench.baselines import BASELINES
+from sjepa_deploy.runtime.bench.cells import HARNESS, Cell, Estimate, Samples, Scenario
 from sjepa_deploy.runtime.bench.compare import Comparison
 from sjepa_deploy.runtime.bench.results import BenchReport, Judgement
-from sjepa_deploy.runtime.bench.words import why_noisy, why_partial
+from sjepa_deploy.runtime.bench.words import estimate, percentile, why_noisy, why_partial
 from sjepa_deploy.spec import RUN_PRECISIONS
 
 MAKER = "sjepa-bench"
@@ -101,6 +103,55 @@ def sections(report: BenchReport, samples: Samples) -> tuple[Section, ...]:
     return tuple(found)
 
 
+MOST_IN_SHORT = 6
+"""Rows of the summary: with the cards it fits one screen."""
+
+
+def summary(report: BenchReport) -> Section:
+    """Return what a reader sees first: the quickest backends of each bundle that are right, and PyTorch beside them.
+
+    The latencies are of the paced rate at which the most backends have a p99, as in live decoding; without a paced run, of calls
+    back to back.
+    """
+    decoding = [cell for cell in report.cells if cell.key.backend != HARNESS and not cell.key.keep_warm and not cell.struck_out]
+    paced = [cell for cell in decoding if cell.key.scenario == "paced"]
+    known = Counter(cell.key.rate for cell in paced if cell.latency is not None and cell.latency.at(99.0) is not None)
+    rate = min((cell.key.rate for cell in paced), key=lambda rate: (-known[rate], rate), default=None)
+    alone = [cell for cell in decoding if cell.key.scenario == "back-to-back" and cell.key.batch == 1]
+    cells = [cell for cell in paced if cell.key.rate == rate] or alone
+    right = [(cell, median) for cell in cells if (median := _median(cell)) is not None]
+    right.sort(key=lambda pair: pair[1].value)
+    bundles = tuple(dict.fromkeys(cell.key.bundle for cell, _ in right))
+    most = max(2, MOST_IN_SHORT // max(1, len(bundles)))
+    rows: list[Row] = []
+    for bundle in bundles:
+        own = [pair for pair in right if pair[0].key.bundle == bundle]
+        reference = next((pair for pair in own if pair[0].key.backend in BASELINES), None)
+        shown = own[:most] if reference is None or reference in own[:most] else [*own[: most - 1], reference]
+        rows += [_in_short(cell, median, None if reference is None else reference[1]) for cell, median in shown]
+    columns = (
+        Column(name="backend", meaning="what ran the model, and its precision"),
+        Column(name="p50", numeric=True),
+        Column(name="p99", numeric=True),
+        Column(name="PyTorch = 1", numeric=True, meaning="median of the fastest model in PyTorch over this median"),
+    )
+    caption = f"Microseconds, {'back to back' if rate is None else f'paced {rate:g}/s'}"
+    table = Table(caption=caption, columns=columns, rows=tuple(rows))
+    return Section(name="summary", title="In short", lead="", tables=(table,))
+
+
+def _median(cell: Cell) -> Estimate | None:
+    return None if cell.latency is None else cell.latency.at(50.0)
+
+
+def _in_short(cell: Cell, median: Estimate, reference: Estimate | None) -> Row:
+    assert cell.latency is not None
+    p99 = next((percentile(found) for found in cell.latency.percentiles if found.percent == 99.0), NOTHING)
+    times = NOTHING if reference is None else plain(reference.value / median.value)
+    backend = Entry(text=f"{cell.key.backend} {cell.key.precision}", small=cell.key.bundle)
+    return Row(entries=(backend, estimate(median), p99, times))
+
+
 def _bundles(cells: Sequence[Cell]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(cell.key.bundle for cell in cells if cell.key.backend != HARNESS))
 
@@ -177,7 +228,7 @@ def write_html(report: BenchReport, samples: Samples, path: Path) -> None:
         warnings=warnings(report),
         cards=[Card(about=r.bundle, answer=f"{r.backend} {r.precision}", why=r.why) for r in report.recommendations],
         command=report.command,
-        sections=sections(report, samples),
+        sections=(summary(report), *sections(report, samples)),
     )
     _write_text(path, page)
 

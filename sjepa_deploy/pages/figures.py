@@ -1,6 +1,7 @@
 """Gives the plots of a report their figures: empty ones for matplotlib to draw in, and SVG whose colours and font are the page's.
 
-Figures are as wide as a phone, so that their text is readable there; wider pages stretch them or put two in a row.
+Figures are as wide as a phone, so that their text is readable there; wider pages put two in a row. A plot that stands alone in a
+row is drawn a second time, as wide as such a page (`drawn_at`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -27,6 +29,11 @@ WIDTH = 4.3
 
 At 72 points an inch a figure is 310 units wide, and its text of 9 points is 10 pixels high on a phone.
 """
+
+WHOLE_WIDTH = 2.04 * WIDTH
+"""Width of a figure that stands alone in the row of two: its text is as large as theirs."""
+
+_width: ContextVar[float] = ContextVar("width", default=WIDTH)
 
 N_SERIES = 8
 """Colours that can be told apart."""
@@ -79,11 +86,24 @@ class Plot:
         An ``<svg>`` element for a page that defines the colours.
     title, description : str
         Description of the plot, also for readers who do not see the plot.
+    whole_svg : str
+        The same plot as wide as a page, for a plot that stands alone in its row; otherwise empty.
     """
 
     svg: str
     title: str
     description: str
+    whole_svg: str = ""
+
+
+@contextmanager
+def drawn_at(width: float) -> Iterator[None]:
+    """Let figures be `width` inches wide."""
+    token = _width.set(width)
+    try:
+        yield
+    finally:
+        _width.reset(token)
 
 
 @contextmanager
@@ -95,7 +115,7 @@ def new_figure(height: float) -> Iterator[Figure]:
     except ImportError as e:
         raise MissingDependencyError("matplotlib", "bench") from e
     with matplotlib.rc_context(_STYLE):
-        yield Figure(figsize=(WIDTH, height), layout="constrained", facecolor="none")
+        yield Figure(figsize=(_width.get(), height), layout="constrained", facecolor="none")
 
 
 @contextmanager

@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 
 from sjepa_deploy.errors import MissingDependencyError
-from sjepa_deploy.pages.figures import Plot
-from sjepa_deploy.pages.tables import Table
+from sjepa_deploy.pages.figures import WHOLE_WIDTH, Plot, drawn_at
+from sjepa_deploy.pages.tables import Table, led_by_order
 
 Draw = Callable[[], Plot | None]
 
@@ -47,8 +47,19 @@ class Section:
 
     def plots(self) -> list[list[Plot]]:
         """Draw the plots, those of each group in a list; groups with nothing to draw are left out."""
-        drawn = ([plot for draw in together if (plot := draw()) is not None] for together in self.draw)
-        return [group for group in drawn if group]
+        drawn = ([(draw, plot) for draw in together if (plot := draw()) is not None] for together in self.draw)
+        return [_rows_of_two(group) for group in drawn if group]
+
+
+def _rows_of_two(group: Sequence[tuple[Draw, Plot]]) -> list[Plot]:
+    """Return the plots of a group; the last one of an odd number also as wide as a page."""
+    plots = [plot for _, plot in group]
+    if len(plots) % 2:
+        with drawn_at(WHOLE_WIDTH):
+            whole = group[-1][0]()
+        assert whole is not None, "it was drawn before"
+        plots[-1] = replace(plots[-1], whole_svg=whole.svg)
+    return plots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +92,8 @@ def render_page(
     command: str = "",
 ) -> str:
     """Return a page of tables and plots as HTML. Sections that have nothing to show are left out.
+
+    The first section is the summary, which stands open below the cards; the others are folded until a reader opens them.
 
     Parameters
     ----------
@@ -119,5 +132,9 @@ def render_page(
         warnings=warnings,
         cards=cards,
         command=command,
-        sections=[(section, plots) for section, plots in drawn if plots or section.has_rows],
+        sections=[
+            (section, plots, [led_by_order(table) for table in section.tables if table.rows])
+            for section, plots in drawn
+            if plots or section.has_rows
+        ],
     )

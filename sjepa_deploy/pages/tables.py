@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -74,6 +74,15 @@ class Table:
     rows: tuple[Row, ...]
     sorted_by: int | None = None
     direction: Literal["ascending", "descending"] = "ascending"
+
+
+def led_by_order(table: Table) -> Table:
+    """Return `table` with the column that its rows are ordered by behind the first one: what a narrow page shows."""
+    if not table.sorted_by:
+        return table
+    places = [0, table.sorted_by, *(i for i in range(1, len(table.columns)) if i != table.sorted_by)]
+    rows = tuple(replace(row, entries=tuple(row.entries[i] for i in places)) for row in table.rows)
+    return replace(table, columns=tuple(table.columns[i] for i in places), rows=rows, sorted_by=1)
 
 
 NOTHING = Entry(text="", absent=True)
