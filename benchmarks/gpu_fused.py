@@ -318,7 +318,7 @@ def where(bundle: Any, reference: Reference, precision: Any) -> dict[str, Any]:
         return found
 
     variants: dict[str, list[dict[str, Any]]] = {
-        "prelocal": [{"threads": 512}, {"blocks": 4}, {"cluster": False}],
+        "prelocal": [{"threads": 384}, {"threads": 512}, {"blocks": 4}, {"cluster": False}],
         "postlocal": [{"threads": 256}, {"threads": 1024}],
         "contextual": [{"threads": 256}, {"threads": 512}, {"qkv_in_shared": False}],
     }
