@@ -127,8 +127,11 @@ def test_published_reports_are_read(path):
     report = load_report(path)
     said = json.loads(path.read_text())
     text = re.sub(r"\\(.)", r"\1", to_markdown(report))
-    assert all(f"| {entry['what']} | {entry['reason']} |" in text for entry in said["left_out"])
-    assert all(" ".join(reason.split()) in text for reason in said["noise"]["reasons"])
+    for entry in said["left_out"]:  # a text of version 1 is a list of texts since then
+        what = [entry["what"]] if isinstance(entry["what"], str) else entry["what"]
+        assert f"| {', '.join(what)} | {entry['reason']} |" in text
+    if said["schema_version"] == 1:  # later versions hold the facts, of which the page makes the text
+        assert all(" ".join(reason.split()) in text for reason in said["noise"]["reasons"])
 
 
 def test_there_are_published_reports():
