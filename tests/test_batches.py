@@ -399,9 +399,11 @@ def test_the_faster_kernels_serve_a_batch(gpu, own_folder, monkeypatch, us, chos
     assert type(backend._lanes[3]).__name__ == chosen
     backend.run(reference.inputs[:1])
     assert type(backend._lanes[1]).__name__ == "Lane", "one window has kernels of its own"
+    assert not backend.batch_invariant
     backend.close()
     pinned = fused.FusedBackend(bundle, "fp32", BackendOptions(kernels="batch" if chosen == "BatchLane" else "window"))
     np.testing.assert_array_equal(pinned.run(reference.inputs[:3]), want)
+    assert pinned.batch_invariant
     pinned.close()
     (record,) = records_of(bundle.path)
     assert (record.precision, record.gpu) == ("fp32", gpu.name)
