@@ -27,6 +27,7 @@ from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.parity import Reference
 from sjepa_deploy.runtime.backends.reference import run_reference
 from sjepa_deploy.runtime.gpu import cuda, nvrtc
+from sjepa_deploy.safetensors_file import read_safetensors
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start, as below
 
@@ -201,7 +202,8 @@ def make_model(tmp_path_factory):
             inputs = np.stack([windows[kind] for kind in kinds])
             outputs = np.concatenate([run_reference(model.double(), window[None]) for window in inputs])
             graph = SimpleNamespace(max_batch=4)
-            bundle = SimpleNamespace(spec=spec, path=folder, checkpoint=folder, graph=lambda precision: graph)
+            known = {"graph": lambda precision: graph, "weights": lambda: read_safetensors(folder / "model.safetensors")}
+            bundle = SimpleNamespace(spec=spec, path=folder, checkpoint=folder, **known)
             made[spec] = bundle, Reference(kinds=tuple(kinds), inputs=inputs, outputs=outputs), model
         return made[spec]
 
