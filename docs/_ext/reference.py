@@ -22,6 +22,7 @@ import sjepa_deploy
 from sjepa_deploy import errors
 from sjepa_deploy.bundle import Manifest
 from sjepa_deploy.cli import COMMANDS, _command
+from sjepa_deploy.cli.help_page import GENERAL, title_of
 from sjepa_deploy.eeg.steps import STEPS
 from sjepa_deploy.runtime.backend import BACKENDS
 
@@ -89,12 +90,14 @@ Every command is made from the same options ([options that commands share](../..
 def _command_page(name: str) -> str:
     command = _command(name)
     module = importlib.import_module(f"sjepa_deploy.cli.{name}")
-    rows = []
+    sections: dict[str, list[str]] = {}
     for option in command.params:
         if isinstance(option, click.Option):
             record = option.get_help_record(click.Context(command))
             assert record is not None
-            rows.append(f"| `{_cell(record[0])}` | {_cell(record[1])} |")
+            sections.setdefault(title_of(option), []).append(f"| `{_cell(record[0])}` | {_cell(record[1])} |")
+    sections[GENERAL] = sections.pop(GENERAL)  # the last one
+    tables = [f"## {title}\n\n| option | meaning |\n| --- | --- |\n" + "\n".join(rows) for title, rows in sections.items()]
     guide = DOCS / f"{name}.md"
     more = f"\n[{name}](../../{name}.md) explains how to use the command.\n" if guide.exists() else ""
     usage = " ".join(command.collect_usage_pieces(click.Context(command)))
@@ -104,9 +107,7 @@ def _command_page(name: str) -> str:
 
 {_paragraphs(command.help)}
 {more}
-| option | meaning |
-| --- | --- |
-{chr(10).join(rows)}
+{(chr(10) * 2).join(tables)}
 
 The source is `{Path(inspect.getfile(module)).relative_to(ROOT)}`.
 """

@@ -69,6 +69,11 @@ def rare(*options: Option) -> Option:
     return _marked(_rare.add, *options)
 
 
+def title_of(option: click.Parameter) -> str:
+    """Return the heading above an option on the help page."""
+    return _sections.get(option, OTHER)
+
+
 def _marked(mark: Callable[[click.Parameter], object], *options: Option) -> Option:
     def decorate(function: Function) -> Function:
         before = len(parameters_of(function))
@@ -96,7 +101,7 @@ class Command(click.Command):
             if option in _rare and not complete:
                 left_out.append(max(option.opts, key=len))
                 continue
-            title = GENERAL if option is help_option else _sections.get(option, OTHER)
+            title = GENERAL if option is help_option else title_of(option)
             sections.setdefault(title, []).append(row)
         sections[GENERAL] = sections.pop(GENERAL)  # the last one
         if complete or formatter.width < NARROW:

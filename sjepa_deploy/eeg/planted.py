@@ -19,7 +19,7 @@ SFREQ = 250.0
 EVERY_S, JITTER_S = 2.2, 0.2
 """Seconds from one event to the next, and the largest random addition."""
 
-WAVE_UV, WAVE_HZ, WAVE_S, WAVE_DELAY_S = 3.5, 8.0, 0.8, 0.2
+WAVE_UV, WAVE_HZ, WAVE_S, WAVE_DELAY_S = 4.5, 8.0, 0.8, 0.2
 """Amplitude in microvolts, frequency, duration and delay of the wave that follows each event."""
 
 
