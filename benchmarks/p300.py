@@ -41,18 +41,20 @@ from sjepa_deploy.learning.loading import load_windows
 from sjepa_deploy.learning.loop import Engine
 from sjepa_deploy.learning.masking import Masking
 from sjepa_deploy.learning.pretrain import PretrainConfig
+from sjepa_deploy.runtime.bench.baselines import import_braindecode
 from sjepa_deploy.serialize import encode, overridden
 from sjepa_deploy.spec import EncoderSpec
 
 ROOT = Path(__file__).parents[1]
 NARROW = (BandPass(l_freq=1.0, h_freq=30.0), Resample(), Channels())  # 1 to 30 Hz, and no average of the four electrodes
 TARGET = Target(kind="event", task="classification", classes=("nontarget", "target"), tmin=0.0)
-DATA = DataConfig(montage="standard_1005", sfreq=256.0, n_times=256, target=TARGET)
+CH_NAMES = ("TP9", "AF7", "AF8", "TP10")  # in the order of the recordings
+DATA = DataConfig(montage="standard_1005", ch_names=CH_NAMES, sfreq=256.0, n_times=256, target=TARGET)
 RECIPE = FinetuneConfig(
     data=DATA,
     class_weights="balanced",
     encoder=EncoderSpec(n_layers=2, n_decoder_layers=1),
-    engine=Engine(max_epochs=60, patience=20, accelerator="cpu"),
+    engine=Engine(max_epochs=60, patience=10, accelerator="cpu"),
 )
 BASE = PretrainConfig(
     data=dataclasses.replace(DATA, target=None),
@@ -146,7 +148,6 @@ def skorch(folder: Path, protocol: str, variant: str) -> None:
     out = folder / f"{protocol}-{variant}-skorch"
     if (out / RESULTS_FILE).is_file():
         return
-    from braindecode.models import SignalJEPA_PostLocal, SignalJEPA_PreLocal
     from skorch import NeuralNetClassifier
     from skorch.callbacks import EarlyStopping
     from skorch.dataset import Dataset
@@ -160,7 +161,8 @@ def skorch(folder: Path, protocol: str, variant: str) -> None:
         {"ch_name": n, "loc": np.r_[p, np.zeros(9)]}
         for n, p in zip(windows.signal.ch_names, windows.signal.positions, strict=True)
     ]
-    network = {"prelocal": SignalJEPA_PreLocal, "postlocal": SignalJEPA_PostLocal}[variant]
+    networks = import_braindecode()
+    network = {"prelocal": networks.SignalJEPA_PreLocal, "postlocal": networks.SignalJEPA_PostLocal}[variant]
     parts, folds = [], folds_of(windows, data, PROTOCOLS[protocol][0])
     for fold in folds:
         torch.manual_seed(0)
@@ -171,7 +173,7 @@ def skorch(folder: Path, protocol: str, variant: str) -> None:
             network(**sizes), criterion=torch.nn.CrossEntropyLoss, criterion__weight=weights, optimizer=torch.optim.Adam,
             lr=1e-3, batch_size=32, max_epochs=60, iterator_train__shuffle=True, iterator_train__drop_last=True, verbose=0,
             train_split=predefined_split(Dataset(windows.eeg[split.val], windows.targets[split.val])),
-            callbacks=[EarlyStopping("valid_loss", patience=20, load_best=True)],
+            callbacks=[EarlyStopping("valid_loss", patience=10, load_best=True)],
         )  # fmt: skip
         net.fit(windows.eeg[split.train], known)
         outputs = net.forward(windows.eeg[split.test]).numpy()
