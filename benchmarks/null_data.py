@@ -3,8 +3,8 @@
     python benchmarks/null_data.py --out benchmarks/results/null_data_HARDWARE_DATE
 
 Each run makes the EEG of one person (10 recordings of 16 windows, 4 channels), trains a small PreLocal in five folds over
-recordings in a plain loop, and asks for the verdict of `sjepa-evaluate`. 200 runs have labels that are permuted, 40 have a wave that
-tells the class. Counted is also what permutations would find that take the folds for independent.
+recordings in a plain loop, and asks for the verdict of `sjepa-evaluate`. 200 runs have labels that are permuted, 40 have a wave
+that tells the class. Counted is also what permutations would find that take the folds for independent.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import mne
 import numpy as np
 import pandas as pd
 import pytest
+from edf_files import eeg, write_edf
 from small import CH_NAMES, DATA
 from xdf_writer import Stream, write_xdf
 
@@ -510,6 +511,27 @@ def test_classes_of_epochs_and_of_saved_windows_are_picked(tmp_path):
 def test_classes_that_contradict_are_refused(changes, message):
     with pytest.raises(DataError, match=message):
         dataclasses.replace(CLASSES, **changes)
+
+
+def test_an_edf_file_of_a_bids_folder_gives_the_windows_of_the_file_itself(tmp_path):
+    """The file has a date; its events stand in events.tsv."""
+    place = tmp_path / "bids/sub-01/eeg"
+    place.mkdir(parents=True)
+    events = [(2.0 + 2.5 * i, ("T1", "T2")[i % 2]) for i in range(10)]
+    alone = write_edf(tmp_path / "a.edf", ["Fz", "Pz"], eeg(2, 3000), [100, 100], events=events)
+    write_edf(place / "sub-01_task-x_eeg.edf", ["Fz", "Pz"], eeg(2, 3000), [100, 100])
+    rows = ["onset\tduration\ttrial_type", *(f"{onset}\t0\t{name}" for onset, name in events)]
+    (place / "sub-01_task-x_events.tsv").write_text("\n".join(rows) + "\n")
+    (place / "sub-01_task-x_channels.tsv").write_text("name\ttype\tunits\nFz\tEEG\tuV\nPz\tEEG\tuV\n")
+    (tmp_path / "bids/dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.8.0"}')
+    target = dataclasses.replace(CLASSES, classes=("T1", "T2"))
+    one, other = (
+        load_windows(DataConfig(source=(str(path),), target=target, preprocessing=UNTOUCHED))
+        for path in (alone, tmp_path / "bids")
+    )
+    assert len(one) == 10
+    for name in ("eeg", "onset", "targets"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
 
 def test_subjects_sessions_tasks_and_runs_of_a_bids_folder_are_picked(tmp_path):

@@ -20,16 +20,20 @@ from sjepa_deploy.errors import DataError
 from sjepa_deploy.evaluation.continuous import on_stream
 from sjepa_deploy.evaluation.folds import PROTOCOLS, folds_of
 from sjepa_deploy.evaluation.results import EvaluationReport, read_results
+from sjepa_deploy.evaluation.train import through_live_path
 from sjepa_deploy.learning.data import DataConfig, Target, groups_of
 from sjepa_deploy.learning.finetune import FinetuneConfig
 from sjepa_deploy.learning.loading import load_windows
 from sjepa_deploy.learning.loop import Engine
+from sjepa_deploy.models.checkpoint import write_checkpoint
+from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.runtime.decisions.data import CalibrationData
 from sjepa_deploy.runtime.decisions.description import LayerDescription
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
 from sjepa_deploy.runtime.decisions.probabilities import Probabilities
 from sjepa_deploy.runtime.decisions.threshold import Threshold
 from sjepa_deploy.serialize import encode, json_schema
+from sjepa_deploy.spec import ModelSpec
 
 NAMES = ["F3", "F4", "C3", "C4", "P3", "P4", "O1", "O2"]
 RATE = 100.0
@@ -165,6 +169,39 @@ def test_models_are_compared_with_other_evaluations(evaluated, call, tmp_path, r
     status, _, err = call(*fewer, "--max-epochs", "1", "--against", out, "--no-live", "--force")
     assert status == 2
     assert "other windows or labels" in err
+
+
+def test_a_base_model_is_compared_with_the_recipe_from_scratch(call, tmp_path, recordings):
+    data = dataclasses.replace(RECIPE.data, montage="standard_1005")
+    windows = load_windows(dataclasses.replace(data, source=recordings[:1]))
+    base = build_model(ModelSpec(variant="base", signal=windows.signal, encoder=ENCODER), seed=7)
+    for fold in (0, 1):
+        write_checkpoint(base, tmp_path / f"base-{fold}")
+    recipe = dataclasses.replace(RECIPE, data=data, variant="postlocal", encoder=None, freeze_encoder=True)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(encode(recipe)))
+    arguments = ["--config", tmp_path / "recipe.yaml", *(f"--data={file}" for file in recordings[:3]), "--protocol", "loso"]
+    arguments += ["--pretrained", tmp_path / "base-{fold}", "--against", "scratch", "--folds", "1", "--max-epochs", "1"]
+    status, _, err = call(*arguments, "--no-live", "--name", "with base", "--out", tmp_path / "out")
+    assert status == 0, err
+    report = read_results(tmp_path / "out")
+    assert [(each.model, each.way) for each in report.judged] == [("with base", "offline"), ("scratch", "offline")]
+    assert [(each.model, each.other) for each in report.differences] == [("with base", "scratch")] * 2
+    runs = [
+        json.loads((tmp_path / "out" / name / "fold-1/seed-0/training/run.json").read_text()) for name in ("models", "scratch")
+    ]
+    assert [run["pretrained"] for run in runs] == [str(tmp_path / "base-1"), None]
+    assert [run["freeze_encoder"] for run in runs] == [True, False]
+    assert runs[1]["encoder"] == encode(ENCODER)
+
+
+def test_the_live_path_of_zero_phase_windows_gives_causal_ones_at_the_same_places(recordings):
+    config = dataclasses.replace(RECIPE.data, source=recordings[:2])
+    causal = load_windows(config)
+    for phase in ("causal", "zero-phase"):
+        live = through_live_path(dataclasses.replace(config, phase=phase))
+        assert live.eeg.tobytes() == causal.eeg.tobytes()
+        np.testing.assert_array_equal(live.onset, causal.onset)
+    assert through_live_path(dataclasses.replace(config, source=("synthetic",))) is None
 
 
 # ---------------------------------------------------------------- folds

@@ -328,18 +328,18 @@ def time_plot(predictions: Predictions) -> Plot | None:
     names = list(dict.fromkeys(p.recording.tolist()))[:N_STRIPS]
     if np.isnan(p.onset).any():
         return None
-    with strips(len(names), 0.42) as (figure, axes):
+    with strips(len(names), 0.5) as (figure, axes):
         for i, name in enumerate(names):
             rows = np.flatnonzero(p.recording == name)
             if p.class_names is None:
                 error = abs(p.score[rows] - p.truth[rows])
                 height = error / max(float(error.max()), 1e-12)
-                axes.vlines(p.onset[rows], i - 0.7 * height, i, color=SERIES[0], linewidth=0.8)
+                axes.vlines(p.onset[rows], i - 0.6 * height, i, color=SERIES[0], linewidth=0.8)
             else:
                 right, decided = p.decision[rows] == p.truth[rows], p.decision[rows] != UNDECIDED
-                for kind, colour, top in ((right, SERIES[0], 0.7), (~right & decided, BAD, 0.35), (~decided, FAINT, 0.2)):
+                for kind, colour, top in ((right, SERIES[0], 0.6), (~right & decided, BAD, 0.3), (~decided, FAINT, 0.15)):
                     axes.vlines(p.onset[rows[kind]], i - top, i, color=colour, linewidth=0.8)
-            label_strip(axes, i - 0.75, str(name))
+            label_strip(axes, i - 0.64, str(name))
         axes.set_xlabel("seconds")
         what = "Height is the error." if p.class_names is None else "High marks are right, low ones wrong, the lowest undecided."
         return finished(figure, "Windows over time", what)

@@ -29,6 +29,9 @@ N_BLOCKS = 20
 
 N_PERMUTATIONS = 1000
 
+PERMUTED_AT_ONCE = 1 << 22
+"""Labels that are permuted at once: 32 MiB."""
+
 MOST_ENUMERATED = 12
 """Units whose changes of sign are all tried; of more units, `N_PERMUTATIONS` random ones are."""
 
@@ -290,26 +293,29 @@ def chance(tally: Tally, *, n_permutations: int = N_PERMUTATIONS, seed: int = 0)
     windows, first = np.unique(p.window, return_index=True)
     truth, unit, fold = p.truth[first], tally.units.of[windows], p.fold[first]
     _, group = np.unique(np.stack([unit, fold]), axis=1, return_inverse=True)
-    labels = _permuted(truth, group.ravel(), unit, rng, n_permutations)
-    place = np.searchsorted(windows, p.window)
+    place, at_once = np.searchsorted(windows, p.window), max(1, PERMUTED_AT_ONCE // len(windows))
     reached: dict[str, list[Array]] = {}
-    for cell in tally.cells:
-        theirs = labels[:, place[cell.rows]]
-        for name, value in _of_labels(tally, cell, theirs).items():
-            reached.setdefault(name, []).append(value)
+    for begin in range(0, n_permutations, at_once):
+        labels = _permuted(truth, group.ravel(), unit, rng, min(at_once, n_permutations - begin))
+        by_cell = [_of_labels(tally, cell, labels[:, place[cell.rows]]) for cell in tally.cells]
+        for name in by_cell[0]:
+            values = np.array([each[name] for each in by_cell])
+            there = np.isfinite(values)
+            mean = figures.quotient(np.where(there, values, 0).sum(axis=0), there.sum(axis=0))
+            reached.setdefault(name, []).append(mean)
     true = tally.values()
     k = len(np.unique(p.fold))
     widened = np.sqrt(1 + k / (k - 1)) if k > 1 else 1.0
     found = {}
-    for name, by_cell in reached.items():
-        there = np.isfinite(by_cell)
-        values = figures.quotient(np.where(there, by_cell, 0).sum(axis=0), there.sum(axis=0))
-        own, mean = float(true[name][0]), float(values.mean())
-        if not (np.isfinite(own) and np.isfinite(mean)):
+    for name, parts in reached.items():
+        own, values = float(true[name][0]), np.concatenate(parts)
+        values = values[np.isfinite(values)]
+        if not np.isfinite(own) or not len(values):
             continue
-        values = mean + widened * (values - mean)
+        values = values.mean() + widened * (values - values.mean())
         better = int((values >= own - 1e-12).sum())
-        found[name] = Chance(mean=mean, high=float(np.quantile(values, 1 - ALPHA)), p=(1 + better) / (1 + n_permutations))
+        high = float(np.quantile(values, 1 - ALPHA))
+        found[name] = Chance(mean=float(values.mean()), high=high, p=(1 + better) / (1 + len(values)))
     return found
 
 
