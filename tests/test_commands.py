@@ -2,10 +2,13 @@
 
 import json
 import threading
+from collections import deque
 from concurrent.futures import wait
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from streams import ScriptedSource, assert_accounted, chunks_of, decode_samples, eeg, info_of, predictions
 
 import sjepa_deploy
@@ -188,6 +191,37 @@ def test_a_stop_ends_the_run_with_the_chunk_at_hand(predict):
         (False, "The run has ended."),
     ]
     assert not run.decoder.commands.submit(Status()).result(timeout=0).accepted
+
+
+COMMANDS = st.one_of(
+    st.sampled_from([Pause(), Start(), Status()]),
+    st.builds(Mark, text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)),
+    st.builds(BadChannels, names=st.lists(st.sampled_from(["Cz", "f3", "C4", "nose", ""]), max_size=3).map(tuple)),
+    st.builds(Load, bundle=st.text(max_size=5)),
+    st.builds(Label, event=st.integers(), class_name=st.text(max_size=5)),
+)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.floats(0.0, 10.0), COMMANDS), max_size=30))
+def test_no_commands_alter_a_decision_but_by_leaving_it_out(predict, plan):
+    """Any commands at any time: every window has its decision or its reason, and no other bits; each command its answer."""
+    _, clean, _ = decode_samples(predict, SAMPLES)
+    run = Run(predict, sorted(plan, key=lambda each: each[0]))
+    bits = predictions(clean)
+    assert all(bits[decision.index] == decision.prediction.tobytes() for decision in run.decisions)
+    assert run.decoder.counters.windows == 81
+    assert all(reply.done() for reply in run.replies)
+    paused, left_out, n = False, set(), 0
+    changes = deque((one.sample, type(one.command)) for one in run.executed if one.reply.accepted)
+    for sample in range(10, 1001, 10):  # chunk by chunk
+        if sample >= 200:
+            left_out |= {n} if paused else set()
+            n += 1
+        while changes and changes[0][0] <= sample:
+            kind = changes.popleft()[1]
+            paused = kind is Pause or (paused and kind is not Start)
+    assert left_out == set(bits) - {decision.index for decision in run.decisions}
 
 
 def test_many_threads_submit_and_every_command_is_answered_once_in_order():

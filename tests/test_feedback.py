@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import importlib.util
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from streams import predictions, run_stream
 from websockets.sync.client import connect as connect_websocket
 
-from sjepa_deploy.errors import CommandError, FeedbackError
+from sjepa_deploy.errors import CommandError, FeedbackError, MissingDependencyError
 from sjepa_deploy.runtime.feedback import feedback as feedback_module
 from sjepa_deploy.runtime.feedback.feedback import FEEDBACK, Feedback
 from sjepa_deploy.runtime.feedback.requests import looks_like_http, read_object, read_primary, read_request
@@ -274,6 +275,13 @@ def test_from_elsewhere_nothing_is_told_or_obeyed_without_the_token(guarded):
     assert known.read()["type"] == "run"
     assert known.ask(command="status")["accepted"]
     known.close()
+
+
+def test_a_missing_package_is_named(bundle, monkeypatch):
+    with Decoder.open(bundle, "synthetic") as decoder:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(MissingDependencyError, match=r"websockets.*\[feedback\]"):
+            Feedback(decoder, port=0)
 
 
 @pytest.mark.parametrize("options", [{"host": "0.0.0.0"}, {"host": "::"}, {"token": "short"}, {"token": "ö" * 20}])

@@ -41,6 +41,9 @@ MOST_WAITING = 10_000
 RESTART_AFTER_S = 5.0
 """Seconds until a server that died is started again."""
 
+PATIENT_S = 1.0
+"""Seconds that a recording that is decoded as fast as possible waits for the server. A live stream never waits."""
+
 SERVER = "sjepa_deploy.runtime.feedback.server"
 FEEDBACK = Served(
     name="feedback socket",
@@ -127,6 +130,7 @@ class Feedback:
         self.counts = {"clients": 0, "refused": 0, "malformed": 0, "let go": 0, "left out": 0}
         self._queue: queue.Queue[Told | dict[str, Any] | object] = queue.Queue(MOST_WAITING)
         self._heard = self._decided = math.nan
+        self._patient = not decoder.source.live
         self._server: subprocess.Popen[bytes] | None = None
         self._n_servers = 0
         self._stop = threading.Event()
@@ -165,8 +169,10 @@ class Feedback:
     # ------------------------------------------------------------------ called in the decoder's thread
 
     def _put(self, what: Told | dict[str, Any]) -> None:
+        if self._stop.is_set():
+            return
         try:
-            self._queue.put_nowait(what)
+            self._queue.put(what, block=self._patient, timeout=PATIENT_S)
         except queue.Full:
             self.counts["left out"] += 1
 

@@ -19,18 +19,18 @@ from sjepa_deploy.errors import DecisionError, StreamError
 from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, BackendOptions, FloatArray
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
 from sjepa_deploy.runtime.decisions.stored import check_bundle
+from sjepa_deploy.runtime.live.callbacks import Callbacks
 from sjepa_deploy.runtime.live.calls import BackendCalls
-from sjepa_deploy.runtime.live.commands import BadChannels, Commands, Executed, Mark, Pause, Reply, Start, Status, Stop
+from sjepa_deploy.runtime.live.commands import BadChannels, Mark, Pause, Reply, Start, Status, Stop
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decision import Decision
 from sjepa_deploy.runtime.live.event_names import EventNames
 from sjepa_deploy.runtime.live.exchange import check_exchange
-from sjepa_deploy.runtime.live.markers import Event, MarkerSource
+from sjepa_deploy.runtime.live.markers import MarkerSource
 from sjepa_deploy.runtime.live.open_markers import open_markers
 from sjepa_deploy.runtime.live.open_source import SourceOptions, open_source
 from sjepa_deploy.runtime.live.places import Reason, Undecided
-from sjepa_deploy.runtime.live.repeats import Repeats
 from sjepa_deploy.runtime.live.schedule import Events, Hop, Schedule
 from sjepa_deploy.runtime.live.sources import Chunk, Incident, Source
 from sjepa_deploy.runtime.live.waiting import Waiting
@@ -43,7 +43,7 @@ POLL_S = 0.1
 """Longest wait for samples in seconds, after which the decoder looks at signals and at the watchdog."""
 
 
-class Decoder:
+class Decoder(Callbacks):
     """Decodes a stream: iterate over it, or register callbacks and call `run`.
 
     One decoder serves one stream in one thread. Several in one process share nothing but the predictor's weights, if even that.
@@ -115,19 +115,11 @@ class Decoder:
         self.predict, self.source, self.spec = predict, source, predict.spec
         self.hop = self.config.hop_samples(self.spec.signal)
         self.deadline = self.config.deadline_s(self.spec.signal)
-        self.counters = Counters()
-        self._on_decision: list[Callable[[Decision], object]] = []
-        self._on_chunk: list[Callable[[Chunk], object]] = []
-        self._on_incident: list[Callable[[Incident], object]] = []
-        self._on_turn: list[Callable[[], object]] = []
-        self._on_event: list[Callable[[Event], object]] = []
-        self._on_undecided: list[Callable[[Undecided], object]] = []
-        self.commands = Commands(source.clock)
+        super().__init__(source.clock, Counters())
         self.paused = False
         self.run_id = secrets.token_hex(8)
         self._markers = tuple(markers)
         self._names = EventNames(events)
-        self._repeats = Repeats()
         self._opened: Predictor | None = None
         self._stopping = False
         self.windows = WindowStream(
@@ -251,34 +243,6 @@ class Decoder:
     def eeg(self) -> FloatArray:
         """Return the window of the decision that is told now, shape (1, n_chans, n_times). The next one overwrites it."""
         return self.windows.eeg(self._behind) if self._eeg is None else self._eeg
-
-    def on_decision(self, callback: Callable[[Decision], object]) -> None:
-        """Call `callback` with every decision, before the iterator gives it."""
-        self._on_decision.append(callback)
-
-    def on_chunk(self, callback: Callable[[Chunk], object]) -> None:
-        """Call `callback` with every chunk of samples, after its decisions."""
-        self._on_chunk.append(callback)
-
-    def on_incident(self, callback: Callable[[Incident], object]) -> None:
-        """Call `callback` with what happens to the stream: equal incidents once a minute, with their number (`Repeats`)."""
-        self._on_incident.append(callback)
-
-    def on_turn(self, callback: Callable[[], object]) -> None:
-        """Call `callback` after every chunk, and where no samples come about every `POLL_S`: in silence and in pauses too."""
-        self._on_turn.append(callback)
-
-    def on_event(self, callback: Callable[[Event], object]) -> None:
-        """Call `callback` with every event whose marker came, wanted or not, before its decision."""
-        self._on_event.append(callback)
-
-    def on_undecided(self, callback: Callable[[Undecided], object]) -> None:
-        """Call `callback` with every event that gets no decision."""
-        self._on_undecided.append(callback)
-
-    def on_command(self, callback: Callable[[Executed], object]) -> None:
-        """Call `callback` with every command that was answered, see `Commands`."""
-        self.commands.on_executed(callback)
 
     def __iter__(self) -> Iterator[Decision]:
         """Give decisions until the source ends, or `stop` is called."""
@@ -447,12 +411,9 @@ class Decoder:
         elif window.event is not None:
             self._tell_undecided(Undecided(window.event, answer))
 
-    def _tell_undecided(self, left: Undecided) -> None:
-        for tell in self._on_undecided:
-            tell(left)
-
     def close(self) -> None:
-        """Release the source and the markers, and the backend if `open` loaded it."""
+        """Release the source and the markers, and the backend if `open` or `swap` gave it. Commands that wait are refused."""
+        self.commands.close(self.counters.samples)
         self.source.close()
         for markers in self._markers:
             markers.close()
@@ -488,9 +449,7 @@ class Decoder:
         return Reply(accepted=True, text="The run ends.")
 
     def _obey_mark(self, mark: Mark, asked: float) -> Reply:
-        incident = Incident(kind="mark", time=asked, text=mark.text, sample=self.counters.samples)
-        for tell in self._on_incident:  # equal ones are all told
-            tell(incident)
+        self._tell_each(Incident(kind="mark", time=asked, text=mark.text, sample=self.counters.samples))
         return Reply(accepted=True, text=f"Marked at {asked:.3f} s.")
 
     def _obey_bads(self, command: BadChannels) -> Reply:
@@ -511,19 +470,6 @@ class Decoder:
         self.counters.samples_flushed = self.source.n_flushed
         while self.source.incidents:
             self._tell(dataclasses.replace(self.source.incidents.popleft(), sample=self.counters.samples))
-
-    def _report(self, kind: str, text: str) -> None:
-        self._tell(Incident(kind=kind, time=self.source.clock(), text=text, sample=self.counters.samples))
-
-    def _tell(self, incident: Incident) -> None:
-        if self._repeats.is_new(incident):
-            for tell in self._on_incident:
-                tell(incident)
-
-    def _tell_repeated(self, *, ending: bool = False) -> None:
-        for incident in self._repeats.due(self.source.clock(), self.counters.samples, ending=ending):
-            for tell in self._on_incident:
-                tell(incident)
 
 
 def _check_layer(decisions: DecisionLayer | None, predict: Predictor, *, at_events: bool) -> None:
