@@ -345,3 +345,16 @@ def test_buttons_give_commands(browser, bundle):
         browser.look()
         assert browser.errors == []
         assert set(browser.requests) == {dashboard.url, f"{dashboard.url}events", f"{dashboard.url}command"}
+
+
+def test_a_bundle_that_was_loaded_meanwhile_is_the_one_on_the_page(browser, bundle, predict, tmp_path):
+    other = Bundle.open(copy_bundle(bundle, tmp_path / "after-training"))
+    run = Run(predict)
+    with idle_dashboard(run.monitor) as dashboard, sjepa_deploy.load(other, check_unit=False) as theirs:
+        open_page(browser, dashboard)
+        assert browser.text("#bundle") == bundle.path.name
+        run.decoder.swap(theirs)
+        browser.wait("document.getElementById('bundle').textContent === 'after-training'")
+        assert "bundle: after-training" in browser.text("#events")
+        assert 'bundle="after-training"' in get(dashboard, "/metrics")[2]
+        assert_clean(browser, dashboard)

@@ -407,6 +407,12 @@ function merge(recent, traces) {
   bins = [...(again ? [] : bins), ...came.filter(bin => again || bin.time > last)].slice(-1000);
 }
 
+function showBundle() {
+  document.title = `${facts.bundle} · sjepa-stream`;
+  say("bundle", facts.bundle);
+  $("random").hidden = !facts.random_weights;
+}
+
 function connect() {
   const source = new EventSource("events");
   source.addEventListener("facts", event => {
@@ -415,10 +421,8 @@ function connect() {
     bins = [];
     ended = false;
     merge(facts.recent, facts.traces);
-    document.title = `${facts.bundle} · sjepa-stream`;
-    say("bundle", facts.bundle);
+    showBundle();
     say("deadline", seconds(facts.deadline));
-    $("random").hidden = !facts.random_weights;
     $("span-choice").value = facts.events === null ? "60" : "300";
     $("outputs").tBodies[0].replaceChildren();
     for (const id of ["map", "classes", "bad-name"]) delete $(id).dataset.picture;
@@ -426,6 +430,8 @@ function connect() {
   source.addEventListener("state", event => {
     heard = performance.now();
     state = JSON.parse(event.data);
+    Object.assign(facts, state.facts);
+    showBundle();
     merge(state.recent, state.traces);
     draw();
   });

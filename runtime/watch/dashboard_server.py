@@ -101,6 +101,7 @@ class Feed:
                 continue
             _extend(self.decisions, state.pop("new"), N_RECENT)
             _extend(self.traces, state.pop("traces", {}), TRACE_BINS)
+            self.facts |= state.get("facts", {})  # another bundle may have been loaded
             self.state = state
             self._taken_at = time.monotonic()
             repeated = {"recent": self.recent(N_REPEATED), "traces": _newest(self.traces, REPEATED_BINS)}

@@ -50,6 +50,9 @@ def describe_state(snapshot: Snapshot, after: int = 0) -> dict[str, Any]:
     new = slice(max(0, len(decisions) - (snapshot.n_noted - max(after, 0))), None)
     return {
         "state": snapshot.state,
+        "facts": {
+            name: getattr(snapshot.facts, name) for name in ("bundle", "bundle_hash", "backend", "layer", "random_weights")
+        },
         "standing": dataclasses.asdict(standing_of(snapshot)),
         "now": now,
         "uptime": now - snapshot.started,

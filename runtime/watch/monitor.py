@@ -66,7 +66,7 @@ class Monitor:
     Parameters
     ----------
     facts : StreamFacts
-        Facts that do not change.
+        Facts of the bundle that decides. Another bundle with the same channels and classes has facts of its own.
     counters : Counters
         The decoder's own. Every write copies them.
     n_recent : int

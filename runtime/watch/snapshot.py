@@ -50,7 +50,7 @@ Measure = Literal["age", "latency"]
 
 @dataclass(frozen=True, kw_only=True)
 class StreamFacts:
-    """Holds the facts that do not change while a stream is decoded.
+    """Holds the facts that do not change while one bundle decides.
 
     Attributes
     ----------
@@ -243,7 +243,7 @@ class Snapshot:
     Attributes
     ----------
     facts : StreamFacts
-        Facts that do not change.
+        Facts of the bundle that decides.
     state : str
         A `StreamState`.
     now, started, newest_sample : float

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +47,7 @@ def watch(decoder: Decoder, traces: Sequence[str] | None = None) -> Monitor:
 
 class _Watcher:
     def __init__(self, decoder: Decoder, traces: Sequence[str] | None) -> None:
-        spec, manifest, info = decoder.spec, decoder.predict.bundle.manifest, decoder.source.info
+        spec, info = decoder.spec, decoder.source.info
         names = spec.class_names or tuple(f"{spec.output_name}_{i}" for i in range(spec.n_outputs))
         assert spec.ch_names is not None, "the contract was checked"
         self._decoder = decoder
@@ -53,9 +55,7 @@ class _Watcher:
         columns = _columns(info.ch_names, spread_over(decoder.windows.ch_names) if traces is None else traces)
         self.monitor = Monitor(
             StreamFacts(
-                bundle=decoder.predict.bundle.path.name,
-                bundle_hash=manifest.digest,
-                backend=decoder.predict.backend.name,
+                **self._of_bundle(),
                 source=info.name,
                 ch_names=spec.ch_names,
                 positions=spec.positions,
@@ -67,8 +67,6 @@ class _Watcher:
                 if events is not None
                 else (spec.n_times + max(OVERDUE_S * spec.sfreq, OVERDUE_HOPS * decoder.hop)) / spec.sfreq,
                 output_names=() if spec.variant == "base" else names,
-                random_weights=manifest.weights.random,
-                layer=None if layer is None else layer.description.name,
                 class_names=() if layer is None else layer.class_names,
                 events=None if events is None else events.names,
                 source_names=decoder.windows.ch_names,
@@ -92,6 +90,17 @@ class _Watcher:
             wants = events.wants
             decoder.on_event(lambda event: self.monitor.marked(event, wanted=wants(event.description)))
 
+    def _of_bundle(self) -> dict[str, Any]:
+        """Return the facts that another bundle changes."""
+        predict, layer = self._decoder.predict, self._decoder.layer
+        return {
+            "bundle": predict.bundle.path.name,
+            "bundle_hash": predict.bundle.manifest.digest,
+            "backend": predict.backend.name,
+            "random_weights": predict.bundle.manifest.weights.random,
+            "layer": None if layer is None else layer.description.name,
+        }
+
     def _received(self, chunk: Chunk) -> None:
         monitor, windows = self.monitor, self._decoder.windows
         monitor.received(chunk.received, paused=self._decoder.paused)
@@ -108,6 +117,8 @@ class _Watcher:
 
     def _happened(self, incident: Incident) -> None:
         self.monitor.happened(incident)
+        if incident.kind == "bundle":
+            self.monitor.facts = dataclasses.replace(self.monitor.facts, **self._of_bundle())
         if incident.kind in _STATES:
             self.monitor.set_state(_STATES[incident.kind])
 
