@@ -14,12 +14,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from sjepa_deploy.eeg.steps import Alignment, Channels, Resample, RunningAlignment
 from sjepa_deploy.errors import DataError, SpecError
 from sjepa_deploy.last_layer import MIN_TRIALS, LastLayer, fit_classes, fit_numbers
-from sjepa_deploy.learning.metrics import Score, balanced_weights, scores
+from sjepa_deploy.learning.brief import train_briefly
+from sjepa_deploy.learning.metrics import Score, scores
+from sjepa_deploy.models.checkpoint import in_target_unit
 from sjepa_deploy.models.networks import SignalJEPAModule, SignalJEPAWithTransformer, last_linear, reference_mode
 from sjepa_deploy.spec import ModelSpec, SignalSpec
 
@@ -309,28 +310,19 @@ def _predictions(spec: ModelSpec, outputs: NDArray[Any]) -> NDArray[Any]:
 def _fine_tuned(
     model: SignalJEPAModule, eeg: NDArray[np.float32], targets: NDArray[Any], config: CalibrationConfig
 ) -> SignalJEPAModule:
-    """Return a copy of `model` that learned from the trials for some epochs. Dropout is off: there are few steps."""
+    """Return a copy of `model` that learned from the trials for some epochs. Dropout is off: there are few steps.
+
+    A regression learns what is standardised by the trials, so that learning does not depend on the unit.
+    """
     tuned = copy.deepcopy(model).eval()
     if isinstance(tuned, SignalJEPAWithTransformer):
         tuned.transformer.decoder.requires_grad_(False)
-    generator = torch.Generator().manual_seed(config.seed)
-    optimiser = torch.optim.Adam([p for p in tuned.parameters() if p.requires_grad], lr=config.lr)
-    windows, wanted = torch.from_numpy(np.ascontiguousarray(eeg)), torch.from_numpy(targets)
-    spread = 1.0 if model.spec.task == "classification" else float(np.std(targets))
-    weights = None
-    if model.spec.task == "classification":
-        weights = torch.from_numpy(balanced_weights(targets, n_classes_of(model.spec))).float()
-    for _ in range(config.epochs):
-        for rows in torch.randperm(len(windows), generator=generator).split(config.batch_size):  # type: ignore[no-untyped-call]
-            optimiser.zero_grad()
-            outputs = tuned(windows[rows])
-            if weights is None:
-                loss = nn.functional.mse_loss(outputs[:, 0] / spread, wanted[rows].float() / spread)
-            else:
-                logits = torch.cat([torch.zeros_like(outputs), outputs], dim=1) if outputs.shape[1] == 1 else outputs
-                loss = nn.functional.cross_entropy(logits, wanted[rows], weights)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-    for parameter in tuned.parameters():
-        parameter.requires_grad_(True)
+    mean, std = torch.tensor(0.0), torch.tensor(1.0)
+    if model.spec.task == "regression":
+        mean, std = torch.tensor(float(targets.mean())), torch.tensor(float(targets.std()))
+        tuned.load_state_dict(in_target_unit(tuned.state_dict(), -mean / std, 1 / std))
+        targets = (targets - float(mean)) / float(std)
+    train_briefly(tuned, eeg, targets, epochs=config.epochs, lr=config.lr, batch_size=config.batch_size, seed=config.seed)
+    tuned.load_state_dict(in_target_unit(tuned.state_dict(), mean, std))
+    tuned.requires_grad_(True)
     return tuned
