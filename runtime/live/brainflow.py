@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib.resources
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -108,6 +109,7 @@ class BrainFlowSource:
             self._counted = self._learn()
             opened.pop_all()
         self._fresh = True
+        self._waiting: deque[Chunk] = deque()
         if self._counted is None:
             note = "the board does not number every sample: losses are found by the stamps alone"
             self.info = dataclasses.replace(self.info, notes=(note,))
@@ -154,6 +156,8 @@ class BrainFlowSource:
 
     def read(self, timeout: float) -> Chunk | None:
         """Return the samples that came; None if none came."""
+        if self._waiting:
+            return self._waiting.popleft()
         ends = self.clock() + timeout
         with self._refused("cannot be read", "Look at the board, and start again."):
             if self._fresh:
@@ -163,8 +167,12 @@ class BrainFlowSource:
                     return None
                 time.sleep(POLL_S)
             data = self._board.get_board_data()
-        received = self.clock()
-        return Chunk(np.ascontiguousarray(data[self._rows].T), self._stamps(data), received)
+        received, stamps = self.clock(), self._stamps(data)
+        samples = np.ascontiguousarray(data[self._rows].T)
+        breaks = [] if self._counted is None else self._counted.breaks
+        for start, stop in itertools.pairwise(sorted({0, *breaks, len(stamps)})):
+            self._waiting.append(Chunk(samples[start:stop], stamps[start:stop], received, start in breaks))
+        return self._waiting.popleft()
 
     def _flush(self) -> None:
         self._fresh = False

@@ -16,6 +16,9 @@ MOST_ERROR_S = 0.05
 ASTRAY_S = 0.1
 """Seconds between a stamp and the arrival that are far."""
 
+CONFIRM_S = 0.5
+"""Seconds for which samples must be late by over half of all numbers before that many were lost: a burst catches up at once."""
+
 MOST_ASTRAY_S = 10.0
 """Seconds of samples that may be far: a radio link stalls for less."""
 
@@ -35,6 +38,9 @@ class CountedStamps:
     ----------
     lost : int
         Samples that were missing among the last ones.
+    breaks : list of int
+        Rows of the last ones before which so much time passed that the numbers may have begun again: nothing is known of what
+        came between.
     astray : bool
         Whether the arrivals have been far from the stamps for so long that the numbers do not count samples.
 
@@ -49,9 +55,9 @@ class CountedStamps:
         self._b, self._c = math.sqrt(2) * omega, omega**2
         self._step = 1.0
         self._largest, self._n_numbers = 0.0, 0  # how many numbers there are; 0: not known before they begin again
-        self._number = self._last = math.nan
+        self._number = self._last = self._late_since = math.nan
         self._n_astray, self._most_astray = 0, round(MOST_ASTRAY_S * sfreq)
-        self.lost, self.astray = 0, False
+        self.lost, self.breaks, self.astray = 0, list[int](), False
 
     def begin(self, numbers: NDArray[np.float64], arrivals: NDArray[np.float64]) -> bool:
         """Take the first samples, and return whether their numbers count them: their steps are equal, but for losses and a wrap.
@@ -76,10 +82,20 @@ class CountedStamps:
         arrivals : ndarray of float64, shape (n_samples,)
             When the samples came, in seconds.
         """
-        stamps, self.lost = np.empty(len(arrivals)), 0
+        stamps, self.lost, self.breaks = np.empty(len(arrivals)), 0, []
         for i, (number, arrival) in enumerate(zip(numbers.tolist(), arrivals.tolist(), strict=True)):
-            n = self._samples_to(number, (arrival - self._last) / self._period)
-            self.lost += max(0, n - 1)
+            n = self._samples_to(number)
+            late = (arrival - self._last) / self._period - n
+            if self._n_numbers and late > self._n_numbers / 2:
+                if math.isnan(self._late_since):
+                    self._late_since = arrival
+                    self.breaks.append(i)
+                elif arrival - self._late_since > CONFIRM_S:
+                    n += self._n_numbers * round(late / self._n_numbers)
+                    self._late_since = math.nan
+            else:
+                self._late_since = math.nan
+            self.lost += n - 1
             expected = self._last + n * self._period
             error = max(-MOST_ERROR_S, min(arrival - expected, MOST_ERROR_S))
             self._last = stamps[i] = expected + self._b * error
@@ -89,15 +105,10 @@ class CountedStamps:
             self.astray |= self._n_astray > self._most_astray
         return stamps
 
-    def _samples_to(self, number: float, elapsed: float) -> int:
-        """Return how many samples after the last one a sample is: of the counts that its number allows, the one nearest to time.
-
-        A wrong one, of a link that was held up for longer than half of all numbers, is taken back when the next samples show it.
-        """
+    def _samples_to(self, number: float) -> int:
+        """Return how many samples after the last one a sample is, if the numbers have begun again once at most."""
         n = round((number - self._number) / self._step)
         if n <= 0 or self._n_numbers:
             self._n_numbers = max(self._n_numbers, round(max(self._largest, number) / self._step) + 1)
         self._largest = max(self._largest, number)
-        if not self._n_numbers:
-            return n
-        return n + self._n_numbers * round((elapsed - n) / self._n_numbers)
+        return n if n > 0 else n + self._n_numbers
