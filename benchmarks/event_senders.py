@@ -162,7 +162,9 @@ def _own_clock(pylsl: Any) -> float:
 
 
 @contextmanager
-def senders(plan: Plan, name: str, ch_names: Sequence[str], config: str) -> Iterator[Callable[[], None]]:
+def senders(
+    plan: Plan, name: str, ch_names: Sequence[str], config: str, priority: int | None = None
+) -> Iterator[Callable[[], None]]:
     """Run both senders, each on a clock of its own. Gives a function that lets them begin.
 
     Parameters
@@ -175,12 +177,20 @@ def senders(plan: Plan, name: str, ch_names: Sequence[str], config: str) -> Iter
         Channels of the EEG.
     config : str
         Configuration of liblsl.
+    priority : int or None
+        Real-time priority of both.
     """
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "other_clock.so"
         source = Path(__file__).with_name("other_clock.c")
         subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
-        told = {"plan": dataclasses.asdict(plan), "name": name, "ch_names": list(ch_names), "config": config}
+        told = {
+            "plan": dataclasses.asdict(plan),
+            "name": name,
+            "ch_names": list(ch_names),
+            "config": config,
+            "priority": priority,
+        }
         processes: list[subprocess.Popen[str]] = []
 
         def begin() -> None:
@@ -209,6 +219,8 @@ def senders(plan: Plan, name: str, ch_names: Sequence[str], config: str) -> Iter
 def main(told: dict[str, Any]) -> None:
     import pylsl
 
+    if told["priority"] is not None:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(told["priority"]))
     pylsl.set_config_content(told["config"])
     plan = Plan(**told["plan"])
     if told["what"] == "eeg":
