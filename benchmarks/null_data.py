@@ -106,7 +106,7 @@ def main() -> None:
         for seed in range(n):
             rows.append(run(seed, effect))
             print(json.dumps(rows[-1]), flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
     facts = {"commit": commit.stdout.strip(), "torch": torch.__version__, "seconds": round(time.monotonic() - started)}
     command = f"python benchmarks/null_data.py --runs {args.runs} --planted {args.planted}"
     lines = ["# Null data", "", ", ".join(f"{k} {v}" for k, v in facts.items()), "", f"`{command}`", ""]

@@ -194,6 +194,22 @@ def test_a_base_model_is_compared_with_the_recipe_from_scratch(call, tmp_path, r
     assert runs[1]["encoder"] == encode(ENCODER)
 
 
+def test_a_model_that_has_seen_the_test_subjects_is_refused_as_a_start(evaluated, call, tmp_path, recordings):
+    start = evaluated[0] / "models/fold-0/seed-0"
+    data = [f"--data={file}" for file in recordings]
+    arguments = [*data, "--classes", "left,right", "--from", start, "--protocol", "loso", "--no-live", "--out", tmp_path / "out"]
+    tested = next(row["subject"] for row in rows_of(evaluated[0]) if row["fold"] == "0")
+    status, _, err = call(*arguments, "--folds", "1", "--max-epochs", "1", "--batch-size", "8")
+    assert status == 2
+    assert "has seen" in err
+    status, _, err = call(*arguments, "--folds", "0", "--max-epochs", "1", "--batch-size", "8", "--force", "--accelerator", "cpu")
+    assert status == 0, err
+    assert {row["subject"] for row in rows_of(tmp_path / "out")} == {tested}
+    status, _, err = call(*arguments, "--variant", "postlocal", "--force")
+    assert status == 2
+    assert "--variant is the model's that --from names" in err
+
+
 def test_the_live_path_of_zero_phase_windows_gives_causal_ones_at_the_same_places(recordings):
     config = dataclasses.replace(RECIPE.data, source=recordings[:2])
     causal = load_windows(config)

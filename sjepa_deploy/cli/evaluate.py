@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,10 +16,10 @@ from rich.table import Table
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import command_line, console, entry, options, print_json
-from sjepa_deploy.cli.finetune import model_options, target_options, with_target
+from sjepa_deploy.cli.finetune import model_options, recipe_of, target_options
 from sjepa_deploy.cli.progress import progress
 from sjepa_deploy.cli.task import EventChoice, which
-from sjepa_deploy.cli.training import changes_from, recipe_options, require_training
+from sjepa_deploy.cli.training import changes_from, recipe_options
 from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.eeg.recording import read_recording
 from sjepa_deploy.errors import RecordingError
@@ -28,7 +28,6 @@ from sjepa_deploy.runtime.decisions.layer import DecisionLayer
 from sjepa_deploy.runtime.decisions.stored import layers_of
 from sjepa_deploy.runtime.live.open_source import SourceOptions
 from sjepa_deploy.runtime.predictor import load
-from sjepa_deploy.serialize import overridden
 from sjepa_deploy.spec import RunPrecision
 
 if TYPE_CHECKING:
@@ -160,18 +159,12 @@ def _recipe(
     force: bool,
     resume: bool,
 ) -> EvaluationReport:
-    require_training()
+    config = recipe_of(config_file, model, target, changes)
     from sjepa_deploy.evaluation.evaluate import Plan
     from sjepa_deploy.evaluation.evaluate import evaluate as run
     from sjepa_deploy.evaluation.folder import open_folder
     from sjepa_deploy.evaluation.train import Step
-    from sjepa_deploy.learning.finetune import FinetuneConfig
-    from sjepa_deploy.learning.loop import read_config
 
-    config = read_config(FinetuneConfig, config_file)
-    if config_file is None:
-        config = replace(config, class_weights="balanced")
-    config = with_target(overridden(config, model | changes), target, changes["data.n_times"])
     plan = Plan(against=against, live=live, name=name, **vars(trained))
     open_folder(out, resume=resume, force=force)
     with progress("reading the data") as steps:

@@ -29,7 +29,7 @@ def _target(classes: tuple[str, ...], column: str | None, task: str | None, **va
     }
 
 
-def with_target(config: Any, target: dict[str, Any], n_times: int | None) -> Any:
+def _with_target(config: Any, target: dict[str, Any], n_times: int | None) -> Any:
     """Return a `FinetuneConfig` with the flags of the target. ``--tmax`` settles the number of samples."""
     from sjepa_deploy.learning.data import Target
 
@@ -43,6 +43,31 @@ def with_target(config: Any, target: dict[str, Any], n_times: int | None) -> Any
                 f"--tmin {learned.tmin:g} and --tmax {tmax:g} are {changes['data.n_times']} samples, not {n_times}."
             )
     return overridden(config, changes)
+
+
+def recipe_of(config_file: Path | None, model: dict[str, Any], target: dict[str, Any], changes: dict[str, Any]) -> Any:
+    """Return the `FinetuneConfig` of a file with the options of the command line.
+
+    Raises
+    ------
+    MissingDependencyError
+        If a package that training needs is not installed.
+    TrainingError
+        If the file is missing or wrong.
+    """
+    require_training()
+    from sjepa_deploy.learning.finetune import FinetuneConfig
+    from sjepa_deploy.learning.loop import read_config
+
+    if model["start"] is not None:
+        said = {"variant": model["variant"], "spatial-filters": model["n_spat_filters"], "tmin": target["tmin"]}
+        said |= {name.replace("_", "-"): changes[f"data.{name}"] for name in ("sfreq", "n_times", "phase")}
+        if given := [f"--{name}" for name, value in said.items() if value is not None]:
+            raise click.UsageError(f"{given[0]} is the model's that --from names. Leave it out.")
+    config = read_config(FinetuneConfig, config_file)
+    if config_file is None:
+        config = replace(config, class_weights="balanced")
+    return _with_target(overridden(config, model | changes), target, changes["data.n_times"])
 
 
 def _model(
@@ -136,20 +161,10 @@ def finetune(
     json_output: bool,
 ) -> None:
     """Fine-tune a variant, by default on synthetic reaction times, and write its checkpoint into --out."""
-    require_training()
-    from sjepa_deploy.learning.finetune import FinetuneConfig
+    config = recipe_of(config_file, model, target, changes)
     from sjepa_deploy.learning.finetune import finetune as run
-    from sjepa_deploy.learning.loop import is_first_process, read_config
+    from sjepa_deploy.learning.loop import is_first_process
 
-    if model["start"] is not None:
-        said = {"variant": model["variant"], "spatial-filters": model["n_spat_filters"], "tmin": target["tmin"]}
-        said |= {name.replace("_", "-"): changes[f"data.{name}"] for name in ("sfreq", "n_times", "phase")}
-        if given := [f"--{name}" for name, value in said.items() if value is not None]:
-            raise click.UsageError(f"{given[0]} is the model's that --from names. Leave it out.")
-    config = read_config(FinetuneConfig, config_file)
-    if config_file is None:
-        config = replace(config, class_weights="balanced")
-    config = with_target(overridden(config, model | changes), target, changes["data.n_times"])
     screen = console(json_output)
     result = run(config, out, resume=resume, replace=force, **telling(screen))
     if not is_first_process():

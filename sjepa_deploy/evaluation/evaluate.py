@@ -19,8 +19,10 @@ from sjepa_deploy.learning.finetune import FinetuneConfig, check_targets
 from sjepa_deploy.learning.loading import load_windows
 from sjepa_deploy.learning.loop import check_enough
 from sjepa_deploy.learning.progress import Epoch
+from sjepa_deploy.learning.start import settings_of
 from sjepa_deploy.models.checkpoint import read_checkpoint
 from sjepa_deploy.models.transfer import base_encoder
+from sjepa_deploy.serialize import overridden
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,9 @@ def evaluate(
         If the folder holds models of another recipe or of other data.
     """
     tell("reading the data")
+    if config.start is not None:
+        start = read_checkpoint(config.start, allow_left_out=config.allow_left_out)
+        config = overridden(config, settings_of(start, config.data))
     windows = load_windows(config.data)
     folds = chosen(folds_of(windows, config.data, plan.protocol), plan.folds)
     for fold in folds:
