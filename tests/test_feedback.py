@@ -271,8 +271,11 @@ def test_from_elsewhere_nothing_is_told_or_obeyed_without_the_token(guarded):
     assert silent.read()["type"] == "error"  # after TOKEN_S
     silent.close()
     assert len(told["commands"]) == n
+    crowd = [Client(feedback.ports["lines"], source="127.0.0.2") for _ in range(40)]  # locks nobody out
     known = Client(feedback.ports["lines"], source="127.0.0.2", token=TOKEN)
     assert known.read()["type"] == "run"
+    for each in crowd:
+        each.close()
     assert known.ask(command="status")["accepted"]
     known.close()
 

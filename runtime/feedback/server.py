@@ -35,10 +35,10 @@ from sjepa_deploy.runtime.live.commands import COMMANDS
 from sjepa_deploy.serialize import encode
 
 MOST_CLIENTS = 32
-"""Clients at a time. A further connection is closed."""
+"""Clients at a time that were let in. A further connection is closed."""
 
 MOST_STRANGERS = 16
-"""Connections at a time that have not shown the token."""
+"""Connections at a time that have not shown the token. One more takes the place of the oldest of them."""
 
 TOKEN_S = 5.0
 """Seconds that a client has to show the token."""
@@ -190,8 +190,12 @@ class Server:
 
     async def _serve(self, client: Client, talk: Callable[[int, Client], Awaitable[None]], *, is_stranger: bool) -> None:
         """Talk to a client until its connection ends, while its messages are sent."""
-        strangers = sum(each.is_stranger for each in self._clients.values())
-        if self._ending or len(self._clients) >= MOST_CLIENTS or (is_stranger and strangers >= MOST_STRANGERS):
+        strangers = [each for each in self._clients.values() if each.is_stranger and not each.let_go]
+        if len(strangers) >= MOST_STRANGERS:
+            self.counts["refused"] += 1
+            strangers[0].let_go = True
+            strangers[0].abort()
+        if self._ending or self.counts["clients"] >= MOST_CLIENTS:
             self.counts["refused"] += 1
             client.abort()
             return
