@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, options, print_json
@@ -126,22 +124,25 @@ def session(
 
 
 def _show(screen: Console, files: list[Path], json_output: bool) -> None:
-    table = Table("run", "began", "seconds", "events", "decisions", "no decision", "bundle", box=box.SIMPLE)
     told = []
     for file in files:
         run = read_run(file)
         assert run.run.labels is not None
         seconds = sum(len(chunk.stamps) for chunk in run.chunks) / run.run.stream.sfreq
         events = dict(Counter(one.event.description for one in run.events))
-        bundle = f"{Path(run.run.bundle).name} ({run.run.bundle_digest[:12]})"
         told.append(
             {"run": str(file), "labels": run.run.labels, "seconds": seconds, "events": events, "n_decisions": len(run.rows)}
             | {"n_without_decision": len(run.undecided), "bundle": run.run.bundle, "bundle_digest": run.run.bundle_digest}
         )
-        names = ", ".join(f"{name} ({n})" for name, n in events.items())
-        began, counts = run.run.labels.started[:19], (str(len(run.rows)), str(len(run.undecided)))
-        table.add_row(file.name, began, f"{seconds:.1f}", escape(names), *counts, escape(bundle))
-    screen.print(table)
+        began = run.run.labels.started[:16].replace("T", " ")
+        names = ", ".join(f"{name} ({n})" for name, n in events.items()) or "none"
+        screen.print(
+            f"[bold]{file.stem}[/]: {began} UTC, {seconds:.1f} s; events: {escape(names)}; "
+            f"{len(run.rows)} decisions with {escape(Path(run.run.bundle).name)} ({run.run.bundle_digest[:12]}), "
+            f"events without one: {len(run.undecided)}",
+            soft_wrap=True,
+        )
+    screen.print(f"runs: {len(files)}")
     if json_output:
         print_json(told)
 
@@ -162,15 +163,17 @@ def _replay(screen: Console, files: list[Path], bundle: Path, choice: options.Ba
         print_json(results)
     if wrong := [file.name for file, result in zip(files, results, strict=True) if not result.passed]:
         raise ParityError(f"The replay differs in {', '.join(wrong)}.", "Use the backend and release of the record.")
+    screen.print(f"replayed: {len(files)} of {len(files)}, with every decision and state as it was")
 
 
 def _export(screen: Console, files: list[Path], root: Path, json_output: bool, *, date: bool, force: bool) -> None:
     notes = {}
     for file in files:
         notes[str(file)] = export_run(file, root, with_date=date, force=force)
-        screen.print(f"exported: {escape(file.name)}", soft_wrap=True)
+        screen.print(escape(file.name), soft_wrap=True)
         for note in notes[str(file)]:
             screen.print(f"  {escape(note)}", soft_wrap=True)
+    screen.print(f"exported: {len(files)} of {len(files)} to {escape(str(root))}", soft_wrap=True)
     if json_output:
         print_json({"bids": str(root), "runs": notes})
 
