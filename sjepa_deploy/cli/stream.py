@@ -490,6 +490,8 @@ def stream(
     if any(not_written.values()):
         lost = ", ".join(f"{n} {what}" for what, n in not_written.items() if n)
         raise OutputError(f"Not written: {lost}.", "Look at the disk, and at the reader of the lines.")
+    counters = decoder.counters
+    screen.print(f"[bold green]decoded:[/] {counters.decisions} of {counters.windows} windows, {counters.misses} too late")
 
 
 def _layer(bundle: Bundle, name: str | None) -> DecisionLayer | None:
