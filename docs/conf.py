@@ -64,6 +64,7 @@ sphinx_gallery_conf = {
     "ignore_pattern": r"tutorial_bundle\.py",
     "download_all_examples": False,
     "show_memory": False,
+    "write_computation_times": False,
     "show_signature": False,
     "min_reported_time": 0,
     "abort_on_example_error": True,
