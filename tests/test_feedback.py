@@ -385,9 +385,12 @@ def test_dareplane_commands_the_decoder(bundle):
 
 
 def test_bundles_are_loaded_by_names_alone_and_one_of_another_contract_is_refused(make_bundle):
-    first, second = make_bundle("prelocal"), make_bundle("prelocal", model_seed=4)
+    first, second, other = (  # those of test_swap
+        make_bundle(variant, class_names=("left", "right", "rest"), **changes)
+        for variant, changes in (("prelocal", {}), ("postlocal", {"model_seed": 3}), ("prelocal", {"sfreq": 128.0}))
+    )
     with running(first) as (decoder, feedback, told):
-        take_loads(decoder, {"second": second.path, "other": make_bundle("prelocal", sfreq=128.0).path})
+        take_loads(decoder, {"second": second.path, "other": other.path})
         client = Client(feedback.ports["lines"])
         for name, why in (("other", "sfreq: 100.0 and 128.0"), (str(second.path), "No bundle was named")):
             reply = client.ask(command="load", bundle=name, id=name)
@@ -468,7 +471,7 @@ def test_ten_thousand_malformed_lines_make_no_window_late(bundle):
 
 def test_the_command_serves_the_socket(bundle, tmp_path, capsys):
     (tmp_path / "token").write_text(TOKEN + "\n")
-    options = ["--source", "synthetic", "--duration", "3", "--quiet"]
+    options = ["--source", "synthetic", "--speed", "inf", "--late", "queue", "--duration", "3", "--quiet"]
     assert run_stream(bundle, *options, "--dareplane") == 2
     assert "--feedback" in capsys.readouterr().err
     assert run_stream(bundle, *options, "--feedback", "0.0.0.0:0") == 2

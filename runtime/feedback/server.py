@@ -40,7 +40,7 @@ MOST_CLIENTS = 32
 MOST_STRANGERS = 16
 """Connections at a time that have not shown the token. One more takes the place of the oldest of them."""
 
-TOKEN_S = 5.0
+TOKEN_S = 3.0
 """Seconds that a client has to show the token."""
 
 MOST_BEHIND = 1000
