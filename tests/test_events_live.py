@@ -114,7 +114,7 @@ def test_each_window_is_the_one_at_the_sample_of_mne(rates, samples, start, dela
     wanted, doubled = {}, 0
     for sample in samples:
         if sample in wanted:
-            doubled += 1
+            doubled += 0 <= sample < n_samples  # the others have no sample to be at twice
             continue
         first, stop = next(((a, b) for a, b in pieces if a <= sample < b), (0, 0))
         begin = int(np.rint((sample - first) * sfreq_model / sfreq) + np.rint(start * sfreq_model))
@@ -444,6 +444,24 @@ def test_markers_that_were_left_out_are_counted_and_told(predict):
     decoder.run()
     assert decoder.counters.markers_lost == 7
     assert [incident.kind for incident in incidents].count("events") == 1
+
+
+@pytest.mark.parametrize(
+    ("plan", "reason", "word"),
+    [
+        ([(-1000.0, "x", 1003.0), (-999.0, "x", 1003.0)], "before start", "clock"),  # stamped since the program began
+        ([(1.7e9, "x", 4.0 - 1.7e9), (1.7e9, "x", 5.0 - 1.7e9)], "ahead", "clock"),  # stamped by time.time()
+        ([(1.0, "x", 12.0), (1.5, "x", 11.6)], "past history", "--history"),
+    ],
+)
+def test_markers_of_another_clock_or_too_late_are_told_once(predict, plan, reason, word):
+    decisions, left, incidents = decode_events(predict, microvolts(predict, 2000), plan, late="queue")
+    assert decisions == []
+    assert [why for _, why in left] == [reason] * 2
+    told = [incident.text for incident in incidents if incident.kind == "events"]
+    assert word in told[0]
+    assert len(told) == 2  # and how often, at the end
+    assert "1 more time" in told[1]
 
 
 def test_every_event_has_a_line(predict, tmp_path):

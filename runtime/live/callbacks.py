@@ -87,5 +87,7 @@ class Callbacks:
             tell(incident)
 
     def _tell_undecided(self, left: Undecided) -> None:
+        if (cause := left.cause) is not None:
+            self._report("events", cause)
         for tell in self._on_undecided:
             tell(left)

@@ -57,6 +57,18 @@ class Undecided:
     event: Event
     reason: Reason
 
+    @property
+    def cause(self) -> str | None:
+        """Return a sentence on what an experimenter should mend; None where the reason says all."""
+        if abs(self.event.marker_delay) > MOST_AHEAD_S:
+            return (
+                f"Markers are stamped over {MOST_AHEAD_S:g} s before or after they come: their clock is another one. Stamp them "
+                "with the clock of LSL (`pylsl.local_clock`)."
+            )
+        if self.reason == "past history":
+            return "Markers come when samples of their windows are kept no more. Use a longer --history."
+        return f"Over {MOST_WAITING:,} events wait for their samples." if self.reason == "ahead" else None
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
