@@ -72,6 +72,7 @@ sphinx_gallery_conf = {
     "plot_gallery": "True",
     "remove_config_comments": True,
     "copyfile_regex": r"none",
+    "capture_repr": (),
     "reset_modules": ("matplotlib",),
     "first_notebook_cell": None,
 }

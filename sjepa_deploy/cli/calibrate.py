@@ -14,6 +14,7 @@ from rich.table import Table
 
 from sjepa_deploy.bundle import Bundle, check_writable
 from sjepa_deploy.cli import console, entry, options, parity_table, print_json, task
+from sjepa_deploy.cli.progress import progress
 from sjepa_deploy.cli.task import EventChoice
 from sjepa_deploy.errors import MissingDependencyError, NoGainError, SpecError
 from sjepa_deploy.runtime.decisions.data import CalibrationData, joined
@@ -111,13 +112,13 @@ def calibrate(
         found = joined(parts)
         return found.picked(_chosen(found, trials))
 
-    with screen.status("reading the trials"):
+    with progress("reading the trials"):
         if align:
             before = spec.replace(signal=before_alignment(spec.signal))
             spec = spec.replace(signal=aligned(spec.signal, _shaped(read(before), before)))
         found = read(spec)
     model = load_model(read_checkpoint(opened.checkpoint), spec)
-    with screen.status("calibrating"):
+    with progress("calibrating"):
         targets = found.labels if found.targets is None else found.targets
         eeg = _shaped(found, spec)
         calibrated, result = run(model, eeg, targets, asked)
@@ -132,7 +133,7 @@ def calibrate(
     weights = manifest.weights
     first = manifest.graphs[0]
     try:
-        with screen.status("exporting") as status:
+        with progress("exporting", total=2 + 2 * len(opened.precisions)) as steps:
             written = to_bundle(
                 calibrated,
                 out,
@@ -150,7 +151,7 @@ def calibrate(
                 check_unit=check_unit,
                 seed=asked.seed,
                 force=force,
-                progress=status.update,
+                progress=steps.begin,
             )
     except ExportParityError as e:
         screen.print(parity_table(e.results, "parity with the PyTorch model in float64"))
