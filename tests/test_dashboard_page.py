@@ -337,7 +337,7 @@ def test_buttons_give_commands(browser, bundle):
         browser.wait("state.state === 'decoding'")
         assert not running.decoder.paused
         press("#bad-form button", bad_name="Cz")
-        browser.wait("document.querySelector('#bads button') && document.getElementById('channels').textContent.includes('Cz')")
+        browser.wait("$('bads').children.length && $('channels').textContent.includes('Cz named')")
         assert running.monitor.snapshot().bads == ("Cz",)
         press("#bads button")
         browser.wait("document.querySelector('#bads button') === null")

@@ -20,8 +20,9 @@ function symbol(parent, quality, x, y, r, repaired) {
 
 function drawMap() {
   const places = facts.places, map = $("map"), {state: quality, repaired, rms} = state.channels;
-  const kinds = quality.map(code => facts.channel_states[code]);
-  const picture = kinds.join() + repaired.join();
+  const kinds = quality.map(code => facts.channel_states[code]), named = new Set(state.bads.map(name => name.toLowerCase()));
+  const words = facts.ch_names.map((name, i) => named.has(name.toLowerCase()) ? "named as bad" : word(kinds[i]));
+  const picture = words.join() + repaired.join();
   if (map.dataset.picture !== picture) {
     map.dataset.picture = picture;
     map.replaceChildren();
@@ -40,7 +41,7 @@ function drawMap() {
       const [x, y] = places ? [places[i][0] * head, -places[i][1] * head]
         : [(i % columns + .5) / columns * 290 - 145, (Math.floor(i / columns) + .5) / columns * 290 - 145];
       const group = symbol(map, kinds[i], x, y, r, repaired[i]);
-      make(group, "title", {}, `${name}: ${word(kinds[i])}${repaired[i] ? ", repaired" : ""}`);
+      make(group, "title", {}, `${name}: ${words[i]}${repaired[i] ? ", repaired" : ""}`);
       if (facts.ch_names.length <= MAX_NAMED) make(group, "text", {class: "name", y: (repaired[i] ? 1.9 : 1) * r + 10}, name);
     });
     $("legend").replaceChildren();
@@ -51,7 +52,7 @@ function drawMap() {
       item.append(` ${n} ${word(kind)}`);
     }
     const bad = facts.ch_names.flatMap((name, i) => kinds[i] === "ok" && !repaired[i] ? [] :
-      [`${name} ${word(kinds[i])}${repaired[i] ? " (repaired)" : ""}`]);
+      [`${name} ${words[i]}${repaired[i] ? " (repaired)" : ""}`]);
     say("channels", bad.length ? bad.slice(0, 12).join(", ") + (bad.length > 12 ? ` and ${bad.length - 12} more` : "") : "All channels are good.");
     map.setAttribute("aria-label", counts.filter(([, n]) => n).map(([kind, n]) => `${n} channels ${kind}`).join(", "));
   }
@@ -59,7 +60,7 @@ function drawMap() {
     const body = $("all").querySelector("tbody");
     while (body.rows.length < facts.ch_names.length) { const row = make(body, "tr"); make(row, "td"); make(row, "td"); make(row, "td", {class: "n"}); }
     facts.ch_names.forEach((name, i) => {
-      [name, word(kinds[i]) + (repaired[i] ? ", repaired" : ""), rms[i] === null ? DASH : `${rms[i].toPrecision(3)} ${facts.unit}`]
+      [name, words[i] + (repaired[i] ? ", repaired" : ""), rms[i] === null ? DASH : `${rms[i].toPrecision(3)} ${facts.unit}`]
         .forEach((text, column) => { body.rows[i].cells[column].textContent = text; });
     });
   }
@@ -76,7 +77,7 @@ function drawNow() {
   if (newest && facts.layer !== null) {
     const standing = name === "decided" ? newest : state.decided;
     [big, p] = stands ? [classOf(standing), standing.probability] : [name, null];
-    reason = (name === "decided" ? "" : `${name}: `) + newest.reason;
+    reason = (stands && name !== "decided" ? `${name}: ` : "") + newest.reason;
     if (name !== "decided" && newest.class) reason += ` (${inWords(newest)})`;
     if (newest.interval) reason += ` (${value(newest.interval[0])} to ${value(newest.interval[1])})`;
   } else if (newest) {
