@@ -298,7 +298,19 @@ class BackendCalls:
             self._report("deadline", f"A decision is later than {self._deadline:.3g} s.")
 
 
-def warm_up(predict: Predictor, config: StreamConfig, eeg: FloatArray, *, at_events: bool) -> None:
+def paced(run: Callable[[FloatArray], FloatArray], pauses: float) -> Callable[[FloatArray], FloatArray]:
+    """Return `run` with a pause after each call, `pauses` times as long as the call: windows of another model come first."""
+
+    def call(eeg: FloatArray) -> FloatArray:
+        started = time.perf_counter()
+        outputs = run(eeg)
+        time.sleep(pauses * (time.perf_counter() - started))
+        return outputs
+
+    return call
+
+
+def warm_up(predict: Predictor, config: StreamConfig, eeg: FloatArray, *, at_events: bool, pauses: float = 0.0) -> None:
     """Call a predictor `N_WARM_UP` times in each way in which it will be called.
 
     Parameters
@@ -311,19 +323,22 @@ def warm_up(predict: Predictor, config: StreamConfig, eeg: FloatArray, *, at_eve
         A window.
     at_events : bool
         Whether windows belong to events.
+    pauses : float
+        See `paced`.
 
     Raises
     ------
     StreamError
         See `BackendCalls`.
     """
+    call, roll = paced(predict, pauses), paced(predict.roll, pauses)
     for _ in range(N_WARM_UP):
-        predict(eeg)
+        call(eeg)
     if gives_new_samples(predict, config, at_events=at_events):
         for n in (predict.spec.n_times, config.hop_samples(predict.spec.signal)):
             samples = eeg[0, :, :n].copy()
             for _ in range(N_WARM_UP):
-                predict.roll(samples)
+                roll(samples)
 
 
 def gives_new_samples(predict: Predictor, config: StreamConfig, *, at_events: bool) -> bool:

@@ -13,12 +13,15 @@ from sjepa_deploy.parity import check_parity
 from sjepa_deploy.runtime.backend import DEFAULT_BACKEND, BackendOptions
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
 from sjepa_deploy.runtime.decisions.stored import layers_of
-from sjepa_deploy.runtime.live.calls import warm_up
+from sjepa_deploy.runtime.live.calls import paced, warm_up
 from sjepa_deploy.runtime.live.commands import Later, Load, Reply
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.exchange import check_exchange
 from sjepa_deploy.runtime.predictor import Predictor, load
 from sjepa_deploy.spec import RunPrecision
+
+PAUSES = 3.0
+"""Pause after a call of a model that is verified while another one decides, in times of the call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,7 @@ def open_candidate(decoder: Decoder, path: Path, opening: Opening) -> Candidate:
         reference = bundle.reference()
         graph = bundle.graph(predict.backend.precision)
         result = check_parity(
-            predict.backend.run,
+            paced(predict.backend.run, PAUSES),
             reference,
             backend=predict.backend.name,
             precision=predict.backend.precision,
@@ -82,7 +85,7 @@ def open_candidate(decoder: Decoder, path: Path, opening: Opening) -> Candidate:
         )
         if not result.passed:
             raise ParityError(f"{path} does not give its reference outputs with {predict.backend.name}.", "Export it again.")
-        warm_up(predict, decoder.config, reference.inputs[:1], at_events=decoder.events is not None)
+        warm_up(predict, decoder.config, reference.inputs[:1], at_events=decoder.events is not None, pauses=PAUSES)
     except BaseException:
         predict.close()
         raise
