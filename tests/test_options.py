@@ -47,6 +47,7 @@ MEANINGS = {
     "--deadline": ({"stream"}, {"bench"}, {"serve"}),  # the hop, the next window, seconds to an answer
     "--time-limit": ({"bench"}, {"build"}),  # ends with what it has, is given up
     "--duration": ({"bench"}, {"stream"}),  # of each cell, of the stream
+    "--from": ({"bench"}, TUNING),  # a report, a model
     "--name": ({"bench"}, {"serve"}, {"evaluate"}),  # of files, of a model, in tables
 }
 """Commands in which an option means the same, for the options that mean several things."""
