@@ -411,12 +411,12 @@ def test_bundles_are_loaded_by_names_alone_and_one_of_another_contract_is_refuse
 # ---------------------------------------------------------------- nobody holds the decoder up
 
 
-def bombard(feedback, seed, stop):
-    """Send 10,000 lines that are no command, and fuzzed commands, over JSON lines and WebSocket."""
+def bombard(decoder, feedback, seed, stop):
+    """Send lines that are no command, as fuzzed commands: 10,000 of them, and until 120 windows were decided."""
     rng = np.random.default_rng(seed)
     valid = [b'{"command": "mark", "text": "fuzz"}', b'{"command": "bad channels", "names": ["Cz"]}', b'{"command": "label"}']
     n = 0
-    while n < 10_000:
+    while n < 10_000 or decoder.counters.decisions < 120:
         client = Client(feedback.ports["lines"], token=TOKEN)
         client.send({"command": "status"})
         client.read("reply")
@@ -443,7 +443,7 @@ def test_ten_thousand_malformed_lines_make_no_window_late(bundle):
             stop = threading.Event()
             until(lambda: feedback.counts["clients"] == 0 and decoder.counters.decisions > 5)
             if with_clients:
-                sending = threading.Thread(target=bombard, args=(feedback, 0, stop))
+                sending = threading.Thread(target=bombard, args=(decoder, feedback, 0, stop))
                 sending.start()
                 assert stop.wait(120)
                 sending.join()
