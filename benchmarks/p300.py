@@ -239,7 +239,7 @@ def table(folder: Path) -> tuple[dict, list[str]]:
                 cells = [with_interval(judged.figures["balanced_accuracy"]), with_interval(area)]
                 cells += [f"{judged.figures['kappa'].value:.3f}", f"{chance.high:.3f}", f"{chance.p:.3g}"]
                 lost = [area.value - each.figures["auc"].value for each in live]
-                cells += [with_interval(live[0].figures["auc"]), f"{lost[0]:+.4f}"] if live else ["", ""]
+                cells += [with_interval(live[0].figures["auc"]), f"{round(lost[0], 4) + 0.0:.4f}"] if live else ["", ""]
                 lines.append(f"| {judged.model} | {' | '.join(cells)} |")
                 found["rows"].append({"protocol": protocol, "folder": out.name, "live": encode(live), **encode(judged)})
         lines += ["", "| compared on the same windows | figure | difference (95 %) | p |", "| --- " * 4 + "|"]

@@ -65,7 +65,8 @@ def report_page(report: EvaluationReport, predictions: Predictions, examples: Ex
         If Jinja2 or matplotlib is not installed.
     """
     first = report.judged[0]
-    facts = [f"{first.n_windows} windows", report.protocol, f"{len(report.folds)} folds", f"{len(report.seeds)} seeds"]
+    parts = ((len(report.folds), "fold"), (len(report.seeds), "seed"))
+    facts = [f"{first.n_windows} windows", report.protocol, *(f"{n} {what}" + "s" * (n > 1) for n, what in parts if n)]
     return render_page(
         maker="sjepa-evaluate",
         title=first.model,
