@@ -226,9 +226,9 @@ def main() -> None:
     lines = [
         "# A person's calibration",
         "",
-        f"Balanced accuracy on {N_JUDGED} events of another recording, mean over {args.seeds} seeds (lowest to highest). The closed "
-        f"form and the fine-tuning ({CalibrationConfig().epochs} epochs) had {N_TRIALS} trials. Back is the share of the lost "
-        "accuracy. Chance is 0.5; a wave half a period later makes the classes change places.",
+        f"Balanced accuracy on {N_JUDGED} events of another recording, mean over {args.seeds} seeds (lowest to highest). The "
+        f"closed form and the fine-tuning ({CalibrationConfig().epochs} epochs) had {N_TRIALS} trials. Back is the share of the "
+        "lost accuracy. Chance is 0.5; a wave half a period later makes the classes change places.",
         "",
         "| variant | shift of the person | known person | as it was | closed form | back | fine-tuned | back |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -264,8 +264,8 @@ def main() -> None:
         lines.append(f"| {variant} | {first} | {then} | {after[0]} | {after[1]} | {'yes' if bits else 'NO'} |")
     lines += [
         "",
-        f"{len(updates)} updates of the last layer took {np.median(updates):.2f} ms (median), {np.percentile(updates, 90):.2f} ms (p90) and "
-        f"{np.max(updates):.2f} ms at most, on two cores that other work shares.",
+        f"{len(updates)} updates of the last layer took {np.median(updates):.2f} ms (median), "
+        f"{np.percentile(updates, 90):.2f} ms (p90) and {np.max(updates):.2f} ms at most, on two cores that other work shares.",
         "",
         "| trials | features | median | p90 | CPU time, median |",
         "| --- | --- | --- | --- | --- |",

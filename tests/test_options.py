@@ -22,8 +22,8 @@ MEANINGS = {
     "--sfreq": (MODEL, SIGNAL),  # of the model, or of a recording that does not say
     "--unit": ({"export"}, SIGNAL | RECIPES),  # of the model, or of a recording
     "--channels": ({"export"}, SIGNAL),
-    "--out": (SIGNAL - {"calibrate"}, {"export", "bench", "calibrate"} | RECIPES),  # a file, or a folder
-    "--config": (set(COMMANDS) - RECIPES, RECIPES),  # options, or a recipe
+    "--out": (SIGNAL - {"calibrate"}, {"export", "bench", "calibrate", "sweep"} | RECIPES),  # a file, or a folder
+    "--config": (set(COMMANDS) - RECIPES - {"sweep"}, RECIPES | {"sweep"}),  # options, or a recipe
     # one, several, Lightning's
     "--precision": (
         {"run", "stream", "serve", "decide", "session"},

@@ -32,7 +32,7 @@ from sjepa_deploy.serialize import encode
 from sjepa_deploy.spec import ModelSpec
 
 COMMANDS = (
-    *("pretrain", "finetune", "evaluate", "calibrate", "export", "build", "verify"),
+    *("pretrain", "finetune", "evaluate", "sweep", "calibrate", "export", "build", "verify"),
     *("run", "stream", "session", "decide", "bench", "serve", "doctor"),
 )
 """Each is a module of this package with a click command of the same name."""

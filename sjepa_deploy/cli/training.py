@@ -56,18 +56,20 @@ def changes_of(
     return changes | {"engine.compile": compile_step or None} | {f"data.{name}": value for name, value in given.items()}
 
 
-recipe_options = (
-    options.section(
-        GENERAL,
-        click.option(
-            "-c",
-            "--config",
-            "config_file",
-            type=options.path,
-            metavar="FILE",
-            help="YAML file of the recipe, or the name of one in sjepa_deploy/configs; the command line wins.",
-        ),
+recipe_file = options.section(
+    GENERAL,
+    click.option(
+        "-c",
+        "--config",
+        "config_file",
+        type=options.path,
+        metavar="FILE",
+        help="YAML file of the recipe, or the name of one in sjepa_deploy/configs; the command line wins.",
     ),
+)
+
+recipe_options = (
+    recipe_file,
     options.out_folder(None),
     options.force,
     options.section(options.OUTPUT, click.option("--resume", is_flag=True, help="Go on with the run in --out.")),
