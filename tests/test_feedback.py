@@ -25,6 +25,7 @@ from sjepa_deploy.runtime.feedback.requests import looks_like_http, read_object,
 from sjepa_deploy.runtime.live.commands import COMMANDS, BadChannels, Mark, Pause, Status
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.decoder import Decoder
+from sjepa_deploy.runtime.live.process import undisturbed
 from sjepa_deploy.runtime.live.swap import take_loads
 
 TOKEN = "not-a-secret-0123456789"
@@ -40,7 +41,12 @@ def running(bundle, *, config=None, speed=1.0, decisions=None, **options):
         decoder.on_command(told["commands"].append)
         decoder.on_incident(told["incidents"].append)
         with Feedback(decoder, port=0, **options) as feedback:
-            thread = threading.Thread(target=decoder.run)
+
+            def decode():
+                with undisturbed(decoder):  # as the command does: no garbage is collected in between
+                    decoder.run()
+
+            thread = threading.Thread(target=decode)
             thread.start()
             client = Client(feedback.ports["lines"], token=options.get("token"))
             assert client.read("run")  # the server is there
