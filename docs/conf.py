@@ -54,6 +54,11 @@ from sjepa_deploy.runtime.bench.baselines import import_braindecode  # noqa: E40
 
 import_braindecode()  # also where its torchaudio does not load
 
+sys.path.insert(0, str(HERE / "gallery"))
+import tutorial_bundle  # noqa: E402
+
+tutorial_bundle.FOLDER = HERE / "_made" / "tutorial"
+
 for name in ("onnxscript", "onnx_ir"):
     logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -71,7 +76,7 @@ sphinx_gallery_conf = {
     "within_subsection_order": "FileNameSortKey",
     "plot_gallery": "True",
     "remove_config_comments": True,
-    "copyfile_regex": r"none",
+    "copyfile_regex": r"tutorial_bundle\.py$",  # examples import it: readers download it beside them
     "capture_repr": (),
     "reset_modules": ("matplotlib",),
     "first_notebook_cell": None,

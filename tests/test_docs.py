@@ -1,5 +1,7 @@
 """The pages: their commands exist, the tutorial runs line by line, and what is made from the code is complete."""
 
+import ast
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -58,6 +60,25 @@ def test_the_tutorial_runs_line_by_line(tmp_path):
     assert float(scores["PyTorch"]) > 0.75
     assert scores["live"] == scores["offline"] == scores["PyTorch"]
     assert len((tmp_path / "decisions.jsonl").read_text().splitlines()) > 20
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "docs/gallery").glob("[0-9]*.py")), ids=lambda file: file.stem)
+def test_examples_import_what_a_reader_has(example):
+    """What a downloaded example imports is installed, or its first lines say where to download it."""
+    tree = ast.parse(example.read_text())
+    named = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    named |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    copied = re.search(r'"copyfile_regex": r"(.*?)"', (ROOT / "docs/conf.py").read_text())[1]
+    for name in {name.partition(".")[0] for name in named} - sys.stdlib_module_names - {"sjepa_deploy"}:
+        file = f"{name}.py"
+        if (example.parent / file).exists():
+            assert f"<{file}>`" in ast.get_docstring(tree), f"{example.name} does not say where {file} is"
+            assert re.match(copied, file), f"the site does not ship {file}"
+        else:
+            distributions = importlib.metadata.packages_distributions().get(name, ())
+            assert distributions, f"{example.name} imports {name}, which no package gives"
+            required = (ROOT / "pyproject.toml").read_text().lower()
+            assert any(d.lower() in required for d in distributions), f"{name} is in no extra"
 
 
 def _environment():

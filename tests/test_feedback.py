@@ -5,10 +5,12 @@ import http.client
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,6 +199,30 @@ def test_a_client_hears_the_run(open_socket):
         assert (message["time"], message["due"], message["decided"]) == (decision.time, decision.due, decision.decided)
         assert (message["run"], tuple(message["flags"])) == (head["run"], decision.flags)
     client.close()
+
+
+def test_the_client_of_the_page_runs(open_socket, capsys):
+    """The example as it stands, and the lines beside it have the keys that the socket sends."""
+    page = (Path(__file__).parents[1] / "docs/feedback.md").read_text().partition("## A client")[2].partition("\n## ")[0]
+    ((example,), shown) = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("python", "json"))
+    decoder, feedback, told = open_socket
+    assert "8770" in example
+    exec(compile(example.replace("8770", str(feedback.ports["lines"])), "docs/feedback.md", "exec"), {})
+    name, *decisions, reply = capsys.readouterr().out.splitlines()
+    assert name == decoder.predict.bundle.path.name
+    made = {d.index: d.prediction.ravel().tolist() for d in told["decisions"]}
+    for line in decisions:
+        index, _, prediction = line.partition(" ")
+        assert json.loads(prediction) == made[int(index)]
+    assert len(decisions) == 5
+    sample = Client(feedback.ports["lines"])
+    at_events = {"event", "onset", "marker_delay"}
+    of_decision, of_reply = (json.loads(line) for line in shown)
+    assert of_decision.keys() - at_events == sample.read("decision").keys()
+    assert of_reply.keys() == sample.ask(command="mark", text="block 2", id=7).keys()
+    sample.close()
+    assert "'id': 7" in reply
+    assert any(incident.kind == "mark" and "block 2" in incident.text for incident in told["incidents"])
 
 
 def test_commands_are_answered_and_told_to_all(open_socket):

@@ -4,6 +4,9 @@ Decode the events of a recording
 
 A model that learned from windows after events decodes events. This example decodes those of a
 recording, and shows the response that the model uses.
+
+The module :download:`tutorial_bundle.py <tutorial_bundle.py>` makes the recordings and the bundle. Save the module
+beside this example.
 """
 
 import csv

@@ -4,6 +4,9 @@ Calibrated probabilities and a threshold
 
 A decision layer makes decisions of outputs: a class with a probability, or “not yet”. This example
 fits a layer, and shows what other thresholds would give.
+
+The module :download:`tutorial_bundle.py <tutorial_bundle.py>` makes the recordings and the bundle. Save the module
+beside this example.
 """
 
 import itertools

@@ -4,6 +4,9 @@ A closed loop in Python
 
 A program acts on each decision as soon as the decision is there. This example moves a cursor by the
 decisions of a stream.
+
+The module :download:`tutorial_bundle.py <tutorial_bundle.py>` makes the recordings and the bundle. Save the module
+beside this example.
 """
 
 import matplotlib.pyplot as plt

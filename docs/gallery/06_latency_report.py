@@ -4,6 +4,9 @@ A latency report, read aloud
 
 ``sjepa-bench`` measures how long a call takes on your machine. This example measures for a short
 time, and reads the report to you.
+
+The module :download:`tutorial_bundle.py <tutorial_bundle.py>` makes the recordings and the bundle. Save the module
+beside this example.
 """
 
 import contextlib

@@ -4,6 +4,9 @@ Record a run, and replay it
 
 A record holds the samples as they came, the decisions and all incidents. This example records a
 run, decodes the record again, and compares every decision.
+
+The module :download:`tutorial_bundle.py <tutorial_bundle.py>` makes the recordings and the bundle. Save the module
+beside this example.
 """
 
 import tempfile

@@ -4,6 +4,9 @@ Your own source and your own backend
 
 A source gives samples with stamps, and a backend runs the graph. Each is one class or function, and
 one row of a table.
+
+The module :download:`tutorial_bundle.py <tutorial_bundle.py>` makes the recordings and the bundle. Save the module
+beside this example.
 """
 
 import tempfile

@@ -4,6 +4,9 @@ Fit a model to one person
 
 The electrodes of another person sit elsewhere, and the response comes later. Some labelled trials
 of the person bring the score back.
+
+The module :download:`tutorial_bundle.py <tutorial_bundle.py>` makes the recordings and the bundle. Save the module
+beside this example.
 """
 
 import tempfile

@@ -4,6 +4,9 @@ Evaluate a bundle, offline and live
 
 ``sjepa-evaluate`` decodes recordings through the live path, as if they came from an amplifier. This
 example evaluates a bundle with its decision layer, and reads the table of all decisions.
+
+The module :download:`tutorial_bundle.py <tutorial_bundle.py>` makes the recordings and the bundle. Save the module
+beside this example.
 """
 
 import csv

@@ -1,4 +1,7 @@
-"""Makes the recordings and the bundle of the tutorial once, for the examples that need a bundle which decodes."""
+"""Makes the recordings and the bundle of the tutorial once, for the examples that need a bundle which decodes.
+
+Save this file beside the example. The recordings and the bundle are then made in the folder `FOLDER`, in about a minute.
+"""
 
 import contextlib
 import io
@@ -7,7 +10,7 @@ from pathlib import Path
 from sjepa_deploy.cli import group, run_command
 from sjepa_deploy.eeg.planted import planted_recording
 
-FOLDER = Path(__file__).parents[1] / "_made" / "tutorial"
+FOLDER = Path(__file__).parent / "tutorial"
 
 STEPS = (
     "finetune --data {folder}/session1_raw.fif --variant postlocal --classes left,right --tmin 0 --tmax 1.52 --max-epochs 15 "
