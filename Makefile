@@ -123,4 +123,4 @@ runtime310: package
 	cd build/runtime310 && venv/bin/sjepa-verify bundle && venv/bin/sjepa-doctor
 
 clean:
-	rm -rf $(VENV) .venv-3.* build dist demo docs/_built docs/_made
+	rm -rf $(VENV) .venv-3.* build dist demo docs/_built docs/_made docs/gallery/tutorial
