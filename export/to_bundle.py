@@ -96,6 +96,7 @@ def to_bundle(
     check_unit: bool = True,
     seed: int = 0,
     force: bool = False,
+    training: dict[str, Any] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
     """Export `model` into a bundle at `path`, judge every graph, and write nothing if one fails.
@@ -120,6 +121,8 @@ def to_bundle(
         Seed of the synthetic windows.
     force : bool
         Whether to replace a bundle at `path`.
+    training : dict or None
+        Record of the training for the bundle's checkpoint, see `sjepa_deploy.learning.origin.nameless`.
     progress : callable
         Receives a text on each step.
 
@@ -133,7 +136,7 @@ def to_bundle(
     spec = model.spec
     with new_bundle(path, force=force) as folder:
         progress("writing the checkpoint")
-        write_checkpoint(model, folder / CHECKPOINT_FOLDER)
+        write_checkpoint(model, folder / CHECKPOINT_FOLDER, training=training)
         made_from = file_hash(folder / CHECKPOINT_FILES[1])
         rewritten = rewrite(model)
         check_weights_fit(rewritten, precisions)

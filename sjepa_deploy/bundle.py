@@ -28,6 +28,8 @@ MANIFEST_FILE = "manifest.json"
 REFERENCE_FILE = "reference.npz"
 CHECKPOINT_FOLDER = "checkpoint"
 WEIGHTS_FILE = f"{CHECKPOINT_FOLDER}/model.safetensors"
+TRAINING_KEY = "sjepa_deploy_training"
+"""Key of a checkpoint's config.json that holds where the weights come from."""
 CHECKPOINT_FILES = (f"{CHECKPOINT_FOLDER}/config.json", WEIGHTS_FILE)
 ENGINE_FOLDER = "engines"
 DECISION_FOLDER = "decisions"
@@ -227,6 +229,12 @@ class Bundle:
     def weights(self) -> dict[str, NDArray[np.float64]]:
         """Return the weights of the checkpoint by name, read with NumPy alone."""
         return read_safetensors(self.path / WEIGHTS_FILE)
+
+    def training(self) -> dict[str, Any]:
+        """Return the checkpoint's record of its training, which knows recordings by hashes; empty where nothing is known."""
+        config = load_json((self.path / CHECKPOINT_FILES[0]).read_bytes())
+        record = config.get(TRAINING_KEY) if isinstance(config, dict) else None
+        return record if isinstance(record, dict) else {}
 
     @property
     def precisions(self) -> tuple[Precision, ...]:

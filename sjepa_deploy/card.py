@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sjepa_deploy.bundle import Bundle, Manifest
+from sjepa_deploy.bundle import TRAINING_KEY, Bundle, Manifest
 from sjepa_deploy.errors import listed
 from sjepa_deploy.files import load_json
 from sjepa_deploy.spec import ModelSpec
 
 CARD_FILE = "README.md"
-TRAINING_KEY = "sjepa_deploy_training"
 
 _NAMES = re.compile(
     r"\S+\.(?:fif|edf|bdf|gdf|set|fdt|vhdr|eeg|xdf|mff|cnt|npz|npy|tsv|gz)\b|\b(?:sub|ses)-[A-Za-z0-9]+\S*", re.IGNORECASE

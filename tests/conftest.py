@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import people
+import pylsl
 import pytest
 import torch
 from bundles import export_small, small_spec
@@ -16,6 +17,7 @@ from eeg_files import eeg_file
 from filelock import FileLock
 from kernels_on_cpu import KernelDriver, compiled_for_cpu
 from oracle import randomise
+from own_lsl import CONFIG
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from sjepa_deploy.bundle import Bundle
@@ -141,12 +143,9 @@ def recorded(request, written):
     return eeg_file if request.param == "real" else lambda name: written(name).path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def own_lsl():
-    """Configure liblsl, which reads its configuration once in a process: every test that opens streams asks for this first."""
-    import pylsl  # most runs need none
-    from own_lsl import CONFIG
-
+    """Configure liblsl before any test can: it reads its configuration once in a process."""
     pylsl.set_config_content(CONFIG)
 
 

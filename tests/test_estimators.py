@@ -26,7 +26,8 @@ TINY = {"encoder": EncoderSpec(conv_layers=((2, 2, 1),), n_layers=1, n_heads=1, 
 
 
 @parametrize_with_checks([SJEPAClassifier(max_epochs=2, **TINY), SJEPARegressor(max_epochs=2, **TINY)])
-def test_checks_of_scikit_learn(estimator, check):
+def test_checks_of_scikit_learn(estimator, check, monkeypatch):
+    monkeypatch.setenv("SCIPY_ARRAY_API", "1")  # without it the check of array libraries is skipped
     check(estimator)
 
 

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from small import DATA, FINETUNE, PRETRAIN, make_spec
 from torch._dynamo.backends.debugging import aot_eager
 
+from sjepa_deploy.bundle import TRAINING_KEY
 from sjepa_deploy.cli import run_command
 from sjepa_deploy.cli.finetune import finetune as finetune_command
 from sjepa_deploy.errors import DataError, TrainingError
@@ -27,7 +28,7 @@ from sjepa_deploy.learning.data import DataConfig, Synthetic, Target, split_wind
 from sjepa_deploy.learning.finetune import FinetuneConfig, FinetuneModule, finetune
 from sjepa_deploy.learning.loading import load_windows
 from sjepa_deploy.learning.pretrain import pretrain
-from sjepa_deploy.models.checkpoint import TRAINING_KEY, load_model, read_checkpoint, write_checkpoint
+from sjepa_deploy.models.checkpoint import load_model, read_checkpoint, write_checkpoint
 from sjepa_deploy.models.networks import build_model, reference_mode
 from sjepa_deploy.models.resolve import resolve_spec
 from sjepa_deploy.models.transfer import NEW_PARTS

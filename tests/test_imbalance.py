@@ -13,6 +13,7 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.utils.class_weight import compute_class_weight
 from torch.utils.data import DistributedSampler
 
+from sjepa_deploy.bundle import TRAINING_KEY
 from sjepa_deploy.cli import run_command
 from sjepa_deploy.cli.finetune import finetune as command
 from sjepa_deploy.learning.data import DataConfig, Target, split_windows
@@ -20,7 +21,6 @@ from sjepa_deploy.learning.finetune import FinetuneConfig, finetune
 from sjepa_deploy.learning.loading import load_windows
 from sjepa_deploy.learning.loop import Engine
 from sjepa_deploy.learning.metrics import balanced_weights, best_threshold
-from sjepa_deploy.models.checkpoint import TRAINING_KEY
 from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.serialize import encode
 from sjepa_deploy.spec import Preprocessing

@@ -15,12 +15,13 @@ import yaml
 from edf_files import eeg, write_edf
 from small import CH_NAMES, FINETUNE, PRETRAIN
 
+from sjepa_deploy.bundle import TRAINING_KEY
 from sjepa_deploy.cli import group, run_command
 from sjepa_deploy.errors import TrainingError
 from sjepa_deploy.learning.finetune import FinetuneConfig
 from sjepa_deploy.learning.loop import read_config
 from sjepa_deploy.learning.pretrain import PretrainConfig
-from sjepa_deploy.models.checkpoint import TRAINING_KEY, read_checkpoint
+from sjepa_deploy.models.checkpoint import read_checkpoint
 from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.models.resolve import resolve_spec
 from sjepa_deploy.serialize import encode, overridden
@@ -216,7 +217,7 @@ def test_the_shipped_configurations_are_the_recipes_defaults():
                 variant=variant, class_weights="balanced"
             )
         demo = read_config(FinetuneConfig, path / "demo.yaml")
-        assert len(list(path.glob("*.yaml"))) == 5
+        assert len(list(path.glob("*.yaml"))) == 6  # tests/test_sweep.py has the sixth
     encoder = EncoderSpec() if demo.encoder is None else demo.encoder
     n_times = demo.data.n_times
     assert encoder.span(encoder.n_outputs_of_layers(n_times)[-1]) == n_times  # a decision is as old as its newest sample

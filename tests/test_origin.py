@@ -11,13 +11,14 @@ import torch
 from edf_files import eeg, write_edf
 from small import DATA, FINETUNE, PRETRAIN
 
+from sjepa_deploy.bundle import TRAINING_KEY
 from sjepa_deploy.errors import DataError
 from sjepa_deploy.learning.data import DataConfig, Target, split_windows
 from sjepa_deploy.learning.finetune import finetune
 from sjepa_deploy.learning.loading import load_windows, source_names
 from sjepa_deploy.learning.origin import samples_hash
 from sjepa_deploy.learning.pretrain import pretrain
-from sjepa_deploy.models.checkpoint import TRAINING_KEY, read_checkpoint
+from sjepa_deploy.models.checkpoint import read_checkpoint
 from sjepa_deploy.serialize import encode, overridden
 from sjepa_deploy.spec import Preprocessing
 

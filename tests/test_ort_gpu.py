@@ -24,11 +24,11 @@ def opened(monkeypatch):
     seen = {}
     real = ort_module.open_session
 
-    def open_session(bundle, precision, settings, provider, options):
+    def open_session(bundle, precision, settings, provider, options, *edit):
         if provider == "CPUExecutionProvider":
-            return real(bundle, precision, settings, provider, options)
+            return real(bundle, precision, settings, provider, options, *edit)
         seen.update(options, provider=provider, fallback=settings.get_session_config_entry("session.disable_cpu_ep_fallback"))
-        return real(bundle, precision, ort.SessionOptions(), "CPUExecutionProvider", {})
+        return real(bundle, precision, ort.SessionOptions(), "CPUExecutionProvider", {}, *edit)
 
     driver = FakeDriver()
     monkeypatch.setattr(cuda, "driver", lambda: driver)

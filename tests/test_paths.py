@@ -89,10 +89,15 @@ def test_a_training_is_refused_in_a_line(command, folder, name):
     assert not any(folder.iterdir())
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("doctor", "pretrain", "finetune")])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("doctor", "pretrain", "finetune", "sweep")])
 def test_what_is_missing_is_named_in_a_line(command, folder, name):
     before = {"export": ("--checkpoint",), "session": ("show",)}.get(name, ())
-    after = {"run": ("r.npy",), "evaluate": ("r.edf", "--out", "out"), "stream": ("--source", "synthetic")}.get(name, ())
+    after = {
+        "run": ("r.npy",),
+        "evaluate": ("r.edf", "--out", "out"),
+        "stream": ("--source", "synthetic"),
+        "calibrate": ("--data", "r.npz", "--out", "out"),
+    }.get(name, ())
     status, _, error = command(name, *before, folder / "no", *after)
     assert (status, error.count("\n")) == (2, 1), error
     assert "b\\udcfcndel/no" in error

@@ -495,7 +495,8 @@ def test_bundle_without_names_or_positions(tmp_path, predict):
 def test_backend_that_does_not_load_is_an_error_before_any_stream_is_looked_for(make_bundle, monkeypatch, capsys):
     from sjepa_deploy.runtime import backend
 
-    monkeypatch.setitem(backend.BACKENDS, "tensorrt", dataclasses.replace(backend.BACKENDS["tensorrt"], package="not_there"))
+    entry = dataclasses.replace(backend.BACKENDS["tensorrt"], package="not_there", or_package="")
+    monkeypatch.setitem(backend.BACKENDS, "tensorrt", entry)
     arguments = [str(make_bundle("prelocal").path), "--source", "lsl:nobody", "--backend", "tensorrt"]
     assert run_stream(*arguments) == 2
     assert "needs not_there, which is not installed" in capsys.readouterr().err
@@ -607,12 +608,13 @@ def test_memory_does_not_grow(predict):
 
     source = synthetic_source(predict.spec.signal, speed=float("inf"), chunk=10)
     decoder = Decoder(predict, source)
-    watch(decoder)
+    monitor = watch(decoder)
     iterator = iter(decoder)
 
     def go(n):
         for _ in range(n):
             next(iterator)
+            monitor.traces.thinned()  # as the page does
         gc.collect()
         return tracemalloc.get_traced_memory()[0]
 

@@ -22,6 +22,8 @@ from sjepa_deploy.eeg.steps import BandPass, Channels, Reference, Resample
 from sjepa_deploy.errors import BundleError, RecordingError
 from sjepa_deploy.evaluation.task import check_task, live_windows, read_tasks, write_task
 from sjepa_deploy.export.to_bundle import to_bundle
+from sjepa_deploy.learning.origin import ORIGIN_KEY, Origin, samples_hash
+from sjepa_deploy.models.checkpoint import load_model, read_checkpoint, write_checkpoint
 from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.runtime.predictor import load
 from sjepa_deploy.spec import EventWindow, ModelSpec, SignalSpec
@@ -279,6 +281,23 @@ def test_the_export_judges_the_task(trained, recording, tmp_path, capsys):
         (result,) = read_tasks(Bundle.open(out))
         assert (result.passed, result.phase) == (not want, phase)
         assert json.loads(shown.out)["task"]["passed"] == result.passed
+
+
+def test_figures_on_what_the_model_has_learned_from_are_told(trained, recording, tmp_path, capsys):
+    """The bundle knows the recording by its samples, and no name of it or of its subject."""
+    bundle, *_ = trained("causal")
+    raw = read_recording(recording)
+    origin = Origin(subjects=("Ada",), recordings={"Ada.fif": samples_hash([raw.get_data()])})
+    model = load_model(read_checkpoint(bundle.checkpoint), bundle.spec)
+    write_checkpoint(model, tmp_path / "model", training={ORIGIN_KEY: origin})
+    flags = ("--out", tmp_path / "bundle", "--precision", "fp32", "--engine", "none")
+    assert sjepa("export", "--checkpoint", tmp_path / "model", *flags) == 0
+    assert not any(b"Ada" in file.read_bytes() for file in (tmp_path / "bundle").rglob("*") if file.is_file())
+    raw.copy().crop(0, 100).save(tmp_path / "other_raw.fif", verbose="error")
+    for path, seen in ((recording, True), (tmp_path / "other_raw.fif", False)):
+        capsys.readouterr()
+        sjepa("stream", tmp_path / "bundle", "--check", path, "--events", "left,right")
+        assert (f"The model has learned from {path.name}" in capsys.readouterr().err) == seen
 
 
 def test_events_that_are_not_in_the_recording_cost_no_export(trained, recording, tmp_path, capsys):

@@ -5,9 +5,10 @@ import pytest
 import torch
 from small import CH_NAMES, ENCODER, make_spec
 
+from sjepa_deploy.bundle import TRAINING_KEY
 from sjepa_deploy.eeg.montage import read_montage
 from sjepa_deploy.errors import CheckpointError
-from sjepa_deploy.models.checkpoint import TRAINING_KEY, read_checkpoint, write_checkpoint
+from sjepa_deploy.models.checkpoint import read_checkpoint, write_checkpoint
 from sjepa_deploy.models.networks import build_model
 from sjepa_deploy.models.transfer import base_encoder, transfer
 

@@ -13,7 +13,10 @@ import yaml
 from sklearn.metrics import balanced_accuracy_score
 from streams import assert_accounted
 
+from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import group, run_command
+from sjepa_deploy.eeg.recording import read_recording
+from sjepa_deploy.evaluation.seen import warn_if_seen
 from sjepa_deploy.runtime.decisions.layer import DecisionLayer
 from sjepa_deploy.runtime.feedback.feedback import Feedback
 from sjepa_deploy.runtime.live.config import StreamConfig
@@ -77,6 +80,11 @@ def test_from_a_calibration_run_to_decided_trials_in_bids(make_bundle, tmp_path,
     bundle = tmp_path / "bundle"
     sjepa("export", "--checkpoint", tmp_path / "model", "--out", bundle, "--precision", "fp32", "--max-batch", 8)
     sjepa("decide", bundle, "--fit", thresholds, "--events", "left,right", "--accept-rate", "0.8")
+
+    assert [warn_if_seen(Bundle.open(bundle), read_recording(run), run.name) for run in (calibration, thresholds)] == [
+        True,
+        False,
+    ]
 
     # 100 live trials; a feedback program hears them over the socket.
     labels = run_labels(study, subject="P1", task="live")

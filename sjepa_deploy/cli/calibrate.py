@@ -94,6 +94,7 @@ def calibrate(
     from sjepa_deploy.export.to_bundle import ExportParityError, to_bundle
     from sjepa_deploy.learning.calibrate import CalibrationConfig, aligned, before_alignment
     from sjepa_deploy.learning.calibrate import calibrate as run
+    from sjepa_deploy.learning.origin import nameless, samples_hash
     from sjepa_deploy.models.checkpoint import load_model, read_checkpoint
 
     screen = console(json_output)
@@ -108,7 +109,10 @@ def calibrate(
 
     def read(spec: ModelSpec) -> CalibrationData:
         classes = None if spec.task == "regression" else classes_of(spec, None)
-        parts = [task.read_trials(source, spec, classes, _windows_of, events, facts, check_unit=check_unit) for source in sources]
+        parts = [
+            task.read_trials(opened, source, spec, classes, _windows_of, events, facts, check_unit=check_unit)
+            for source in sources
+        ]
         found = joined(parts)
         return found.picked(_chosen(found, trials))
 
@@ -117,7 +121,10 @@ def calibrate(
             before = spec.replace(signal=before_alignment(spec.signal))
             spec = spec.replace(signal=aligned(spec.signal, _shaped(read(before), before)))
         found = read(spec)
-    model = load_model(read_checkpoint(opened.checkpoint), spec)
+    checkpoint = read_checkpoint(opened.checkpoint)
+    model = load_model(checkpoint, spec)
+    recordings = (task.read_source(source, spec, facts) for source in sources if source.suffix != ".npz")
+    learned = [samples_hash([raw.get_data()]) for raw in recordings]
     with progress("calibrating"):
         targets = found.labels if found.targets is None else found.targets
         eeg = _shaped(found, spec)
@@ -151,6 +158,7 @@ def calibrate(
                 check_unit=check_unit,
                 seed=asked.seed,
                 force=force,
+                training=nameless(checkpoint.training, learned),
                 progress=steps.begin,
             )
     except ExportParityError as e:

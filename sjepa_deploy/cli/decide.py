@@ -18,6 +18,7 @@ from sjepa_deploy.cli import console, entry, options, print_json, task
 from sjepa_deploy.cli.progress import progress
 from sjepa_deploy.cli.task import EventChoice
 from sjepa_deploy.errors import DecisionError, OutputError, listed
+from sjepa_deploy.evaluation.seen import warn_if_seen
 from sjepa_deploy.files import write_atomically
 from sjepa_deploy.runtime.decisions.chain import Asked, FitRequest, Stop
 from sjepa_deploy.runtime.decisions.data import CalibrationData, joined
@@ -335,8 +336,9 @@ def _read(
     """Return the windows of one source, decoded, with their labels."""
     spec = predict.spec
     if cut.hop is None or source.suffix == ".npz":
-        return task.read_trials(source, spec, class_names, predict.predict, cut, facts, check_unit=check_unit)
+        return task.read_trials(predict.bundle, source, spec, class_names, predict.predict, cut, facts, check_unit=check_unit)
     raw = task.read_source(source, spec, facts)
+    warn_if_seen(predict.bundle, raw, source.name)
     events, start = cut.label(raw, spec, class_names), cut.start(spec)
     if class_names is None:
         raise DecisionError("The windows of a stream have no number each.", "Leave --hop out: one window an event.")

@@ -286,6 +286,7 @@ def _export_one(
 ) -> Bundle:
     from sjepa_deploy.bundle import Provenance
     from sjepa_deploy.export.to_bundle import ExportParityError, to_bundle
+    from sjepa_deploy.learning.origin import nameless
     from sjepa_deploy.models.checkpoint import load_model, read_checkpoint
     from sjepa_deploy.models.networks import build_model
     from sjepa_deploy.models.resolve import resolve_spec
@@ -341,6 +342,7 @@ def _export_one(
                 check_unit=graphs.check_unit,
                 seed=seed,
                 force=outputs.force,
+                training=None if read is None else nameless(read.training),
                 progress=lambda text: steps.begin(f"{spec.variant}: {text}"),
             )
     except ExportParityError as e:

@@ -19,7 +19,6 @@ from sjepa_deploy.cli import options
 from sjepa_deploy.cli.progress import progress
 from sjepa_deploy.errors import MissingDependencyError
 from sjepa_deploy.evaluation.task import read_tasks
-from sjepa_deploy.models.hub import find_checkpoint
 from sjepa_deploy.runtime.machine import processor
 from sjepa_deploy.runtime.predictor import load
 
@@ -72,6 +71,8 @@ def hand_out(screen: Console, bundle: Bundle, checkpoint: Path | None, publicati
     """Write the card and push the bundle, where this is asked for, and return what ``--json`` prints of them."""
     if publication.card is None and publication.push is None:
         return {}
+    from sjepa_deploy.models.hub import find_checkpoint  # needs PyTorch
+
     with progress("measuring a call"):
         latency = _measured(bundle)
     card = model_card(

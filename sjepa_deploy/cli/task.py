@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import options
 from sjepa_deploy.cli.progress import progress
 from sjepa_deploy.eeg.events import ALL, Events, events_of, read_events
 from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.eeg.recording import read_recording
 from sjepa_deploy.errors import DecisionError, ParityError, RecordingError
+from sjepa_deploy.evaluation.seen import warn_if_seen
 from sjepa_deploy.evaluation.task import DIFFERS, TaskParity, check_task, labels_of, write_task
 from sjepa_deploy.runtime.decisions.data import CalibrationData, LabelledEvents, Predict, event_windows, labelled, read_npz
 from sjepa_deploy.runtime.predictor import Predictor
@@ -141,6 +143,7 @@ def read_source(recording: Path, spec: ModelSpec, facts: options.SignalFacts) ->
 
 
 def read_trials(
+    bundle: Bundle,
     source: Path,
     spec: ModelSpec,
     class_names: Sequence[str] | None,
@@ -155,6 +158,7 @@ def read_trials(
         return read_npz(source, spec, class_names, predict)
     start = choice.start(spec)
     raw = read_source(source, spec, facts)
+    warn_if_seen(bundle, raw, source.name)
     events = choice.label(raw, spec, class_names)
     return event_windows(raw, spec, events, predict, start=start, name=source.name, check_unit=check_unit)
 
@@ -171,6 +175,7 @@ def judge_task(
 ) -> TaskParity:
     """Decode events three ways, print the result, and write it into the bundle."""
     raw, events, known = read_task(recording, choice, predict.spec, facts)
+    warn_if_seen(predict.bundle, raw, recording.name)
     with progress(f"decoding the events of {recording.name} three ways"):
         result = check_task(
             predict,

@@ -19,6 +19,7 @@ from sjepa_deploy.evaluation.folder import finished, others_of
 from sjepa_deploy.evaluation.predictions import UNDECIDED, Predictions, Way, joined, of_outputs
 from sjepa_deploy.evaluation.report import Examples
 from sjepa_deploy.evaluation.results import Continuous, EvaluationReport, agreement
+from sjepa_deploy.evaluation.seen import warn_if_seen
 from sjepa_deploy.evaluation.task import live_windows
 from sjepa_deploy.runtime.decisions.data import LabelledEvents
 from sjepa_deploy.runtime.decisions.data import joined as joined_data
@@ -136,6 +137,8 @@ def evaluate_bundle(
     streams, onsets, told = [], [], []
     for recording in recordings:
         tell(f"decoding {recording.name}")
+        if warn_if_seen(predict.bundle, recording.raw, recording.name):
+            told.append(f"The model has learned from {recording.name}: figures on it flatter the model.")
         windows, live, known = _windows(predict, recording, how, first=sum(map(len, eeg)))
         if n := len(recording.events.onset) - len(windows):
             told.append(f"{recording.name}: {n} events are left out, whose windows reach beyond the recording or over a pause.")

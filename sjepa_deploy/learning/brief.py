@@ -47,9 +47,9 @@ def train_briefly(
     """
     learned = [each for each in (model.parameters() if parameters is None else parameters) if each.requires_grad]
     optimiser = torch.optim.Adam(learned, lr=lr)
-    windows = torch.from_numpy(np.ascontiguousarray(eeg))
+    windows = torch.tensor(eeg)  # a copy: the caller's array may be read-only
     classify = targets.dtype.kind in "iu"
-    wanted = torch.from_numpy(np.ascontiguousarray(targets, np.int64 if classify else np.float32))
+    wanted = torch.tensor(targets, dtype=torch.int64 if classify else torch.float32)
     weights = None
     if classify and balanced:
         weights = torch.from_numpy(balanced_weights(targets, max(2, model.spec.n_outputs))).float()

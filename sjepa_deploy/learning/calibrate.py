@@ -155,7 +155,7 @@ def features_of(model: SignalJEPAModule, eeg: NDArray[np.float32]) -> NDArray[np
     try:
         with reference_mode(model):
             for start in range(0, len(eeg), BATCH):
-                model(torch.from_numpy(np.ascontiguousarray(eeg[start : start + BATCH])))
+                model(torch.tensor(eeg[start : start + BATCH]))  # a copy: the windows may be read-only
     finally:
         handle.remove()
     features: NDArray[np.float32] = torch.cat(found).numpy()

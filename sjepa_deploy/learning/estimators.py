@@ -155,7 +155,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no 
         eeg = self._padded(self._windows(X, reset=False))
         model = copy.deepcopy(self.model_).double()  # outputs of a window depend on no other window but for rounding
         with reference_mode(model):
-            found = [model(torch.from_numpy(eeg[start : start + BATCH]).double()) for start in range(0, len(eeg), BATCH)]
+            found = [model(torch.tensor(eeg[start : start + BATCH], dtype=torch.float64)) for start in range(0, len(eeg), BATCH)]
         outputs: NDArray[np.float64] = torch.cat(found).numpy()
         return outputs
 

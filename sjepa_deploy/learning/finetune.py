@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sjepa_deploy.bundle import TRAINING_KEY
 from sjepa_deploy.errors import DataError, TrainingError, listed
 from sjepa_deploy.files import write_atomically
 from sjepa_deploy.learning.data import DataConfig, Split, Target, Windows, split_windows
@@ -39,7 +40,6 @@ from sjepa_deploy.learning.run_folder import as_begun, check_run, saving_to
 from sjepa_deploy.learning.start import settings_of, start_from
 from sjepa_deploy.models.checkpoint import (
     SPEC_KEY,
-    TRAINING_KEY,
     Checkpoint,
     in_target_unit,
     read_checkpoint,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from sjepa_deploy.errors import DataError, listed
 from sjepa_deploy.files import bytes_hash, canonical_json
 from sjepa_deploy.learning.data import Split, Windows
-from sjepa_deploy.serialize import DecodeError, decode
+from sjepa_deploy.serialize import DecodeError, decode, encode
 
 SPLIT_FILE = "split.tsv"
 """File of a model's folder that lists every window and its part."""
@@ -119,6 +119,21 @@ def stored_origin(training: dict[str, Any]) -> Origin | None:
         return decode(Origin, training[ORIGIN_KEY]) if ORIGIN_KEY in training else None
     except DecodeError:
         return None
+
+
+def nameless(training: dict[str, Any], more: Iterable[str] = ()) -> dict[str, Any]:
+    """Return a training record for a bundle, which goes to other people: it knows recordings by their hashes, and no names.
+
+    Parameters
+    ----------
+    training : dict
+        Record of the checkpoint.
+    more : iterable of str
+        Hashes of recordings that the model has seen since.
+    """
+    origin = stored_origin(training) or Origin()
+    digests = {*origin.recordings.values(), *more} - {""}
+    return {ORIGIN_KEY: encode(Origin(recordings={digest: digest for digest in sorted(digests)}))}
 
 
 def check_unseen(base: Origin, windows: Windows, split: Split) -> None:

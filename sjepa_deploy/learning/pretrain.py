@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from sjepa_deploy.bundle import TRAINING_KEY
 from sjepa_deploy.errors import CollapseError, DataError, SpecError
 from sjepa_deploy.files import write_atomically
 from sjepa_deploy.learning import padded
@@ -33,7 +34,7 @@ from sjepa_deploy.learning.origin import ORIGIN_KEY, SPLIT_FILE, Origin, origin_
 from sjepa_deploy.learning.progress import Epoch
 from sjepa_deploy.learning.report import DataReport, report_on
 from sjepa_deploy.learning.run_folder import COLLAPSED_FOLDER, as_begun, check_run, saving_to
-from sjepa_deploy.models.checkpoint import SPEC_KEY, TRAINING_KEY, write_checkpoint
+from sjepa_deploy.models.checkpoint import SPEC_KEY, write_checkpoint
 from sjepa_deploy.models.networks import SignalJEPA, build_model
 from sjepa_deploy.serialize import encode
 from sjepa_deploy.spec import EncoderSpec, ModelSpec

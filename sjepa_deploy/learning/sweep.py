@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -11,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from sjepa_deploy.bundle import TRAINING_KEY
 from sjepa_deploy.errors import CollapseError, TrainingError
-from sjepa_deploy.files import write_atomically
+from sjepa_deploy.files import load_json, write_atomically
 from sjepa_deploy.learning.finetune import FinetuneConfig, finetune
 from sjepa_deploy.learning.pretrain import PretrainConfig, pretrain
 from sjepa_deploy.learning.run_folder import LAST_FILE
 from sjepa_deploy.models.braindecode_config import CONFIG_FILE
-from sjepa_deploy.models.checkpoint import TRAINING_KEY
 from sjepa_deploy.spec import Variant
 
 TABLE_FILE = "sweep.tsv"
@@ -126,7 +125,7 @@ def sweep(config: SweepConfig, out: Path, *, tell: Callable[[str], None] = lambd
         if not (folder / CONFIG_FILE).is_file():
             tell(f"fine-tuning {cell.folder}")
             finetune(tuned, folder, resume=(folder / "training" / LAST_FILE).is_file())
-        stored = json.loads((folder / CONFIG_FILE).read_text())[TRAINING_KEY]["result"]
+        stored = load_json((folder / CONFIG_FILE).read_bytes())[TRAINING_KEY]["result"]
         scores = {name: score["value"] for name, score in stored["test"].items()}
         rows.append({name: getattr(cell, name) for name in ("base", "variant", "training", "fold", "seed")} | scores)
         write_atomically(out / TABLE_FILE, _tsv(rows))

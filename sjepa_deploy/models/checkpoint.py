@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from sjepa_deploy.bundle import TRAINING_KEY
 from sjepa_deploy.eeg.signal_file import SIGNAL_FILE, read_signal, write_signal
 from sjepa_deploy.errors import CheckpointError, listed
 from sjepa_deploy.files import file_hash, load_json, write_atomically
@@ -38,9 +39,6 @@ from sjepa_deploy.spec import ModelSpec, Variant, upgraded
 WEIGHTS_FILE = "model.safetensors"
 SPEC_KEY = "sjepa_deploy"
 """Key of config.json that holds our `ModelSpec`; braindecode passes over it."""
-
-TRAINING_KEY = "sjepa_deploy_training"
-"""Key of config.json that holds where the weights come from."""
 
 TARGET = ("target_mean", "target_std")
 """Fine-tuning keeps these keys beside a regression model, whose last layer gives standardised targets while it learns."""
