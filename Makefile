@@ -13,7 +13,7 @@ comma := ,
 # What the demonstration runs: [train] without TensorBoard, [stream], and [eeg] for a recording only.
 DEMO_EXTRAS := export,stream$(if $(RECORDING),$(comma)eeg)
 
-.PHONY: demo test recordings browser test-gpu gpu-pack lint types docs package runtime310 test-3.10 clean
+.PHONY: demo test test-soak recordings browser test-gpu gpu-pack lint types docs package runtime310 test-3.10 clean
 
 $(VENV)/torch-installed: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info)' || \
@@ -63,7 +63,7 @@ test: $(VENV)/installed
 		$(MAKE) browser || echo "Chromium cannot be installed here: the tests of pages are skipped."; fi
 	@echo "1 of 2: the tests that run beside each other: three on two cores, since many of them wait."
 	@failed=0; \
-	$(BIN)/python -m pytest -rs --numprocesses 3 --dist worksteal -m "not gpu and not alone" $(PYTEST) || failed=1; \
+	$(BIN)/python -m pytest -rs --numprocesses 3 --dist worksteal -m "not gpu and not alone and not soak" $(PYTEST) || failed=1; \
 	echo "2 of 2: the tests that measure time or keep both cores busy, one at a time."; \
 	$(BIN)/python -m pytest -rs -m "alone and not gpu" $(PYTEST) || failed=1; \
 	exit $$failed
@@ -88,6 +88,10 @@ test-3.10:
 		docstring-inheritance h5py linear-attention-transformer pydantic skorch torchaudio torchinfo wfdb
 	.venv-3.10/bin/python -m pip install --quiet --constraint constraints.txt --no-deps --ignore-requires-python braindecode
 	$(MAKE) test VENV=.venv-3.10
+
+# What takes over a minute of a core and shows what the benchmarks measure at more length.
+test-soak: $(VENV)/installed
+	$(BIN)/python -m pytest -m soak
 
 # The smoke test of every GPU backend that runs here.
 test-gpu: $(VENV)/installed

@@ -533,6 +533,7 @@ def test_a_killed_export_leaves_nothing_that_opens(path):
     refuses(partial, "it holds no manifest")
 
 
+@pytest.mark.soak
 def test_exports_that_are_killed_at_random_leave_a_whole_bundle_or_none(tmp_path):
     """A few kills; ``python benchmarks/killed_exports.py 40 --out RESULT`` makes as many as wanted."""
     script = Path(__file__).parents[1] / "benchmarks/killed_exports.py"

@@ -255,6 +255,7 @@ def test_a_few_steps_on_four_channels_do_not_collapse(seed):
     assert spread > 0.05
 
 
+@pytest.mark.soak
 def test_pretraining_learns_what_was_planted(tmp_path):
     """One seed of benchmarks/learning.py, which measures five. The teacher follows fast, since there are few steps."""
     data = dataclasses.replace(DATA, synthetic=Synthetic(n_subjects=16, n_windows=64))
