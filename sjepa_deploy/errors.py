@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import shlex
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 REPOSITORY = "https://github.com/sjepa-deploy/sjepa-deploy"
@@ -217,3 +218,8 @@ def listed(names: Iterable[str], most: int = 8) -> str:
     names = list(names)
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
+
+
+def counted(names: Iterable[str] | Mapping[str, int]) -> str:
+    """Return each name with how often it is there, as text for a message: "left (12), right (11)"; "none" without names."""
+    return listed([f"{name} ({n})" for name, n in sorted(Counter(names).items())], 20) or "none"

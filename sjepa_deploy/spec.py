@@ -345,10 +345,12 @@ class ModelSpec:
                 f"{self.task!r} is no task of the {self.variant} model.",
                 "Use features for the base model, else classification or regression.",
             )
-        if self.n_times < self.encoder.min_n_times:
+        if self.n_times < (least := self.encoder.min_n_times):
+            seconds, window = least / self.signal.sfreq, self.signal.event_window
+            ends = "" if window is None else f", from --tmin {window.start:g} to --tmax {window.start + seconds:.6g}"
             raise SpecError(
-                f"n_times is {self.n_times}, but the first time token needs {self.encoder.min_n_times} samples.",
-                f"Use windows of at least {self.encoder.min_n_times} samples.",
+                f"n_times is {self.n_times}, but the first time token needs {least} samples.",
+                f"Use windows of at least {least} samples: {seconds:.6g} s at {self.signal.sfreq:g} Hz{ends}.",
             )
         if self.max_n_tokens < self.n_tokens_per_channel:
             raise SpecError(

@@ -428,8 +428,11 @@ def test_classes_are_named_by_the_events_of_a_recording(tmp_path):
     other = dataclasses.replace(CLASSES, classes=("T3", "T1"))
     assert load_windows(dataclasses.replace(config, target=other)).class_names == ("T3", "T1")  # the user's order
     absent = dataclasses.replace(CLASSES, classes=("LEFT=T1", "RIGHT=T7"))
-    with pytest.raises(DataError, match=r"No window is of RIGHT; the others are of LEFT"):
+    with pytest.raises(DataError, match=r"of RIGHT; the others are of LEFT\..* T0 \(\d\), T1 \(2\), T2 \(\d\), T3 \(\d\)\."):
         load_windows(dataclasses.replace(config, target=absent))
+    unchosen = dataclasses.replace(config, target=Target(kind="reaction_time"))
+    with pytest.raises(DataError, match=r"No events were chosen; the recording has T0 .*--classes.*--stimulus and --response"):
+        load_windows(unchosen)
 
 
 def test_a_run_without_the_events_is_skipped_and_told_with_those_that_it_has(tmp_path):

@@ -586,13 +586,17 @@ def test_the_annotations_of_a_file_are_its_events(tmp_path, make_bundle, capsys)
     found = {line["onset"]: line for line in read if "prediction" in line}
     left = {line["onset"]: line["reason"] for line in read if line["type"] == "undecided"}
     assert left == {29.5: "past end"}
+    shown = capsys.readouterr().out
+    assert "at events (a, b)" in shown
+    assert "5 of 6 events (1 past the end)" in shown
+    assert run_stream(bundle.path, *options, "--force", "--events", "a,lefft", "--tmin", "0.25") == 2
+    assert "no events lefft; its events are a (4), b (2)" in " ".join(capsys.readouterr().err.split())
     window = EventWindow(start=0.25, events=("a", "b"))
     prepared = prepare(raw, dataclasses.replace(spec.signal, phase="causal", event_window=window), check_unit=False)
     assert list(found) == [0.5, 3.0, 9.0, 12.0, 20.0]
     with sjepa_deploy.load(bundle, check_unit=False) as predict:
         for line, window in zip(found.values(), prepared.eeg, strict=True):
             assert line["prediction"] == predict(window[None])[0].ravel().tolist()
-    assert "at events (a, b)" in capsys.readouterr().out
     table = tmp_path / "trials.tsv"
     table.write_text("onset\ttrial_type\n" + "".join(f"{onset}\tx\n" for onset in onsets))
     assert run_stream(bundle.path, *options, "--force", "--events", table, "--tmin", "0.25") == 0, capsys.readouterr().err
@@ -628,3 +632,9 @@ def test_planted_events_of_the_synthetic_source(make_bundle, capsys):
     assert run_stream(make_bundle("prelocal").path, *arguments, "--duration", "21", "--json") == 0
     counters = json.loads(capsys.readouterr().out)["counters"]
     assert (counters["events"], counters["decisions"], counters["events_past_end"]) == (10, 9, 1)
+    arguments[3] = "event,evnet"
+    assert run_stream(make_bundle("prelocal").path, *arguments, "--duration", "7", "--json") == 0
+    captured = capsys.readouterr()
+    summary = json.loads(captured.out)
+    assert (summary["events_came"], summary["events_missing"]) == ({"event": 3}, ["evnet"])
+    assert "No event evnet came; the events that came are event (3)." in " ".join(captured.err.split())

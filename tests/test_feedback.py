@@ -250,7 +250,9 @@ def test_commands_are_answered_and_told_to_all(open_socket):
     assert client.ask(command="start")["text"] == "Now deciding."
     assert other.read("decision")
     client.send(b'{"command": "shutdown"}')
-    assert "no command" in client.read("error")["text"]
+    text = client.read("error")["text"]
+    assert "no command" in text
+    assert text.count("status") == 1, text
     assert client.ask(command="status")["accepted"]
     client.close()
     other.close()

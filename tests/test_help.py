@@ -172,7 +172,7 @@ def test_a_step_that_takes_long_is_told_in_lines(capsys, monkeypatch):
         time.sleep(0.35)
     lines = capsys.readouterr().err.splitlines()
     assert 2 <= len(lines) <= 3
-    assert all(re.fullmatch(r"the third \(2 of 4\), \d s, about \d s left", line) for line in lines)
+    assert all(re.fullmatch(r"the third \(step 3 of 4\), \d s, about \d s left", line) for line in lines)
     assert not any(thread.name == "progress" for thread in threading.enumerate())
 
 

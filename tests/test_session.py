@@ -163,7 +163,11 @@ def test_a_session_is_decoded_again_and_read_as_recordings(recorded, bundle, tmp
 def test_a_replay_that_differs_is_told(recorded, make_bundle, capsys):
     other = make_bundle("prelocal", phase="causal", model_seed=1)
     assert session("replay", recorded.folder, other.path) == 2
-    assert "another bundle" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "another bundle" in told.err
+    assert "Name the file of a run" in told.err
+    assert all(file.name in told.err for file in recorded.files)
+    assert "decisions on" not in told.out
 
 
 def test_mne_bids_reads_what_was_exported(recorded, recording, tmp_path, capsys):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sjepa_deploy.eeg.montage import read_montage
 from sjepa_deploy.errors import SpecError
-from sjepa_deploy.spec import EncoderSpec, ModelSpec, Preprocessing
+from sjepa_deploy.spec import EncoderSpec, EventWindow, ModelSpec, Preprocessing
 
 LAYER = (64, 4, 2)
 HYDROCEL = read_montage("GSN-HydroCel-129")
@@ -132,7 +132,11 @@ def test_bands_with_open_sides(band):
         ({"sfreq": math.nan}, "sfreq is nan Hz."),
         (
             {"n_times": 151},
-            "n_times is 151, but the first time token needs 152 samples. Use windows of at least 152 samples.",
+            "n_times is 151, but the first time token needs 152 samples. Use windows of at least 152 samples: 1.52 s at 100 Hz.",
+        ),
+        (
+            {"n_times": 100, "event_window": EventWindow(start=-0.5)},
+            "Use windows of at least 152 samples: 1.52 s at 100 Hz, from --tmin -0.5 to --tmax 1.02.",
         ),
         ({"ch_names": ("Cz",)}, "There are 1 channel names for 129 channels. Name every channel once."),
         ({"n_chans": 2, "ch_names": ("Cz", ""), "positions": None}, "A channel has an empty name."),

@@ -191,6 +191,22 @@ def test_the_command_passes_a_causal_model(trained, recording, capsys):
     assert "all" in shown
 
 
+def test_windows_that_slide_are_a_choice_where_the_model_learned_at_events(trained, recording, tmp_path, capsys):
+    """No command slides by default; one that is told to slide says what the model learned from."""
+    bundle, *_ = trained("causal")
+    for arguments in (["stream", bundle.path, "--check", recording], ["run", bundle.path, recording]):
+        assert sjepa(*arguments) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert "learned from windows at 0 s after events" in told
+        assert "--events" in told
+    fit = ["--fit", tmp_path / "gone.fif", "--max-false-per-minute", "1"]
+    sjepa("run", bundle.path, recording, "--hop", "60", "--out", tmp_path / "out.tsv")
+    sjepa("decide", bundle.path, *fit, "--hop", "1")
+    assert capsys.readouterr().out.count("learned from windows at 0 s after events") == 2
+    sjepa("decide", bundle.path, *fit)
+    assert "learned from" not in capsys.readouterr().out
+
+
 def test_events_of_a_table_are_decoded_the_same(trained, recording, tmp_path, capsys):
     """sjepa-run gives each event of a table a row, with its own columns and its class."""
     bundle, _, prepared, _ = trained("causal")

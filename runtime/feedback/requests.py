@@ -76,10 +76,13 @@ def read_request(data: dict[str, Any]) -> Request:
         raise CommandError(
             "The id is no number and no short text.", f"Use a whole number, or up to {MOST_ID_CHARACTERS} characters."
         )
+    name = fields.get("command")
+    if not isinstance(name, str) or name not in COMMANDS:
+        raise CommandError(f"{name!r} is no command.", f"The commands are {listed(sorted(COMMANDS), len(COMMANDS))}.")
     try:
         return Request(command=decode(Command, fields), id=number)
     except DecodeError as e:
-        raise CommandError(f"This is no command: {e}.", f"The commands are {listed(sorted(COMMANDS))}.") from e
+        raise CommandError(f"This is no command {name}: {e}.", f"Mend what {name} carries.") from e
 
 
 def read_primary(text: bytes) -> Command | str:

@@ -25,7 +25,7 @@ from sjepa_deploy.runtime.live.commands import BadChannels, Mark, Pause, Reply, 
 from sjepa_deploy.runtime.live.config import StreamConfig
 from sjepa_deploy.runtime.live.counters import Counters
 from sjepa_deploy.runtime.live.decision import Decision
-from sjepa_deploy.runtime.live.event_names import EventNames
+from sjepa_deploy.runtime.live.event_names import EventNames, check_names
 from sjepa_deploy.runtime.live.exchange import check_exchange
 from sjepa_deploy.runtime.live.markers import MarkerSource
 from sjepa_deploy.runtime.live.open_markers import open_markers
@@ -78,6 +78,8 @@ class Decoder(Callbacks):
         Name of this run, which nothing else has.
     events : Events or None
         The events that are decided. None where a window is decided every hop.
+    event_names : EventNames
+        Which events came, and which of those that are asked for did not.
 
     Raises
     ------
@@ -119,7 +121,7 @@ class Decoder(Callbacks):
         self.paused = False
         self.run_id = secrets.token_hex(8)
         self._markers = tuple(markers)
-        self._names = EventNames(events)
+        self.event_names = EventNames(events)
         self._opened: Predictor | None = None
         self._stopping = False
         self.windows = WindowStream(
@@ -204,7 +206,7 @@ class Decoder(Callbacks):
         BundleError, BackendError
             If the bundle cannot be opened, or the backend cannot run it.
         StreamError
-            If there is no such stream, or it breaks the model's contract.
+            If there is no such stream, it breaks the model's contract, or a recording lacks events of the schedule.
         RecordingError
             If the recording cannot be read.
         """
@@ -224,6 +226,8 @@ class Decoder(Callbacks):
             opened_markers = open_markers(markers, stream) if markers or isinstance(schedule, Events) else ()
             for one in opened_markers:
                 opened.callback(one.close)
+            if isinstance(schedule, Events):
+                check_names(schedule, opened_markers, stream.info.name)
             decoder = cls(predict, stream, config, decisions=decisions, schedule=schedule, markers=opened_markers)
             decoder._opened = predict
             opened.pop_all()
@@ -349,7 +353,7 @@ class Decoder(Callbacks):
             while markers.incidents:
                 self._tell(dataclasses.replace(markers.incidents.popleft(), sample=self.counters.samples))
             if events:
-                self._names.came(events)
+                self.event_names.take(events)
                 for event in events:
                     for take in self._on_event:
                         take(event)
@@ -360,7 +364,7 @@ class Decoder(Callbacks):
             if n_lost > self.counters.markers_lost:
                 self._report("events", "Markers come faster than they are read: some were left out.")
             self.counters.markers_lost = n_lost
-            if (lacking := self._names.lacking(self.source.clock())) is not None:
+            if (lacking := self.event_names.lacking(self.source.clock())) is not None:
                 self._report("events", lacking)
 
     def _decide(self, windows: Iterable[Window], received: float) -> Iterator[Decision]:

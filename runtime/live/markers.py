@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -86,11 +86,15 @@ class PlannedMarkers:
         the markers come. It may be endless.
     clock : callable
         The time now on the source's clock.
-    endless : bool
-        Whether the plan has no end.
+
+    Attributes
+    ----------
+    names : Counter of str or None
+        How often each description will come; None where the plan is no sequence, and nobody knows.
     """
 
     def __init__(self, plan: Iterable[tuple[float, str] | tuple[float, str, float]], clock: Callable[[], float]) -> None:
+        self.names = Counter(planned[1] for planned in plan) if isinstance(plan, Sequence) else None
         self._plan, self._clock = iter(plan), clock
         self._next: Event | None = self._following()
         self.incidents: deque[Incident] = deque()

@@ -292,6 +292,8 @@ def decide(
         raise DecisionError(f"The model names its classes: {listed(spec.class_names)}.", "Leave --class-names out.")
     if cut.trial_starts and (chain.stop is None or cut.hop is not None):
         raise click.UsageError("--trial-starts is of layers that add up the events of a trial: use --stop, and no --hop.")
+    if cut.hop is not None:
+        task.tell_sliding(screen, spec)
     class_names = classes_of(spec, cut.class_names)
     request = chain.request(wanted, class_names, cut.hop)
     described = LayerFacts(

@@ -243,6 +243,28 @@ def summary_table(counters: Counters, shot: Snapshot) -> Table:
     return table
 
 
+_NO_DECISION = {
+    "events_before_start": "before the start",
+    "events_past_end": "past the end",
+    "events_past_history": "with markers after their samples were gone",
+    "events_doubled": "that came twice",
+    "events_ahead": "stamped ahead of the samples",
+    "skipped_late": "left out as late",
+    "held": "answered by the last decision",
+    "skipped_gap": "over lost samples",
+    "skipped_paused": "while paused",
+    "failed": "failed",
+}
+
+
+def verdict_of(counters: Counters, *, at_events: bool) -> str:
+    """Return how many windows, or how many events, were decoded, and of events why the others were not."""
+    if not at_events:
+        return f"{counters.decisions} of {counters.windows} windows, {counters.misses} too late"
+    reasons = ", ".join(f"{n} {why}" for name, why in _NO_DECISION.items() if (n := getattr(counters, name)))
+    return f"{counters.decisions} of {counters.events} events{f' ({reasons})' if reasons else ''}, {counters.misses} too late"
+
+
 def seconds(value: float) -> str:
     """Return a time in the unit that suits it: "720 us", "13.0 ms", "4.2 min"; "-" for NaN."""
     if not math.isfinite(value):

@@ -69,7 +69,8 @@ class Steps:
 
     def __str__(self) -> str:
         """Return how far the command is, as a line."""
-        parts = f" ({self.done} of {self.total})" if self.total else ""
+        at = f"step {self._n_begun}" if self._n_begun else f"{self.done}"  # a named part; else how many are finished
+        parts = f" ({at} of {self.total})" if self.total else ""
         rest = "" if self.rest is None else f", about {duration(self.rest)} left"
         return f"{self.text}{parts}, {duration(self.elapsed)}{rest}"
 

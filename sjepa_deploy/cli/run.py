@@ -46,15 +46,9 @@ class Cut(EventChoice):
 
     def step(self, spec: ModelSpec) -> int:
         """Return the samples from one window to the next."""
-        window = spec.signal.event_window
         if self.hop is not None:
             return _samples(self.hop, spec)
-        if window is not None:
-            which = f" ({', '.join(window.events)})" if window.events else ""
-            raise click.UsageError(
-                f"The model learned from windows at {window.start:g} s after events{which}. Decode them with --events NAME,.. "
-                "(or all, or FILE.tsv). Windows that slide over the recording (--hop SECONDS) show it signals that it never saw."
-            )
+        task.refuse_sliding(spec, "Decode them with --events NAME,.. (or all, or FILE.tsv).")
         return spec.n_times
 
 
@@ -145,6 +139,8 @@ def run(
         found = _of_events(fitted, events, start) if events is not None else _one_after_the_other(fitted, step)
         found.told.insert(0, f"has {fitted.n_found} of the model's {spec.n_chans} channels")
     with choice.load(opened, check_unit=False) as predict:  # the recording was judged as a whole
+        if cut.hop is not None:
+            task.tell_sliding(screen, spec)
         for note in found.told:
             screen.print(f"recording: {escape(note)}", soft_wrap=True)
         try:

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from sjepa_deploy.bundle import Bundle
 from sjepa_deploy.cli import console, entry, options, print_json
-from sjepa_deploy.errors import ParityError
+from sjepa_deploy.errors import ParityError, StreamError
 from sjepa_deploy.runtime.live.adapt import Adapter
 from sjepa_deploy.runtime.live.decoder import Decoder
 from sjepa_deploy.runtime.live.recorder import Recorder
@@ -149,6 +149,8 @@ def _show(screen: Console, files: list[Path], json_output: bool) -> None:
 
 def _replay(screen: Console, files: list[Path], bundle: Path, choice: options.BackendChoice, json_output: bool) -> None:
     opened, results = Bundle.open(bundle), []
+    if len(files) > 1:
+        _check_bundle(files, opened)
     for file in files:
         record = read_run(file)
         with choice.load(opened, precision=record.run.precision, check_unit=False) as predict:
@@ -164,6 +166,18 @@ def _replay(screen: Console, files: list[Path], bundle: Path, choice: options.Ba
     if wrong := [file.name for file, result in zip(files, results, strict=True) if not result.passed]:
         raise ParityError(f"The replay differs in {', '.join(wrong)}.", "Use the backend and release of the record.")
     screen.print(f"replayed: {len(files)} of {len(files)}, with every decision and state as it was")
+
+
+def _check_bundle(files: list[Path], bundle: Bundle) -> None:
+    """Refuse, before anything is decoded, runs of which some were decoded with another bundle."""
+    runs = [(file, read_run(file).run) for file in files]
+    if all(run.bundle_digest == bundle.manifest.digest for _, run in runs):
+        return
+    told = ", ".join(f"{file.name} with {Path(run.bundle).name} ({run.bundle_digest[:12]})" for file, run in runs)
+    raise StreamError(
+        f"{bundle.path.name} ({bundle.manifest.digest[:12]}) is another bundle than that of some runs: {told}.",
+        "Name the file of a run in place of the folder, with the bundle of the run.",
+    )
 
 
 def _export(screen: Console, files: list[Path], root: Path, json_output: bool, *, date: bool, force: bool) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
 
@@ -19,7 +20,7 @@ from sjepa_deploy.cli import feedback as feedback_options
 from sjepa_deploy.cli import task as event_options
 from sjepa_deploy.cli.feedback import FeedbackChoice
 from sjepa_deploy.cli.help_page import is_quiet
-from sjepa_deploy.cli.live import live_view, summary_table
+from sjepa_deploy.cli.live import live_view, summary_table, verdict_of
 from sjepa_deploy.cli.progress import progress
 from sjepa_deploy.cli.session import Kept, kept
 from sjepa_deploy.cli.task import EventChoice
@@ -383,6 +384,9 @@ def stream(
     if task.markers and (task.source is None or not (task.events.events or outputs.record or kept.folder)):
         raise click.UsageError("--markers say where the events of --source come from. Name them with --events, or record them.")
     if task.check is not None:
+        slides = click.get_current_context().get_parameter_source("hop") is not ParameterSource.DEFAULT
+        if not task.events.events and not slides:
+            event_options.refuse_sliding(opened.spec, "Judge it on them with --events NAME,.. (or all, or FILE.tsv).")
         with choice.load(opened, check_unit=False) as predict:
             if task.events.events:
                 result = event_options.judge_task(
@@ -490,8 +494,7 @@ def stream(
     if any(not_written.values()):
         lost = ", ".join(f"{n} {what}" for what, n in not_written.items() if n)
         raise OutputError(f"Not written: {lost}.", "Look at the disk, and at the reader of the lines.")
-    counters = decoder.counters
-    screen.print(f"[bold green]decoded:[/] {counters.decisions} of {counters.windows} windows, {counters.misses} too late")
+    screen.print(f"[bold green]decoded:[/] {verdict_of(decoder.counters, at_events=decoder.events is not None)}")
 
 
 def _layer(bundle: Bundle, name: str | None) -> DecisionLayer | None:
@@ -603,12 +606,8 @@ def _announce(screen: Console, decoder: Decoder) -> None:
                     f"({known.loss.low:+.3f} to {known.loss.high:+.3f}), other decisions in {known.ways[-1].differ:.1%}",
                     soft_wrap=True,
                 )
-    if (window := spec.signal.event_window) is not None and decoder.events is None:
-        screen.print(
-            f"[bold yellow]The model learned from windows at {window.start:g} s after events.[/] "
-            "Windows that slide show it other signals too.",
-            soft_wrap=True,
-        )
+    if decoder.events is None:
+        event_options.tell_sliding(screen, spec)
     if decoder.layer is not None:
         for line in _told_of_layer(decoder.layer, None if decoder.events is not None else decoder.hop / spec.sfreq):
             screen.print(line, soft_wrap=True)
@@ -642,6 +641,8 @@ def _report(
 ) -> None:
     shot = monitor.snapshot()
     screen.print(summary_table(decoder.counters, shot))
+    if (lacking := decoder.event_names.told()) is not None:
+        screen.print(f"[bold yellow]{escape(lacking)}[/]", soft_wrap=True)
     if decoder.advice is not None:
         screen.print(f"Late decisions: {decoder.advice}", soft_wrap=True)
     if shadow is not None:
@@ -651,6 +652,8 @@ def _report(
         print_json(
             {
                 "counters": decoder.counters,
+                "events_came": dict(decoder.event_names.came),
+                "events_missing": decoder.event_names.missing,
                 "hop": decoder.hop / decoder.spec.sfreq,
                 "deadline": decoder.deadline,
                 "filter_delay": decoder.windows.delay,

@@ -101,6 +101,28 @@ class EventChoice:
         return {event.strip(): name.strip() for name, event in pairs}
 
 
+def _learned_at_events(spec: ModelSpec) -> str | None:
+    """Return a sentence on the events that a model learned from; None where it learned from other windows."""
+    if (window := spec.signal.event_window) is None:
+        return None
+    which = f" ({', '.join(window.events)})" if window.events else ""
+    return f"The model learned from windows at {window.start:g} s after events{which}."
+
+
+def refuse_sliding(spec: ModelSpec, mend: str) -> None:
+    """Refuse windows that slide over a recording, which nobody asked for, where the model learned from windows at events."""
+    if (learned := _learned_at_events(spec)) is not None:
+        raise click.UsageError(
+            f"{learned} {mend} Windows that slide over the recording (--hop SECONDS) show it signals that it never saw."
+        )
+
+
+def tell_sliding(screen: Console, spec: ModelSpec) -> None:
+    """Tell on windows that slide, which somebody asked for, where the model learned from windows at events."""
+    if (learned := _learned_at_events(spec)) is not None:
+        screen.print(f"[bold yellow]{escape(learned)}[/] Windows that slide show it other signals too.", soft_wrap=True)
+
+
 which = options.several("-e", "--events", help="Decode the window of each event: names of events, all, or a table FILE.tsv.")
 tmin = click.option(
     "--tmin", type=float, help="Start of a window in seconds after its event; may be negative.  [default: the model's]"

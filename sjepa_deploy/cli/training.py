@@ -208,7 +208,10 @@ def print_data(screen: Console, report: Any) -> None:
     if report.n_gap:
         screen.print(f"{report.n_gap} windows lie in the gaps between parts")
     if report.n_unused:
-        screen.print(f"{report.n_unused} training windows, others in every epoch, fill no batch and are left out")
+        screen.print(
+            f"Each epoch leaves out {report.n_unused} training windows that fill no batch: other ones each time, so that all are "
+            "used over the epochs."
+        )
     if report.skipped:
         screen.print(f"recordings that give no window, and are left out: {len(report.skipped)}")
         for told in report.skipped:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sjepa_deploy.eeg.pauses import PAUSE, segments_of, time_of
-from sjepa_deploy.errors import RecordingError, listed
+from sjepa_deploy.errors import RecordingError, counted, listed
 
 if TYPE_CHECKING:
     import mne
@@ -66,11 +66,10 @@ class Events:
             If there is no event, or none with one of the names; the message lists those that are there.
         """
         there = Counter(self.description)
-        what = listed([f"{name} ({n})" for name, n in sorted(there.items())], 20) or "none"
         lacking = [name for name in names if name not in there] if tuple(names) != (ALL,) else []
         if lacking or not there:
             raise RecordingError(
-                f"The recording has no events {listed(lacking)}; its events are {what}."
+                f"The recording has no events {listed(lacking)}; its events are {counted(there)}."
                 if lacking
                 else "The recording has no events.",
                 "Name events that it has with --events, or give a table of events (--events FILE.tsv).",

@@ -7,7 +7,7 @@ that export and live decoding do the same. `sjepa_deploy.learning.loading` gets 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sjepa_deploy.eeg.interpolation import INTERPOLATED_SHARE
 from sjepa_deploy.eeg.names import parse_rename
 from sjepa_deploy.eeg.steps import Phase, Step
-from sjepa_deploy.errors import DataError, listed
+from sjepa_deploy.errors import DataError, counted, listed
 from sjepa_deploy.spec import EventWindow, Preprocessing, SignalSpec, Unit
 
 SYNTHETIC = "synthetic"
@@ -270,6 +270,8 @@ class Windows:
         `sjepa_deploy.learning.origin.samples_hash` of each recording.
     skipped : tuple of str
         Sentences that say which recordings gave no window, and why.
+    events : dict of str to int
+        Events of the recordings that gave windows, also those of no class, where classes are named by events.
     """
 
     eeg: NDArray[np.float32]
@@ -283,6 +285,7 @@ class Windows:
     steps: tuple[str, ...] = ()
     hashes: dict[str, str] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
+    events: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.eeg)
@@ -320,9 +323,11 @@ class Split:
 
 
 def encode_targets(
-    values: Sequence[Any], task: Task, class_names: tuple[str, ...] = ()
+    values: Sequence[Any], task: Task, class_names: tuple[str, ...] = (), *, events: Mapping[str, int] | None = None
 ) -> tuple[NDArray[Any], tuple[str, ...] | None]:
     """Return labels as float32 numbers, or as int64 classes in the order of `class_names`, else of their names.
+
+    `events` counts the events that classes may be named by, for the message where a class has no window.
 
     Raises
     ------
@@ -339,7 +344,11 @@ def encode_targets(
     if task == "classification":
         there = tuple(sorted(set(texts)))
         if absent := [name for name in class_names if name not in there]:
-            raise DataError(f"No window is of {listed(absent)}; the others are of {listed(there)}.", "Check --classes.")
+            known = f" The recordings with windows have the events {counted(events)}." if events else ""
+            raise DataError(
+                f"No window is of {listed(absent)}; the others are of {listed(there)}.{known}",
+                "Name an event of each class by --classes CLASS=EVENT.",
+            )
         class_names = class_names or there
         if len(class_names) < 2:
             raise DataError(f"All {len(texts)} windows are of the class {class_names}.", "Give windows of two classes or more.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from sjepa_deploy.eeg.amplitudes import check_amplitude
 from sjepa_deploy.eeg.epochs import EPOCHS, epochs_at
+from sjepa_deploy.eeg.events import events_of
 from sjepa_deploy.eeg.montage import Montage, read_montage, require_mne
 from sjepa_deploy.eeg.names import find_channels, renamed, says_other_than_eeg
 from sjepa_deploy.eeg.pauses import PAUSE, Told, sample_time, segments_of, time_of, told
@@ -24,7 +25,7 @@ from sjepa_deploy.eeg.steps.reference import average_reference
 from sjepa_deploy.eeg.synthetic import planted_eeg
 from sjepa_deploy.eeg.units import check_unit, conversion, volts_in
 from sjepa_deploy.eeg.windows import FittedRecording
-from sjepa_deploy.errors import DataError, MissingDependencyError, NoWindowsError, RecordingError, TooShortError, listed
+from sjepa_deploy.errors import DataError, MissingDependencyError, NoWindowsError, RecordingError, TooShortError, counted, listed
 from sjepa_deploy.learning.data import SYNTHETIC, DataConfig, Target, Windows, encode_targets
 from sjepa_deploy.learning.origin import check_twins, samples_hash
 from sjepa_deploy.learning.store import WindowStore, mapped_member, pieces_of
@@ -97,9 +98,10 @@ def load_windows(config: DataConfig, *, cut: Cut = _cut) -> Windows:
             )
     check_twins(pair for part in parts for pair in part.hashes.items())
     targets, class_names = None, None
+    events = sum((Counter(part.events) for part in parts), Counter[str]())
     if config.target is not None:
         values = [value for part in parts for value in (part.targets if part.targets is not None else ())]
-        targets, class_names = encode_targets(values, config.target.task, config.target.class_names)
+        targets, class_names = encode_targets(values, config.target.task, config.target.class_names, events=events)
 
     def joined(name: str) -> Any:
         return np.concatenate([getattr(part, name) for part in parts])
@@ -116,6 +118,7 @@ def load_windows(config: DataConfig, *, cut: Cut = _cut) -> Windows:
         steps=steps,
         hashes={name: digest for part in parts for name, digest in part.hashes.items()},
         skipped=tuple(e.problem for e in skipped),
+        events=events,
     )
 
 
@@ -197,6 +200,7 @@ def _made(
     signal: SignalSpec,
     steps: tuple[str, ...],
     hashes: dict[str, str] | None = None,
+    events: Mapping[str, int] | None = None,
     **known: NDArray[Any],
 ) -> Windows:
     """Return windows whose session and recording are the subject, one after the other, unless something else is `known`.
@@ -216,6 +220,7 @@ def _made(
         signal=signal,
         steps=steps,
         hashes=hashes,
+        events=events or {},
     )
 
 
@@ -280,6 +285,7 @@ def _load_raw(
         session=np.full(len(kept), session),
         recording=np.full(len(kept), name),
         onset=onset[kept],
+        events={} if config.target is None or config.target.kind != "event" else Counter(events_of(raw).description),
     )
 
 
@@ -452,7 +458,7 @@ def _load_epochs(path: Path, name: str, config: DataConfig, first: Windows | Non
         kept = np.flatnonzero([label is not None for label in labels])
         if not len(kept):
             raise NoWindowsError(
-                f"{name} has no events of these classes; its events are {listed(epochs.event_id)}.", "Mend --classes."
+                f"{name} has no events of these classes; its events are {counted(_counts_of_epochs(epochs))}.", "Mend --classes."
             )
         targets = np.array([labels[i] for i in kept], dtype=object)
     return _made(
@@ -462,7 +468,13 @@ def _load_epochs(path: Path, name: str, config: DataConfig, first: Windows | Non
         signal.replace(steps=band.steps, phase="zero-phase"),
         ("epochs as they were cut and filtered", f"reference: {reference}", "scaled to uV"),
         onset=onset[kept],
+        events={} if config.target is None or config.target.kind != "event" else _counts_of_epochs(epochs),
     )
+
+
+def _counts_of_epochs(epochs: mne.Epochs) -> dict[str, int]:
+    """Return how many epochs each event has."""
+    return {event: int((epochs.events[:, 2] == number).sum()) for event, number in epochs.event_id.items()}
 
 
 def _labels_of_epochs(epochs: mne.Epochs, target: Target, name: str) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sjepa_deploy.eeg.pauses import number_of_segment, segments_of, time_of
-from sjepa_deploy.errors import DataError, NoWindowsError, listed
+from sjepa_deploy.errors import DataError, NoWindowsError, counted, listed
 from sjepa_deploy.learning.data import Target
 
 if TYPE_CHECKING:
@@ -75,9 +74,12 @@ def _onsets(raw: mne.io.BaseRaw) -> NDArray[np.float64]:
 
 
 def _without(wanted: tuple[str, ...], names: list[str], mend: str) -> NoWindowsError:
-    counts = Counter(names)
-    there = listed([f"{name} ({counts[name]})" for name in sorted(counts)], 20) or "none"
-    return NoWindowsError(f"The recording has no events {listed(wanted) or '(none was named)'}; its events are {there}.", mend)
+    if not wanted:
+        return NoWindowsError(
+            f"No events were chosen; the recording has {counted(names)}.",
+            "Choose classes by --classes, or reaction times by --stimulus and --response.",
+        )
+    return NoWindowsError(f"The recording has no events {listed(wanted)}; its events are {counted(names)}.", mend)
 
 
 def read_tsv(path: Path) -> list[dict[str, str]]:
