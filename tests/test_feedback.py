@@ -229,6 +229,7 @@ def test_commands_are_answered_and_told_to_all(open_socket):
     decoder, feedback, _ = open_socket
     client, other = Client(feedback.ports["lines"]), Client(feedback.ports["lines"])
     assert other.read("run")
+    assert client.read("decision")  # the status counts it
     reply = client.ask(command="status", id=1)
     assert (reply["accepted"], reply["id"], reply["text"]) == (True, 1, "deciding")
     assert reply["data"]["counters"]["decisions"] > 0
