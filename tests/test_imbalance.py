@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 from oracle import braindecode_model
+from rich.console import Console
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.utils.class_weight import compute_class_weight
 from torch.utils.data import DistributedSampler
@@ -16,6 +18,7 @@ from torch.utils.data import DistributedSampler
 from sjepa_deploy.bundle import TRAINING_KEY
 from sjepa_deploy.cli import run_command
 from sjepa_deploy.cli.finetune import finetune as command
+from sjepa_deploy.cli.training import print_data
 from sjepa_deploy.learning.data import DataConfig, Target, split_windows
 from sjepa_deploy.learning.finetune import FinetuneConfig, finetune
 from sjepa_deploy.learning.loading import load_windows
@@ -114,7 +117,11 @@ def test_weights_find_the_rare_class_and_are_kept_for_the_decision_layer(oddball
     assert plain.classes.threshold < weighted.classes.threshold  # the shares of the classes move it
     (report,) = told
     assert report.parts["train"].classes == {"standard": int(sum(known == 0)), "target": int(sum(known == 1))}
-    assert report.n_unused == len(known) % BATCH
+    assert report.n_unused == len(known) % BATCH > 0
+    screen = Console(file=io.StringIO(), width=200)
+    print_data(screen, report)
+    assert f"leaves out {report.n_unused} training windows" in screen.file.getvalue()
+    assert "all are used over the epochs" in screen.file.getvalue()
     stored = json.loads((tmp_path / "weighted/config.json").read_text())[TRAINING_KEY]
     assert stored["result"]["classes"] == encode(weighted.classes)
     assert stored["data"] == encode(report)
