@@ -7,7 +7,7 @@ from concurrent.futures import wait
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from streams import ScriptedSource, assert_accounted, chunks_of, decode_samples, eeg, info_of, predictions
 
@@ -202,13 +202,19 @@ COMMANDS = st.one_of(
 )
 
 
+@pytest.fixture(scope="module")
+def bits(predict):
+    """Return the predictions of a run without commands."""
+    _, clean, _ = decode_samples(predict, SAMPLES)
+    return predictions(clean)
+
+
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.floats(0.0, 10.0), COMMANDS), max_size=30))
-def test_no_commands_alter_a_decision_but_by_leaving_it_out(predict, plan):
+@example([(0.0, BadChannels(names=("Cz",))), (0.0, BadChannels(names=()))])
+def test_no_commands_alter_a_decision_but_by_leaving_it_out(predict, bits, plan):
     """Any commands at any time: every window has its decision or its reason, and no other bits; each command its answer."""
-    _, clean, _ = decode_samples(predict, SAMPLES)
     run = Run(predict, sorted(plan, key=lambda each: each[0]))
-    bits = predictions(clean)
     assert all(bits[decision.index] == decision.prediction.tobytes() for decision in run.decisions)
     assert run.decoder.counters.windows == 81
     assert all(reply.done() for reply in run.replies)

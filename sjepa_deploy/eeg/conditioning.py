@@ -99,6 +99,7 @@ class Conditioner:
         self._quality = ChannelQuality(len(self.ch_names), info.sfreq, 1 / volts_in(signal.unit))
         n = len(self.ch_names)
         self.codes = np.zeros(n, np.int8)
+        self._looks = self.codes  # without what was named
         self.n_non_finite = 0
         self._non_finite = self._spoilt = np.zeros(n, bool)  # now, and somewhere in this block
         self._named = np.zeros(n, bool)
@@ -226,12 +227,17 @@ class Conditioner:
 
     def _update(self, sample: FloatArray) -> None:
         """Bring the verdicts on the channels up to date, and act on those that changed."""
-        codes = np.where(self._non_finite, ChannelState.NAN, self._quality.codes).astype(np.int8)
+        looks = np.where(self._non_finite, ChannelState.NAN, self._quality.codes).astype(np.int8)
+        # a channel that was only named as bad has filtered its own samples all along
+        recovered = np.flatnonzero((looks == ChannelState.OK) & (self._looks != ChannelState.OK))
+        self._looks = looks
+        if len(recovered) and self._started:
+            self._chain.restart_channels(recovered.tolist(), sample)
+        codes = looks.copy()
         codes[self._named] = ChannelState.MISSING
         changed = np.flatnonzero(codes != self.codes)
         if not len(changed):
             return
-        recovered = [int(c) for c in changed if codes[c] == ChannelState.OK]
         for c in changed:
             was, now = REASONS[ChannelState(self.codes[c])], REASONS[ChannelState(codes[c])]
             self._report(f"{self.ch_names[c]} is {now}" + (f" again, it was {was}." if codes[c] == ChannelState.OK else "."))
@@ -243,8 +249,6 @@ class Conditioner:
                 "Mend the electrodes, or use another --bad-channels.",
             )
         self._any_bad = bool(bad)
-        if recovered and self._started:
-            self._chain.restart_channels(recovered, sample)
         if self._policy == "repair":
             if len(self.ch_names) - len(bad) < LEAST_GOOD:
                 self._report(f"{len(bad)} channels are bad, too many to repair.")
